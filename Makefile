@@ -1,0 +1,48 @@
+# make setup  a virtual environment with all that demo and test need
+# make demo   train the embedded default on handwritten digits, evaluate, draw its curves, name a few images
+# make test   the tests
+# make check  format, lint, types
+#
+# Another Python in an environment of its own: make PYTHON=python3.13 VENV=.venv313 test
+# A part of the tests: make test ARGS="tests/heads -k gramian"
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+DEMO := runs/quickstart
+
+.PHONY: help setup demo test check
+help:
+	@sed -n 's/^# \(make [a-z]*  .*\)/\1/p' Makefile
+
+setup: $(VENV)/.run $(VENV)/.test
+
+demo: $(VENV)/.run
+	$(BIN)/python main.py --config=configs/quickstart.py --workdir=$(DEMO)
+	$(BIN)/python -m maxmap predict $(DEMO) $(DEMO)/samples/*.png
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The stamps are newer than the requirements they were made from, so a second call installs nothing.
+$(VENV)/.test: requirements-test.txt $(VENV)/.run
+	$(PIP) -r requirements-test.txt
+	@touch $@
+
+$(VENV)/.run: requirements.txt | $(BIN)/pip
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'maxmap needs Python 3.11 or newer: make PYTHON=/path/to/python3.12 setup' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

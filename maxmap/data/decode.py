@@ -1,0 +1,253 @@
+"""An image file to the uint8 crop that a network sees: PIL, with the crops of torchvision and timm."""
+
+import concurrent.futures
+import contextlib
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from maxmap.data.sources import Source
+from maxmap.errors import UserError, nearest
+
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+CROP_MODES = ("center", "squash", "border")
+
+
+def decode(image: bytes | np.ndarray) -> Image.Image:
+    """Decodes an image file, or wraps an array, as an 8-bit RGB image.
+
+    Follows what torchvision and timm do with PIL: CMYK, palette, grey and transparent images are converted to RGB
+    (transparency is dropped), the first frame of an animation counts, and the EXIF orientation is *not* applied:
+    the published networks were trained and tested on files as stored. Departs from them for 16-bit grey images:
+    PIL clips their values to 255, which leaves them nearly white; here they keep their high byte, as PIL itself
+    does for 16-bit RGB.
+
+    Args:
+        image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+
+    Raises:
+        OSError: the image is truncated, broken, of unknown format, or so large that PIL takes it for an attack.
+    """
+    with _broken_is_oserror():
+        return _rgb(_open(image))
+
+
+def train_crop(
+    image: bytes | np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    interpolation: str = "random",
+    draft: bool = True,
+) -> np.ndarray:
+    """Decodes an image and resizes a random crop of it: the Inception crop (Szegedy et al., 2015), as torchvision's.
+
+    Two departures, neither of which moves the crop. PIL's resize takes the box directly, so that its filter sees the
+    pixels next to the crop where torchvision repeats the edge. And a JPEG whose crop is at least twice, 4 or 8 times
+    as large as the output is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled decoding, PIL's `draft`);
+    never further, so a crop is never enlarged on account of it. `draft=False` decodes all pixels, at up to twice the
+    time for large photographs.
+
+    Args:
+        image: see `decode`.
+        rng: where all randomness comes from.
+        size: side of the output in pixels.
+        scale: range of the crop's area as a fraction of the image's.
+        ratio: range of the crop's width / height.
+        interpolation: a key of `FILTERS`, or 'random': bilinear or bicubic, drawn per image as timm does.
+        draft: whether large JPEGs may be decoded at a reduced size.
+
+    Returns:
+        uint8 [size, size, 3].
+
+    Raises:
+        OSError: see `decode`.
+    """
+    with _broken_is_oserror():
+        opened = _open(image)
+        left, top, width, height = random_box(opened.width, opened.height, rng, scale, ratio)
+        if interpolation == "random":
+            resample = FILTERS["bicubic" if rng.random() < 0.5 else "bilinear"]
+        else:
+            resample = FILTERS[interpolation]
+        shrink = _draft(opened, min(width, height) // size) if draft else 1
+        box = (left / shrink, top / shrink, (left + width) / shrink, (top + height) / shrink)
+        return np.asarray(_rgb(opened).resize((size, size), resample, box=box))
+
+
+def random_box(
+    width: int, height: int, rng: np.random.Generator, scale: Sequence[float], ratio: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """Draws the box (left, top, width, height) of a random crop with the semantics of torchvision's RandomResizedCrop.
+
+    The area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. After ten boxes that do not fit, it is
+    the largest central box whose aspect ratio is within `ratio`.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return left, top, w, h
+    w, h = width, height
+    # At least a pixel: a line of pixels longer than 1 / ratio has no such box, and torchvision fails there.
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def eval_crop(
+    image: bytes | np.ndarray,
+    *,
+    size: int,
+    crop_pct: float,
+    mode: str,
+    interpolation: str,
+    mean: Sequence[float],
+) -> np.ndarray:
+    """Decodes, resizes and crops an image for evaluation, equal to timm's evaluation transform to the grey level.
+
+    Args:
+        image: see `decode`.
+        size: side of the output in pixels.
+        crop_pct: what part of the resized side the crop keeps; the image is resized to floor(size / crop_pct).
+        mode: 'center' resizes the shorter side, 'squash' both sides, 'border' the longer side; then the centre is
+            cropped, and what lies outside the image is black, or for 'border' the mean colour.
+        interpolation: a key of `FILTERS`.
+        mean: the mean colour, from 0 to 1; only 'border' uses it.
+
+    Returns:
+        uint8 [size, size, 3].
+
+    Raises:
+        OSError: see `decode`.
+    """
+    rgb = decode(image)
+    resized = _eval_size(rgb.width, rgb.height, math.floor(size / crop_pct), mode)
+    fill = tuple(round(255 * value) for value in mean) if mode == "border" else (0, 0, 0)
+    with _broken_is_oserror():
+        return np.asarray(_center_crop(rgb.resize(resized, FILTERS[interpolation]), size, fill))
+
+
+def check_images(source: Source, limit: int) -> None:
+    """Decodes up to `limit` images, spread evenly over the source, on a thread pool.
+
+    Raises:
+        UserError: some are broken; the message counts them and names the first.
+    """
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64))
+
+    def is_broken(index: np.int64) -> bool:
+        try:
+            with _broken_is_oserror():
+                opened = _open(source[int(index)].image)
+                _draft(opened, 8)  # reads the whole file, but transforms a 64th of the pixels
+                opened.load()
+        except OSError:
+            return True
+        return False
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        broken = chosen[np.fromiter(pool.map(is_broken, chosen), bool, len(chosen))]
+    if len(broken):
+        named = ", ".join(source.name(int(index)) for index in broken[:3])
+        raise UserError(
+            f"{len(broken)} of the {len(chosen)} images looked at are broken or cut off: {named}"
+            f"{', ...' if len(broken) > 3 else ''}; remove or replace them, or skip this check with "
+            "--config.data.check=0, and broken files are then left out and counted during training"
+        )
+
+
+def check_filter(name: str, option: str, extra: Sequence[str] = ()) -> None:
+    """Raises UserError unless `name` is a key of FILTERS or in `extra`; `option` is what the user set it with."""
+    known = (*FILTERS, *extra)
+    if name not in known:
+        raise UserError(
+            f"unknown interpolation {name!r} ({option}): did you mean {nearest(name, known, 1)!r}? "
+            f"Known are {', '.join(known)}"
+        )
+
+
+@contextlib.contextmanager
+def _broken_is_oserror() -> Iterator[None]:
+    """PIL's readers fail on broken files with SyntaxError, ValueError, struct.error and others: all mean the same."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"cannot decode the image: {error}") from error
+
+
+def _open(image: bytes | np.ndarray) -> Image.Image:
+    """Reads the header only; the pixels are decoded on first use."""
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
+    return Image.open(io.BytesIO(image))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int32).clip(0, 65535) >> 8
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours; straight to RGB, PIL warns
+    return image.convert("RGB")
+
+
+def _draft(image: Image.Image, most: int) -> int:
+    """Asks a JPEG to decode at 1/8, 1/4 or 1/2 of its size, at least 1 / `most`; returns by what it shrinks."""
+    shrink = next((power for power in (8, 4, 2) if power <= most), 1)
+    if shrink == 1 or min(image.size) < shrink:
+        return 1
+    width = image.width
+    drafted = image.draft(None, (image.width // shrink, image.height // shrink))
+    # (mode, the image's box in the draft): None where the format cannot do it.
+    return 1 if drafted is None else round(width / drafted[1][2])
+
+
+def _eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]:
+    """Returns (width, height) after the resize, rounded as torchvision (center) and timm (border) round."""
+    if mode == "squash":
+        return side, side
+    if mode == "border":
+        shrink = max(width / side, height / side)
+        # timm lets a side round to nothing and then fails: a line of pixels keeps one.
+        return max(1, round(width / shrink)), max(1, round(height / shrink))
+    if width <= height:
+        return side, int(side * height / width)
+    return int(side * width / height), side
+
+
+def _center_crop(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:
+    left, top = _offset(image.width, size), _offset(image.height, size)
+    if image.width >= size and image.height >= size:
+        return image.crop((left, top, left + size, top + size))
+    canvas = Image.new("RGB", (size, size), fill)
+    canvas.paste(image, (-left, -top))
+    return canvas
+
+
+def _offset(side: int, size: int) -> int:
+    """torchvision rounds the offset of a crop to even, and that of padding down."""
+    return round((side - size) / 2) if side >= size else -((size - side) // 2)

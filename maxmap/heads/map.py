@@ -1,0 +1,449 @@
+"""MAP: multi-token attention pooling with Gram tokens (Lee et al., WACV 2025), as Lab-LVM/imagenet-models has it.
+
+One fused map serves `branches` independent branches. Each takes `tokens` Gram tokens from second-order statistics of
+the map, lets them attend to the map once, and classifies them; the mean over the branches' logits is the prediction. Not
+to be confused with the single-probe attention pooling that other libraries call MAP.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+
+from maxmap.layers import ACTIVATIONS, BatchNorm, Conv, LayerNorm, Linear, channel_shuffle, softmax, wide
+
+Array = jax.Array
+
+
+def resize_to(x: Array, size: tuple[int, int]) -> Array:
+    """Brings a map `[B, H, W, C]` to `size` as MAP's multi-scale fusion does, looking at the height only.
+
+    A smaller map is enlarged by adaptive average pooling (nearest neighbour for whole factors); a larger one is reduced
+    by bilinear interpolation without antialiasing. That is the released code, and what its weights were trained with.
+    """
+    if x.shape[1] == size[0]:
+        return x
+    if x.shape[1] < size[0]:
+        matrices = [_adaptive_average(n_in, n_out) for n_in, n_out in zip(x.shape[1:3], size, strict=True)]
+    else:
+        matrices = [_bilinear(n_in, n_out) for n_in, n_out in zip(x.shape[1:3], size, strict=True)]
+    rows, columns = (jnp.asarray(matrix, x.dtype) for matrix in matrices)
+    return jnp.einsum("oh,bhwc,pw->bopc", rows, x, columns)
+
+
+def _adaptive_average(n_in: int, n_out: int) -> np.ndarray:
+    """Weights `[n_out, n_in]`: output i is the mean of inputs floor(i n_in / n_out) .. ceil((i+1) n_in / n_out) - 1."""
+    weights = np.zeros((n_out, n_in))
+    for i in range(n_out):
+        start, stop = i * n_in // n_out, -(-(i + 1) * n_in // n_out)
+        weights[i, start:stop] = 1 / (stop - start)
+    return weights
+
+
+def _bilinear(n_in: int, n_out: int) -> np.ndarray:
+    """Weights `[n_out, n_in]` of linear interpolation with half-pixel centres and no antialiasing."""
+    position = np.maximum((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0)
+    low = np.floor(position).astype(int)
+    weights = np.zeros((n_out, n_in))
+    np.add.at(weights, (np.arange(n_out), low), 1 - (position - low))
+    np.add.at(weights, (np.arange(n_out), np.minimum(low + 1, n_in - 1)), position - low)
+    return weights
+
+
+class MultiScale(nn.Module):
+    """Fuses all feature maps at the size of one of them.
+
+    Attributes:
+      channels: D of the fused map.
+      level: index of the feature map that gives the size.
+      activation: after the norm.
+    """
+
+    channels: int
+    level: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, features: Sequence[Array], *, train: bool) -> Array:
+        size = features[self.level].shape[1:3]
+        x = jnp.concatenate([resize_to(feature, size) for feature in features], axis=-1)
+        x = Conv(self.channels, bias=False, name="concat_conv_0")(x)
+        return ACTIVATIONS[self.activation](BatchNorm(name="concat_conv_1")(x, train=train))
+
+
+class GramTokens(nn.Module):
+    """Tokens from the Gram matrix of a reduced map.
+
+    Attributes:
+      tokens: T.
+      gram_channels: P, channels of the reduced map.
+      token_channels: Q, channels of a token.
+      gram_groups: groups of the map from the P(P+1)/2 second-order values to the tokens.
+    """
+
+    tokens: int
+    gram_channels: int
+    token_channels: int
+    gram_groups: int
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Maps `[B, H, W, D]` to `[B, T, Q]`."""
+        x = BatchNorm(name="ch_reduction_1")(
+            Conv(self.gram_channels, bias=False, name="ch_reduction_0")(x), train=train
+        )
+        z = rearrange(x, "b h w p -> b (h w) p")
+        z = wide(z) / z.shape[1]
+        # Second moments cancel and span many magnitudes: float32 at full precision, whatever the compute type.
+        gram = jnp.einsum("bnp,bnq->bpq", z, z, precision=jax.lax.Precision.HIGHEST)
+        rows, columns = np.triu_indices(self.gram_channels)
+        v = gram[:, rows, columns]  # [B, P(P+1)/2]
+        norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(v), axis=-1, keepdims=True), 1e-24))
+        v = (v / norm).astype(x.dtype)
+        v = rearrange(v, "b (i t) -> b 1 1 (t i)", t=self.tokens)
+        v = Conv(self.tokens * self.token_channels, groups=self.gram_groups, bias=False, name="bp_reduction_0")(v)
+        v = BatchNorm(name="bp_reduction_1")(v, train=train)
+        return rearrange(v, "b 1 1 (q t) -> b t q", t=self.tokens)
+
+
+class ClassAttention(nn.Module):
+    """Attention of the tokens over the tokens and the map (Touvron et al. 2021, CaiT).
+
+    Attributes:
+      channels: D of the map and of the output.
+      width: E of queries, keys and values together over the heads.
+      heads: H.
+      interactive: mixes the heads before and after the softmax.
+      dropout: of the attention probabilities.
+      proj_dropout: of the output.
+    """
+
+    channels: int
+    width: int
+    heads: int
+    interactive: bool
+    dropout: float
+    proj_dropout: float
+
+    @nn.compact
+    def __call__(self, tokens: Array, x: Array, *, train: bool) -> Array:
+        """Maps tokens `[B, T, Q]` and the map `[B, N, D]` to tokens `[B, T, D]`; all are normalised already."""
+        q = Linear(self.width, name="q")(tokens)
+        if tokens.shape[-1] == x.shape[-1]:
+            both = jnp.concatenate([tokens, x], axis=1)
+            k, v = Linear(self.width, name="k")(both), Linear(self.width, name="v")(both)
+        else:
+            k, v = (
+                jnp.concatenate([Linear(self.width, name=f"{n}1")(tokens), Linear(self.width, name=f"{n}2")(x)], axis=1)
+                for n in ("k", "v")
+            )
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (q, k, v))
+        logits = jnp.einsum("bhtd,bhnd->bhtn", q * q.shape[-1] ** -0.5, k)
+        if self.interactive:
+            logits = logits + _mix(self.heads, "w1", logits)
+        probabilities = softmax(logits)
+        if self.interactive:
+            probabilities = probabilities + _mix(self.heads, "w2", probabilities)
+        probabilities = nn.Dropout(self.dropout)(probabilities, deterministic=not train)
+        out = rearrange(jnp.einsum("bhtn,bhnd->bhtd", probabilities, v), "b h t d -> b t (h d)")
+        return nn.Dropout(self.proj_dropout)(Linear(self.channels, name="proj")(out), deterministic=not train)
+
+
+def _mix(heads: int, name: str, x: Array) -> Array:
+    """A learned mixture of the heads' maps `[B, H, T, N]` at every query and key."""
+    return rearrange(Linear(heads, name=name)(rearrange(x, "b h t n -> b t n h")), "b t n h -> b h t n")
+
+
+class GroupedMlp(nn.Module):
+    """Two grouped 1x1 convolutions with a channel shuffle between them, on tokens `[B, T, D]`.
+
+    Attributes:
+      ratio: hidden width relative to D.
+      groups: of both convolutions.
+      activation: between them.
+      dropout: after the activation.
+    """
+
+    ratio: float
+    groups: int
+    activation: str
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        channels = x.shape[-1]
+        x = Conv(int(self.ratio * channels), groups=self.groups, name="fc1")(x[:, None])
+        x = nn.Dropout(self.dropout)(ACTIVATIONS[self.activation](x), deterministic=not train)
+        return Conv(channels, groups=self.groups, name="fc2")(channel_shuffle(x, self.groups))[:, 0]
+
+
+class ClassAttentionBlock(nn.Module):
+    """Class attention and the grouped MLP; tokens of another width than the map's have no residual around attention.
+
+    Attributes:
+      fields of `ClassAttention` and `GroupedMlp`.
+    """
+
+    channels: int
+    width: int
+    heads: int
+    interactive: bool
+    attention_dropout: float
+    dropout: float
+    mlp_ratio: float
+    mlp_groups: int
+
+    @nn.compact
+    def __call__(self, tokens: Array, x: Array, *, train: bool) -> Array:
+        """Maps tokens `[B, T, Q]` and the map `[B, N, D]` to tokens `[B, T, D]`."""
+        attention = ClassAttention(
+            self.channels, self.width, self.heads, self.interactive, self.attention_dropout, self.dropout, name="attn"
+        )
+        if tokens.shape[-1] == x.shape[-1]:
+            norm = LayerNorm(1e-6, name="norm1")
+            tokens = tokens + attention(norm(tokens), norm(x), train=train)
+        else:
+            tokens = attention(LayerNorm(1e-6, name="norm1_1")(tokens), LayerNorm(1e-6, name="norm1_2")(x), train=train)
+        # The released networks use ReLU here, whatever the activation of the fusion.
+        mlp = GroupedMlp(self.mlp_ratio, self.mlp_groups, "relu", self.dropout, name="mlp")
+        return tokens + mlp(LayerNorm(1e-6, name="norm2")(tokens), train=train)
+
+
+class Branch(nn.Module):
+    """One branch: tokens from the fused map, then class attention.
+
+    Attributes:
+      tokens: makes the `GramTokens`, given a name; None for learned tokens.
+      num_tokens: T.
+      self_distill: appends the mean of the tokens as one more.
+      layers: number of class attention blocks.
+      block: makes a `ClassAttentionBlock`, given its name.
+    """
+
+    tokens: Callable[..., nn.Module] | None
+    num_tokens: int
+    self_distill: bool
+    layers: int
+    block: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Maps the fused map `[B, H, W, D]` to tokens `[B, T (+ 1), D]`."""
+        if self.tokens is None:
+            learned = self.param("x_cls", nn.initializers.zeros, (1, self.num_tokens, x.shape[-1]))
+            tokens = jnp.broadcast_to(learned.astype(x.dtype), (x.shape[0], *learned.shape[1:]))
+        else:
+            tokens = self.tokens(name="gram_token_extraction")(x, train=train)
+        if self.self_distill:
+            tokens = jnp.concatenate([tokens, jnp.mean(tokens, axis=1, keepdims=True)], axis=1)
+        x = rearrange(x, "b h w d -> b (h w) d")
+        for i in range(self.layers):
+            tokens = self.block(name=f"attention_{i}")(tokens, x, train=train)
+        return tokens
+
+
+class Pooling(nn.Module):
+    """Fusion of the feature maps, then the branches.
+
+    Attributes:
+      channels: D.
+      level: feature map whose size the fused map takes; 0 or less for the last feature map alone.
+      activation: of the fusion.
+      branches: G.
+      branch: makes a `Branch`, given its name.
+    """
+
+    channels: int
+    level: int
+    activation: str
+    branches: int
+    branch: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, features: Sequence[Array], *, train: bool) -> list[Array]:
+        """Maps feature maps to G lists of tokens `[B, T (+ 1), D]`."""
+        if self.level > 0:
+            x = MultiScale(self.channels, self.level, self.activation, name="multi_scale")(features, train=train)
+        else:
+            x = features[-1]
+            if x.shape[-1] != self.channels:
+                x = Conv(self.channels, bias=False, name="channel_convertor_0")(x)
+                x = nn.relu(BatchNorm(name="channel_convertor_1")(x, train=train))
+        return [self.branch(name=f"mmcap_{g}")(x, train=train) for g in range(self.branches)]
+
+
+class NormClassifier(nn.Module):
+    """LayerNorm over all values of the flattened tokens, dropout, linear map.
+
+    Attributes:
+      num_classes: K.
+      dropout: before the linear map.
+    """
+
+    num_classes: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        x = nn.Dropout(self.dropout)(LayerNorm(1e-5, name="norm")(x), deterministic=not train)
+        return Linear(self.num_classes, name="head")(x)
+
+
+class MAPHead(nn.Module):
+    """Multi-token attention pooling.
+
+    Attributes:
+      num_classes: K; 0 returns each branch's flattened tokens in place of logits.
+      channels: D, width of the fused map and of the tokens after attention.
+      level: index of the feature map whose size the fusion takes; 0 or less uses the last feature map alone.
+      branches: G.
+      tokens: T per branch.
+      self_distill: adds the mean token and a second classifier per branch, which learns from the first.
+      light: predicts with the second classifiers; while training, the first ones get no gradient.
+      gram: tokens from the Gram matrix; False for learned tokens.
+      gram_channels: P.
+      token_channels: Q, None for D. Another width than D has no residual around the attention, and one layer only.
+      gram_groups: groups of the map from Gram values to tokens.
+      layers: class attention blocks.
+      heads: of the class attention.
+      attention_width: E, None for D.
+      interactive: mixes the attention heads.
+      mlp_ratio: hidden width of the MLP relative to D.
+      mlp_groups: groups of the MLP.
+      activation: of the fusion.
+      classifier: "norm" (LayerNorm first) or "linear".
+      attention_dropout: of the attention probabilities.
+      token_dropout: after the attention's projection and inside of the MLP.
+      dropout: before the classifiers' linear maps ("norm" only, as in the reference).
+    """
+
+    num_classes: int
+    channels: int = 384
+    level: int = 3
+    branches: int = 4
+    tokens: int = 2
+    self_distill: bool = True
+    light: bool = False
+    gram: bool = True
+    gram_channels: int = 384
+    token_channels: int | None = None
+    gram_groups: int = 24
+    layers: int = 1
+    heads: int = 12
+    attention_width: int | None = None
+    interactive: bool = False
+    mlp_ratio: float = 4.0
+    mlp_groups: int = 2
+    activation: str = "gelu"
+    classifier: str = "norm"
+    attention_dropout: float = 0.05
+    token_dropout: float = 0.05
+    dropout: float = 0.0
+
+    @nn.nowrap
+    def validate(self, num_features: int) -> None:
+        """Raises ValueError, one sentence, if the fields do not fit each other or a backbone's `num_features` maps."""
+        second_order = self.gram_channels * (self.gram_channels + 1) // 2
+        token_channels = self.token_channels or self.channels
+        width = self.attention_width or self.channels
+
+        def divides(number: int, what: str, total: int, of: str) -> None:
+            if total % number:
+                divisors = [d for d in range(1, total + 1) if total % d == 0]
+                near = min(divisors, key=lambda d: abs(d - number))
+                raise ValueError(
+                    f"the MAP head's {number} {what} do not divide {total} {of}; the nearest that do is {near}"
+                )
+
+        if self.level >= num_features:
+            raise ValueError(
+                f"the MAP head's level {self.level} is out of range: the backbone has {num_features} feature maps, "
+                f"so the highest level is {num_features - 1}"
+            )
+        if self.gram:
+            divides(self.tokens, "tokens", second_order, "Gram values")
+            divides(self.gram_groups, "gram_groups", second_order, "Gram values")
+            divides(self.gram_groups, "gram_groups", self.tokens * token_channels, "token values")
+        divides(self.heads, "heads", width, "attention channels")
+        divides(self.mlp_groups, "mlp_groups", self.channels, "channels")
+        divides(self.mlp_groups, "mlp_groups", int(self.mlp_ratio * self.channels), "hidden channels")
+        if self.classifier not in ("norm", "linear"):
+            raise ValueError(f"the MAP head's classifier '{self.classifier}' is not one of norm, linear")
+        if token_channels != self.channels and (self.layers > 1 or not self.gram):
+            raise ValueError(
+                "the MAP head's token_channels differ from its channels, which needs Gram tokens and one layer"
+            )
+        if self.light and not self.self_distill:
+            raise ValueError(
+                "the MAP head's light mode predicts with the self-distillation classifiers: set self_distill"
+            )
+
+    @nn.compact
+    def __call__(self, features: Sequence[Array], *, train: bool = False) -> dict[str, Array]:
+        """Maps feature maps `[B, H, W, C]` to branches.
+
+        Returns:
+          'logits' `[G, B, K]`, 'embedding' `[B, G * T * D]`, and while training with self-distillation 'distill'
+          `[G, B, K]`.
+        """
+        gram = functools.partial(
+            GramTokens, self.tokens, self.gram_channels, self.token_channels or self.channels, self.gram_groups
+        )
+        block = functools.partial(
+            ClassAttentionBlock,
+            channels=self.channels,
+            width=self.attention_width or self.channels,
+            heads=self.heads,
+            interactive=self.interactive,
+            attention_dropout=self.attention_dropout,
+            dropout=self.token_dropout,
+            mlp_ratio=self.mlp_ratio,
+            mlp_groups=self.mlp_groups,
+        )
+        branch = functools.partial(
+            Branch, gram if self.gram else None, self.tokens, self.self_distill, self.layers, block
+        )
+        pooling = Pooling(self.channels, self.level, self.activation, self.branches, branch, name="mmcap")
+        tokens = jnp.stack(pooling(features, train=train))  # [G, B, T (+ 1), D]
+        main = rearrange(tokens[:, :, : self.tokens], "g b t d -> g b (t d)")
+        embedding = rearrange(main, "g b n -> b (g n)")
+        if not self.num_classes:
+            return {"logits": main, "embedding": embedding}
+
+        normed = functools.partial(NormClassifier, self.num_classes, self.dropout)
+        classifier = normed if self.classifier == "norm" else functools.partial(_LinearClassifier, self.num_classes)
+        if self.light:
+            classifier = _without_gradient(classifier)
+        logits = [classifier(name=f"heads_{g}")(main[g], train=train) for g in range(self.branches)]
+        outputs = {"logits": jnp.stack(logits), "embedding": embedding}
+        if self.self_distill:
+            distill = [
+                normed(name=f"self_dt_heads_{g}")(tokens[g, :, self.tokens], train=train) for g in range(self.branches)
+            ]
+            if train:
+                outputs["distill"] = jnp.stack(distill)
+            elif self.light:
+                outputs["logits"] = jnp.stack(distill)
+        return outputs
+
+
+class _LinearClassifier(Linear):
+    """A linear map that takes `train` like its alternative."""
+
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        del train
+        return super().__call__(x)
+
+
+def _without_gradient(classifier: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The same classifier with its parameters held constant."""
+
+    def make(name: str) -> nn.Module:
+        frozen = nn.map_variables(classifier.func, "params", trans_in_fn=jax.lax.stop_gradient, init=True)
+        return frozen(*classifier.args, name=name)
+
+    return make

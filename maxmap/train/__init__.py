@@ -1,0 +1,1 @@
+"""Training: the numerics of a step and the loop around it."""

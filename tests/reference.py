@@ -1,0 +1,92 @@
+"""What the parity tests compare with: the reference implementation (timm) and the weights of the golden files."""
+
+import importlib.util
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+POSITIONS = ("relative_position", "pos_embed", "cls_token", "x_cls", "rel_pos")
+
+
+def import_timm() -> ModuleType:
+    """Returns the module timm, importable whether or not torchvision's compiled operators load beside this torch."""
+    import torch
+
+    torch.set_num_threads(1)  # one test worker per core: more threads only get in each other's way
+    if not _torchvision_operators_load(torch):
+        # torchvision from the package index is built for CUDA and its operators do not load beside a CPU build of
+        # torch; importing it then fails on the two that it describes without asking. No model here calls them.
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)
+    import timm
+
+    return timm
+
+
+_LIBRARIES: list[Any] = []  # a torch library undefines its operators when it is collected
+
+
+def _torchvision_operators_load(torch: ModuleType) -> bool:
+    if hasattr(torch.ops.torchvision, "nms"):
+        return True
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("torchvision is not installed; make setup installs what the tests need")
+    for path in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(path)
+        except OSError:
+            return False
+        return True
+    return False
+
+
+def fill(key: str, shape: Sequence[int], prefix: str = "") -> np.ndarray:
+    """Returns the float32 weights of one state-dict entry as the golden files were made with.
+
+    The values depend on the key and the shape alone. Norm scales, running statistics and biases are random too:
+    a network whose branches are multiplied by zero would hide any fault in them.
+    """
+    shape = tuple(shape)
+    random = np.random.RandomState(zlib.crc32(f"{prefix}{key}".encode()) & 0x7FFFFFFF)
+    z = np.asarray(random.standard_normal(shape)).astype(np.float32)
+    mean, scale = _moments(key, shape)
+    if key.endswith("running_var"):
+        z = np.abs(z)
+    return np.asarray(np.float32(mean) + np.float32(scale) * z, np.float32)
+
+
+def _moments(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and scale of an entry; the first rule that fits decides."""
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf == "running_mean":
+        return 0.0, 0.1
+    if leaf == "running_var":
+        return 0.5, 1.0
+    if len(shape) >= 2 and any(word in key for word in POSITIONS):
+        return 0.0, 0.2
+    if len(shape) >= 2:
+        return 0.0, float(np.sqrt(2.0)) / float(np.sqrt(np.prod(shape[1:])))
+    if len(shape) == 1 and key.endswith("bias"):
+        return 0.0, 0.1
+    return 1.0, 0.1
+
+
+def fill_state_dict(rows: Sequence[Sequence[Any]], prefix: str = "") -> dict[str, np.ndarray]:
+    """Returns the weights for a manifest's `state_dict` rows: `[key, shape, dtype, constant?, alias of?]`.
+
+    Constants (integer buffers and tables that a constructor computes) are left out; an alias has the values of the
+    entry that it is a second name of.
+    """
+    weights = {}
+    for key, shape, _, *rest in rows:
+        constant = bool(rest and rest[0])
+        if not constant:
+            weights[key] = fill(rest[1] if len(rest) > 1 else key, shape, prefix)
+    return weights
