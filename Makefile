@@ -1,7 +1,8 @@
-# make setup  a virtual environment with all that demo and test need
-# make demo   train the embedded default on handwritten digits, evaluate, draw its curves, name a few images
-# make test   the tests
-# make check  format, lint, types
+# make setup   a virtual environment with all that demo and test need
+# make demo    train the embedded default on handwritten digits, evaluate, draw its curves, name a few images
+# make test    the tests
+# make check   format, lint, types
+# make parity  every model against its reference implementation, in float64; hours (benchmarks/parity.py)
 #
 # Another Python in an environment of its own: make PYTHON=python3.13 VENV=.venv313 test
 # A part of the tests: make test ARGS="tests/heads -k gramian"
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEMO := runs/quickstart
 
-.PHONY: help setup demo test check
+.PHONY: help setup demo test check parity
 help:
 	@sed -n 's/^# \(make [a-z]*  .*\)/\1/p' Makefile
 
@@ -23,6 +24,7 @@ setup: $(VENV)/.run $(VENV)/.test
 
 demo: $(VENV)/.run
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=$(DEMO)
+	$(BIN)/python -m maxmap samples configs/quickstart.py $(DEMO)/samples
 	$(BIN)/python -m maxmap predict $(DEMO) $(DEMO)/samples/*.png
 
 test: $(VENV)/.test
@@ -32,6 +34,9 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+parity: $(VENV)/.test
+	$(BIN)/python -m benchmarks.parity $(ARGS)
 
 # The stamps are newer than the requirements they were made from, so a second call installs nothing.
 $(VENV)/.test: requirements-test.txt $(VENV)/.run

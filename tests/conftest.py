@@ -1,14 +1,19 @@
 """Eight CPU devices, strict JAX, and what several tests share."""
 
+import itertools
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
-if WORKER:  # the workers already fill the cores: keep OpenBLAS and OpenMP from starting a team of threads in each
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers fill the cores already: no team of threads inside each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# XLA's pool has as many threads as cores, but at least one per device. Where steps with a collective queue up, eight
+# threads on two cores can all wait for a ninth until XLA aborts (jaxlib 0.10.2); sixteen do not.
+os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
@@ -17,8 +22,8 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is most of what the tests do; one folder per worker, since entries are not written atomically.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax" / (WORKER or "main")))
+# Most of the time goes into compiling: keep the results. The key holds the program, so a changed program compiles.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -36,9 +41,16 @@ def goldens() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder with cifar10/ and imagenet_sample/, unpacked; the test is skipped where it is not there."""
-    folder = Path(os.environ.get("MAXMAP_TEST_DATA", ROOT.parent / "shared" / "data"))
-    if not any((folder / name).is_dir() for name in ("cifar10", "imagenet_sample")):
-        pytest.skip(f"no unpacked images in {folder}")
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of real photographs, `imagenet_sample/val/<wnid>/*.JPEG`: 32 classes, one full-size image each.
+
+    Taken out of `../shared/data`, which does not ship with the repository: elsewhere the test is skipped.
+    """
+    archive = ROOT.parent / "shared" / "data" / "imagenet_sample.tar"
+    if not archive.is_file():
+        pytest.skip("needs shared/data/imagenet_sample.tar beside the repository")
+    folder = tmp_path_factory.mktemp("shared")
+    with tarfile.open(archive) as tar:
+        images = (member for member in tar if member.isfile())
+        tar.extractall(folder, itertools.islice(images, 32), filter="data")
     return folder

@@ -1,6 +1,7 @@
 """What the parity tests compare with: the reference implementation (timm) and the weights of the golden files."""
 
 import importlib.util
+import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,3 +91,19 @@ def fill_state_dict(rows: Sequence[Sequence[Any]], prefix: str = "") -> dict[str
         if not constant:
             weights[key] = fill(rest[1] if len(rest) > 1 else key, shape, prefix)
     return weights
+
+
+def read_manifest(folder: Path, name: str) -> dict[str, Any]:
+    """Returns 'state_dict' (rows as `fill_state_dict` takes them) and 'params_total' of a reference model."""
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def read_golden(folder: Path, name: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+    """Returns the weights, the images [2, 224, 224, 3] and the outputs of a reference model, all in float64."""
+    manifest = read_manifest(folder, name)
+    weights = {key: value.astype(np.float64) for key, value in fill_state_dict(manifest["state_dict"]).items()}
+    assert sum(value.size for key, value in weights.items() if "running" not in key) == manifest["params_total"]
+    images = np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32)
+    with np.load(folder / f"{name}.npz") as arrays:
+        outputs = {key.removesuffix("_f64"): arrays[key] for key in arrays}
+    return weights, images.transpose(0, 2, 3, 1).astype(np.float64), outputs
