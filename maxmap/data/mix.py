@@ -3,8 +3,8 @@
 Both work on whole uint8 batches before normalisation. The partner of image i is image B - 1 - i: the batch reversed,
 which under `jit` is the global batch even if it is sharded. One draw serves the whole batch.
 
-The rules, with the rounding to uint8 and the CutMix box, are those of `FastCollateMixup` in timm 0.9.2 (batch mode), with
-which the published recipes were trained.
+The rules, with the rounding to uint8 and the CutMix box, are those of `FastCollateMixup` in timm 0.9.2 (batch mode),
+with which the published recipes were trained.
 """
 
 import jax
@@ -43,19 +43,18 @@ def mix(
     if not (mixup or cutmix):
         return images, mix_targets(labels, 1.0, num_classes=num_classes, smoothing=smoothing)
     _, height, width, _ = images.shape
-    apply_key, switch_key, mixup_key, cutmix_key, center_key = jax.random.split(key, 5)
-    applied = jax.random.bernoulli(apply_key, prob)
+    apply_key, switch_key, lam_key, center_key = jax.random.split(key, 4)
     use_cutmix = jax.random.bernoulli(switch_key, _cutmix_share(mixup, cutmix, switch_prob))
-    mixed, lam = images, jnp.float32(1)
+    lam = _draw_beta(lam_key, jnp.where(use_cutmix, cutmix, mixup))
+    lam = jnp.where(jax.random.bernoulli(apply_key, prob), lam, 1.0)
+    mixed = images
     if mixup:
-        lam = jnp.where(applied, jax.random.beta(mixup_key, mixup, mixup, dtype=jnp.float32), 1.0)
         mixed = mixup_images(images, lam)
     if cutmix:
-        cutmix_lam = jnp.where(applied, jax.random.beta(cutmix_key, cutmix, cutmix, dtype=jnp.float32), 1.0)
         center = jax.random.randint(center_key, (2,), 0, jnp.array([height, width]))
-        box, cutmix_lam = cutmix_box(center, cutmix_lam, height, width)
+        box, clipped_lam = cutmix_box(center, lam, height, width)
         mixed = jnp.where(use_cutmix, cutmix_images(images, box), mixed)
-        lam = jnp.where(use_cutmix, cutmix_lam, lam)
+        lam = jnp.where(use_cutmix, clipped_lam, lam)
     return mixed, mix_targets(labels, lam, num_classes=num_classes, smoothing=smoothing)
 
 
@@ -77,9 +76,9 @@ def cutmix_images(images: jax.Array, box: jax.Array) -> jax.Array:
 def cutmix_box(center: jax.Array, lam: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
     """Returns the CutMix box around a centre (y, x) and the lam that belongs to it.
 
-    A side is int(side of the image * sqrt(1 - lam)), and the box reaches from c - side // 2 to c + side // 2: as in timm
-    0.9.2, an odd side loses a pixel (timm 1.0.31 keeps it). The box is clipped to the image, and lam becomes the part of
-    the image outside of it.
+    A side is int(side of the image * sqrt(1 - lam)), and the box reaches from c - side // 2 to c + side // 2: as in
+    timm 0.9.2, an odd side loses a pixel (timm 1.0.31 keeps it). The box is clipped to the image, and lam becomes the
+    part of the image outside of it.
 
     Returns: box int32 [4] (top, bottom, left, right; the ends exclusive) and lam, a float32 scalar.
     """
@@ -103,3 +102,9 @@ def _cutmix_share(mixup: float, cutmix: float, switch_prob: float) -> float:
     if mixup and cutmix:
         return switch_prob
     return 1.0 if cutmix else 0.0
+
+
+def _draw_beta(key: jax.Array, alpha: jax.Array) -> jax.Array:
+    """Draws from Beta(alpha, alpha): the share of one of two Gamma draws, which compile as one here."""
+    first, second = jax.random.loggamma(key, alpha, (2,))
+    return jax.nn.sigmoid(first - second)

@@ -8,7 +8,7 @@ and the prefetching; what is ours is the order and how one row is made.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -20,8 +20,9 @@ from maxmap.errors import UserError, nearest
 
 Batch = dict[str, np.ndarray]
 
-# What grain hands to a thread at a time. One row would cost 13 us more per image, as much as a 32 px crop itself;
-# a whole batch would hold a batch per thread in memory, and delay the first until one thread has made all of it.
+# Rows that grain hands to a thread at a time. With 1 it costs 115 us of CPU per image, more than a crop of 32 px does;
+# with 8 it is 12 us, with 32 it is 8. A whole batch gains nothing further, holds a batch per thread in memory, and
+# delays the first one until a single thread has made all of it.
 _CHUNK = 32
 
 # Broken images in a row after which something else is wrong, such as a disk that is gone.
@@ -73,8 +74,8 @@ def open_data(
         mean, std: per channel, of images from 0 to 1. Batches are not normalised: the values go into
             `Data.preprocessing`, and the mean is the border of crop_mode 'border'.
         threads: decoding threads per process; None: as many as the machine has cores.
-        workers: further processes that decode, each with `threads` threads; 0: decode in this process. Only images
-            so small that Python's own work dominates gain from them.
+        workers: further processes that decode, each with `threads` threads; 0: decode in this process. Worth a try
+            for small images, where Python's lock keeps threads from sharing the work; photographs do not need it.
         prefetch: batches that are made ahead.
         check: how many images of each split are decoded before training, evenly spread; 0: none, and broken images
             are left out and counted during training.
@@ -105,12 +106,12 @@ def open_data(
         classes = train.classes
     if val_split is not None:
         val = open_source(source, path, val_split, name=name, classes=classes)
-        classes = val.classes
-    for split in (train, val):
-        if split is not None and check:
+    splits = [split for split in (train, val) if split is not None]
+    if check:
+        for split in splits:
             decode.check_images(split, check)
     return Data(
-        classes=tuple(classes),
+        classes=splits[0].classes,
         train=train,
         val=val,
         image_size=image_size,
@@ -177,13 +178,12 @@ class Data:
         Raises:
             UserError: there is no training split, or an epoch does not fill one batch.
         """
-        if self.train is None:
-            raise UserError("there is no training data: set --config.data.train_split")
-        length = _epoch_length(len(self.train), self.repeats)
+        num = len(self._training())
+        length = _epoch_length(num, self.repeats)
         if not 1 <= batch_size <= length:
             with_repeats = f" with --config.data.repeats={self.repeats}" if self.repeats > 1 else ""
             raise UserError(
-                f"batch size {batch_size} does not fit an epoch of {length} samples ({len(self.train)} training "
+                f"batch size {batch_size} does not fit an epoch of {length} samples ({num} training "
                 f"images{with_repeats}): choose one from 1 to {length}, or give more images"
             )
         return length // batch_size
@@ -197,7 +197,7 @@ class Data:
         start_step: int = 0,
         process_index: int = 0,
         process_count: int = 1,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Makes this process's rows of the training batches start_step ... start_step + num_steps - 1.
 
         Row r of step s is sample p = s * batch_size + r of the run: an image and a crop that depend on (seed, p)
@@ -205,36 +205,41 @@ class Data:
         is replaced by the next one in the order that can.
 
         Returns:
-            an iterator, with a `close()` that ends its threads early, of dicts: image uint8 [b, H, W, 3], label
+            a generator, to be closed (`close()`) where it is left early, of dicts: image uint8 [b, H, W, 3], label
             int32 [b], index int64 [b] (in the training split), skipped int64 [b] (the index of the broken image
             that this row replaces, else -1).
 
         Raises:
-            UserError: the batch size does not fit the epoch or the processes; while iterating: 100 images in a
-                row are broken.
+            UserError: the batch size does not fit the epoch or the processes, or the seed is negative; while
+                iterating: 100 images in a row are broken.
         """
         steps_per_epoch = self.steps_per_epoch(batch_size)
         if batch_size % process_count:
             raise UserError(
                 f"batch size {batch_size} cannot be shared by {process_count} processes: choose a multiple of it"
             )
+        if seed < 0:
+            raise UserError(f"seed {seed} is negative: choose 0 or more")
+        train = self._training()
         rows = _TrainRows(
-            source=self.train,
+            source=train,
             crop=self.train_crop,
             image_size=self.image_size,
-            order=_Order(len(self.train), self.repeats, steps_per_epoch * batch_size, seed),
+            order=_Order(len(train), self.repeats, steps_per_epoch * batch_size, seed),
         )
         chunks = _Chunks(batch_size // process_count, process_index, process_count, start_step, num_steps)
         return self._stream(chunks, rows)
 
-    def eval_batches(self, batch_size: int, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+    def eval_batches(
+        self, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    ) -> Generator[Batch, None, None]:
         """Makes this process's rows of the evaluation batches: every image of the split once, in order.
 
         All processes get the same number of batches of the same size, ceil(batch_size / process_count); rows that
         are left over at the end are zeros with mask False. So is the image of a row that cannot be decoded.
 
         Returns:
-            an iterator, with a `close()` that ends its threads early, of dicts: image uint8 [b, H, W, 3], label
+            a generator, to be closed (`close()`) where it is left early, of dicts: image uint8 [b, H, W, 3], label
             int32 [b], mask bool [b], index int64 [b] (in the evaluation split; -1: no image), skipped int64 [b]
             (the index where the image is broken, else -1).
         """
@@ -247,7 +252,12 @@ class Data:
         chunks = _Chunks(local, process_index, process_count, 0, num_steps)
         return self._stream(chunks, _EvalRows(self.val, self.preprocessing))
 
-    def _stream(self, chunks: "_Chunks", rows: Callable[[range], Batch]) -> Iterator[Batch]:
+    def _training(self) -> Source:
+        if self.train is None:
+            raise UserError("there is no training data: set --config.data.train_split")
+        return self.train
+
+    def _stream(self, chunks: "_Chunks", rows: Callable[[range], Batch]) -> Generator[Batch, None, None]:
         ahead = max(self.threads, self.prefetch * chunks.per_batch)
         data = grain.MapDataset.source(chunks).map(rows)
         data = data.to_iter_dataset(grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=ahead))
@@ -257,7 +267,7 @@ class Data:
             data = data.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=-(-ahead // self.workers))
             )
-        return iter(data.batch(chunks.per_batch, drop_remainder=True, batch_fn=_concatenate))
+        return _closing(iter(data.batch(chunks.per_batch, drop_remainder=True, batch_fn=_concatenate)))
 
 
 def preprocess(image: bytes | str | os.PathLike | np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray:
@@ -427,6 +437,14 @@ def _concatenate(chunks: Sequence[Batch]) -> Batch:
     if len(chunks) == 1:
         return chunks[0]
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _closing(batches: grain.DatasetIterator) -> Generator[Batch, None, None]:
+    """Ends the threads and workers after the last batch, on `close()`, or when nobody holds the generator any more."""
+    try:
+        yield from batches
+    finally:
+        batches.close()
 
 
 def _let_grain_read_its_flags() -> None:

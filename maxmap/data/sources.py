@@ -162,7 +162,7 @@ class TfdsSource:
         except ImportError as error:
             raise UserError(
                 "data source 'tfds' needs the package tensorflow-datasets: "
-                "`pip install tensorflow-datasets array_record` (TensorFlow itself is not needed)"
+                "`pip install tensorflow-datasets` (TensorFlow itself is not needed)"
             ) from error
         data_dir = None if path is None else os.path.expanduser(path)
         try:
@@ -170,10 +170,10 @@ class TfdsSource:
         except tfds.core.DatasetNotFoundError as error:
             raise UserError(
                 f"TFDS knows no data set {name!r} (--config.data.name): the nearest are "
-                f"{nearest(name, tfds.list_builders())}"
+                f"{nearest(name, tfds.list_builders(with_community_datasets=False))}"
             ) from error
         _check_prepared(builder, name, data_dir)
-        features = builder.info.features
+        features = dict(builder.info.features.items())
         if not (
             isinstance(features.get("image"), tfds.features.Image)
             and isinstance(features.get("label"), tfds.features.ClassLabel)

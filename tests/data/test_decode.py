@@ -1,0 +1,274 @@
+"""Decoding and cropping follow PIL, torchvision and timm, up to the departures that decode.py names."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from maxmap.data.decode import FILTERS, check_filter, check_images, decode, eval_crop, random_box, train_crop
+from maxmap.data.sources import FolderSource
+from maxmap.errors import UserError
+from tests.reference import import_timm
+
+MEAN = (0.485, 0.456, 0.406)
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """Returns random pixels with structure at every scale, so that a shift by one shows."""
+    rng = np.random.default_rng(seed)
+    waves = np.add.outer(np.arange(height) * 3.7, np.arange(width) * 2.3)[..., None]
+    return (127 + 80 * np.sin(waves / 9) + rng.normal(0, 15, (height, width, channels))).clip(0, 255).astype(np.uint8)
+
+
+def save(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+PHOTOS = [np.asarray(image) for image in load_sample_images().images]
+IMAGES = [
+    *PHOTOS,
+    *(noise(*shape) for shape in [(57, 91), (300, 201), (33, 32), (8, 8), (1, 1), (225, 224), (12, 500)]),
+]
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize(
+    "size, crop_pct, interpolation",
+    [(224, 0.875, "bicubic"), (224, 0.95, "bilinear"), (160, 1.0, "bicubic"), (33, 0.9, "lanczos"), (31, 1.2, "box")],
+)
+def test_eval_crop_equals_timm(mode, size, crop_pct, interpolation):
+    timm = import_timm()
+    transform = timm.data.create_transform(
+        (3, size, size),
+        is_training=False,
+        use_prefetcher=True,  # uint8 out
+        crop_pct=crop_pct,
+        crop_mode=mode,
+        interpolation=interpolation,
+        mean=MEAN,
+    )
+    for image in IMAGES:
+        wanted = transform(Image.fromarray(image)).numpy().transpose(1, 2, 0)
+        crop = eval_crop(image, size=size, crop_pct=crop_pct, mode=mode, interpolation=interpolation, mean=MEAN)
+        assert np.array_equal(crop, wanted), image.shape
+
+
+def test_eval_crop_of_a_file_equals_timm():
+    timm = import_timm()
+    transform = timm.data.create_transform((3, 96, 96), use_prefetcher=True, interpolation="bicubic", crop_pct=0.875)
+    for image in PHOTOS:
+        file = save(Image.fromarray(image), "JPEG", quality=90)
+        wanted = transform(Image.open(io.BytesIO(file)).convert("RGB")).numpy().transpose(1, 2, 0)
+        crop = eval_crop(file, size=96, crop_pct=0.875, mode="center", interpolation="bicubic", mean=MEAN)
+        assert np.array_equal(crop, wanted)
+
+
+class Replay:
+    """A torch-free stand-in for torchvision's draws: hands random_box the numbers that torchvision drew."""
+
+    def __init__(self, uniform: list[float], integers: list[int]):
+        self.uniform, self.drawn = uniform, integers
+
+    def random(self) -> float:
+        return self.uniform.pop(0)
+
+    def integers(self, end: int) -> int:
+        value = self.drawn.pop(0)
+        assert 0 <= value < end
+        return value
+
+
+def test_random_box_is_torchvisions_for_the_same_draws(monkeypatch):
+    import_timm()
+    import torch
+    from torchvision.transforms import RandomResizedCrop
+
+    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+    logs = [math.log(value) for value in ratio]
+    for seed in range(200):
+        height, width = np.random.default_rng(seed).integers(1, 400, 2)
+        uniform, integers = [], []
+        draw, choose = torch.Tensor.uniform_, torch.randint
+
+        def uniform_(self, low, high, draw=draw, uniform=uniform):
+            value = draw(self, low, high)
+            low, high = scale if len(uniform) % 2 == 0 else logs
+            uniform.append((value.item() - low) / (high - low))
+            return value
+
+        def randint(*args, choose=choose, integers=integers, **kwargs):
+            value = choose(*args, **kwargs)
+            integers.append(value.item())
+            return value
+
+        torch.manual_seed(seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "uniform_", uniform_)
+            patch.setattr(torch, "randint", randint)
+            top, left, h, w = RandomResizedCrop.get_params(torch.empty(3, height, width), scale, ratio)
+        replay = Replay(uniform, integers)
+        assert random_box(width, height, replay, scale, ratio) == (left, top, w, h)
+        assert not replay.uniform and not replay.drawn
+
+
+def test_train_crop_is_the_box_resized():
+    image = PHOTOS[0]
+    left, top, width, height = random_box(640, 427, np.random.default_rng(5), (0.08, 1.0), (3 / 4, 4 / 3))
+    box = (left, top, left + width, top + height)
+    crop = train_crop(image, np.random.default_rng(5), size=48, interpolation="bilinear")
+    wanted = Image.fromarray(image).resize((48, 48), Image.Resampling.BILINEAR, box=box)
+    assert np.array_equal(crop, np.asarray(wanted))
+    # torchvision crops first: the same but for the pixels at the edge.
+    cropped = np.asarray(Image.fromarray(image).crop(box).resize((48, 48), Image.Resampling.BILINEAR), np.int32)
+    assert np.array_equal(crop[4:-4, 4:-4], cropped[4:-4, 4:-4])
+
+
+def test_random_interpolation_draws_bilinear_and_bicubic_alike():
+    image, whole = noise(40, 40), {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    fixed = {
+        name: train_crop(image, np.random.default_rng(0), size=16, interpolation=name, **whole)
+        for name in ("bilinear", "bicubic")
+    }
+    drawn = [train_crop(image, np.random.default_rng(i), size=16, **whole) for i in range(200)]
+    counts = [sum(np.array_equal(crop, wanted) for crop in drawn) for wanted in fixed.values()]
+    assert sum(counts) == 200 and min(counts) > 60
+
+
+@pytest.mark.parametrize("size", [24, 50, 107, 213, 214, 300])
+def test_draft_never_decodes_fewer_pixels_than_the_output(size, monkeypatch):
+    file = save(Image.fromarray(PHOTOS[1]), "JPEG", quality=95)
+    resized = []
+    resize = Image.Image.resize
+
+    def spy(self, size, resample, box):
+        resized.append((self.width, box))
+        return resize(self, size, resample, box)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    shrinks = []
+    for seed in range(40):
+        train_crop(file, np.random.default_rng(seed), size=size)
+        train_crop(file, np.random.default_rng(seed), size=size, draft=False)
+        (width, box), (full, wanted) = resized[-2:]
+        shrink = round(full / width)
+        shrinks.append(shrink)
+        assert full == 640 and box == tuple(value / shrink for value in wanted)
+        if shrink > 1:
+            assert min(box[2] - box[0], box[3] - box[1]) >= size
+        assert shrink == 8 or min(wanted[2] - wanted[0], wanted[3] - wanted[1]) < 2 * shrink * size
+    assert (max(shrinks) > 1) == (size <= 213)
+
+
+def test_draft_changes_little():
+    file = save(Image.fromarray(PHOTOS[0]), "JPEG", quality=95)
+    for seed in range(10):
+        fast, full = (
+            train_crop(file, np.random.default_rng(seed), size=32, interpolation="bilinear", draft=draft).astype(int)
+            for draft in (True, False)
+        )
+        assert np.abs(fast - full).mean() < 3
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte():
+    values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    wanted = [0, 0, 1, 128, 255]
+    pgm = b"P5 5 1 65535\n" + values.astype(">u2").tobytes()
+    for file in (save(Image.fromarray(values), "PNG"), save(Image.fromarray(values), "TIFF"), pgm):
+        rgb = decode(file)
+        assert rgb.mode == "RGB" and np.asarray(rgb)[0].tolist() == [[value] * 3 for value in wanted]
+
+
+def test_palette_cmyk_transparent_and_grey_files_become_what_pil_makes_of_them():
+    photo = Image.fromarray(PHOTOS[0]).resize((60, 40))
+    palette = photo.quantize(32)
+    rgba = photo.copy()
+    rgba.putalpha(Image.fromarray(noise(40, 60, 1)[..., 0]))
+    for file, wanted in [
+        (save(palette, "PNG"), palette.convert("RGB")),
+        (save(palette, "PNG", transparency=bytes(range(32))), palette.convert("RGB")),
+        (save(rgba, "PNG"), photo),
+        (save(photo.convert("L"), "PNG"), photo.convert("L").convert("RGB")),
+        (save(photo.convert("LA"), "PNG"), photo.convert("LA").convert("RGB")),
+        (save(photo.convert("1"), "PNG"), photo.convert("1").convert("RGB")),
+    ]:
+        assert np.array_equal(np.asarray(decode(file)), np.asarray(wanted))
+    cmyk = save(photo.convert("CMYK"), "JPEG", quality=95)
+    assert np.array_equal(np.asarray(decode(cmyk)), np.asarray(Image.open(io.BytesIO(cmyk)).convert("RGB")))
+    assert np.abs(np.asarray(decode(cmyk), int) - np.asarray(photo, int)).mean() < 6
+
+
+def test_exif_orientation_is_not_applied_as_in_timm():
+    photo = Image.fromarray(PHOTOS[0]).resize((60, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(save(photo, "JPEG", exif=exif)).size == (60, 40)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation_counts(format):
+    frames = [Image.new("RGB", (9, 7), color) for color in ("red", "blue")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    file = save(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert np.asarray(decode(file)).reshape(-1, 3).tolist() == [[255, 0, 0]] * 63
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (2, 3)])
+def test_tiny_and_thin_images_have_crops(shape):
+    for image in (noise(*shape), save(Image.fromarray(noise(*shape)), "JPEG")):
+        assert train_crop(image, np.random.default_rng(0), size=8).shape == (8, 8, 3)
+        for mode in ("center", "squash", "border"):
+            crop = eval_crop(image, size=8, crop_pct=0.9, mode=mode, interpolation="bicubic", mean=MEAN)
+            assert crop.shape == (8, 8, 3) and crop.dtype == np.uint8
+
+
+def test_grey_arrays_are_taken():
+    grey = noise(5, 6, 1)
+    for image in (grey, grey[..., 0], np.repeat(grey, 3, axis=-1)):
+        assert np.array_equal(np.asarray(decode(image)), np.repeat(grey, 3, axis=-1))
+
+
+def test_what_is_broken_raises_oserror():
+    whole = save(Image.fromarray(PHOTOS[0]), "JPEG")
+    png = save(Image.fromarray(noise(30, 30)), "PNG")
+    rotten = png[:60] + bytes(40) + png[100:]
+    for file in (b"", b"not an image", whole[: len(whole) // 2], png[: len(png) // 2], rotten):
+        with pytest.raises(OSError):
+            decode(file)
+        with pytest.raises(OSError):
+            train_crop(file, np.random.default_rng(0), size=16)
+        with pytest.raises(OSError):
+            eval_crop(file, size=16, crop_pct=1.0, mode="center", interpolation="bilinear", mean=MEAN)
+    with pytest.raises(OSError):
+        decode(np.zeros((2, 3, 4, 5), np.uint8))
+
+
+def test_check_images_counts_the_broken_and_names_the_first(tmp_path):
+    whole = save(Image.fromarray(PHOTOS[0]), "JPEG")
+    folder = tmp_path / "train" / "flower"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        (folder / f"{i:02}.jpg").write_bytes(whole)
+    source = FolderSource(tmp_path, "train")
+    check_images(source, 100)
+    for i in (0, 3, 7, 12, 19):
+        (folder / f"{i:02}.jpg").write_bytes(whole[: -len(whole) // 3])
+    with pytest.raises(UserError) as caught:
+        check_images(source, 100)
+    text = str(caught.value)
+    assert text.startswith("5 of the 20 images") and "--config.data.check=0" in text
+    assert all(str(folder / f"{i:02}.jpg") in text for i in (0, 3, 7)) and "12.jpg" not in text
+    with pytest.raises(UserError, match="2 of the 2 images"):  # the first and the last
+        check_images(source, 2)
+
+
+def test_an_unknown_interpolation_names_the_nearest():
+    check_filter("random", "x", extra=("random",))
+    for name in FILTERS:
+        check_filter(name, "x")
+    with pytest.raises(UserError, match=r"'bicubik' \(--config.x\): did you mean 'bicubic'"):
+        check_filter("bicubik", "--config.x")
