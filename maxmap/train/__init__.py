@@ -1,1 +1,5 @@
-"""Training: the numerics of a step and the loop around it."""
+"""Training: losses, optimizers, schedules, the step and the loop."""
+
+from maxmap.train.loop import run
+
+__all__ = ["run"]

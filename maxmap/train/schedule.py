@@ -118,7 +118,7 @@ def make_schedule(
 
     warmup = ticks("warmup_epochs", warmup_epochs)
     span = ticks("epochs", epochs)
-    decay = ticks("decay_epochs", decay_epochs) if name == "wsd" else span
+    decay = span if decay_epochs is None else ticks("decay_epochs", decay_epochs)
     if warmup > span and not warmup_prefix:
         raise UserError(f"schedule.warmup_epochs is {warmup_epochs!r}: it must fit into the {epochs} epochs.")
     if name == "wsd" and not 1 <= decay <= (span if warmup_prefix else span - warmup):

@@ -1,0 +1,18 @@
+"""maxmap: hybrid vision models with multi-branch pooling heads in JAX and Flax."""
+
+from maxmap.convert.torch import from_torch, to_torch
+from maxmap.errors import UserError
+from maxmap.models import Classifier, average, create_model, list_models
+from maxmap.predict import load, predict
+
+__all__ = [
+    "Classifier",
+    "UserError",
+    "average",
+    "create_model",
+    "from_torch",
+    "list_models",
+    "load",
+    "predict",
+    "to_torch",
+]

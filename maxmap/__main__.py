@@ -1,0 +1,116 @@
+"""The commands beside training: python -m maxmap list | predict | samples."""
+
+import argparse
+import csv
+import runpy
+import sys
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from maxmap.data.pipeline import open_data
+from maxmap.errors import UserError, call, nearest
+from maxmap.evaluate import count_parameters, multiply_adds
+from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
+from maxmap.predict import predict
+
+PARITY = resources.files("maxmap") / "parity.csv"  # what `make parity` measured
+
+
+def list_command(pattern: str, family: str | None, head: str | None) -> None:
+    """Prints the models that match, one after another: each takes about a second to trace, and none is computed."""
+    family_of = {backbone: name for name, variants in FAMILIES.items() for backbone in variants}
+    rows = [(name, family_of[MODELS[name].backbone], MODELS[name].head["name"]) for name in list_models(pattern)]
+    if not rows:
+        raise UserError(f"no model matches '{pattern}'; the nearest names are {nearest(pattern, list_models())}.")
+    rows = [row for row in rows if family in (None, row[1]) and head in (None, row[2])]
+    if not rows:
+        raise UserError(f"no model that matches '{pattern}' has family {family or '*'} and head {head or '*'}.")
+    with PARITY.open(encoding="utf-8") as file:
+        proven = {row["name"]: row["against"] for row in csv.DictReader(file) if row["ok"] == "yes"}
+    longest = max(len(name) for name, _, _ in rows)
+    print(f"{'model':{longest}}  {'family':10}  {'head':8}  {'parameters':>13}  {'GMACs':>7}  {'image':>7}  parity")
+    for name, its_family, its_head in rows:
+        model = create_model(name)
+        size = model.backbone.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+        run, (_, variables) = jax.make_jaxpr(model.init_with_output, return_shape=True)(jax.random.key(0), images)
+        print(
+            f"{name:{longest}}  {its_family:10}  {its_head:8}  {count_parameters(variables['params']):13,}  "
+            f"{multiply_adds(run) / 1e9:7.2f}  {f'{height}x{width}':>7}  {proven.get(name, '-')}",
+            flush=True,
+        )
+
+
+def predict_command(workdir: Path, images: list[Path], top: int) -> None:
+    """Prints the likeliest classes of every image."""
+    for path, classes in zip(images, predict(workdir, images, top=top), strict=True):
+        named = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in classes)
+        print(f"{path}: {named}")
+
+
+def samples_command(config: str, folder: Path, count: int) -> None:
+    """Writes evaluation images of a config's data as PNG files, spread over the split, named by number and class."""
+    data = call(open_data, "data", _load_config(config)["data"])
+    if data.val is None:
+        raise UserError(f"{config} has no evaluation split: set data.val_split in it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in np.linspace(0, len(data.val) - 1, min(count, len(data.val))).astype(int):
+        image, label = data.val[int(index)]
+        path = folder / f"{index:05}_{data.classes[label]}.png"
+        if isinstance(image, bytes):
+            path = path.with_suffix(Path(data.val.name(int(index))).suffix or ".jpg")
+            path.write_bytes(image)
+        else:
+            Image.fromarray(image).save(path)
+        print(path)
+
+
+def _load_config(path: str) -> dict:
+    file, *argument = path.split(":", 1)
+    if not Path(file).is_file():
+        raise UserError(f"there is no config file {file}: the ones that come with maxmap are in configs/.")
+    return runpy.run_path(file)["get_config"](*argument).to_dict()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns 2, after one sentence, for a mistake of the user's."""
+    parser = argparse.ArgumentParser(prog="python -m maxmap", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="models: parameters, multiply-adds of one image, image size, parity")
+    command.add_argument("pattern", nargs="?", default="*", help="shell pattern, for example 'map_*'")
+    command.add_argument("--family", choices=FAMILIES, help="only this family of backbones")
+    command.add_argument("--head", choices=HEADS, help="only this head")
+    command.set_defaults(run=list_command)
+
+    command = commands.add_parser("predict", help="name what images show, with the preprocessing of the checkpoint")
+    command.add_argument("workdir", type=Path, help="folder of a run")
+    command.add_argument("images", type=Path, nargs="+", help="image files")
+    command.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
+    command.set_defaults(run=predict_command)
+
+    command = commands.add_parser("samples", help="write some evaluation images of a config's data as files")
+    command.add_argument("config", help="config file")
+    command.add_argument("folder", type=Path, help="where to")
+    command.add_argument("--count", type=int, default=6, help="images (default: 6)")
+    command.set_defaults(run=samples_command)
+
+    arguments = vars(parser.parse_args(argv))
+    logging.set_verbosity(logging.ERROR)
+    try:
+        arguments.pop("run")(**arguments)
+    except UserError as error:
+        print(f"maxmap: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

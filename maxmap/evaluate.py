@@ -1,0 +1,259 @@
+"""Exact evaluation: every image of the split counts once, whatever the batch size and the number of devices."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.errors import FlaxError
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from maxmap import checkpoint
+from maxmap.data.augment import normalize
+from maxmap.data.pipeline import Data, open_data
+from maxmap.errors import UserError, call, nearest
+from maxmap.layers import wide
+from maxmap.models import Classifier, average, create_model
+from maxmap.sharding import make_mesh, replicated, split_batch, to_devices
+
+Array = jax.Array
+EvalStep = Callable[[Any, Mapping[str, Array]], dict[str, Array]]
+
+KEYS = (
+    *("seed", "epochs", "steps", "batch_size", "accumulate", "dtype", "ema_decay", "init_from"),
+    *("mesh", "model", "data", "augment", "mix", "erase", "optim", "schedule", "loss", "evaluate", "checkpoint", "log"),
+)
+DTYPES = ("float32", "bfloat16")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises UserError unless a config has exactly the keys that there are, and a type that models compute in."""
+    for key in config:
+        if key not in KEYS:
+            raise UserError(f"the config has no key '{key}'; the nearest are {nearest(key, KEYS)}.")
+    for key in KEYS:
+        if key not in config:
+            raise UserError(f"the config lacks the key '{key}': see configs/quickstart.py for one that has them all.")
+    if config["dtype"] not in DTYPES:
+        raise UserError(f"config.dtype is {config['dtype']!r}: give one of {', '.join(DTYPES)}.")
+
+
+def settings(*, batch_size: int, every_epochs: int) -> tuple[int, int]:
+    """Returns the section `evaluate`, looked through.
+
+    Args:
+      batch_size: images at a time, over all devices.
+      every_epochs: epochs between two evaluations of a training run.
+    """
+    for key, value in {"batch_size": batch_size, "every_epochs": every_epochs}.items():
+        if value < 1:
+            raise UserError(f"config.evaluate.{key} is {value}: give 1 or more.")
+    return batch_size, every_epochs
+
+
+def model_kwargs(config: Mapping[str, Any], classes: int) -> dict[str, Any]:
+    """Returns the arguments of `create_model` in a config: what is None is left out, classes are counted in the data.
+
+    Raises:
+      UserError: `num_classes` is given and differs from the number of classes in the data.
+    """
+    kwargs = {key: value for key, value in config["model"].items() if value is not None}
+    given = kwargs.setdefault("num_classes", classes)
+    if given != classes:
+        raise UserError(
+            f"config.model.num_classes is {given}, but the data has {classes} classes: leave it out or give other data."
+        )
+    return kwargs
+
+
+def make_eval_step(model: nn.Module, preprocessing: Mapping[str, Any], mesh: Mesh, dtype: jnp.dtype) -> EvalStep:
+    """Builds a jitted function of variables and a batch that returns sums over the images that count.
+
+    The batch has 'image' uint8 `[B, H, W, 3]`, 'label' int32 `[B]` and 'mask' bool `[B]`. The sums are 'images',
+    'top1', 'top5' and 'loss' (cross-entropy of the averaged logits), and 'branch_top1' `[G]`.
+    """
+
+    def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
+        images = normalize(batch["image"], preprocessing["mean"], preprocessing["std"], dtype)
+        params = jax.tree.map(lambda p: p.astype(dtype), variables["params"])
+        outputs = model.apply({**variables, "params": params}, images)
+        logits, labels, mask = average(outputs), batch["label"], batch["mask"]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        rank = rank_of(labels, logits)
+        branches = jax.vmap(rank_of, (None, 0))(labels, wide(outputs["logits"])) <= 1
+        return {
+            "images": jnp.sum(mask),
+            "top1": jnp.sum(mask & (rank <= 1)),
+            "top5": jnp.sum(mask & (rank <= 5)),
+            "loss": jnp.sum(jnp.where(mask, loss, 0)),
+            "branch_top1": jnp.sum(mask[None] & branches, axis=1),
+        }
+
+    same = replicated(mesh)
+    return jax.jit(step, in_shardings=(same, split_batch(mesh)), out_shardings=same)
+
+
+def rank_of(labels: Array, logits: Array) -> Array:
+    """Returns the rank of the right class, 1 for the best, `[B]` of `[B]` and `[B, K]`.
+
+    Ties and NaN count against it, so that equal logits and a network that has diverged are no success.
+    """
+    target = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    return jnp.sum(~(logits < target), axis=1)
+
+
+def evaluate(eval_step: EvalStep, variables: Any, data: Data, batch_size: int, mesh: Mesh) -> dict[str, Any]:
+    """Evaluates variables on the whole evaluation split.
+
+    Args:
+      eval_step: of `make_eval_step`.
+      variables: on the mesh.
+      data: with an evaluation split.
+      batch_size: over all devices; rounded up to a multiple of them.
+      mesh: of the eval step.
+
+    Returns:
+      'top1', 'top5' (percent), 'branch_top1' (percent of each branch), 'loss' (mean), 'images', and 'skipped' (names of
+      files that could not be decoded, which do not count).
+    """
+    if data.val is None:
+        raise UserError("there is no evaluation data: set --config.data.val_split.")
+    devices = mesh.devices.size
+    batch_size = -(-batch_size // devices) * devices
+    totals: dict[str, Any] = {}
+    skipped = []
+    batches = data.eval_batches(batch_size, process_index=jax.process_index(), process_count=jax.process_count())
+    for batch in batches:
+        left_out = batch["skipped"]
+        if jax.process_count() > 1:
+            left_out = multihost_utils.process_allgather(left_out.astype(np.int32), tiled=True)
+        skipped += [data.val.name(int(index)) for index in left_out[left_out >= 0]]
+        sums = eval_step(variables, to_devices({key: batch[key] for key in ("image", "label", "mask")}, mesh))
+        for key, value in jax.device_get(sums).items():
+            # float64 on the host: float32 cannot count beyond 2^24 images.
+            totals[key] = totals.get(key, 0) + np.asarray(value, np.float64)
+    images = int(totals["images"])
+    if images == 0:
+        raise UserError("no image of the evaluation split could be decoded, so there is nothing to evaluate.")
+    return {
+        "top1": 100 * float(totals["top1"]) / images,
+        "top5": 100 * float(totals["top5"]) / images,
+        "branch_top1": [100 * float(correct) / images for correct in totals["branch_top1"]],
+        "loss": float(totals["loss"]) / images,
+        "images": images,
+        "skipped": skipped,
+    }
+
+
+def count_parameters(params: Any) -> int:
+    """Returns the number of values in a tree of parameters."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def multiply_adds(jaxpr: Any) -> int:
+    """Returns the multiply-adds of all matrix products and convolutions in what `jax.make_jaxpr` traced.
+
+    This is what papers call FLOPs and timm GMACs. Activations, norms, additions and pooling do not count.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        kind, parameters = equation.primitive.name, equation.params
+        shapes = [variable.aval.shape for variable in equation.invars]
+        outputs = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        if kind == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            total += outputs * math.prod(shapes[0][axis] for axis in contracted)
+        elif kind == "conv_general_dilated":
+            out_channels = shapes[1][parameters["dimension_numbers"].rhs_spec[0]]
+            total += outputs * math.prod(shapes[1]) // out_channels
+        elif kind == "custom_vjp_call":  # layers.depthwise_shifts, the only one: a convolution by shifted products
+            products = (inner for inner in parameters["call_jaxpr"].eqns if inner.primitive.name == "mul")
+            total += sum(math.prod(product.outvars[0].aval.shape) for product in products)
+        else:
+            total += sum(multiply_adds(inner) for inner in jax.tree.leaves(parameters) if hasattr(inner, "eqns"))
+    return total
+
+
+def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds to a result what it belongs to: the content of `eval.json`."""
+    about = {key: value for key, value in info["preprocessing"].items() if key not in ("mean", "std")}
+    return {
+        "model": info["model"]["name"],
+        "step": info["step"],
+        "weights": info["weights"],
+        **result,
+        "param_count": count_parameters(params),
+        **about,
+    }
+
+
+def write(result: Mapping[str, Any], workdir: str | Path) -> None:
+    """Writes `eval.json` into a folder."""
+    if jax.process_index() == 0:
+        checkpoint.write_text(Path(workdir, "eval.json"), json.dumps(result, indent=2) + "\n")
+
+
+def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run, and writes `eval.json`.
+
+    Args:
+      config: as for training.
+      workdir: of the run; where it holds no checkpoint, the one that `config.init_from` names is evaluated.
+
+    Returns:
+      The content of `eval.json`.
+
+    Raises:
+      UserError: there is no checkpoint, it holds another model, or the data is missing or of another size.
+    """
+    check_config(config)
+    batch_size, _ = call(settings, "evaluate", config["evaluate"])
+    mesh = call(make_mesh, "mesh", config["mesh"])
+    data = call(open_data, "data", config["data"])
+    kwargs = model_kwargs(config, len(data.classes))
+    own = checkpoint.read_info(workdir) is not None
+    path = workdir if own or config["init_from"] is None else config["init_from"]
+    variables, info = checkpoint.read_variables(path)
+    check_same_model(kwargs, info["model"], path)
+    model: Classifier = call(create_model, "model", kwargs)
+    check_image_size(model, variables, data.preprocessing["image_size"])
+    eval_step = make_eval_step(model, data.preprocessing, mesh, jnp.dtype(config["dtype"]))
+    variables = jax.device_put(variables, replicated(mesh))
+    result = evaluate(eval_step, variables, data, batch_size, mesh)
+    result = report(result, variables["params"], {**info, "preprocessing": data.preprocessing})
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    write(result, workdir)
+    return result
+
+
+def check_image_size(model: nn.Module, variables: Any, size: int) -> None:
+    """Raises UserError unless a model takes images of `size` pixels."""
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    try:
+        jax.eval_shape(model.apply, variables, images)
+    except (ValueError, TypeError, FlaxError) as error:
+        raise UserError(f"the model does not take the images of config.data, {size} pixels: {error}.") from None
+
+
+def check_same_model(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str | Path) -> None:
+    """Raises UserError, naming the differences, unless a checkpoint's model is the one that the config describes."""
+    # What only training sees does not change the model.
+    keys = [key for key in sorted({*wanted, *found}) if key != "drop_path"]
+    wanted, found = json.loads(json.dumps(wanted)), json.loads(json.dumps(found))
+    differences = [
+        f"{key} is {found.get(key, 'not set')} there and {wanted.get(key, 'not set')} here"
+        for key in keys
+        if wanted.get(key) != found.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f"the checkpoint in {where} holds another model ({'; '.join(differences)}): give another folder, or the "
+            "config that it was made with."
+        )

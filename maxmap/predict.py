@@ -1,0 +1,68 @@
+"""Loading a checkpoint, and naming what images show."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxmap import checkpoint
+from maxmap.data.augment import normalize
+from maxmap.data.pipeline import preprocess
+from maxmap.errors import UserError
+from maxmap.models import Classifier, average, create_model
+
+
+def load(path: str | Path) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
+    """Loads a checkpoint.
+
+    Args:
+      path: folder of a run (`--workdir`) or of a converted checkpoint.
+
+    Returns:
+      The model; its variables, the averaged ones where there are any; and the info: 'model' (name and fields),
+      'classes', 'preprocessing', 'step', 'weights'.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    variables, info = checkpoint.read_variables(path)
+    return create_model(**info["model"]), variables, info
+
+
+def predict(
+    path: str | Path, images: Sequence[str | Path], *, top: int = 5, batch_size: int = 32
+) -> list[list[tuple[str, float]]]:
+    """Classifies image files with a checkpoint and the preprocessing that it carries.
+
+    Args:
+      path: of the checkpoint, as for `load`.
+      images: paths of image files.
+      top: classes per image.
+      batch_size: images at a time.
+
+    Returns:
+      For each image its `top` classes and their probabilities, the likeliest first.
+
+    Raises:
+      UserError: there is no checkpoint, or a file is no image.
+    """
+    if top < 1:
+        raise UserError(f"{top} classes per image are none: ask for 1 or more.")
+    model, variables, info = load(path)
+    pre, classes = info["preprocessing"], info["classes"]
+
+    @jax.jit
+    def probabilities(variables: Any, batch: jax.Array) -> jax.Array:
+        outputs = model.apply(variables, normalize(batch, pre["mean"], pre["std"]))
+        return jax.nn.softmax(average(outputs), axis=-1)
+
+    results = []
+    for start in range(0, len(images), batch_size):
+        pixels = np.stack([preprocess(image, pre) for image in images[start : start + batch_size]])
+        for row in np.asarray(probabilities(variables, jnp.asarray(pixels))):
+            best = np.argsort(-row, kind="stable")[:top]
+            results.append([(classes[i], float(row[i])) for i in best])
+    return results

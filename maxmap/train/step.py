@@ -1,0 +1,108 @@
+"""One training step: a pure function of state, batch and key."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from maxmap.train.state import TrainState
+
+Array = jax.Array
+Metrics = dict[str, Array]
+Prepare = Callable[[Array, Array, Array], tuple[Array, Array]]
+Loss = Callable[[Mapping[str, Array], Array], tuple[Array, Metrics]]
+
+
+def cast(tree: Any, dtype: jnp.dtype) -> Any:
+    """Casts the floating-point leaves of a tree."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    prepare: Prepare,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    ema_decay: float | None = None,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
+    """Builds the step.
+
+    Args:
+      model: Flax module that maps images to outputs.
+      optimizer: optax transformation.
+      loss: maps outputs and targets to a scalar and its parts.
+      prepare: maps key, uint8 images `[B, H, W, C]` and labels `[B]` to float images and targets `[B, K]`.
+      dtype: that the model computes in; parameters, statistics and losses stay in float32.
+      ema_decay: share of the old average that is kept, constant; None for no averaging.
+      accumulate: micro-batches of a step, one after another, each prepared (and mixed) on its own; gradients and
+        metrics are their means, and batch norms see each one.
+
+    Returns:
+      A function of state, batch and key that returns the next state and metrics: 'loss', its parts, 'grad_norm'.
+    """
+
+    def gradients(params: Any, model_state: Any, images: Array, labels: Array, key: Array) -> tuple[Any, Any, Metrics]:
+        prepare_key, model_key = jax.random.split(key)
+        images, targets = prepare(prepare_key, images, labels)
+
+        def objective(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
+            outputs, mutated = model.apply(
+                {"params": cast(params, dtype), **model_state},
+                images.astype(dtype),
+                train=True,
+                rngs={"dropout": model_key},
+                mutable=["batch_stats"],
+            )
+            value, metrics = loss(outputs, targets)
+            return value, (mutated, metrics)
+
+        grads, (mutated, metrics) = jax.grad(objective, has_aux=True)(params)
+        return grads, {**model_state, **mutated}, metrics
+
+    def step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        images, labels = batch["image"], batch["label"]
+        if accumulate == 1:
+            grads, model_state, metrics = gradients(state.params, state.model_state, images, labels, key)
+        else:
+
+            def split(x: Array) -> Array:
+                # Every accumulate-th row, so that a micro-batch lies on all devices as the batch does.
+                return jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
+
+            def micro(carry: tuple[Any, Any], part: tuple[Array, Array, Array]) -> tuple[tuple[Any, Any], Metrics]:
+                total, model_state = carry
+                grads, model_state, metrics = gradients(state.params, model_state, part[0], part[1], part[2])
+                return (jax.tree.map(jnp.add, total, grads), model_state), metrics
+
+            parts = (split(images), split(labels), jax.random.split(key, accumulate))
+            start = (jax.tree.map(jnp.zeros_like, state.params), state.model_state)
+            (grads, model_state), metrics = jax.lax.scan(micro, start, parts)
+            grads = jax.tree.map(lambda g: g / accumulate, grads)
+            metrics = jax.tree.map(jnp.mean, metrics)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = _average(ema, {"params": params, **model_state}, ema_decay)
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, model_state, opt_state, ema), metrics
+
+    return step
+
+
+def _average(average: Any, new: Any, decay: float) -> Any:
+    """Moves the average of parameters and batch statistics; other collections are constant."""
+    moved = {
+        name: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average[name], new[name])
+        for name in ("params", "batch_stats")
+        if name in average
+    }
+    return {**average, **moved}

@@ -1,0 +1,120 @@
+"""Predictions with the model, the classes and the preprocessing that a checkpoint carries."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from maxmap import checkpoint
+from maxmap.errors import UserError
+from maxmap.predict import load, predict
+from tests.tiny import CLASSES, assert_equal, copied, create_tiny, rooms, write_image
+
+PREPROCESSING = {
+    "image_size": 8,
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+    "interpolation": "bicubic",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch):
+    for room in rooms():
+        monkeypatch.setattr(room, "create_model", create_tiny)
+
+
+@pytest.fixture(scope="module")
+def variables() -> dict:
+    variables = create_tiny("tiny", num_classes=3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    # Far from uniform, so that another input is another answer.
+    return copied({**variables, "params": jax.tree.map(lambda x: 3 * x + 0.1, variables["params"])})
+
+
+def save(workdir: Path, variables: dict, **changes) -> Path:
+    checkpoints = checkpoint.Checkpoints(workdir)
+    info = {
+        "model": {"name": "tiny", "num_classes": 3},
+        "classes": list(CLASSES),
+        "preprocessing": {**PREPROCESSING, **changes},
+    }
+    checkpoints.save(1, {"variables": variables}, info)
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, variables) -> Path:
+    return save(tmp_path_factory.mktemp("run"), variables)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> list[Path]:
+    """Five files; one of another size, one grey."""
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(paths):
+        write_image(path, i, i % 3, size=20 if i == 3 else 8)
+    Image.open(paths[4]).convert("L").save(paths[4])
+    return paths
+
+
+def test_load_returns_model_variables_and_info(workdir, variables):
+    model, loaded, info = load(workdir)
+    assert model == create_tiny("tiny", num_classes=3)
+    assert_equal(loaded, variables)
+    assert (info["classes"], info["step"], info["weights"]) == (list(CLASSES), 1, "raw")
+    assert info["preprocessing"] == json.loads(json.dumps(PREPROCESSING))
+
+
+def test_probabilities_are_those_of_the_model(workdir, images, variables):
+    results = predict(workdir, images, top=3, batch_size=2)  # the last batch is not full
+    assert len(results) == 5
+    for path, result in zip(images[:3], results[:3], strict=True):
+        pixels = (np.asarray(Image.open(path), np.float32) / 255 - 0.5) / 0.25
+        logits = create_tiny("tiny", num_classes=3).apply(variables, jnp.asarray(pixels)[None])["logits"]
+        wanted = np.asarray(jax.nn.softmax(jnp.mean(logits, axis=0)))[0]
+        assert [name for name, _ in result] == [CLASSES[k] for k in np.argsort(-wanted)]
+        np.testing.assert_allclose([p for _, p in result], np.sort(wanted)[::-1], rtol=1e-4)
+    for result in results:
+        assert sum(probability for _, probability in result) == pytest.approx(1, abs=1e-5)
+    assert results[0] != results[1]
+
+
+def test_top_classes_are_sorted(workdir, images):
+    for top, names in ((1, 1), (2, 2), (5, 3)):
+        (result,) = predict(workdir, images[:1], top=top)
+        probabilities = [probability for _, probability in result]
+        assert len(result) == len({name for name, _ in result}) == names
+        assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) <= 1 + 1e-5
+    with pytest.raises(UserError, match="0 classes"):
+        predict(workdir, images, top=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mean": [0.1, 0.5, 0.5]}, {"std": [0.5, 0.25, 0.25]}, {"crop_pct": 0.5}, {"interpolation": "nearest"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_preprocessing_is_that_of_the_checkpoint(tmp_path, workdir, images, variables, change):
+    other = save(tmp_path, variables, **change)
+    one, two = (predict(path, images[3:4], top=3)[0] for path in (workdir, other))
+    assert max(abs(dict(one)[name] - dict(two)[name]) for name in CLASSES) > 1e-3
+
+
+def test_bad_input_is_one_sentence(tmp_path, workdir, images):
+    text, cut = tmp_path / "text.png", tmp_path / "cut.png"
+    text.write_text("not an image")
+    cut.write_bytes(images[3].read_bytes()[:100])
+    for path in (tmp_path / "missing.png", text, cut, tmp_path):
+        with pytest.raises(UserError, match=r"cannot read .*: give the path of an image file that is whole") as error:
+            predict(workdir, [images[0], path])
+        assert str(path) in str(error.value)
+    with pytest.raises(UserError, match=r"no checkpoint in .*nothing"):
+        predict(tmp_path / "nothing", images)

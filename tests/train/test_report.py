@@ -1,0 +1,178 @@
+"""What a run tells: the lines of metrics.jsonl, the terminal, TensorBoard and the picture."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maxmap.train import report as module
+from maxmap.train.report import Report, draw_curves
+
+RESULT = {"top1": 50.0, "top5": 75.0, "loss": 1.5, "images": 4, "skipped": [], "branch_top1": [50.0, 25.0]}
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module.time, "perf_counter", clock)
+    return clock
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics(loss: float = 2.0) -> dict:
+    return {"loss": loss, "learning_rate": 0.1}
+
+
+def test_speed_leaves_out_evaluations_and_says_what_waiting_took(clock, tmp_path, capfd):
+    report = Report(tmp_path, step=10, total_steps=30, batch_size=32)
+    clock.now += 3  # ten steps in 8 seconds, with an evaluation of 5 between them
+    report.waited(1.5)
+    clock.now += 5
+    report.left_out(5)
+    clock.now += 5
+    report.waited(0.5)
+    report.train(20, 2.0, metrics())
+    report.close()
+    (row,) = rows(tmp_path)
+    assert row == {
+        "kind": "train",
+        "step": 20,
+        "epoch": 2.0,
+        "loss": 2.0,
+        "learning_rate": 0.1,
+        "images_per_second": 10 * 32 / 8,
+        "waiting_for_data": 2 / 8,
+    }
+    line = capfd.readouterr().err
+    assert "step 20/30, epoch 2.00, loss 2.0000, 40 images/s, 0:00:08 left, 25 % waiting for data" in line
+
+
+def test_the_clock_starts_anew_with_every_line(clock, tmp_path):
+    report = Report(tmp_path, step=0, total_steps=30, batch_size=8)
+    for step, seconds in ((1, 20.0), (5, 2.0)):
+        clock.now += seconds
+        report.train(step, 0.0, metrics())
+    report.close()
+    assert [row["images_per_second"] for row in rows(tmp_path)] == [8 / 20, 4 * 8 / 2]
+    assert [row["waiting_for_data"] for row in rows(tmp_path)] == [0.0, 0.0]
+
+
+def test_going_on_drops_what_is_done_again_and_a_line_that_was_cut_off(tmp_path):
+    report = Report(tmp_path, step=0, total_steps=9, batch_size=8)
+    for step in (1, 2, 3):
+        report.train(step, step / 3, metrics(step))
+    report.evaluation(3, 1.0, RESULT)
+    report.train(4, 4 / 3, metrics(4))
+    report.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 2, "lo')
+    report = Report(tmp_path, step=3, total_steps=9, batch_size=8)
+    report.evaluation(3, 1.0, RESULT)  # of a run that has nothing left to train: it is there already
+    report.train(4, 4 / 3, metrics(5))
+    report.close()
+    assert [(row["kind"], row["step"], row["loss"]) for row in rows(tmp_path)] == [
+        ("train", 1, 1),
+        ("train", 2, 2),
+        ("train", 3, 3),
+        ("eval", 3, 1.5),
+        ("train", 4, 5),
+    ]
+
+
+def test_a_new_run_starts_with_an_empty_log(tmp_path):
+    # Metrics without a checkpoint: the run died before its first one.
+    for loss in (1.0, 2.0):
+        report = Report(tmp_path, step=0, total_steps=9, batch_size=8)
+        report.train(1, 0.1, metrics(loss))
+        report.close()
+    assert [row["loss"] for row in rows(tmp_path)] == [2.0]
+
+
+def test_evaluations_go_to_the_log_with_their_numbers_only(tmp_path, capfd):
+    report = Report(tmp_path, step=0, total_steps=9, batch_size=8)
+    report.evaluation(3, 1.0, RESULT)
+    report.close()
+    (row,) = rows(tmp_path)
+    assert row == {"kind": "eval", "step": 3, "epoch": 1.0, "top1": 50.0, "top5": 75.0, "loss": 1.5, "images": 4}
+    assert "epoch 1: top-1 50.00 %, top-5 75.00 %, loss 1.5000 (4 images)" in capfd.readouterr().err
+
+
+def test_a_run_that_waits_for_data_says_so_once(clock, tmp_path, capfd):
+    report = Report(tmp_path, step=0, total_steps=900, batch_size=8)
+    for step in (50, 150, 250):
+        clock.now += 10
+        report.waited(2)
+        report.train(step, 0.0, metrics())
+    report.close()
+    log = capfd.readouterr().err
+    assert log.count("input-bound: the step waits for data 20 % of the time") == 1
+    assert log.index("step 150/900") < log.index("input-bound")
+
+
+def test_a_terminal_gets_a_progress_bar(clock, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(module.sys, "stderr", Terminal())
+    report = Report(tmp_path, step=2, total_steps=4, batch_size=10)
+    clock.now += 1
+    report.advanced()
+    report.train(3, 1.5, metrics())
+    report.tell("something happened")
+    report.close()
+    text = module.sys.stderr.getvalue()
+    assert "3/4" in text and "loss 2.0000, 10 images/s, 0 % waiting for data" in text
+    assert "something happened\n" in text and "step 3/4" not in text
+
+
+def test_tensorboard_has_the_same_values(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    report = Report(tmp_path, step=0, total_steps=9, batch_size=8)
+    report.train(2, 0.5, metrics(2.5))
+    report.evaluation(3, 1.0, RESULT)
+    report.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, values = path.read_bytes(), {}
+    while data:  # a record: length, its checksum, the event, its checksum
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        data = data[16 + length :]
+    assert values[("train/loss", 2)] == 2.5 and values[("train/learning_rate", 2)] == pytest.approx(0.1)
+    assert values[("eval/top1", 3)] == 50.0 and ("eval/branch_top1", 3) not in values
+
+
+def test_curves_are_drawn_from_the_log(tmp_path):
+    def draw(values):
+        lines = [{"kind": "train", "step": i, "epoch": i / 4, **metrics(value)} for i, value in enumerate(values)]
+        lines.append({"kind": "eval", "step": 4, "epoch": 1.0, "top1": 20.0, "top5": 60.0, "loss": 1.0})
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+        return np.asarray(Image.open(tmp_path / "curves.png").convert("L"), int)
+
+    falling, rising = draw([4, 3, 2, 1]), draw([1, 2, 3, 4])
+    assert falling.shape == rising.shape and falling.shape[1] > 2 * falling.shape[0]  # three plots side by side
+    left, right = np.split(falling != rising, [falling.shape[1] // 3], axis=1)
+    assert left.any() and not right.any()  # only the losses differ
+
+
+def test_curves_of_a_run_that_did_nothing_yet(tmp_path):
+    Report(tmp_path, step=0, total_steps=9, batch_size=8).close()
+    assert (tmp_path / "curves.png").is_file()
