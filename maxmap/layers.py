@@ -6,12 +6,14 @@ wider, so that one precision policy outside of the model is enough.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax import lax
 
 Array = jax.Array
@@ -21,6 +23,7 @@ Padding = int | str
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
     "silu": nn.silu,
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
@@ -58,6 +61,23 @@ def torch_bias(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+# How a head is initialised: fields of its `Conv` and `Linear` layers by scheme. "he" leaves the convolutions' biases to
+# PyTorch's default, as the reference does.
+TRUNC_NORMAL: dict[str, Initializer] = {"kernel_init": trunc_normal_02, "bias_init": nn.initializers.zeros}
+CONV_INITS: dict[str, dict[str, Initializer]] = {
+    "torch": {},
+    "trunc_normal": TRUNC_NORMAL,
+    "trunc_normal_linear": {},
+    "he": {"kernel_init": he_fan_out()},
+}
+LINEAR_INITS: dict[str, dict[str, Initializer]] = {
+    "torch": {},
+    "trunc_normal": TRUNC_NORMAL,
+    "trunc_normal_linear": TRUNC_NORMAL,
+    "he": TRUNC_NORMAL,
+}
+
+
 def wide(x: Array) -> Array:
     """Casts to float32, or leaves float64: the island in which statistics, softmax and Gram products are computed."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -66,6 +86,11 @@ def wide(x: Array) -> Array:
 def softmax(logits: Array) -> Array:
     """Softmax over the last axis, computed in float32 or wider, returned in the type of `logits`."""
     return nn.softmax(wide(logits), axis=-1).astype(logits.dtype)
+
+
+def linear(x: Array, kernel: Array) -> Array:
+    """Matrix product of the last axis; on two axes, because XLA's CPU backend is twice as fast on those as on more."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _explicit_padding(padding: Padding, size: Sequence[int], kernel_size: int, stride: int) -> list[tuple[int, int]]:
@@ -87,7 +112,8 @@ def _shift_sum(x: Array, kernel: Array, stride: int) -> Array:
     kh, kw, _ = kernel.shape
     size = ((x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1)
     taps = [(i, j) for i in range(kh) for j in range(kw)]
-    return sum(_shifted(x, i, j, stride, size) * kernel[i, j][None, None, None] for i, j in taps)
+    products = (_shifted(x, i, j, stride, size) * kernel[i, j][None, None, None] for i, j in taps)
+    return functools.reduce(jnp.add, products)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -152,7 +178,7 @@ def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, 
     if (kh, kw) == (1, 1) and padding in (0, "same") and implementation("pointwise") == "matmul":
         x = x[:, ::stride, ::stride]
         if groups == 1:
-            return x @ kernel[0, 0]
+            return linear(x, kernel[0, 0])
         x = rearrange(x, "b h w (g i) -> b h w g i", g=groups)
         y = jnp.einsum("bhwgi,igo->bhwgo", x, rearrange(kernel[0, 0], "i (g o) -> i g o", g=groups))
         return rearrange(y, "b h w g o -> b h w (g o)")
@@ -231,7 +257,7 @@ class Linear(nn.Module):
         if self.bias:
             bias = self.param("bias", self.bias_init or torch_bias(x.shape[-1]), (self.channels,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
-        y = x @ kernel
+        y = linear(x, kernel)
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -245,17 +271,19 @@ class BatchNorm(nn.Module):
     Attributes:
       epsilon: added to the variance.
       momentum: share of the old running statistics that is kept (PyTorch's 0.1 is 0.9 here).
+      scale_init: of the scale; zeros make a residual branch start as nothing.
     """
 
     epsilon: float = 1e-5
     momentum: float = 0.9
+    scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         channels = x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, (channels,))
+        scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         expand = (1,) * (x.ndim - 1) + (-1,)
         if train:
@@ -275,7 +303,7 @@ class BatchNorm(nn.Module):
         return (wide(x) * multiplier.reshape(expand) + shift.reshape(expand)).astype(x.dtype)
 
 
-def LayerNorm(epsilon: float = 1e-6, *, use_bias: bool = True, name: str | None = None) -> nn.LayerNorm:  # noqa: N802
+def LayerNorm(epsilon: float = 1e-6, *, use_bias: bool = True, name: str | None = None) -> nn.LayerNorm:
     """LayerNorm over the last axis; the variance in two passes, because the one-pass form cancels in float32."""
     return nn.LayerNorm(epsilon=epsilon, use_bias=use_bias, use_fast_variance=False, name=name)
 
@@ -294,9 +322,121 @@ class DropPath(nn.Module):
         return nn.Dropout(self.rate, broadcast_dims=tuple(range(1, x.ndim)))(x, deterministic=not train)
 
 
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Rates that rise linearly from 0 at the first of `depth` blocks to `rate` at the last."""
-    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+def drop_path_rates(rate: float, depth: int, *, endpoint: bool = True) -> list[float]:
+    """Rates that rise linearly from 0 at the first of `depth` blocks to `rate` at the last, or one step short of it."""
+    return [rate * i / (max(depth - 1, 1) if endpoint else depth) for i in range(depth)]
+
+
+class Mlp(nn.Module):
+    """Two linear maps of the last axis with an activation between.
+
+    Attributes:
+      hidden: channels in between.
+      channels: output channels.
+      activation: in between.
+      inits: 'kernel_init' and 'bias_init' of both maps; PyTorch's defaults for what is not given.
+      layer: `Linear`, or `Conv` where the reference keeps 4-d weights.
+      hidden_dropout, dropout: after the activation, and at the end.
+    """
+
+    hidden: int
+    channels: int
+    activation: str = "gelu"
+    inits: Mapping[str, Initializer] = FrozenDict()
+    layer: Callable[..., nn.Module] = Linear
+    hidden_dropout: float = 0.0
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        x = ACTIVATIONS[self.activation](self.layer(self.hidden, name="fc1", **self.inits)(x))
+        x = nn.Dropout(self.hidden_dropout)(x, deterministic=not train)
+        x = self.layer(self.channels, name="fc2", **self.inits)(x)
+        return nn.Dropout(self.dropout)(x, deterministic=not train)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of tokens over each other; the fused projection's output is ordered (qkv, heads, head_dim).
+
+    Attributes:
+      heads: of the attention; they divide the channels.
+      inits: 'kernel_init' and 'bias_init' of both projections; PyTorch's defaults for what is not given.
+      position_bias: makes the submodule, its name included, that returns a bias `[heads, N, N]` of the logits.
+      attn_drop, proj_drop: dropout of the attention probabilities and of the output.
+    """
+
+    heads: int
+    inits: Mapping[str, Initializer] = FrozenDict()
+    position_bias: Callable[[], nn.Module] | None = None
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Maps tokens `[B, N, C]` to `[B, N, C]`."""
+        channels = x.shape[-1]
+        qkv = Linear(3 * channels, name="qkv", **self.inits)(x)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k)
+        if self.position_bias is not None:
+            logits = logits + self.position_bias()()[None].astype(logits.dtype)
+        probabilities = nn.Dropout(self.attn_drop)(softmax(logits), deterministic=not train)
+        x = rearrange(jnp.einsum("bhqk,bhkd->bhqd", probabilities, v), "b h n d -> b n (h d)")
+        x = Linear(channels, name="proj", **self.inits)(x)
+        return nn.Dropout(self.proj_drop)(x, deterministic=not train)
+
+
+class ViTBlock(nn.Module):
+    """Self-attention and an MLP, each behind a LayerNorm and with a residual (Dosovitskiy et al. 2021).
+
+    Attributes:
+      heads: of the attention.
+      mlp_ratio: hidden width of the MLP relative to the channels.
+      drop_path: rate of dropping each residual branch.
+      inits: 'kernel_init' and 'bias_init' of all linear maps; PyTorch's defaults for what is not given.
+      attn_drop, proj_drop: dropout of the attention probabilities; of the attention's output and in the MLP.
+    """
+
+    heads: int
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0
+    inits: Mapping[str, Initializer] = FrozenDict()
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Maps tokens `[B, N, C]` to `[B, N, C]`."""
+        channels = x.shape[-1]
+        attention = SelfAttention(
+            self.heads, self.inits, attn_drop=self.attn_drop, proj_drop=self.proj_drop, name="attn"
+        )
+        mlp = Mlp(
+            int(self.mlp_ratio * channels),
+            channels,
+            inits=self.inits,
+            hidden_dropout=self.proj_drop,
+            dropout=self.proj_drop,
+            name="mlp",
+        )
+        y = attention(LayerNorm(1e-6, name="norm1")(x), train=train)
+        x = x + DropPath(self.drop_path)(y, train=train)
+        y = mlp(LayerNorm(1e-6, name="norm2")(x), train=train)
+        return x + DropPath(self.drop_path)(y, train=train)
+
+
+def relative_index(window: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets query - key of all pairs of positions of a window, shifted to start at zero.
+
+    Args:
+      window: height and width.
+
+    Returns:
+      Vertical and horizontal offsets, both `[N, N]` (query, key), N = height * width in row-major order.
+    """
+    h, w = window
+    y, x = np.divmod(np.arange(h * w), w)
+    return y[:, None] - y[None] + h - 1, x[:, None] - x[None] + w - 1
 
 
 def average_pool(x: Array, size: int, stride: int, padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0))) -> Array:
@@ -304,6 +444,181 @@ def average_pool(x: Array, size: int, stride: int, padding: Sequence[tuple[int, 
     return nn.avg_pool(x, (size, size), (stride, stride), list(padding), count_include_pad=False)
 
 
+def adaptive_average(x: Array, size: Sequence[int]) -> Array:
+    """Resizes maps `[B, H, W, C]` to `size`; output i is the mean of inputs floor(i n / m) .. ceil((i+1) n / m) - 1."""
+
+    def weights(n_in: int, n_out: int) -> np.ndarray:
+        matrix = np.zeros((n_out, n_in))
+        for i in range(n_out):
+            start, stop = i * n_in // n_out, -(-(i + 1) * n_in // n_out)
+            matrix[i, start:stop] = 1 / (stop - start)
+        return matrix
+
+    return _resample(x, size, weights)
+
+
+def bilinear(x: Array, size: Sequence[int]) -> Array:
+    """Resizes maps `[B, H, W, C]` to `size` by linear interpolation, half-pixel centres and no antialiasing."""
+
+    def weights(n_in: int, n_out: int) -> np.ndarray:
+        position = np.maximum((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0)
+        low = np.floor(position).astype(int)
+        matrix = np.zeros((n_out, n_in))
+        np.add.at(matrix, (np.arange(n_out), low), 1 - (position - low))
+        np.add.at(matrix, (np.arange(n_out), np.minimum(low + 1, n_in - 1)), position - low)
+        return matrix
+
+    return _resample(x, size, weights)
+
+
+def _resample(x: Array, size: Sequence[int], weights: Callable[[int, int], np.ndarray]) -> Array:
+    """Applies the matrices `weights(n_in, n_out)` along height and width."""
+    rows, columns = (jnp.asarray(weights(n, m), x.dtype) for n, m in zip(x.shape[1:3], size, strict=True))
+    return jnp.einsum("oh,bhwc,pw->bopc", rows, x, columns)
+
+
+def gram_values(x: Array) -> Array:
+    """Second-order statistics of maps `[B, H, W, P]`: the Gram matrix's upper triangle, L2-normalised, `[B, P(P+1)/2]`.
+
+    The triangle is read row by row and has the diagonal. Second moments cancel and span many magnitudes, so that they
+    are computed in float32 at full precision whatever the compute type.
+    """
+    z = rearrange(wide(x), "b h w p -> b (h w) p")
+    z = z / z.shape[1]
+    gram = jnp.einsum("bnp,bnq->bpq", z, z, precision=lax.Precision.HIGHEST)
+    rows, columns = np.triu_indices(x.shape[-1])
+    v = gram[:, rows, columns]
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(v), axis=-1, keepdims=True), 1e-24))
+    return (v / norm).astype(x.dtype)
+
+
 def channel_shuffle(x: Array, groups: int) -> Array:
     """Reorders channels `h'[j * C/g + i] = h[i * g + j]`, the direction of the released MAP and GA heads."""
     return rearrange(x, "... (c g) -> ... (g c)", g=groups)
+
+
+class GroupedMlp(nn.Module):
+    """Two grouped 1x1 convolutions of a map with an activation and a channel shuffle between.
+
+    Attributes:
+      groups: of both convolutions.
+      ratio: hidden width relative to the channels.
+      activation: between the convolutions.
+      dropout: after the activation.
+      inits: 'kernel_init' and 'bias_init' of both convolutions; PyTorch's defaults for what is not given.
+    """
+
+    groups: int
+    ratio: float = 4.0
+    activation: str = "gelu"
+    dropout: float = 0.0
+    inits: Mapping[str, Initializer] = FrozenDict()
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        conv = functools.partial(Conv, groups=self.groups, **self.inits)
+        hidden = ACTIVATIONS[self.activation](conv(int(self.ratio * x.shape[-1]), name="fc1")(x))
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
+        return conv(x.shape[-1], name="fc2")(channel_shuffle(hidden, self.groups))
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7 convolution, LayerNorm, MLP and layer scale on a residual branch (Liu et al. 2022).
+
+    Attributes:
+      drop_path: rate of dropping the branch.
+      init_values: initial layer scale.
+    """
+
+    drop_path: float = 0.0
+    init_values: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        channels = x.shape[-1]
+        y = Conv(channels, 7, padding=3, groups=channels, name="conv_dw", **TRUNC_NORMAL)(x)
+        y = LayerNorm(1e-6, name="norm")(y)
+        y = Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")(y, train=train)
+        gamma = self.param("gamma", nn.initializers.constant(self.init_values), (channels,))
+        y = y * gamma[None, None, None].astype(y.dtype)
+        return x + DropPath(self.drop_path)(y, train=train)
+
+
+class StripeAttention(nn.Module):
+    """Attention inside of windows, plus a depthwise convolution of the values (CSWin's LePE).
+
+    Attributes:
+      heads: of the attention.
+      window: height and width.
+    """
+
+    heads: int
+    window: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, q: Array, k: Array, v: Array) -> Array:
+        """Maps queries, keys and values, all `[B, H, W, C]`, to `[B, H, W, C]`."""
+        sizes = dict(zip(("h", "w"), self.window, strict=True))
+        rows = v.shape[1] // self.window[0]
+        columns = v.shape[2] // self.window[1]
+        # Every window is padded as an image of its own: a stripe of width 1 sees zeros on both sides.
+        local = rearrange(v, "b (i h) (j w) c -> (b i j) h w c", **sizes)
+        position = Conv(v.shape[-1], 3, padding=1, groups=v.shape[-1], name="get_v")(local)
+        q, k, v = (
+            rearrange(part, "b (i h) (j w) (n d) -> (b i j) n (h w) d", n=self.heads, **sizes) for part in (q, k, v)
+        )
+        probabilities = softmax(jnp.einsum("bnqd,bnkd->bnqk", q * q.shape[-1] ** -0.5, k))
+        out = rearrange(jnp.einsum("bnqk,bnkd->bnqd", probabilities, v), "b n (h w) d -> b h w (n d)", **sizes)
+        return rearrange(out + position, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
+
+
+class CSWinBlock(nn.Module):
+    """Attention in vertical and horizontal stripes side by side, then an MLP (Dong et al. 2022).
+
+    The first half of the channels attends in stripes of full height, the second half in stripes of full width. Where
+    the stripes cover the map there is one branch: all channels attend over the whole map.
+
+    Attributes:
+      heads: of both halves together.
+      stripe: height of the horizontal and width of the vertical stripes in pixels; None for one branch.
+      mlp_groups: 1 for linear maps, more for grouped convolutions.
+      drop_path: rate of dropping each residual branch.
+    """
+
+    heads: int
+    stripe: tuple[int, int] | None
+    mlp_groups: int = 1
+    drop_path: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        height, width, channels = x.shape[1:]
+        qkv = jnp.split(Linear(3 * channels, name="qkv", **TRUNC_NORMAL)(LayerNorm(1e-5, name="norm1")(x)), 3, axis=-1)
+        if self.stripe is None or self.stripe == (height, width):
+            y = StripeAttention(self.heads, (height, width), name="attns_0")(*qkv)
+        else:
+            windows = ((height, self.stripe[1]), (self.stripe[0], width))
+            halves = zip(*(jnp.split(part, 2, axis=-1) for part in qkv), strict=True)
+            branches = [
+                StripeAttention(self.heads // 2, window, name=f"attns_{i}")(*half)
+                for i, (window, half) in enumerate(zip(windows, halves, strict=True))
+            ]
+            y = jnp.concatenate(branches, axis=-1)
+        x = x + DropPath(self.drop_path)(Linear(channels, name="proj", **TRUNC_NORMAL)(y), train=train)
+        y = LayerNorm(1e-5, name="norm2")(x)
+        if self.mlp_groups == 1:
+            y = Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")(y, train=train)
+        else:
+            y = GroupedMlp(self.mlp_groups, name="mlp")(y, train=train)
+        return x + DropPath(self.drop_path)(y, train=train)
+
+
+def tapped(depths: Sequence[int], taps: int) -> list[int]:
+    """Numbers, from 1, of the `taps` blocks inside of a backbone's third stage whose outputs are features too."""
+    depth = depths[2] if len(depths) > 2 else 0
+    if taps and taps >= depth:
+        raise ValueError(
+            f"{taps} taps do not fit inside of a third stage of {depth} blocks; the most is {max(depth - 1, 0)}"
+        )
+    step = depth // (taps + 1)
+    return [step * (i + 1) for i in range(taps)]

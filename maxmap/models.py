@@ -10,17 +10,28 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.backbones import maxxvit
+from maxmap.backbones import convnext, cswin, fastervit, maxxvit, metaformer, mobilenet, pit, resnet, vit
 from maxmap.errors import UserError, nearest
+from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
 from maxmap.layers import wide
 
 Array = jax.Array
 
-FAMILIES = {"maxxvit": maxxvit.VARIANTS}
+FAMILIES: dict[str, Mapping[str, Any]] = {
+    "convnext": convnext.VARIANTS,
+    "cswin": cswin.VARIANTS,
+    "fastervit": fastervit.VARIANTS,
+    "maxxvit": maxxvit.VARIANTS,
+    "metaformer": metaformer.VARIANTS,
+    "mobilenet": mobilenet.VARIANTS,
+    "pit": pit.VARIANTS,
+    "resnet": resnet.VARIANTS,
+    "vit": vit.VARIANTS,
+}
 BACKBONES = {name: variant for variants in FAMILIES.values() for name, variant in variants.items()}
-HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "map": MAPHead}
+HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "map": MAPHead, "gramian": GramianHead}
 
 
 class Classifier(nn.Module):
@@ -52,7 +63,7 @@ class Classifier(nn.Module):
         return self.backbone(images, train=train)
 
     def embed(self, images: Array, *, train: bool = False) -> Array:
-        """Returns the pooled `[B, D]` in front of the last linear map."""
+        """Returns the pooled `[B, D]` in front of the classifier."""
         return self(images, train=train)["embedding"]
 
 
@@ -72,6 +83,9 @@ class _Model:
 
 # The plain classifiers that the backbones' names stand for, by family; the first pattern that matches counts.
 _CLASSIFIERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "convnext": [(r".*", {"norm": "after", "init_scheme": "trunc_normal"})],
+    "cswin": [(r".*", {"norm": "before", "epsilon": 1e-5, "init_scheme": "trunc_normal"})],
+    "fastervit": [(r".*", {"norm": "before", "norm_type": "batch", "epsilon": 1e-5, "init_scheme": "trunc_normal"})],
     "maxxvit": [
         (r"maxvit_\w+_tf_\d+|maxvit_mini_32", {"norm": "after", "epsilon": 1e-5, "hidden_ratio": 1.0}),
         (
@@ -81,6 +95,23 @@ _CLASSIFIERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         (r"coatnet_bn_0_rw_\d+", {"norm": "before", "norm_type": "batch"}),
         (r".*", {"norm": "before"}),
     ],
+    "metaformer": [
+        (
+            r"(conv|ca)former_\w+",
+            {
+                "norm": "after",
+                "hidden_ratio": 4.0,
+                "activation": "relu2",
+                "hidden_epsilon": 1e-5,
+                "init_scheme": "trunc_normal",
+            },
+        ),
+        (r".*", {"norm": "after", "init_scheme": "trunc_normal"}),
+    ],
+    "mobilenet": [(r".*", {"norm": "none"})],
+    "pit": [(r"pit_s_224", {"norm": "before"}), (r".*", {"norm": "none"})],
+    "vit": [(r".*", {"norm": "before", "init_scheme": "trunc_normal"})],
+    "resnet": [(r"resnet50_se_deep", {"norm": "none", "init_scheme": "trunc_normal"}), (r".*", {"norm": "none"})],
 }
 
 
@@ -90,6 +121,25 @@ def _plain(family: str, name: str) -> _Model:
 
 
 _ERF = {"conv": {"activation": "gelu"}, "transformer": {"activation": "gelu"}}
+
+
+# Gramian attention over taps inside of the third stage. ConvNeXt's drop path rises on into the head's blocks.
+def _ga_convnext(backbone: str, channels: int, attention_width: int, taps: int, **fields: Any) -> _Model:
+    head = {"name": "gramian", "channels": channels, "attention_width": attention_width}
+    return _Model(backbone, head, {"taps": taps, "drop_path_endpoint": False, **fields})
+
+
+def _ga_cswin(backbone: str, taps: int, aggregation_mlp_groups: int) -> _Model:
+    head = {
+        "name": "gramian",
+        "aggregation": "cswin",
+        "aggregation_mlp_groups": aggregation_mlp_groups,
+        "block": "cswin",
+        "contraction_groups": 8,
+        "mlp_groups": 2,
+        "init_scheme": "trunc_normal_linear",
+    }
+    return _Model(backbone, head, {"deep_stem": True, "taps": taps})
 
 
 MODELS: dict[str, _Model] = {
@@ -103,13 +153,76 @@ MODELS: dict[str, _Model] = {
         {
             "name": "map",
             "channels": 96,
-            "level": 2,
+            "level": 1,
             "branches": 2,
             "gram_channels": 48,
             "gram_groups": 8,
             "heads": 3,
         },
         _ERF,
+    ),
+    "map_mobilenet_v1": _Model(
+        "mobilenet_v1",
+        {
+            "name": "map",
+            "channels": 192,
+            "level": -1,
+            "branches": 1,
+            "tokens": 4,
+            "self_distill": False,
+            "gram_channels": 192,
+            "gram_groups": 32,
+            "heads": 6,
+            "interactive": True,
+            "mlp_ratio": 1.0,
+            "mlp_groups": 1,
+            "classifier": "linear",
+        },
+    ),
+    "map_pit_s": _Model(
+        "pit_s",
+        {"name": "map", "level": 2, "branches": 2, "tokens": 4, "gram_groups": 32, "attention_width": 192},
+    ),
+    "map_faster_vit_3_224": _Model(
+        "faster_vit_3_224",
+        {
+            "name": "map",
+            "branches": 5,
+            "tokens": 3,
+            "gram_groups": 32,
+            "heads": 32,
+            "interactive": True,
+            "classifier": "linear",
+            "init_scheme": "trunc_normal_linear",
+        },
+    ),
+    "map_resnet50": _Model(
+        "resnet50_se_deep",
+        {"name": "map", "tokens": 4, "gram_groups": 32, "interactive": True, "init_scheme": "he"},
+    ),
+    "map_convnext_tiny": _Model("convnext_tiny", {"name": "map", "init_scheme": "trunc_normal"}),
+    "map_convnext_small": _Model(
+        "convnext_small", {"name": "map", "tokens": 3, "gram_groups": 16, "init_scheme": "trunc_normal"}
+    ),
+    "ga_convnext_tiny_688": _ga_convnext("convnext_tiny", 688, 168, taps=2, embed_dim=(96, 192, 384, 688)),
+    "ga_convnext_tiny_768": _ga_convnext("convnext_tiny", 768, 192, taps=2),
+    "ga_convnext_small_688": _ga_convnext("convnext_small", 688, 168, taps=4, embed_dim=(96, 192, 384, 688)),
+    "ga_convnext_small_768": _ga_convnext("convnext_small", 768, 192, taps=4),
+    "ga_convnext_base_976": _ga_convnext("convnext_base", 976, 240, taps=4, embed_dim=(128, 256, 512, 976)),
+    "ga_convnext_base_1024": _ga_convnext("convnext_base", 1024, 256, taps=4),
+    # The released class at its defaults, and one of several settings whose parameters equal the published 42.0M and
+    # 54.3M; which of them the paper used is not known.
+    "ga_cswin_tiny": _ga_cswin("CSWin_64_12211_tiny_224", taps=4, aggregation_mlp_groups=1),
+    "ga_cswin_small": _ga_cswin("CSWin_64_24322_small_224", taps=4, aggregation_mlp_groups=1),
+    "ga_cswin_tiny_p42": _ga_cswin("CSWin_64_12211_tiny_224", taps=5, aggregation_mlp_groups=4),
+    "ga_cswin_small_p54": _ga_cswin("CSWin_64_24322_small_224", taps=5, aggregation_mlp_groups=4),
+    # Their code was never released: settings whose parameters come nearest to the published 41.3M (here 41.33M) and
+    # 27.7M (27.72M), the latter with 9 blocks because 12 alone have more operations than the 4.3 G of the whole.
+    "ga_resnet50": _Model("resnet50", {"name": "gramian", "attention_width": 192}),
+    "ga_vit_small": _Model(
+        "vit_small_patch16_224",
+        {"name": "gramian", "channels": 384},
+        {"depths": (2, 2, 2, 3), "class_token": False},
     ),
 }
 
@@ -131,8 +244,8 @@ def create_model(
 
     Args:
       name: one of `list_models()`: timm's names for timm's models, the papers' names for `map_*`.
-      head: "linear" or "map" for any head on this backbone, or a mapping of the head's fields, with or without 'name';
-        None for the model's own.
+      head: "linear", "map" or "gramian" for any head on this backbone, or a mapping of the head's fields, with or
+        without 'name'; None for the model's own.
       num_classes: 1000 unless given; 0 for no classifier.
       image_size: pixels that windows and position tables are made for, one number or (height, width); None for the
         model's own.

@@ -24,9 +24,11 @@ from maxmap.layers import (
     Initializer,
     LayerNorm,
     Linear,
+    Mlp,
     average_pool,
     drop_path_rates,
     he_fan_out,
+    relative_index,
     softmax,
     trunc_normal_02,
     xavier_uniform,
@@ -78,11 +80,13 @@ class Stem(nn.Module):
     activation: str
     epsilon: float
     padding: int | str
-    init: str
+    init_scheme: str
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        conv = functools.partial(Conv, kernel_size=3, padding=self.padding, bias=self.bias, **_conv_init(self.init))
+        conv = functools.partial(
+            Conv, kernel_size=3, padding=self.padding, bias=self.bias, **_conv_init(self.init_scheme)
+        )
         x = conv(self.width[0], stride=2, name="conv1")(x)
         x = ACTIVATIONS[self.activation](_norm(self.norm, self.epsilon, "norm1", x, train))
         return conv(self.width[1], name="conv2")(x)
@@ -111,11 +115,11 @@ class SqueezeExcite(nn.Module):
 
     width: int
     activation: str
-    init: str
+    init_scheme: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        inits = _conv_init(self.init)
+        inits = _conv_init(self.init_scheme)
         gate = jnp.mean(x, axis=(1, 2), keepdims=True)
         gate = ACTIVATIONS[self.activation](Conv(self.width, name="fc1", **inits)(gate))
         return x * nn.sigmoid(Conv(x.shape[-1], name="fc2", **inits)(gate))
@@ -136,25 +140,6 @@ def _scaled(x: Array, initial: float | None, name: str) -> Array:
     return x if initial is None else LayerScale(initial, name=name)(x)
 
 
-class Mlp(nn.Module):
-    """Two linear maps with an activation between; `layer` is `Conv` where the reference keeps 4-d weights."""
-
-    hidden: int
-    channels: int
-    activation: str
-    inits: Mapping[str, Initializer]
-    layer: Callable[..., nn.Module] = Linear
-    hidden_dropout: float = 0.0
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        x = ACTIVATIONS[self.activation](self.layer(self.hidden, name="fc1", **self.inits)(x))
-        x = nn.Dropout(self.hidden_dropout)(x, deterministic=not train)
-        x = self.layer(self.channels, name="fc2", **self.inits)(x)
-        return nn.Dropout(self.dropout)(x, deterministic=not train)
-
-
 class MBConv(nn.Module):
     """Inverted bottleneck with squeeze-excitation and a batch norm in front (MaxViT's and CoAtNet's convolution block).
 
@@ -162,7 +147,7 @@ class MBConv(nn.Module):
       channels: output channels.
       stride: 1 or 2.
       drop_path: rate of dropping the residual branch.
-      init: scheme of the initialisers, "vit_eff" or "normal".
+      init_scheme: scheme of the initialisers, "vit_eff" or "normal".
       expand_output: the inner width is 4 times the output width, otherwise 4 times the input width.
       pre_norm_act: activation after the first norm.
       output_bias: bias in the last 1x1 convolution and in the shortcut's.
@@ -179,7 +164,7 @@ class MBConv(nn.Module):
     channels: int
     stride: int = 1
     drop_path: float = 0.0
-    init: str = "vit_eff"
+    init_scheme: str = "vit_eff"
     expand_output: bool = True
     pre_norm_act: bool = False
     output_bias: bool = True
@@ -195,10 +180,10 @@ class MBConv(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         act = ACTIVATIONS[self.activation]
-        inits = _conv_init(self.init)
+        inits = _conv_init(self.init_scheme)
         width = _divisible(4 * (self.channels if self.expand_output else x.shape[-1]))
         se_width = int(self.se_ratio * (self.channels if self.expand_output else width))
-        squeeze_excite = functools.partial(SqueezeExcite, se_width, self.se_activation, self.init)
+        squeeze_excite = functools.partial(SqueezeExcite, se_width, self.se_activation, self.init_scheme)
         shortcut = Shortcut(self.channels, self.stride, self.pool_type, self.output_bias, inits, name="shortcut")(x)
 
         x = BatchNorm(self.epsilon, name="pre_norm")(x, train=train)
@@ -216,7 +201,7 @@ class MBConv(nn.Module):
             groups=width,
             bias=False,
             name="conv2_kxk",
-            **_conv_init(self.init, groups=width),
+            **_conv_init(self.init_scheme, groups=width),
         )(x)
         if self.se_early:
             x = squeeze_excite(name="se_early")(x)
@@ -240,7 +225,7 @@ class ConvNeXtBlock(nn.Module):
       channels: output channels.
       stride: 1 or 2.
       drop_path: rate of dropping the residual branch.
-      init: scheme of the initialisers, "vit_eff", "normal" or "torch".
+      init_scheme: scheme of the initialisers, "vit_eff", "normal" or "torch".
       init_values: initial layer scale.
       activation: of the FFN.
       epsilon: of the norm.
@@ -249,7 +234,7 @@ class ConvNeXtBlock(nn.Module):
     channels: int
     stride: int = 1
     drop_path: float = 0.0
-    init: str = "vit_eff"
+    init_scheme: str = "vit_eff"
     init_values: float = 1e-6
     activation: str = "gelu"
     epsilon: float = 1e-6
@@ -257,7 +242,7 @@ class ConvNeXtBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         def inits(groups: int = 1) -> dict[str, Initializer]:
-            return {} if self.init == "torch" else _conv_init(self.init, groups)
+            return {} if self.init_scheme == "torch" else _conv_init(self.init_scheme, groups)
 
         shortcut = Shortcut(self.channels, self.stride, "avg2", True, inits(), name="shortcut")(x)
         groups = x.shape[-1]
@@ -266,20 +251,6 @@ class ConvNeXtBlock(nn.Module):
         x = Mlp(4 * self.channels, self.channels, self.activation, inits(), layer=Conv, name="mlp")(x, train=train)
         x = LayerScale(self.init_values, name="ls")(x)
         return DropPath(self.drop_path)(x, train=train) + shortcut
-
-
-def relative_index(window: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets query - key of all pairs of positions of a window, shifted to start at zero.
-
-    Args:
-      window: height and width.
-
-    Returns:
-      Vertical and horizontal offsets, both `[N, N]` (query, key), N = height * width in row-major order.
-    """
-    h, w = window
-    y, x = np.divmod(np.arange(h * w), w)
-    return y[:, None] - y[None] + h - 1, x[:, None] - x[None] + w - 1
 
 
 class RelativePositionBias(nn.Module):
@@ -297,7 +268,7 @@ class RelativePositionBias(nn.Module):
     heads: int
     kind: str
     hidden: int
-    init: str
+    init_scheme: str
 
     @nn.compact
     def __call__(self, *, train: bool) -> Array:
@@ -305,18 +276,17 @@ class RelativePositionBias(nn.Module):
         dy, dx = relative_index(self.window)
         if self.kind == "mlp":
             offsets = np.stack(np.meshgrid(np.arange(1.0 - h, h), np.arange(1.0 - w, w), indexing="ij"), -1)
-            offsets = jnp.asarray(np.sign(offsets) * np.log1p(np.abs(offsets)))  # [2h-1, 2w-1, 2]
-            inits = _attention_init(self.init, mlp=True)
+            spaced = jnp.asarray(np.sign(offsets) * np.log1p(np.abs(offsets)))  # [2h-1, 2w-1, 2]
+            inits = _attention_init(self.init_scheme, mlp=True)
             # timm has this dropout in the code, not in a field.
             mlp = Mlp(self.hidden, self.heads, "relu", inits, hidden_dropout=0.125, name="mlp")
-            return rearrange(mlp(offsets, train=train)[dy, dx], "q k h -> h q k")
+            return rearrange(mlp(spaced, train=train)[dy, dx], "q k h -> h q k")
         if self.kind == "bias":
             shape = ((2 * h - 1) * (2 * w - 1), self.heads)
             table = self.param("relative_position_bias_table", trunc_normal_02, shape)
             return rearrange(table[dy * (2 * w - 1) + dx], "q k h -> h q k")
         if self.kind == "bias_tf":
-            shape = (self.heads, 2 * h - 1, 2 * w - 1)
-            table = self.param("relative_position_bias_table", _normal_02, shape)
+            table = self.param("relative_position_bias_table", _normal_02, (self.heads, 2 * h - 1, 2 * w - 1))
             return table[:, 2 * h - 2 - dy, 2 * w - 2 - dx]
         raise ValueError(f"there is no relative position '{self.kind}', only 'bias', 'bias_tf' and 'mlp'")
 
@@ -329,7 +299,7 @@ class Attention(nn.Module):
       width: of queries, keys and values together over the heads.
       window: height and width; a window has N = height * width tokens.
       layer: `Linear`, or `Conv` where the reference keeps 4-d weights.
-      head_dim, head_first, rel_pos_type, rel_pos_dim, init: see `TransformerFields`.
+      head_dim, head_first, rel_pos_type, rel_pos_dim, init_scheme: see `_TransformerFields`.
       attn_drop, proj_drop: dropout of the attention probabilities and of the output.
     """
 
@@ -343,19 +313,19 @@ class Attention(nn.Module):
     rel_pos_dim: int
     attn_drop: float
     proj_drop: float
-    init: str
+    init_scheme: str
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps windows `[B, windows, N, C]` to `[B, windows, N, channels]`."""
         heads = self.width // self.head_dim
-        inits = _attention_init(self.init)
+        inits = _attention_init(self.init_scheme)
         order = "h three d" if self.head_first else "three h d"
         qkv = self.layer(3 * self.width, name="qkv", **inits)(x)
         q, k, v = rearrange(qkv, f"b w n ({order}) -> three b w h n d", three=3, h=heads)
-        bias = RelativePositionBias(self.window, heads, self.rel_pos_type, self.rel_pos_dim, self.init, name="rel_pos")(
-            train=train
-        )
+        bias = RelativePositionBias(
+            self.window, heads, self.rel_pos_type, self.rel_pos_dim, self.init_scheme, name="rel_pos"
+        )(train=train)
         logits = jnp.einsum("bwhqd,bwhkd->bwhqk", q * self.head_dim**-0.5, k)
         probabilities = softmax(logits + bias[None, None].astype(logits.dtype))
         probabilities = nn.Dropout(self.attn_drop)(probabilities, deterministic=not train)
@@ -370,7 +340,7 @@ class _TransformerFields(nn.Module):
     Attributes:
       channels: output channels.
       drop_path: rate of dropping each residual branch.
-      init: scheme of the initialisers, "vit_eff" or "normal".
+      init_scheme: scheme of the initialisers, "vit_eff" or "normal".
       head_dim: channels per head.
       head_first: the fused qkv output is ordered (heads, qkv, head_dim), otherwise (qkv, heads, head_dim).
       expand_first: a block that widens attends in the output width, otherwise in the input width.
@@ -387,7 +357,7 @@ class _TransformerFields(nn.Module):
 
     channels: int
     drop_path: float = 0.0
-    init: str = "vit_eff"
+    init_scheme: str = "vit_eff"
     head_dim: int = 32
     head_first: bool = True
     expand_first: bool = True
@@ -403,7 +373,7 @@ class _TransformerFields(nn.Module):
     proj_drop: float = 0.0
 
     def attention(self, name: str, **fields: Any) -> Attention:
-        shared = ("head_dim", "rel_pos_type", "rel_pos_dim", "attn_drop", "proj_drop", "init")
+        shared = ("head_dim", "rel_pos_type", "rel_pos_dim", "attn_drop", "proj_drop", "init_scheme")
         fields = {"layer": Linear, "head_first": self.head_first} | fields
         return Attention(**{field: getattr(self, field) for field in shared}, **fields, name=name)
 
@@ -412,7 +382,7 @@ class _TransformerFields(nn.Module):
             4 * self.channels,
             self.channels,
             self.activation,
-            _attention_init(self.init, mlp=True),
+            _attention_init(self.init_scheme, mlp=True),
             layer=layer,
             hidden_dropout=self.proj_drop,
             dropout=output_dropout,
@@ -446,7 +416,12 @@ class TransformerBlock(_TransformerFields):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         width = self.channels if self.expand_first else x.shape[-1]
         shortcut = Shortcut(
-            self.channels, self.stride, self.pool_type, self.shortcut_bias, _attention_init(self.init), name="shortcut"
+            self.channels,
+            self.stride,
+            self.pool_type,
+            self.shortcut_bias,
+            _attention_init(self.init_scheme),
+            name="shortcut",
         )(x)
         if self.stride == 2:
             x = NormPool(self.norm, self.epsilon, self.pool_type, name="norm1")(x, train=train)
@@ -476,7 +451,7 @@ def partition(x: Array, kind: str, window: tuple[int, int]) -> Array:
     return rearrange(x, _PARTITIONS[kind], p=window[0], q=window[1])
 
 
-def departition(x: Array, kind: str, window: tuple[int, int], size: tuple[int, int]) -> Array:
+def departition(x: Array, kind: str, window: tuple[int, int], size: Sequence[int]) -> Array:
     """Undoes `partition`; `size` is the height and width of the map."""
     split, whole = _PARTITIONS[kind].split(" -> ")[::-1]
     (p, q), (height, width) = window, size
@@ -584,7 +559,7 @@ class Stage(nn.Module):
         return x
 
 
-_CONV_BLOCKS = {"mbconv": MBConv, "convnext": ConvNeXtBlock}
+_CONV_BLOCKS: dict[str, Any] = {"mbconv": MBConv, "convnext": ConvNeXtBlock}
 
 
 class MaxxViT(nn.Module):
@@ -603,7 +578,7 @@ class MaxxViT(nn.Module):
       window_size: of window and grid attention; None for `image_size` over the total stride.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
       block_attention: False leaves the window attention out of the "M" blocks.
-      init: scheme of the initialisers, "vit_eff" or "normal".
+      init_scheme: scheme of the initialisers, "vit_eff" or "normal".
       conv_block: "mbconv" or "convnext".
       conv: fields of `MBConv` or `ConvNeXtBlock`.
       transformer: fields of `TransformerBlock` and the partition attention blocks.
@@ -619,7 +594,7 @@ class MaxxViT(nn.Module):
     window_size: int | tuple[int, int] | None = None
     drop_path: float = 0.0
     block_attention: bool = True
-    init: str = "vit_eff"
+    init_scheme: str = "vit_eff"
     conv_block: str = "mbconv"
     conv: Mapping[str, Any] = FrozenDict()
     transformer: Mapping[str, Any] = FrozenDict()
@@ -650,11 +625,14 @@ class MaxxViT(nn.Module):
             unknown = sorted(set(fields) - set(block.__dataclass_fields__))
             if unknown:
                 raise ValueError(f"there is no field '{unknown[0]}' in {block.__name__.strip('_')}")
-        self._check_size(_pair(self.image_size))
+        self._check_size(_pair(self.image_size), made_for=True)
 
     @nn.nowrap
-    def _check_size(self, size: tuple[int, int]) -> None:
-        """Raises ValueError unless the windows divide the map of every stage that has them."""
+    def _check_size(self, size: Sequence[int], made_for: bool = False) -> None:
+        """Raises ValueError unless the windows divide the map of every stage that has them.
+
+        Windows follow the size that the model is `made_for`, unless given; for other sizes they stay.
+        """
         partitioned = [
             bool({"M", "PM"} & set(_kinds(*stage))) for stage in zip(self.block_types, self.depths, strict=True)
         ]
@@ -663,7 +641,7 @@ class MaxxViT(nn.Module):
             for stage, stride in enumerate(self.strides):
                 n = -(-n // stride)
                 if partitioned[stage] and n % window:
-                    step = window * 2 * math.prod(self.strides)
+                    step = 2 * math.prod(self.strides) * (1 if made_for and self.window_size is None else window)
                     nearest = max(round(pixels / step), 1) * step
                     raise ValueError(
                         f"image {('height', 'width')[axis]} {pixels} gives a map of {n} pixels in stage {stage}, which "
@@ -684,7 +662,7 @@ class MaxxViT(nn.Module):
             like.activation,
             like.epsilon,
             getattr(like, "padding", 1),
-            self.init,
+            self.init_scheme,
             name="stem",
         )(x, train=train)
         features = [x]
@@ -693,11 +671,13 @@ class MaxxViT(nn.Module):
             channels = self.embed_dim[stage]
             blocks = []
             for i, kind in enumerate(_kinds(self.block_types[stage], depth)):
-                common = {"channels": channels, "drop_path": next(rates), "init": self.init}
+                common = {"channels": channels, "drop_path": next(rates), "init_scheme": self.init_scheme}
                 stride = self.strides[stage] if i == 0 else 1
                 conv = functools.partial(conv_class, stride=stride, **common, **conv_fields)
+                block: Callable[..., nn.Module]
                 if kind == "C" and self.conv_block == "convnext":
-                    block = functools.partial(conv, init="torch")  # the reference leaves lone ConvNeXt blocks alone
+                    # The reference leaves lone ConvNeXt blocks as PyTorch makes them.
+                    block = functools.partial(conv, init_scheme="torch")
                 elif kind == "C":
                     block = conv
                 elif kind == "T":
@@ -835,7 +815,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
             "next",
             _NANO,
             (3, 4, 6, 3),
-            init="normal",
+            init_scheme="normal",
             conv={"init_values": 1e-5},
             transformer={"rel_pos_type": "bias", "init_values": None},
             **_S32,
@@ -863,7 +843,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         (224, 256),
     ),
     "maxvit_rmlp_base_rw": (_max("rw_max", _SMALL, (2, 6, 14, 2), transformer=_MLP), (224, 384)),
-    "maxxvit_rmlp_nano_rw": (_max("next", _NANO, (1, 2, 3, 1), init="normal"), (256,)),
+    "maxxvit_rmlp_nano_rw": (_max("next", _NANO, (1, 2, 3, 1), init_scheme="normal"), (256,)),
     "maxxvit_rmlp_tiny_rw": (_max("next", _NANO, (2, 2, 5, 2)), (256,)),
     "maxxvit_rmlp_small_rw": (_max("next", _SMALL, (2, 2, 5, 2), stem_width=(48, 96)), (256,)),
     "maxxvitv2_nano_rw": (
@@ -872,7 +852,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
             _SMALL,
             (1, 2, 3, 1),
             stem_width=(48, 96),
-            init="normal",
+            init_scheme="normal",
             block_attention=False,
             transformer={"rel_pos_type": "bias"},
         ),
@@ -912,12 +892,20 @@ VARIANTS: dict[str, functools.partial[MaxxViT]] = {
             stem_width=(16, 32),
         ),
     ),
-    # Ours, for images of about 32 pixels (digits, CIFAR): three stages, the first without stride.
+    # Ours, for images of about 32 pixels (digits, CIFAR): two stages, maps of 8 and 4 pixels.
     "maxvit_mini_32": functools.partial(
         MaxxViT,
         image_size=32,
         window_size=4,
-        strides=(1, 2, 2),
-        **_config("tf", (32, 64, 128), (1, 1, 2), block_types=("M",) * 3, stem_width=32, stem_bias=True),
+        strides=(2, 2),
+        **_config(
+            "tf",
+            (32, 96),
+            (1, 2),
+            block_types=("M", "M"),
+            stem_width=(24, 32),
+            stem_bias=True,
+            transformer={"head_dim": 16},
+        ),
     ),
 }

@@ -6,19 +6,44 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.layers import ACTIVATIONS, BatchNorm, LayerNorm, Linear
+from maxmap.layers import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear
 
 Array = jax.Array
 
 
 class _Hidden(nn.Module):
-    """The hidden layer, under the reference's name `pre_logits.fc`."""
+    """The hidden layer, as MaxViT names it: `pre_logits.fc`."""
 
     channels: int
+    init_scheme: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return Linear(self.channels, name="fc")(x)
+        return Linear(self.channels, name="fc", **LINEAR_INITS[self.init_scheme])(x)
+
+
+class _MlpClassifier(nn.Module):
+    """The hidden layer, its norm and the last linear map, as MetaFormer names them: `fc.{fc1,norm,fc2}`.
+
+    Attributes:
+      channels: of the hidden layer.
+      others: see `LinearHead`.
+    """
+
+    channels: int
+    num_classes: int
+    activation: str
+    epsilon: float
+    dropout: float
+    init_scheme: str
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Maps `[B, C]` to logits `[B, K]`."""
+        inits = LINEAR_INITS[self.init_scheme]
+        x = ACTIVATIONS[self.activation](Linear(self.channels, name="fc1", **inits)(x))
+        x = nn.Dropout(self.dropout)(LayerNorm(self.epsilon, name="norm")(x), deterministic=not train)
+        return Linear(self.num_classes, name="fc2", **inits)(x)
 
 
 class LinearHead(nn.Module):
@@ -30,8 +55,11 @@ class LinearHead(nn.Module):
       norm_type: "layer" or "batch".
       epsilon: of the norm.
       hidden_ratio: width of the hidden layer relative to the map's channels; 0 for no hidden layer.
+      hidden_epsilon: of a LayerNorm after the hidden layer. With it the hidden layer belongs to the classifier
+        (MetaFormer's MLP head); None for no norm, where the hidden layer belongs to the embedding (MaxViT).
       activation: after the hidden layer.
       dropout: before the last linear map.
+      init_scheme: "torch" (PyTorch's defaults) or "trunc_normal" (weights 0.02 wide, biases 0).
     """
 
     num_classes: int
@@ -39,13 +67,21 @@ class LinearHead(nn.Module):
     norm_type: str = "layer"
     epsilon: float = 1e-6
     hidden_ratio: float = 0.0
+    hidden_epsilon: float | None = None
     activation: str = "tanh"
     dropout: float = 0.0
+    init_scheme: str = "torch"
 
     @nn.nowrap
     def validate(self, num_features: int) -> None:
         """Raises ValueError, one sentence, if the fields do not fit."""
-        for field, allowed in (("norm", ("before", "after", "none")), ("norm_type", ("layer", "batch"))):
+        choices = {
+            "norm": ("before", "after", "none"),
+            "norm_type": ("layer", "batch"),
+            "activation": tuple(ACTIVATIONS),
+            "init_scheme": ("torch", "trunc_normal"),
+        }
+        for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(
                     f"the linear head's {field} '{getattr(self, field)}' is not one of {', '.join(allowed)}"
@@ -66,10 +102,22 @@ class LinearHead(nn.Module):
         x = jnp.mean(x, axis=(1, 2))  # [B, C]
         if self.norm == "after":
             x = normalize(x)
-        if self.hidden_ratio:
-            width = round(self.hidden_ratio * x.shape[-1])
-            x = ACTIVATIONS[self.activation](_Hidden(width, name="pre_logits")(x))
-        logits = nn.Dropout(self.dropout)(x, deterministic=not train)
-        if self.num_classes:
-            logits = Linear(self.num_classes, name="fc")(logits)
+        hidden = round(self.hidden_ratio * x.shape[-1])
+        if hidden and self.hidden_epsilon is None:
+            x = ACTIVATIONS[self.activation](_Hidden(hidden, self.init_scheme, name="pre_logits")(x))
+        if not self.num_classes:
+            logits = x
+        elif hidden and self.hidden_epsilon is not None:
+            logits = _MlpClassifier(
+                hidden,
+                self.num_classes,
+                self.activation,
+                self.hidden_epsilon,
+                self.dropout,
+                self.init_scheme,
+                name="fc",
+            )(x, train=train)
+        else:
+            logits = nn.Dropout(self.dropout)(x, deterministic=not train)
+            logits = Linear(self.num_classes, name="fc", **LINEAR_INITS[self.init_scheme])(logits)
         return {"logits": logits[None], "embedding": x}

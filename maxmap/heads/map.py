@@ -1,25 +1,38 @@
 """MAP: multi-token attention pooling with Gram tokens (Lee et al., WACV 2025), as Lab-LVM/imagenet-models has it.
 
 One fused map serves `branches` independent branches. Each takes `tokens` Gram tokens from second-order statistics of
-the map, lets them attend to the map once, and classifies them; the mean over the branches' logits is the prediction. Not
-to be confused with the single-probe attention pooling that other libraries call MAP.
+the map, lets them attend to the map once, and classifies them; the mean over the branches' logits is the prediction.
+Not to be confused with the single-probe attention pooling that other libraries call MAP.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers import ACTIVATIONS, BatchNorm, Conv, LayerNorm, Linear, channel_shuffle, softmax, wide
+from maxmap.layers import (
+    ACTIVATIONS,
+    CONV_INITS,
+    LINEAR_INITS,
+    BatchNorm,
+    Conv,
+    GroupedMlp,
+    LayerNorm,
+    Linear,
+    adaptive_average,
+    bilinear,
+    gram_values,
+    softmax,
+)
 
 Array = jax.Array
 
 
-def resize_to(x: Array, size: tuple[int, int]) -> Array:
+def resize_to(x: Array, size: Sequence[int]) -> Array:
     """Brings a map `[B, H, W, C]` to `size` as MAP's multi-scale fusion does, looking at the height only.
 
     A smaller map is enlarged by adaptive average pooling (nearest neighbour for whole factors); a larger one is reduced
@@ -27,31 +40,7 @@ def resize_to(x: Array, size: tuple[int, int]) -> Array:
     """
     if x.shape[1] == size[0]:
         return x
-    if x.shape[1] < size[0]:
-        matrices = [_adaptive_average(n_in, n_out) for n_in, n_out in zip(x.shape[1:3], size, strict=True)]
-    else:
-        matrices = [_bilinear(n_in, n_out) for n_in, n_out in zip(x.shape[1:3], size, strict=True)]
-    rows, columns = (jnp.asarray(matrix, x.dtype) for matrix in matrices)
-    return jnp.einsum("oh,bhwc,pw->bopc", rows, x, columns)
-
-
-def _adaptive_average(n_in: int, n_out: int) -> np.ndarray:
-    """Weights `[n_out, n_in]`: output i is the mean of inputs floor(i n_in / n_out) .. ceil((i+1) n_in / n_out) - 1."""
-    weights = np.zeros((n_out, n_in))
-    for i in range(n_out):
-        start, stop = i * n_in // n_out, -(-(i + 1) * n_in // n_out)
-        weights[i, start:stop] = 1 / (stop - start)
-    return weights
-
-
-def _bilinear(n_in: int, n_out: int) -> np.ndarray:
-    """Weights `[n_out, n_in]` of linear interpolation with half-pixel centres and no antialiasing."""
-    position = np.maximum((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0)
-    low = np.floor(position).astype(int)
-    weights = np.zeros((n_out, n_in))
-    np.add.at(weights, (np.arange(n_out), low), 1 - (position - low))
-    np.add.at(weights, (np.arange(n_out), np.minimum(low + 1, n_in - 1)), position - low)
-    return weights
+    return (adaptive_average if x.shape[1] < size[0] else bilinear)(x, size)
 
 
 class MultiScale(nn.Module):
@@ -61,17 +50,19 @@ class MultiScale(nn.Module):
       channels: D of the fused map.
       level: index of the feature map that gives the size.
       activation: after the norm.
+      init_scheme: see `MAPHead`.
     """
 
     channels: int
     level: int
     activation: str
+    init_scheme: str
 
     @nn.compact
     def __call__(self, features: Sequence[Array], *, train: bool) -> Array:
         size = features[self.level].shape[1:3]
         x = jnp.concatenate([resize_to(feature, size) for feature in features], axis=-1)
-        x = Conv(self.channels, bias=False, name="concat_conv_0")(x)
+        x = Conv(self.channels, bias=False, name="concat_conv_0", **CONV_INITS[self.init_scheme])(x)
         return ACTIVATIONS[self.activation](BatchNorm(name="concat_conv_1")(x, train=train))
 
 
@@ -83,29 +74,22 @@ class GramTokens(nn.Module):
       gram_channels: P, channels of the reduced map.
       token_channels: Q, channels of a token.
       gram_groups: groups of the map from the P(P+1)/2 second-order values to the tokens.
+      init_scheme: see `MAPHead`.
     """
 
     tokens: int
     gram_channels: int
     token_channels: int
     gram_groups: int
+    init_scheme: str
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps `[B, H, W, D]` to `[B, T, Q]`."""
-        x = BatchNorm(name="ch_reduction_1")(
-            Conv(self.gram_channels, bias=False, name="ch_reduction_0")(x), train=train
-        )
-        z = rearrange(x, "b h w p -> b (h w) p")
-        z = wide(z) / z.shape[1]
-        # Second moments cancel and span many magnitudes: float32 at full precision, whatever the compute type.
-        gram = jnp.einsum("bnp,bnq->bpq", z, z, precision=jax.lax.Precision.HIGHEST)
-        rows, columns = np.triu_indices(self.gram_channels)
-        v = gram[:, rows, columns]  # [B, P(P+1)/2]
-        norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(v), axis=-1, keepdims=True), 1e-24))
-        v = (v / norm).astype(x.dtype)
-        v = rearrange(v, "b (i t) -> b 1 1 (t i)", t=self.tokens)
-        v = Conv(self.tokens * self.token_channels, groups=self.gram_groups, bias=False, name="bp_reduction_0")(v)
+        conv = functools.partial(Conv, bias=False, **CONV_INITS[self.init_scheme])
+        x = BatchNorm(name="ch_reduction_1")(conv(self.gram_channels, name="ch_reduction_0")(x), train=train)
+        v = rearrange(gram_values(x), "b (i t) -> b 1 1 (t i)", t=self.tokens)
+        v = conv(self.tokens * self.token_channels, groups=self.gram_groups, name="bp_reduction_0")(v)
         v = BatchNorm(name="bp_reduction_1")(v, train=train)
         return rearrange(v, "b 1 1 (q t) -> b t q", t=self.tokens)
 
@@ -120,6 +104,7 @@ class ClassAttention(nn.Module):
       interactive: mixes the heads before and after the softmax.
       dropout: of the attention probabilities.
       proj_dropout: of the output.
+      init_scheme: see `MAPHead`.
     """
 
     channels: int
@@ -128,57 +113,37 @@ class ClassAttention(nn.Module):
     interactive: bool
     dropout: float
     proj_dropout: float
+    init_scheme: str
 
     @nn.compact
     def __call__(self, tokens: Array, x: Array, *, train: bool) -> Array:
         """Maps tokens `[B, T, Q]` and the map `[B, N, D]` to tokens `[B, T, D]`; all are normalised already."""
-        q = Linear(self.width, name="q")(tokens)
+        inits = LINEAR_INITS[self.init_scheme]
+        linear = functools.partial(Linear, self.width, **inits)
+        q = linear(name="q")(tokens)
         if tokens.shape[-1] == x.shape[-1]:
             both = jnp.concatenate([tokens, x], axis=1)
-            k, v = Linear(self.width, name="k")(both), Linear(self.width, name="v")(both)
+            k, v = linear(name="k")(both), linear(name="v")(both)
         else:
             k, v = (
-                jnp.concatenate([Linear(self.width, name=f"{n}1")(tokens), Linear(self.width, name=f"{n}2")(x)], axis=1)
-                for n in ("k", "v")
+                jnp.concatenate([linear(name=f"{n}1")(tokens), linear(name=f"{n}2")(x)], axis=1) for n in ("k", "v")
             )
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (q, k, v))
         logits = jnp.einsum("bhtd,bhnd->bhtn", q * q.shape[-1] ** -0.5, k)
         if self.interactive:
-            logits = logits + _mix(self.heads, "w1", logits)
+            logits = logits + _mix(Linear(self.heads, name="w1", **inits), logits)
         probabilities = softmax(logits)
         if self.interactive:
-            probabilities = probabilities + _mix(self.heads, "w2", probabilities)
+            probabilities = probabilities + _mix(Linear(self.heads, name="w2", **inits), probabilities)
         probabilities = nn.Dropout(self.dropout)(probabilities, deterministic=not train)
         out = rearrange(jnp.einsum("bhtn,bhnd->bhtd", probabilities, v), "b h t d -> b t (h d)")
-        return nn.Dropout(self.proj_dropout)(Linear(self.channels, name="proj")(out), deterministic=not train)
+        out = Linear(self.channels, name="proj", **inits)(out)
+        return nn.Dropout(self.proj_dropout)(out, deterministic=not train)
 
 
-def _mix(heads: int, name: str, x: Array) -> Array:
+def _mix(linear: Linear, x: Array) -> Array:
     """A learned mixture of the heads' maps `[B, H, T, N]` at every query and key."""
-    return rearrange(Linear(heads, name=name)(rearrange(x, "b h t n -> b t n h")), "b t n h -> b h t n")
-
-
-class GroupedMlp(nn.Module):
-    """Two grouped 1x1 convolutions with a channel shuffle between them, on tokens `[B, T, D]`.
-
-    Attributes:
-      ratio: hidden width relative to D.
-      groups: of both convolutions.
-      activation: between them.
-      dropout: after the activation.
-    """
-
-    ratio: float
-    groups: int
-    activation: str
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        channels = x.shape[-1]
-        x = Conv(int(self.ratio * channels), groups=self.groups, name="fc1")(x[:, None])
-        x = nn.Dropout(self.dropout)(ACTIVATIONS[self.activation](x), deterministic=not train)
-        return Conv(channels, groups=self.groups, name="fc2")(channel_shuffle(x, self.groups))[:, 0]
+    return rearrange(linear(rearrange(x, "b h t n -> b t n h")), "b t n h -> b h t n")
 
 
 class ClassAttentionBlock(nn.Module):
@@ -196,12 +161,20 @@ class ClassAttentionBlock(nn.Module):
     dropout: float
     mlp_ratio: float
     mlp_groups: int
+    init_scheme: str
 
     @nn.compact
     def __call__(self, tokens: Array, x: Array, *, train: bool) -> Array:
         """Maps tokens `[B, T, Q]` and the map `[B, N, D]` to tokens `[B, T, D]`."""
         attention = ClassAttention(
-            self.channels, self.width, self.heads, self.interactive, self.attention_dropout, self.dropout, name="attn"
+            self.channels,
+            self.width,
+            self.heads,
+            self.interactive,
+            self.attention_dropout,
+            self.dropout,
+            self.init_scheme,
+            name="attn",
         )
         if tokens.shape[-1] == x.shape[-1]:
             norm = LayerNorm(1e-6, name="norm1")
@@ -209,8 +182,10 @@ class ClassAttentionBlock(nn.Module):
         else:
             tokens = attention(LayerNorm(1e-6, name="norm1_1")(tokens), LayerNorm(1e-6, name="norm1_2")(x), train=train)
         # The released networks use ReLU here, whatever the activation of the fusion.
-        mlp = GroupedMlp(self.mlp_ratio, self.mlp_groups, "relu", self.dropout, name="mlp")
-        return tokens + mlp(LayerNorm(1e-6, name="norm2")(tokens), train=train)
+        mlp = GroupedMlp(
+            self.mlp_groups, self.mlp_ratio, "relu", self.dropout, CONV_INITS[self.init_scheme], name="mlp"
+        )
+        return tokens + mlp(LayerNorm(1e-6, name="norm2")(tokens)[:, None], train=train)[:, 0]
 
 
 class Branch(nn.Module):
@@ -255,6 +230,7 @@ class Pooling(nn.Module):
       activation: of the fusion.
       branches: G.
       branch: makes a `Branch`, given its name.
+      init_scheme: see `MAPHead`.
     """
 
     channels: int
@@ -262,16 +238,18 @@ class Pooling(nn.Module):
     activation: str
     branches: int
     branch: Callable[..., nn.Module]
+    init_scheme: str
 
     @nn.compact
     def __call__(self, features: Sequence[Array], *, train: bool) -> list[Array]:
         """Maps feature maps to G lists of tokens `[B, T (+ 1), D]`."""
         if self.level > 0:
-            x = MultiScale(self.channels, self.level, self.activation, name="multi_scale")(features, train=train)
+            fusion = MultiScale(self.channels, self.level, self.activation, self.init_scheme, name="multi_scale")
+            x = fusion(features, train=train)
         else:
             x = features[-1]
             if x.shape[-1] != self.channels:
-                x = Conv(self.channels, bias=False, name="channel_convertor_0")(x)
+                x = Conv(self.channels, bias=False, name="channel_convertor_0", **CONV_INITS[self.init_scheme])(x)
                 x = nn.relu(BatchNorm(name="channel_convertor_1")(x, train=train))
         return [self.branch(name=f"mmcap_{g}")(x, train=train) for g in range(self.branches)]
 
@@ -282,15 +260,17 @@ class NormClassifier(nn.Module):
     Attributes:
       num_classes: K.
       dropout: before the linear map.
+      init_scheme: see `MAPHead`.
     """
 
     num_classes: int
     dropout: float
+    init_scheme: str
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         x = nn.Dropout(self.dropout)(LayerNorm(1e-5, name="norm")(x), deterministic=not train)
-        return Linear(self.num_classes, name="head")(x)
+        return Linear(self.num_classes, name="head", **LINEAR_INITS[self.init_scheme])(x)
 
 
 class MAPHead(nn.Module):
@@ -319,6 +299,9 @@ class MAPHead(nn.Module):
       attention_dropout: of the attention probabilities.
       token_dropout: after the attention's projection and inside of the MLP.
       dropout: before the classifiers' linear maps ("norm" only, as in the reference).
+      init_scheme: "torch" (PyTorch's defaults), "trunc_normal" (weights 0.02 wide, biases 0), "trunc_normal_linear"
+        (linear maps alone so) or "he" (convolutions by He's rule, linear maps as in "trunc_normal"): the rule of the
+        network that the head was published with.
     """
 
     num_classes: int
@@ -343,6 +326,7 @@ class MAPHead(nn.Module):
     attention_dropout: float = 0.05
     token_dropout: float = 0.05
     dropout: float = 0.0
+    init_scheme: str = "torch"
 
     @nn.nowrap
     def validate(self, num_features: int) -> None:
@@ -373,6 +357,8 @@ class MAPHead(nn.Module):
         divides(self.mlp_groups, "mlp_groups", int(self.mlp_ratio * self.channels), "hidden channels")
         if self.classifier not in ("norm", "linear"):
             raise ValueError(f"the MAP head's classifier '{self.classifier}' is not one of norm, linear")
+        if self.init_scheme not in LINEAR_INITS:
+            raise ValueError(f"the MAP head's init_scheme '{self.init_scheme}' is not one of {', '.join(LINEAR_INITS)}")
         if token_channels != self.channels and (self.layers > 1 or not self.gram):
             raise ValueError(
                 "the MAP head's token_channels differ from its channels, which needs Gram tokens and one layer"
@@ -391,7 +377,12 @@ class MAPHead(nn.Module):
           `[G, B, K]`.
         """
         gram = functools.partial(
-            GramTokens, self.tokens, self.gram_channels, self.token_channels or self.channels, self.gram_groups
+            GramTokens,
+            self.tokens,
+            self.gram_channels,
+            self.token_channels or self.channels,
+            self.gram_groups,
+            self.init_scheme,
         )
         block = functools.partial(
             ClassAttentionBlock,
@@ -403,21 +394,25 @@ class MAPHead(nn.Module):
             dropout=self.token_dropout,
             mlp_ratio=self.mlp_ratio,
             mlp_groups=self.mlp_groups,
+            init_scheme=self.init_scheme,
         )
         branch = functools.partial(
             Branch, gram if self.gram else None, self.tokens, self.self_distill, self.layers, block
         )
-        pooling = Pooling(self.channels, self.level, self.activation, self.branches, branch, name="mmcap")
+        pooling = Pooling(
+            self.channels, self.level, self.activation, self.branches, branch, self.init_scheme, name="mmcap"
+        )
         tokens = jnp.stack(pooling(features, train=train))  # [G, B, T (+ 1), D]
         main = rearrange(tokens[:, :, : self.tokens], "g b t d -> g b (t d)")
         embedding = rearrange(main, "g b n -> b (g n)")
         if not self.num_classes:
             return {"logits": main, "embedding": embedding}
 
-        normed = functools.partial(NormClassifier, self.num_classes, self.dropout)
-        classifier = normed if self.classifier == "norm" else functools.partial(_LinearClassifier, self.num_classes)
+        normed = functools.partial(NormClassifier, self.num_classes, self.dropout, self.init_scheme)
+        linear = functools.partial(_LinearClassifier, self.num_classes, **LINEAR_INITS[self.init_scheme])
+        classifier: Any = normed if self.classifier == "norm" else linear
         if self.light:
-            classifier = _without_gradient(classifier)
+            classifier = _without_gradient(classifier, self.is_initializing())
         logits = [classifier(name=f"heads_{g}")(main[g], train=train) for g in range(self.branches)]
         outputs = {"logits": jnp.stack(logits), "embedding": embedding}
         if self.self_distill:
@@ -439,11 +434,11 @@ class _LinearClassifier(Linear):
         return super().__call__(x)
 
 
-def _without_gradient(classifier: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _without_gradient(classifier: functools.partial[nn.Module], initializing: bool) -> Callable[..., nn.Module]:
     """The same classifier with its parameters held constant."""
 
     def make(name: str) -> nn.Module:
-        frozen = nn.map_variables(classifier.func, "params", trans_in_fn=jax.lax.stop_gradient, init=True)
-        return frozen(*classifier.args, name=name)
+        frozen = nn.map_variables(classifier.func, "params", trans_in_fn=jax.lax.stop_gradient, init=initializing)
+        return frozen(*classifier.args, **classifier.keywords, name=name)
 
     return make

@@ -1,0 +1,114 @@
+"""ConvNeXt: a convolutional network with the proportions of a hierarchical transformer.
+
+Liu et al. 2022, "A ConvNet for the 2020s". Names and parameters are those of timm 1.0.31; the authors' own names are a
+dialect of the converter.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+from flax import linen as nn
+
+from maxmap.layers import TRUNC_NORMAL, Conv, ConvNeXtBlock, LayerNorm, drop_path_rates, tapped
+
+Array = jax.Array
+
+
+class Stage(nn.Module):
+    """A norm and a strided convolution, unless it is the first stage, then blocks one after another.
+
+    Attributes:
+      channels: output channels.
+      downsample: halves the map at the start.
+      drop_path: rates of the blocks.
+      init_values: initial layer scale.
+      taps: numbers, from 1, of the blocks whose outputs are returned too.
+    """
+
+    channels: int
+    downsample: bool
+    drop_path: Sequence[float]
+    init_values: float
+    taps: Sequence[int] = ()
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
+        """Maps `[B, H, W, C]` to the maps after the tapped blocks and, last, the stage's own."""
+        if self.downsample:
+            x = LayerNorm(1e-6, name="downsample_0")(x)
+            x = Conv(self.channels, 2, stride=2, name="downsample_1", **TRUNC_NORMAL)(x)
+        tapped_maps = []
+        for i, rate in enumerate(self.drop_path):
+            x = ConvNeXtBlock(rate, self.init_values, name=f"blocks_{i}")(x, train=train)
+            if i + 1 in self.taps:
+                tapped_maps.append(x)
+        return [*tapped_maps, x]
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt's backbone.
+
+    Attributes:
+      image_size: height and width, or one number for both; other sizes work too.
+      embed_dim: channels of the stages.
+      depths: blocks of the stages.
+      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
+      drop_path_endpoint: False ends one step short of the rate, which the head's blocks then have (GA).
+      init_values: initial layer scale.
+      taps: maps from inside of the third stage that are features too, in front of its own.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    embed_dim: Sequence[int] = (96, 192, 384, 768)
+    depths: Sequence[int] = (3, 3, 9, 3)
+    drop_path: float = 0.0
+    drop_path_endpoint: bool = True
+    init_values: float = 1e-6
+    taps: int = 0
+
+    @nn.nowrap
+    def num_features(self) -> int:
+        """Feature maps that a call returns."""
+        return 1 + len(self.depths) + self.taps
+
+    @nn.nowrap
+    def validate(self) -> None:
+        """Raises ValueError, one sentence, if the fields do not fit each other."""
+        if len(self.embed_dim) != len(self.depths):
+            raise ValueError("embed_dim and depths need one entry for each stage")
+        tapped(self.depths, self.taps)
+        self._check_size((self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size)
+
+    @nn.nowrap
+    def _check_size(self, size: Sequence[int]) -> None:
+        """Raises ValueError if nothing is left of an image in the last stage."""
+        least = 4 * 2 ** (len(self.depths) - 1)
+        if min(size) < least:
+            raise ValueError(f"image side {min(size)} is too small for {len(self.depths)} stages; the least is {least}")
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
+        """Maps images `[B, H, W, C]` to the stem's map, the tapped maps and the map of every stage, in order."""
+        self._check_size(x.shape[1:3])
+        x = Conv(self.embed_dim[0], 4, stride=4, name="stem_0", **TRUNC_NORMAL)(x)
+        features = [LayerNorm(1e-6, name="stem_1")(x)]
+        rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=self.drop_path_endpoint))
+        for i, (channels, depth) in enumerate(zip(self.embed_dim, self.depths, strict=True)):
+            stage = Stage(
+                channels,
+                downsample=i > 0,
+                drop_path=[next(rates) for _ in range(depth)],
+                init_values=self.init_values,
+                taps=tapped(self.depths, self.taps) if i == 2 else (),
+                name=f"stages_{i}",
+            )
+            features += stage(features[-1], train=train)
+        return features
+
+
+VARIANTS: dict[str, functools.partial[ConvNeXt]] = {
+    "convnext_tiny": functools.partial(ConvNeXt),
+    "convnext_small": functools.partial(ConvNeXt, depths=(3, 3, 27, 3)),
+    "convnext_base": functools.partial(ConvNeXt, depths=(3, 3, 27, 3), embed_dim=(128, 256, 512, 1024)),
+}

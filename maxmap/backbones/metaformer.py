@@ -1,0 +1,313 @@
+"""MetaFormer baselines: IdentityFormer, RandFormer, PoolFormerV2, ConvFormer and CAFormer.
+
+Yu et al. 2022, "MetaFormer Baselines for Vision" (arXiv:2210.13452). Names and parameters are those of timm 1.0.31, and
+the same scheme where timm has no such model (IdentityFormer, RandFormer); sail-sg/metaformer is the authors' code.
+
+The two disagree in one number, which is the head's: the epsilon of the norm inside of the MLP head of ConvFormer and
+CAFormer is 1e-5 in the authors' code, with which the published weights were trained and measured, and 1e-6 in timm.
+Models by name have the former; `create_model("caformer_s18", head={"hidden_epsilon": 1e-6})` is timm's.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from maxmap.layers import TRUNC_NORMAL, Conv, DropPath, LayerNorm, Linear, average_pool, drop_path_rates, softmax
+
+Array = jax.Array
+
+HEAD_DIM = 32
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _norm(kind: str, name: str) -> nn.Module:
+    """A norm without bias: "channels" of every pixel, or the whole "map" of every image with a scale per channel."""
+    if kind == "channels":
+        return LayerNorm(1e-6, use_bias=False, name=name)
+    return nn.LayerNorm(
+        epsilon=1e-6, use_bias=False, use_fast_variance=False, reduction_axes=(-3, -2, -1), feature_axes=-1, name=name
+    )
+
+
+class StarReLU(nn.Module):
+    """`scale * relu(x)**2 + bias` with one learned scale and bias, which start at 1 and 0 as in both codes.
+
+    The paper derives 0.8944 and -0.4472 from the moments of a normal distribution; neither code starts there.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (1,))
+        bias = self.param("bias", nn.initializers.zeros, (1,))
+        shape = (1,) * x.ndim
+        return scale.reshape(shape).astype(x.dtype) * jnp.square(nn.relu(x)) + bias.reshape(shape).astype(x.dtype)
+
+
+class Scale(nn.Module):
+    """One learned factor per channel, 1 at first."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return x * scale.reshape((1,) * (x.ndim - 1) + (-1,)).astype(x.dtype)
+
+
+class RandomMixing(nn.Module):
+    """Mixes all pixels by a fixed random matrix with rows that sum to one.
+
+    The matrix is drawn once and never trained, so it is no parameter: it is 'random_matrix' `[N, N]` in the collection
+    'constants', with N = height * width in row-major order.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        height, width = x.shape[1:3]
+        n = height * width
+
+        def draw() -> Array:
+            return nn.softmax(jax.random.uniform(self.make_rng("params"), (n, n), jnp.float32), axis=-1)
+
+        matrix = self.variable("constants", "random_matrix", draw).value
+        mixed = jnp.einsum("mn,bnc->bmc", matrix.astype(x.dtype), rearrange(x, "b h w c -> b (h w) c"))
+        return rearrange(mixed, "b (h w) c -> b h w c", h=height)
+
+
+class PoolMixing(nn.Module):
+    """The mean of each pixel's 3x3 neighbourhood (padding not counted) minus the pixel."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return average_pool(x, 3, 1, ((1, 1), (1, 1))) - x
+
+
+class ConvMixing(nn.Module):
+    """Inverted separable convolution: 1x1 to twice the channels, StarReLU, depthwise 7x7, 1x1 back; no biases."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        conv = functools.partial(Conv, bias=False, **TRUNC_NORMAL)
+        x = StarReLU(name="act1")(conv(2 * channels, name="pwconv1")(x))
+        x = conv(2 * channels, 7, padding=3, groups=2 * channels, name="dwconv")(x)
+        return conv(channels, name="pwconv2")(x)
+
+
+class AttentionMixing(nn.Module):
+    """Self-attention over the whole map, heads of 32 channels, without position information or biases."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        height, channels = x.shape[1], x.shape[-1]
+        linear = functools.partial(Linear, bias=False, **TRUNC_NORMAL)
+        qkv = linear(3 * channels, name="qkv")(x)
+        q, k, v = rearrange(qkv, "b h w (three n d) -> three b n (h w) d", three=3, d=HEAD_DIM)
+        probabilities = softmax(jnp.einsum("bnqd,bnkd->bnqk", q * HEAD_DIM**-0.5, k))
+        out = jnp.einsum("bnqk,bnkd->bnqd", probabilities, v)
+        return linear(channels, name="proj")(rearrange(out, "b n (h w) d -> b h w (n d)", h=height))
+
+
+# The last is the identity: its branch adds the normalised input.
+MIXERS: dict[str, type[nn.Module] | None] = {
+    "attention": AttentionMixing,
+    "conv": ConvMixing,
+    "pool": PoolMixing,
+    "random": RandomMixing,
+    "identity": None,
+}
+
+
+class Mlp(nn.Module):
+    """Two linear maps without biases, four times as wide between them, with StarReLU.
+
+    Attributes:
+      layer: `Linear`, or `Conv` where the reference keeps 4-d weights.
+    """
+
+    layer: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        x = StarReLU(name="act")(self.layer(4 * channels, bias=False, name="fc1", **TRUNC_NORMAL)(x))
+        return self.layer(channels, bias=False, name="fc2", **TRUNC_NORMAL)(x)
+
+
+class Block(nn.Module):
+    """Token mixer and MLP, each with a norm in front and a residual path.
+
+    Attributes:
+      mixer: one of `MIXERS`.
+      norm: "channels" or "map", see `_norm`.
+      residual_scale: multiplies the residual paths (not the branches) by learned factors.
+      drop_path: rate of dropping each branch.
+    """
+
+    mixer: str
+    norm: str
+    residual_scale: bool
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        def residual(x: Array, name: str) -> Array:
+            return Scale(name=name)(x) if self.residual_scale else x
+
+        y = _norm(self.norm, "norm1")(x)
+        mixer = MIXERS[self.mixer]
+        if mixer is not None:
+            y = mixer(name="token_mixer")(y)
+        x = residual(x, "res_scale1") + DropPath(self.drop_path)(y, train=train)
+        mlp = Mlp(Linear if self.mixer == "attention" else Conv, name="mlp")
+        y = mlp(_norm(self.norm, "norm2")(x))
+        return residual(x, "res_scale2") + DropPath(self.drop_path)(y, train=train)
+
+
+class Stem(nn.Module):
+    """7x7 convolution with stride 4, then a norm."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Conv(self.channels, 7, stride=4, padding=2, name="conv", **TRUNC_NORMAL)(x)
+        return _norm("channels", "norm")(x)
+
+
+class Downsample(nn.Module):
+    """A norm, then a 3x3 convolution with stride 2."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = _norm("channels", "norm")(x)
+        return Conv(self.channels, 3, stride=2, padding=1, name="conv", **TRUNC_NORMAL)(x)
+
+
+class Stage(nn.Module):
+    """Blocks one after another, behind a down-sampling in all stages but the first.
+
+    Attributes:
+      channels: output channels.
+      downsample: halves the map first.
+      mixer, norm, residual_scale: see `Block`.
+      drop_path: rates of the blocks.
+    """
+
+    channels: int
+    downsample: bool
+    mixer: str
+    norm: str
+    residual_scale: bool
+    drop_path: Sequence[float]
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        if self.downsample:
+            x = Downsample(self.channels, name="downsample")(x)
+        for i, rate in enumerate(self.drop_path):
+            x = Block(self.mixer, self.norm, self.residual_scale, rate, name=f"blocks_{i}")(x, train=train)
+        return x
+
+
+class MetaFormer(nn.Module):
+    """The MetaFormer family's backbone.
+
+    Attributes:
+      image_size: height and width, or one number for both. Only random matrices are made for it: without them any other
+        size works too.
+      embed_dim: channels of the stages.
+      depths: blocks of the stages.
+      mixers: token mixers of the stages: "attention", "conv", "pool", "random" or "identity".
+      norm: of the blocks, over the "channels" of a pixel or over the whole "map" of an image.
+      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    embed_dim: Sequence[int] = (64, 128, 320, 512)
+    depths: Sequence[int] = (3, 3, 9, 3)
+    mixers: Sequence[str] = ("conv", "conv", "attention", "attention")
+    norm: str = "channels"
+    drop_path: float = 0.0
+
+    @nn.nowrap
+    def num_features(self) -> int:
+        """Feature maps that a call returns."""
+        return 1 + len(self.depths)
+
+    @nn.nowrap
+    def validate(self) -> None:
+        """Raises ValueError, one sentence, if the fields do not fit each other."""
+        if not len(self.embed_dim) == len(self.depths) == len(self.mixers):
+            raise ValueError("embed_dim, depths and mixers need one entry for each stage")
+        for stage, (mixer, channels) in enumerate(zip(self.mixers, self.embed_dim, strict=True)):
+            if mixer not in MIXERS:
+                raise ValueError(f"there is no mixer '{mixer}', only {', '.join(MIXERS)}")
+            if mixer == "attention" and channels % HEAD_DIM:
+                near = max(round(channels / HEAD_DIM), 1) * HEAD_DIM
+                raise ValueError(
+                    f"attention heads of {HEAD_DIM} channels do not divide the {channels} channels of stage {stage}; "
+                    f"the nearest number that works is {near}"
+                )
+        if self.norm not in ("channels", "map"):
+            raise ValueError(f"there is no norm '{self.norm}', only channels and map")
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
+        """Maps images `[B, H, W, C]` to the stem's map and the map of every stage."""
+        made_for = _pair(self.image_size)
+        if "random" in self.mixers and x.shape[1:3] != made_for:
+            raise ValueError(
+                f"the image is {x.shape[1]}x{x.shape[2]} where the random matrices are made for "
+                f"{made_for[0]}x{made_for[1]}; create the model with image_size={x.shape[1:3]}"
+            )
+        x = Stem(self.embed_dim[0], name="stem")(x)
+        features = [x]
+        rates = drop_path_rates(self.drop_path, sum(self.depths))
+        for i, (channels, depth, mixer) in enumerate(zip(self.embed_dim, self.depths, self.mixers, strict=True)):
+            stage_rates, rates = rates[:depth], rates[depth:]
+            x = Stage(channels, i > 0, mixer, self.norm, i >= 2, stage_rates, name=f"stages_{i}")(x, train=train)
+            features.append(x)
+        return features
+
+
+# Mixers and norm of the families, then depths and widths of the sizes.
+PRESETS = {
+    "identityformer": {"mixers": ("identity",) * 4, "norm": "map"},
+    "randformer": {"mixers": ("identity", "identity", "random", "random"), "norm": "map"},
+    "poolformerv2": {"mixers": ("pool",) * 4, "norm": "map"},
+    "convformer": {"mixers": ("conv",) * 4, "norm": "channels"},
+    "caformer": {"mixers": ("conv", "conv", "attention", "attention"), "norm": "channels"},
+}
+_S, _M = (64, 128, 320, 512), (96, 192, 384, 768)
+_SIMPLE_SIZES = {
+    "s12": {"depths": (2, 2, 6, 2), "embed_dim": _S},
+    "s24": {"depths": (4, 4, 12, 4), "embed_dim": _S},
+    "s36": {"depths": (6, 6, 18, 6), "embed_dim": _S},
+    "m36": {"depths": (6, 6, 18, 6), "embed_dim": _M},
+    "m48": {"depths": (8, 8, 24, 8), "embed_dim": _M},
+}
+_CONV_SIZES = {
+    "s18": {"depths": (3, 3, 9, 3), "embed_dim": _S},
+    "s36": {"depths": (3, 12, 18, 3), "embed_dim": _S},
+    "m36": {"depths": (3, 12, 18, 3), "embed_dim": (96, 192, 384, 576)},
+    "b36": {"depths": (3, 12, 18, 3), "embed_dim": (128, 256, 512, 768)},
+}
+
+VARIANTS: dict[str, functools.partial[MetaFormer]] = {
+    f"{family}_{size}": functools.partial(MetaFormer, **PRESETS[family], **fields)
+    for family in ("identityformer", "randformer", "poolformerv2")
+    for size, fields in _SIMPLE_SIZES.items()
+} | {
+    f"{family}_{size}{suffix}": functools.partial(MetaFormer, image_size=pixels, **PRESETS[family], **fields)
+    for family in ("convformer", "caformer")
+    for size, fields in _CONV_SIZES.items()
+    for suffix, pixels in (("", 224), ("_384", 384))
+}

@@ -1,0 +1,70 @@
+"""MobileNetV1 as Lab-LVM/imagenet-models has it.
+
+Howard et al. 2017, "MobileNets" (arXiv:1704.04861). The activation is ReLU: timm's `mobilenetv1_100`, the same network
+with ReLU6, is another function.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+from flax import linen as nn
+
+from maxmap.layers import BatchNorm, Conv
+
+Array = jax.Array
+
+
+class MobileNetV1(nn.Module):
+    """Depthwise-separable convolutions without shortcuts.
+
+    Attributes:
+      image_size: height and width, or one number for both; any other size works too.
+      stem_width: channels of the first convolution.
+      embed_dim: channels of the stages.
+      depths: depthwise-separable units of the stages. The first unit of a stage halves the map, except in the first
+        stage, which holds the stem.
+      drop_path: 0, there is no residual branch to drop.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    stem_width: int = 32
+    embed_dim: Sequence[int] = (64, 128, 256, 512, 1024)
+    depths: Sequence[int] = (1, 2, 2, 6, 2)
+    drop_path: float = 0.0
+
+    @nn.nowrap
+    def num_features(self) -> int:
+        """Feature maps that a call returns."""
+        return len(self.depths)
+
+    @nn.nowrap
+    def validate(self) -> None:
+        """Raises ValueError, one sentence, if the fields do not fit each other."""
+        if len(self.embed_dim) != len(self.depths):
+            raise ValueError("embed_dim and depths need one entry for each stage")
+        if self.drop_path:
+            raise ValueError(f"MobileNetV1 has no residual branches, so drop_path can only be 0, not {self.drop_path}")
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
+        """Maps images `[B, H, W, C]` to the maps of the stages; the first has half the size of the images."""
+
+        def unit(x: Array, name: str, index: int, channels: int, **fields: int) -> Array:
+            """Convolution, norm and ReLU; the reference counts them through, hence the index."""
+            x = Conv(channels, bias=False, name=f"{name}_{index}", **fields)(x)
+            return nn.relu(BatchNorm(name=f"{name}_{index + 1}")(x, train=train))
+
+        x = unit(x, "layers_0_0", 0, self.stem_width, kernel_size=3, stride=2, padding=1)
+        features = []
+        for stage, (channels, depth) in enumerate(zip(self.embed_dim, self.depths, strict=True)):
+            for i in range(depth):
+                name = f"layers_{stage}_{i if stage else i + 1}"
+                stride = 2 if stage and i == 0 else 1
+                x = unit(x, name, 0, x.shape[-1], kernel_size=3, stride=stride, padding=1, groups=x.shape[-1])
+                x = unit(x, name, 3, channels)
+            features.append(x)
+        return features
+
+
+VARIANTS: dict[str, functools.partial[MobileNetV1]] = {"mobilenet_v1": functools.partial(MobileNetV1)}

@@ -1,0 +1,171 @@
+"""PiT: a vision transformer that pools its tokens between stages (Heo et al. 2021).
+
+Names and parameters are those of timm's `pit_s_224`, which has a class token. MAP's `pit_s` is the same network without
+one. A class token is returned as the last feature, a map of one pixel, as ViT's is.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from maxmap.layers import Conv, Linear, ViTBlock, drop_path_rates, trunc_normal_02
+
+Array = jax.Array
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of square patches, which overlap where the stride is smaller than they are."""
+
+    channels: int
+    patch_size: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return Conv(self.channels, self.patch_size, stride=self.stride, name="conv")(x)
+
+
+class Pooling(nn.Module):
+    """Halves and widens the map by a depthwise convolution; widens the class token by a linear map."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: Array, token: Array | None) -> tuple[Array, Array | None]:
+        x = Conv(self.channels, 3, stride=2, padding=1, groups=x.shape[-1], name="conv")(x)
+        return x, None if token is None else Linear(self.channels, name="fc")(token)
+
+
+class Stage(nn.Module):
+    """Pooling, except in the first stage, then transformer blocks on the class token and the pixels.
+
+    Attributes:
+      channels: of the stage.
+      pool: whether it begins with the pooling.
+      blocks: make the `ViTBlock`s, given their names.
+    """
+
+    channels: int
+    pool: bool
+    blocks: Sequence[Callable[..., nn.Module]]
+
+    @nn.compact
+    def __call__(self, x: Array, token: Array | None, *, train: bool) -> tuple[Array, Array | None]:
+        """Maps `[B, H, W, C]` and the class token `[B, 1, C]`, if there is one, to the same of `channels`."""
+        if self.pool:
+            x, token = Pooling(self.channels, name="pool")(x, token)
+        height = x.shape[1]
+        x = rearrange(x, "b h w c -> b (h w) c")
+        if token is not None:
+            x = jnp.concatenate([token, x], axis=1)
+        for i, block in enumerate(self.blocks):
+            x = block(name=f"blocks_{i}")(x, train=train)
+        if token is not None:
+            token, x = x[:, :1], x[:, 1:]
+        return rearrange(x, "b (h w) c -> b h w c", h=height), token
+
+
+class PiT(nn.Module):
+    """The backbone: overlapping patches, then stages of transformer blocks with a pooling before all but the first.
+
+    Attributes:
+      image_size: pixels that the position table is made for, one number or (height, width).
+      patch_size: side of the patches.
+      stride: between patches.
+      embed_dim: channels of each stage, each a multiple of the one before.
+      depths: number of blocks of each stage.
+      heads: of the attention of each stage.
+      mlp_ratio: hidden width of the MLPs relative to the channels.
+      class_token: puts a learned token in front of the pixels and returns it as the last feature, a map of one pixel.
+      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate; without a class token, as in
+        MAP's code, it ends one step short of it.
+      attn_drop, proj_drop: dropout of the attention probabilities; of the projections.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    stride: int = 8
+    embed_dim: Sequence[int] = (144, 288, 576)
+    depths: Sequence[int] = (2, 6, 4)
+    heads: Sequence[int] = (3, 6, 12)
+    mlp_ratio: float = 4.0
+    class_token: bool = False
+    drop_path: float = 0.0
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+    @nn.nowrap
+    def num_features(self) -> int:
+        """Feature maps that a call returns."""
+        return 1 + len(self.depths) + self.class_token
+
+    @nn.nowrap
+    def validate(self) -> None:
+        """Raises ValueError, one sentence, if the fields do not fit each other."""
+        if not len(self.embed_dim) == len(self.depths) == len(self.heads):
+            raise ValueError("embed_dim, depths and heads need one entry for each stage")
+        for channels, heads in zip(self.embed_dim, self.heads, strict=True):
+            if channels % heads:
+                nearest = min((d for d in range(1, channels + 1) if channels % d == 0), key=lambda d: abs(d - heads))
+                raise ValueError(
+                    f"{heads} heads do not divide {channels} channels; the nearest number that does is {nearest}"
+                )
+        for before, channels in zip(self.embed_dim, self.embed_dim[1:], strict=False):
+            if channels % before:
+                nearest = max(round(channels / before), 1) * before
+                raise ValueError(
+                    f"the pooling widens by a whole factor, {before} channels do not divide {channels}; the nearest "
+                    f"that they divide is {nearest}"
+                )
+        for axis, pixels in zip(("height", "width"), self._size(), strict=True):
+            if pixels < self.patch_size:
+                raise ValueError(
+                    f"image {axis} {pixels} is smaller than a patch; the nearest size that works is {self.patch_size}"
+                )
+
+    @nn.nowrap
+    def _size(self) -> tuple[int, int]:
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
+        """Maps images `[B, H, W, C]` to the map of embedded patches, the map of each stage and the class token."""
+        if x.shape[1:3] != self._size():
+            raise ValueError(
+                f"the images are {x.shape[1]} x {x.shape[2]} pixels, the position table is for "
+                f"{self._size()[0]} x {self._size()[1]}; set image_size"
+            )
+        x = PatchEmbed(self.embed_dim[0], self.patch_size, self.stride, name="patch_embed")(x)
+        x = x + self.param("pos_embed", trunc_normal_02, (1, *x.shape[1:])).astype(x.dtype)
+        token = None
+        if self.class_token:
+            token = self.param("cls_token", trunc_normal_02, (1, 1, x.shape[-1])).astype(x.dtype)
+            token = jnp.broadcast_to(token, (x.shape[0], *token.shape[1:]))
+        features = [x]
+        rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=self.class_token))
+        for stage, (channels, depth, heads) in enumerate(zip(self.embed_dim, self.depths, self.heads, strict=True)):
+            blocks = [
+                functools.partial(
+                    ViTBlock,
+                    heads,
+                    self.mlp_ratio,
+                    next(rates),
+                    attn_drop=self.attn_drop,
+                    proj_drop=self.proj_drop,
+                )
+                for _ in range(depth)
+            ]
+            x, token = Stage(channels, stage > 0, blocks, name=f"transformers_{stage}")(x, token, train=train)
+            features.append(x)
+        return features if token is None else [*features, token[:, None]]
+
+
+VARIANTS: dict[str, functools.partial[PiT]] = {
+    "pit_s_224": functools.partial(PiT, class_token=True),
+    "pit_s": functools.partial(PiT),
+}

@@ -1,0 +1,169 @@
+"""ResNet-50, as timm has it and as MAP's authors changed it.
+
+He et al. 2015, "Deep Residual Learning" (arXiv:1512.03385). `resnet50` is timm's (v1.5: the stride is in the 3x3
+convolution). `resnet50_se_deep` is the backbone of `map_resnet50` in Lab-LVM/imagenet-models: a stem of three
+convolutions, squeeze-excitation (Hu et al. 2018), GELU inside of the blocks, and a last stage of half the width.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from maxmap.layers import ACTIVATIONS, BatchNorm, Conv, DropPath, Initializer, drop_path_rates, he_fan_out
+
+Array = jax.Array
+
+EXPANSION = 4  # output channels of a block over its inner channels
+SQUEEZE = 16  # output channels of a block over those of its squeeze-excitation
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution with a residual path; the scale of the last norm starts at zero.
+
+    Attributes:
+      channels: output channels.
+      stride: of the 3x3 convolution and of the residual path.
+      squeeze: MAP's form, with GELU inside and squeeze-excitation.
+      drop_path: rate of dropping the branch.
+    """
+
+    channels: int
+    stride: int
+    squeeze: bool
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        act = ACTIVATIONS["gelu" if self.squeeze else "relu"]
+        width = self.channels // EXPANSION
+
+        def names(i: int) -> tuple[str, str]:
+            return (f"conv{i}_0", f"conv{i}_1") if self.squeeze else (f"conv{i}", f"bn{i}")
+
+        y = act(_conv_norm(x, names(1), width, train=train))
+        y = act(_conv_norm(y, names(2), width, 3, self.stride, train=train))
+        y = _conv_norm(y, names(3), self.channels, scale_init=nn.initializers.zeros, train=train)
+        if self.squeeze:
+            gate = jnp.mean(y, axis=(1, 2), keepdims=True)
+            gate = act(_conv_norm(gate, ("se_1_0", "se_1_1"), self.channels // SQUEEZE, train=train))
+            y = y * nn.sigmoid(Conv(self.channels, kernel_init=he_fan_out(), name="se_2")(gate))
+        if self.stride > 1 or x.shape[-1] != self.channels:
+            x = _conv_norm(x, ("downsample_0", "downsample_1"), self.channels, 1, self.stride, train=train)
+        return nn.relu(x + DropPath(self.drop_path)(y, train=train))
+
+
+def _conv_norm(
+    x: Array,
+    names: tuple[str, str],
+    channels: int,
+    kernel_size: int = 1,
+    stride: int = 1,
+    *,
+    scale_init: Initializer = nn.initializers.ones,
+    train: bool,
+) -> Array:
+    """Convolution without bias, then batch norm."""
+    conv = Conv(channels, kernel_size, stride, kernel_size // 2, bias=False, kernel_init=he_fan_out(), name=names[0])
+    return BatchNorm(scale_init=scale_init, name=names[1])(conv(x), train=train)
+
+
+def _stages(
+    stem: Array, channels: Sequence[int], depths: Sequence[int], rates: Sequence[float], squeeze: bool, *, train: bool
+) -> list[Array]:
+    """Pools the stem's map and returns it, as it was, with the map of every stage."""
+    x = nn.max_pool(stem, (3, 3), (2, 2), [(1, 1), (1, 1)])
+    features = [stem]
+    remaining = iter(rates)
+    for stage, depth in enumerate(depths):
+        for i in range(depth):
+            stride = 2 if stage and i == 0 else 1
+            block = Bottleneck(channels[stage], stride, squeeze, next(remaining), name=f"layer{stage + 1}_{i}")
+            x = block(x, train=train)
+        features.append(x)
+    return features
+
+
+class ResNet(nn.Module):
+    """ResNet with bottleneck blocks and the 7x7 stem.
+
+    Attributes:
+      image_size: height and width, or one number for both; any other size works too.
+      embed_dim: channels of the stages.
+      depths: blocks of the stages.
+      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    embed_dim: Sequence[int] = (256, 512, 1024, 2048)
+    depths: Sequence[int] = (3, 4, 6, 3)
+    drop_path: float = 0.0
+
+    @nn.nowrap
+    def num_features(self) -> int:
+        """Feature maps that a call returns."""
+        return 1 + len(self.depths)
+
+    @nn.nowrap
+    def validate(self) -> None:
+        """Raises ValueError, one sentence, if the fields do not fit each other."""
+        _validate(self.embed_dim, self.depths, EXPANSION)
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
+        """Maps images `[B, H, W, C]` to the stem's map before its pooling and the map of every stage."""
+        x = nn.relu(_conv_norm(x, ("conv1", "bn1"), 64, 7, 2, train=train))
+        rates = drop_path_rates(self.drop_path, sum(self.depths))
+        return _stages(x, self.embed_dim, self.depths, rates, False, train=train)
+
+
+class SEResNet(nn.Module):
+    """ResNet with a stem of three 3x3 convolutions, squeeze-excitation and GELU, as MAP's authors built it.
+
+    Attributes:
+      image_size: height and width, or one number for both; any other size works too.
+      embed_dim: channels of the stages.
+      depths: blocks of the stages.
+      drop_path: stochastic depth; block i of N has this rate times i / N, so the last has a little less, as published.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    embed_dim: Sequence[int] = (256, 512, 1024, 1024)
+    depths: Sequence[int] = (3, 4, 6, 3)
+    drop_path: float = 0.0
+
+    @nn.nowrap
+    def num_features(self) -> int:
+        """Feature maps that a call returns."""
+        return 1 + len(self.depths)
+
+    @nn.nowrap
+    def validate(self) -> None:
+        """Raises ValueError, one sentence, if the fields do not fit each other."""
+        _validate(self.embed_dim, self.depths, SQUEEZE)
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
+        """Maps images `[B, H, W, C]` to the stem's map before its pooling and the map of every stage."""
+        for i in range(3):
+            x = _conv_norm(x, (f"stem_{i}_0", f"stem_{i}_1"), 64, 3, 1 if i else 2, train=train)
+            x = ACTIVATIONS["gelu"](x)
+        rates = drop_path_rates(self.drop_path, sum(self.depths) + 1)
+        return _stages(x, self.embed_dim, self.depths, rates, True, train=train)
+
+
+def _validate(embed_dim: Sequence[int], depths: Sequence[int], divisor: int) -> None:
+    if len(embed_dim) != len(depths):
+        raise ValueError("embed_dim and depths need one entry for each stage")
+    for channels in embed_dim:
+        if channels % divisor:
+            near = max(round(channels / divisor), 1) * divisor
+            raise ValueError(f"embed_dim {channels} is not a multiple of {divisor}; the nearest that is one is {near}")
+
+
+VARIANTS: dict[str, functools.partial[nn.Module]] = {
+    "resnet50": functools.partial(ResNet),
+    "resnet50_se_deep": functools.partial(SEResNet),
+}

@@ -1,0 +1,121 @@
+"""ViT: the plain vision transformer (Dosovitskiy et al. 2021), with timm's names, fields and parameters.
+
+A head here reads maps, and timm's classifier reads the class token: a backbone with one returns it as a last feature
+map of one pixel, `[B, 1, 1, C]`, behind the maps of patch tokens. The mean over that map is the token, so the plain
+linear head needs to know nothing of it. The same convention holds for PiT.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from maxmap.layers import TRUNC_NORMAL, Conv, ViTBlock, drop_path_rates, trunc_normal_02
+
+Array = jax.Array
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of square patches that do not overlap."""
+
+    channels: int
+    patch_size: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return Conv(self.channels, self.patch_size, stride=self.patch_size, name="proj")(x)
+
+
+class ViT(nn.Module):
+    """The backbone: patch embedding and pre-norm transformer blocks of one width.
+
+    Attributes:
+      image_size: pixels that the position table is made for, one number or (height, width).
+      patch_size: side of the patches.
+      embed_dim: channels.
+      depths: numbers of blocks; a feature map is returned after each of these groups.
+      heads: of the attention.
+      mlp_ratio: hidden width of the MLPs relative to the channels.
+      class_token: puts a learned token in front of the patch tokens and returns it as the last feature, a map of one
+        pixel. Without it the last feature is the map after the last block.
+      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
+      attn_drop, proj_drop: dropout of the attention probabilities; of the projections.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    embed_dim: int = 384
+    depths: Sequence[int] = (3, 3, 3, 3)
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    class_token: bool = True
+    drop_path: float = 0.0
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+    @nn.nowrap
+    def num_features(self) -> int:
+        """Feature maps that a call returns."""
+        return 1 + len(self.depths) + self.class_token
+
+    @nn.nowrap
+    def validate(self) -> None:
+        """Raises ValueError, one sentence, if the fields do not fit each other."""
+        if self.embed_dim % self.heads:
+            divisors = [d for d in range(1, self.embed_dim + 1) if self.embed_dim % d == 0]
+            nearest = min(divisors, key=lambda d: abs(d - self.heads))
+            raise ValueError(
+                f"{self.heads} heads do not divide {self.embed_dim} channels; the nearest number that does is {nearest}"
+            )
+        for axis, pixels in zip(("height", "width"), self._size(), strict=True):
+            if pixels % self.patch_size:
+                nearest = max(round(pixels / self.patch_size), 1) * self.patch_size
+                raise ValueError(
+                    f"image {axis} {pixels} is not a multiple of the patch size {self.patch_size}; the nearest size "
+                    f"that works is {nearest}"
+                )
+
+    @nn.nowrap
+    def _size(self) -> tuple[int, int]:
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
+        """Maps images `[B, H, W, C]` to the map of embedded patches, one map per group of blocks, the class token."""
+        if x.shape[1:3] != self._size():
+            raise ValueError(
+                f"the images are {x.shape[1]} x {x.shape[2]} pixels, the position table is for "
+                f"{self._size()[0]} x {self._size()[1]}; set image_size"
+            )
+        x = PatchEmbed(self.embed_dim, self.patch_size, name="patch_embed")(x)
+        height = x.shape[1]
+        x = rearrange(x, "b h w c -> b (h w) c")
+        first = int(self.class_token)  # index of the first patch token
+        if self.class_token:
+            token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim)).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], *token.shape[1:])), x], axis=1)
+        x = x + self.param("pos_embed", trunc_normal_02, (1, *x.shape[1:])).astype(x.dtype)
+
+        def patches(x: Array) -> Array:
+            return rearrange(x[:, first:], "b (h w) c -> b h w c", h=height)
+
+        features = [patches(x)]
+        rates = iter(enumerate(drop_path_rates(self.drop_path, sum(self.depths))))
+        for depth in self.depths:
+            for _ in range(depth):
+                i, rate = next(rates)
+                x = ViTBlock(
+                    self.heads, self.mlp_ratio, rate, TRUNC_NORMAL, self.attn_drop, self.proj_drop, name=f"blocks_{i}"
+                )(x, train=train)
+            features.append(patches(x))
+        return [*features, x[:, None, :1]] if self.class_token else features
+
+
+VARIANTS: dict[str, functools.partial[ViT]] = {
+    "vit_small_patch16_224": functools.partial(ViT, embed_dim=384, heads=6),
+    "vit_base_patch16_224": functools.partial(ViT, embed_dim=768, heads=12),
+}

@@ -1,0 +1,300 @@
+"""GA: Gramian attention heads (Ryu et al., ICCV 2023), as Lab-LVM/imagenet-models has them.
+
+One map, aggregated from all stages, serves `branches` independent branches. Each turns the Gram matrix of a narrow copy
+of the map into one class token, lets the token attend to the map and classifies it. The branches are trained to differ,
+and the mean over their logits is the prediction.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from maxmap.layers import (
+    CONV_INITS,
+    LINEAR_INITS,
+    BatchNorm,
+    Conv,
+    ConvNeXtBlock,
+    CSWinBlock,
+    DropPath,
+    GroupedMlp,
+    LayerNorm,
+    Linear,
+    adaptive_average,
+    bilinear,
+    gram_values,
+    softmax,
+)
+
+Array = jax.Array
+
+HEAD_DIM = 32  # channels of an attention head in the "cswin" blocks
+
+
+def gather(features: Sequence[Array]) -> Array:
+    """Concatenates all feature maps but the stem's at the size of the last but one.
+
+    Larger maps are averaged, smaller ones enlarged by bilinear interpolation.
+    """
+    size = features[-2].shape[1:3]
+    maps = features[1:] if len(features) > 2 else features
+    return jnp.concatenate([x if x.shape[1:3] == size else _resize(x, size) for x in maps], axis=-1)
+
+
+def _resize(x: Array, size: Sequence[int]) -> Array:
+    return (adaptive_average if x.shape[1] > size[0] else bilinear)(x, size)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gates from the mean of the map (Hu et al. 2018)."""
+
+    width: int
+    init_scheme: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        inits = CONV_INITS[self.init_scheme]
+        gate = nn.relu(Conv(self.width, name="fc1", **inits)(jnp.mean(x, axis=(1, 2), keepdims=True)))
+        return x * nn.sigmoid(Conv(x.shape[-1], name="fc2", **inits)(gate))
+
+
+class Bottleneck(nn.Module):
+    """Aggregates by a residual bottleneck with squeeze-excitation; the shortcut is a 1x1 convolution with a norm.
+
+    Attributes:
+      channels: output channels.
+      drop_path: rate of dropping the residual branch.
+      init_scheme: see `GramianHead`.
+    """
+
+    channels: int
+    drop_path: float
+    init_scheme: str
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        inits = CONV_INITS[self.init_scheme]
+        width = self.channels // 4
+        shortcut = Conv(self.channels, name="downsample_0", **inits)(x)
+        shortcut = BatchNorm(name="downsample_1")(shortcut, train=train)
+        y = Conv(width, bias=False, name="conv1", **inits)(x)
+        y = nn.relu(BatchNorm(name="bn1")(y, train=train))
+        y = Conv(width, 3, padding=1, bias=False, name="conv2", **inits)(y)
+        y = nn.relu(BatchNorm(name="bn2")(y, train=train))
+        y = SqueezeExcite(max((width // 4 + 4) // 8, 1) * 8, self.init_scheme, name="se")(y)
+        y = Conv(self.channels, bias=False, name="conv3", **inits)(y)
+        y = BatchNorm(name="bn3")(y, train=train)
+        return nn.relu(DropPath(self.drop_path)(y, train=train) + shortcut)
+
+
+class ConvNorm(nn.Module):
+    """A 1x1 convolution and a LayerNorm, under the reference's names."""
+
+    channels: int
+    init_scheme: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return LayerNorm(1e-5, name="norm")(Conv(self.channels, name="conv", **CONV_INITS[self.init_scheme])(x))
+
+
+class ConvNeXtLayer(nn.Module):
+    """One ConvNeXt block, under the reference's name."""
+
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        return ConvNeXtBlock(self.drop_path, name="blocks_0")(x, train=train)
+
+
+def cswin_block(x: Array, mlp_groups: int, drop_path: float, name: str) -> CSWinBlock:
+    """A CSWin block for the map `x`, with stripes half as wide as the map, or the whole of it where that is odd."""
+    stripe = tuple(n if n % 2 else n // 2 for n in x.shape[1:3])
+    return CSWinBlock(x.shape[-1] // HEAD_DIM, stripe, mlp_groups, drop_path, name=name)
+
+
+class ClassAttention(nn.Module):
+    """Attention of one token over itself and the map (Touvron et al. 2021, CaiT).
+
+    Attributes:
+      width: of queries, keys and values together over the heads.
+      heads: of the attention.
+      init_scheme: see `GramianHead`.
+    """
+
+    width: int
+    heads: int
+    init_scheme: str
+
+    @nn.compact
+    def __call__(self, token: Array, x: Array) -> Array:
+        """Maps the token `[B, 1, D]` and the map `[B, N, D]`, both normalised already, to a token `[B, 1, D]`."""
+        both = jnp.concatenate([token, x], axis=1)
+        linear = functools.partial(Linear, self.width, bias=False, **LINEAR_INITS[self.init_scheme])
+        q, k, v = linear(name="q")(token), linear(name="k")(both), linear(name="v")(both)
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (q, k, v))
+        probabilities = softmax(jnp.einsum("bhqd,bhnd->bhqn", q * q.shape[-1] ** -0.5, k))
+        out = rearrange(jnp.einsum("bhqn,bhnd->bhqd", probabilities, v), "b h q d -> b q (h d)")
+        return Linear(x.shape[-1], name="proj", **LINEAR_INITS[self.init_scheme])(out)
+
+
+class ClassAttentionBlock(nn.Module):
+    """Class attention and a grouped MLP, each with a residual and a layer scale.
+
+    Attributes:
+      width, heads: see `ClassAttention`.
+      mlp_ratio: hidden width of the MLP relative to D.
+      mlp_groups: of the MLP's convolutions.
+      init_scheme: see `GramianHead`.
+    """
+
+    width: int
+    heads: int
+    mlp_ratio: float
+    mlp_groups: int
+    init_scheme: str
+
+    @nn.compact
+    def __call__(self, token: Array, x: Array) -> Array:
+        """Maps the token `[B, 1, D]` and the map `[B, N, D]` to a token `[B, 1, D]`."""
+
+        def scale(name: str, y: Array) -> Array:
+            gamma = self.param(name, nn.initializers.constant(1e-4), (y.shape[-1],))
+            return y * gamma[None, None].astype(y.dtype)
+
+        norm = LayerNorm(1e-5, name="norm1")
+        attention = ClassAttention(self.width, self.heads, self.init_scheme, name="attn")
+        token = token + scale("gamma_1", attention(norm(token), norm(x)))
+        mlp = GroupedMlp(self.mlp_groups, self.mlp_ratio, inits=CONV_INITS[self.init_scheme], name="mlp")
+        return token + scale("gamma_2", mlp(LayerNorm(1e-5, name="norm2")(token)[:, None])[:, 0])
+
+
+class GramianHead(nn.Module):
+    """Gramian attention.
+
+    Attributes:
+      num_classes: K; 0 returns each branch's token in place of logits.
+      channels: D, width of the aggregated map and of the tokens.
+      branches: G.
+      aggregation: "bottleneck" or "cswin", the block that turns all feature maps into one.
+      aggregation_mlp_groups: of the "cswin" aggregation's MLP.
+      block: "convnext" or "cswin", the block in front of a branch's Gram matrix.
+      gram_channels: P, of which the Gram matrix is taken.
+      contraction_groups: of the convolution from D to P channels.
+      embedding_groups: of the convolution from P(P+1)/2 Gram values to the token.
+      heads: of the class attention.
+      attention_width: of its queries, keys and values; None for D // 4.
+      mlp_ratio: hidden width of the class attention's MLP relative to D.
+      mlp_groups: of that MLP.
+      drop_path: rate of dropping the residual branches of the aggregation and of the blocks. The recipes give the
+        backbone's.
+      init_scheme: "torch" (PyTorch's defaults), "trunc_normal" (weights 0.02 wide, biases 0), "trunc_normal_linear"
+        (that for linear maps only) or "he" (convolutions by He's rule); the blocks start as in their families.
+    """
+
+    num_classes: int
+    channels: int = 512
+    branches: int = 5
+    aggregation: str = "bottleneck"
+    aggregation_mlp_groups: int = 1
+    block: str = "convnext"
+    gram_channels: int = 192
+    contraction_groups: int = 1
+    embedding_groups: int = 8
+    heads: int = 8
+    attention_width: int | None = None
+    mlp_ratio: float = 4.0
+    mlp_groups: int = 4
+    drop_path: float = 0.0
+    init_scheme: str = "trunc_normal"
+
+    @nn.nowrap
+    def validate(self, num_features: int) -> None:
+        """Raises ValueError, one sentence, if the fields do not fit each other or a backbone's `num_features` maps."""
+        if num_features < 2:
+            raise ValueError(f"the Gramian head needs 2 feature maps or more, the backbone has {num_features}")
+        choices = {
+            "aggregation": ("bottleneck", "cswin"),
+            "block": ("convnext", "cswin"),
+            "init_scheme": tuple(CONV_INITS),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"the Gramian head's {field} '{getattr(self, field)}' is not one of {', '.join(allowed)}"
+                )
+
+        def divides(number: int, what: str, total: int, of: str) -> None:
+            if total % number:
+                divisors = [d for d in range(1, total + 1) if total % d == 0]
+                near = min(divisors, key=lambda d: abs(d - number))
+                raise ValueError(
+                    f"the Gramian head's {number} {what} do not divide {total} {of}; the nearest that do is {near}"
+                )
+
+        divides(self.contraction_groups, "contraction_groups", self.channels, "channels")
+        divides(self.contraction_groups, "contraction_groups", self.gram_channels, "gram_channels")
+        divides(self.embedding_groups, "embedding_groups", self.channels, "channels")
+        gram_size = self.gram_channels * (self.gram_channels + 1) // 2
+        divides(self.embedding_groups, "embedding_groups", gram_size, "Gram values")
+        divides(self.heads, "heads", self.attention_width or self.channels // 4, "attention channels")
+        divides(self.mlp_groups, "mlp_groups", self.channels, "channels")
+        divides(self.mlp_groups, "mlp_groups", int(self.mlp_ratio * self.channels), "hidden channels")
+        if self.aggregation == "cswin":
+            divides(self.aggregation_mlp_groups, "aggregation_mlp_groups", self.channels, "channels")
+        for kind, field in ((self.aggregation, "channels"), (self.block, "gram_channels")):
+            channels = getattr(self, field)
+            step = 2 * HEAD_DIM
+            if kind == "cswin" and channels % step:
+                near = max(round(channels / step), 1) * step
+                raise ValueError(
+                    f"the Gramian head's {field} {channels} are not a multiple of {step}, which a 'cswin' block needs; "
+                    f"the nearest is {near}"
+                )
+
+    @nn.compact
+    def __call__(self, features: Sequence[Array], *, train: bool = False) -> dict[str, Array]:
+        """Maps feature maps `[B, H, W, C]` to branches.
+
+        Returns:
+          'logits' `[G, B, K]` and 'embedding' `[B, G * D]`.
+        """
+        x = self._aggregate(gather(features), train)
+        pixels = rearrange(x, "b h w d -> b (h w) d")
+        inits = CONV_INITS[self.init_scheme]
+        tokens, logits = [], []
+        for k in range(self.branches):
+            y = Conv(self.gram_channels, groups=self.contraction_groups, name=f"gram_contraction_{k}_0", **inits)(x)
+            y = BatchNorm(name=f"gram_contraction_{k}_1")(y, train=train)
+            if self.block == "convnext":
+                layer = ConvNeXtLayer(self.drop_path, name=f"gram_layer_{k}")
+            else:
+                layer = cswin_block(y, 1, self.drop_path, name=f"gram_layer_{k}_1")
+            values = gram_values(layer(y, train=train))[:, None, None]  # [B, 1, 1, P(P+1)/2]
+            embed = Conv(self.channels, groups=self.embedding_groups, name=f"gram_embedding_{k}_0", **inits)
+            token = BatchNorm(name=f"gram_embedding_{k}_1")(embed(values), train=train)[:, 0]  # [B, 1, D]
+            width = self.attention_width or self.channels // 4
+            attend = ClassAttentionBlock(
+                width, self.heads, self.mlp_ratio, self.mlp_groups, self.init_scheme, name=f"ga_{k}"
+            )
+            token = attend(token, pixels)[:, 0]  # [B, D]
+            tokens.append(token)
+            if self.num_classes:
+                logits.append(Linear(self.num_classes, name=f"fc_{k}", **LINEAR_INITS[self.init_scheme])(token))
+        return {
+            "logits": jnp.stack(logits if self.num_classes else tokens),
+            "embedding": jnp.concatenate(tokens, axis=-1),
+        }
+
+    @nn.nowrap
+    def _aggregate(self, x: Array, train: bool) -> Array:
+        """Maps the gathered maps `[B, H, W, C]` to `[B, H, W, D]`, under the references' names for a fifth stage."""
+        if self.aggregation == "bottleneck":
+            return Bottleneck(self.channels, self.drop_path, self.init_scheme, name="stages_4")(x, train=train)
+        x = ConvNorm(self.channels, self.init_scheme, name="stage5_1")(x)
+        return cswin_block(x, self.aggregation_mlp_groups, self.drop_path, name="stage5_2")(x, train=train)

@@ -1,0 +1,278 @@
+"""ConvNeXt: exact sizes, timm's and the authors' numbers in float64 with every weight random."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxmap import layers
+from maxmap.backbones import convnext
+from maxmap.convert.dialects import recognise, rename
+from maxmap.convert.torch import from_torch, to_torch
+from maxmap.errors import UserError
+from maxmap.models import create_model
+from maxmap.train.losses import total_loss
+from tests.reference import fill, fill_state_dict, import_timm, read_golden, read_manifest
+
+# Parameters with 1000 classes, channels of the stem's and the stages' maps.
+ROWS = {
+    "convnext_tiny": (28_589_128, (96, 96, 192, 384, 768)),
+    "convnext_small": (50_223_688, (96, 96, 192, 384, 768)),
+    "convnext_base": (88_591_464, (128, 128, 256, 512, 1024)),
+    "map_convnext_tiny": (47_833_760, (96, 96, 192, 384, 768)),
+    "map_convnext_small": (82_837_664, (96, 96, 192, 384, 768)),
+}
+SIZE, CLASSES = (64, 96), 10  # height and width cannot be mixed up unseen
+WIDTHS, DEPTHS = (16, 24, 32, 48), (1, 2, 3, 1)
+SMALL = {"embed_dim": WIDTHS, "depths": DEPTHS, "num_classes": CLASSES}
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def run(model, x):
+    features = model.backbone(x)
+    return features, model.head(features)
+
+
+def quick(function, *args):
+    """Calls a function under jit, compiled with little optimisation."""
+    return jax.jit(function, compiler_options=QUICK)(*args)
+
+
+def numbers(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def timm_model(**fields):
+    import_timm()
+    from timm.models.convnext import ConvNeXt
+
+    return ConvNeXt(depths=DEPTHS, dims=WIDTHS, num_classes=CLASSES, **fields)
+
+
+def randomised(reference):
+    """Fills every leaf of a timm model at random, in float64; returns it and its state dict."""
+    import torch
+
+    weights = {key: torch.from_numpy(fill(key, value.shape)).double() for key, value in reference.state_dict().items()}
+    reference.double().load_state_dict(weights)
+    return reference.eval(), weights
+
+
+def error(ours, wanted):
+    """The largest difference relative to the largest value."""
+    ours, wanted = np.asarray(ours), np.asarray(wanted)
+    assert ours.shape == wanted.shape
+    assert ours.dtype == np.float64
+    return np.abs(ours - wanted).max() / np.abs(wanted).max()
+
+
+@pytest.fixture
+def plain_convolutions(monkeypatch):
+    """XLA's own convolutions, which trace and compile faster."""
+    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
+
+
+def test_every_variant_has_a_row():
+    assert set(convnext.VARIANTS) | {"map_convnext_tiny", "map_convnext_small"} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_parameters_and_features(name, plain_convolutions):
+    params, channels = ROWS[name]
+    model = create_model(name)
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
+    sizes = [(1, 224 // s, 224 // s, c) for s, c in zip((4, 4, 8, 16, 32), channels, strict=True)]
+    assert [feature.shape for feature in features] == sizes
+    assert model.backbone.num_features() == len(features)
+
+
+def test_golden(goldens, x64, plain_convolutions):
+    """The authors' network under their own names."""
+    weights, images, wanted = read_golden(goldens, "convnext_tiny")
+    model = create_model("convnext_tiny")
+    variables = from_torch(weights, model)
+    # One of the two images shows as much.
+    features, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, images[:1])
+    assert np.abs(outputs["logits"][0] - wanted["logits"][:1]).max() < 1e-9 * wanted["logits"].std()
+    for i, feature in enumerate(features):
+        assert error(feature.mean((1, 2)), wanted[f"feature_{i}"][:1]) < 1e-9
+    renames = recognise(weights).renames
+    back = to_torch(variables, model)
+    assert set(back) == {rename(key, renames) for key in weights}
+    assert all(np.array_equal(back[rename(key, renames)], value) for key, value in weights.items())
+
+
+def summaries(key, value):
+    """What the golden files keep of a tensor: norm, sum and the product with a random direction."""
+    probe = np.random.RandomState(zlib.crc32(f"probe:{key}".encode()) & 0x7FFFFFFF).standard_normal(value.shape)
+    return np.linalg.norm(value), value.sum(), (value * probe).sum(), np.linalg.norm(probe)
+
+
+def test_training_step_of_map(goldens, x64):
+    """Loss, gradient of every parameter and running statistics of the released network, under FAIR's names."""
+    manifest = read_manifest(goldens, "map_convnext_tiny")
+    weights = {key: value.astype(np.float64) for key, value in fill_state_dict(manifest["state_dict"]).items()}
+    model = create_model("map_convnext_tiny", image_size=64, head={"attention_dropout": 0.0, "token_dropout": 0.0})
+    variables = from_torch(weights, model)
+    images = np.random.RandomState(11).standard_normal((4, 3, 64, 64)).astype(np.float32)
+    images = images.astype(np.float64).transpose(0, 2, 3, 1)
+    targets = jax.nn.softmax(3 * np.random.RandomState(12).standard_normal((4, 1000)))
+
+    def loss(params):
+        outputs, new = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+        return total_loss(outputs, targets, name="bce", decorrelation=-0.8)[0], new
+
+    (value, new), gradient = quick(jax.value_and_grad(loss, has_aux=True), variables["params"])
+    with np.load(goldens / "step_map_convnext_tiny_64_b4.npz") as arrays:
+        golden = dict(arrays)
+    assert float(value) == pytest.approx(float(golden["loss"]), rel=1e-9)
+    renames = recognise(weights).renames
+    total = float(golden["global_grad_norm"])
+    for group, leaves in (("grad", to_torch({"params": gradient}, model)), ("bn", to_torch(new, model))):
+        assert set(leaves) == {rename(key, renames) for key in golden[f"{group}/keys"]}
+        for i, key in enumerate(golden[f"{group}/keys"]):
+            l2, sum_, dot = (golden[f"{group}/{name}"][i] for name in ("l2", "sum", "dot_probe"))
+            # Biases that a norm or a softmax takes out again have rounding for a gradient.
+            scale = max(l2, 1e-3 * total) if group == "grad" else l2
+            norm, ours_sum, ours_dot, probe = summaries(key, leaves[rename(key, renames)])
+            assert abs(norm - l2) < 1e-9 * scale, key
+            assert abs(ours_sum - sum_) < 1e-9 * scale * probe, key
+            assert abs(ours_dot - dot) < 1e-9 * scale * probe, key
+
+
+def test_equals_timm(x64, plain_convolutions):
+    """Outputs, features, embedding, the gradient of every parameter, and every name both ways."""
+    import torch
+
+    reference, weights = randomised(timm_model())
+    model = create_model("convnext_tiny", **SMALL)
+    variables = from_torch(weights, model)
+    x, direction = numbers(0, 3, *SIZE, 3), numbers(1, 3, CLASSES)
+    images = torch.from_numpy(x.transpose(0, 3, 1, 2))
+
+    features, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, x)
+    with torch.no_grad():
+        last, maps = reference.forward_intermediates(images)
+        embedding, logits = (reference.forward_head(last, pre_logits=pre) for pre in (True, False))
+        maps = [reference.stem(images), *maps]
+    assert error(outputs["logits"][0], logits) < 1e-9
+    assert error(outputs["embedding"], embedding) < 1e-9
+    assert max(error(a, b.permute(0, 2, 3, 1)) for a, b in zip(features, maps, strict=True)) < 1e-9
+
+    def loss(params, x):
+        return jnp.sum(model.apply({"params": params}, x, train=True)["logits"][0] * direction)
+
+    gradient = quick(jax.grad(loss), variables["params"], x)
+    (reference.train()(images) * torch.from_numpy(direction)).sum().backward()
+    wanted = {key: value.grad for key, value in reference.named_parameters()}
+    ours = to_torch({"params": gradient}, model)
+    assert set(ours) == set(wanted)
+    assert {key for key, value in wanted.items() if value.abs().max() == 0} == set()
+    assert {key for key, value in wanted.items() if error(ours[key], value) > 1e-9} == set()
+
+    back = to_torch(variables, model)
+    assert set(back) == set(weights)
+    assert all(np.array_equal(back[key], weights[key].numpy()) for key in back)
+
+
+def test_taps_are_outputs_of_blocks_inside_of_the_third_stage(plain_convolutions):
+    """2 taps of 9 blocks: after the third and the sixth."""
+    model = convnext.ConvNeXt(depths=(1, 1, 9, 1), embed_dim=WIDTHS, init_values=1.0, taps=2)
+
+    def apply(key, x):
+        variables = {"params": model.init(key, x)["params"]}
+        return model.apply(
+            variables,
+            x,
+            capture_intermediates=lambda module, _: module.path[:1] == ("stages_2",) and len(module.path) == 2,
+            mutable=["intermediates"],
+        )
+
+    features, captured = quick(apply, jax.random.key(0), jnp.asarray(numbers(0, 1, *SIZE, 3), jnp.float32))
+    blocks = captured["intermediates"]["stages_2"]
+    assert len(features) == model.num_features() == 7
+    for i, block in enumerate((2, 5, 8)):
+        assert np.array_equal(features[3 + i], blocks[f"blocks_{block}"]["__call__"][0])
+
+
+def test_initialisation_follows_timm(plain_convolutions):
+    """Sum and sum of squares of every kind of leaf, within five standard errors."""
+    import torch
+
+    model = create_model("convnext_tiny", **SMALL)
+    ours = to_torch(quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
+    torch.manual_seed(0)
+    reference = timm_model().state_dict()
+    for key, value in ours.items():
+        a, b = value.astype(np.float64), reference[key].numpy().astype(np.float64)
+        if b.std() == 0:
+            assert np.array_equal(a, b), key
+            continue
+        for power in (1, 2):
+            noise = np.sqrt(np.sum(a ** (2 * power)) + np.sum(b ** (2 * power)))
+            assert abs(np.sum(a**power) - np.sum(b**power)) < 5 * noise, (key, power, a.std(), b.std())
+
+
+def test_initialisation_of_map(plain_convolutions):
+    """Convolutions and linear maps 0.02 wide, their biases zero, in the head as in the backbone."""
+    head = {"channels": 48, "gram_channels": 32, "gram_groups": 8, "branches": 2, "heads": 3}
+    model = create_model("map_convnext_tiny", head=head, **SMALL)
+    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    for key, value in to_torch({"params": variables["params"]}, model).items():
+        if value.ndim > 1:
+            assert value.std() == pytest.approx(0.02, rel=5 / value.size**0.5), key
+            assert value.mean() == pytest.approx(0, abs=0.1 / value.size**0.5), key
+        else:
+            start = 1e-6 if key.endswith("gamma") else float(key.endswith("weight"))
+            assert np.array_equal(value, np.full_like(value, start)), key
+
+
+@pytest.mark.parametrize("endpoint", [True, False])
+def test_drop_path_rates(endpoint, monkeypatch, plain_convolutions):
+    """timm's; a network with a head that goes on dropping ends one step short."""
+    import_timm()
+    from timm.layers import DropPath
+
+    rates, drop_path = [], layers.DropPath
+
+    def recorded(rate):
+        rates.append(rate)
+        return drop_path(rate)
+
+    monkeypatch.setattr(layers, "DropPath", recorded)
+    model = convnext.ConvNeXt(depths=DEPTHS, embed_dim=WIDTHS, drop_path=0.42, drop_path_endpoint=endpoint)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    if endpoint:
+        reference = timm_model(drop_path_rate=0.42)
+        wanted = [module.drop_prob for module in reference.modules() if isinstance(module, DropPath)]
+        assert [rate for rate in rates if rate] == pytest.approx(wanted)
+    else:
+        assert rates == pytest.approx([0.42 * i / 7 for i in range(7)])
+
+
+def test_any_size_above_the_least(plain_convolutions):
+    model = create_model("convnext_tiny", **SMALL)
+    shapes = [
+        f.shape[1:3]
+        for f in jax.eval_shape(model.backbone.init_with_output, jax.random.key(0), jnp.zeros((1, 75, 101, 3)))[0]
+    ]
+    assert shapes == [(18, 25), (18, 25), (9, 12), (4, 6), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"image_size": 24}, "image side 24 is too small for 4 stages; the least is 32"),
+        ({"depths": (3, 3, 9)}, "one entry for each stage"),
+        ({"taps": 9}, "9 taps do not fit inside of a third stage of 9 blocks; the most is 8"),
+        ({"head": {"name": "map", "level": 5}}, "level 5 is out of range: .* the highest level is 4"),
+        ({"dropout": 0.1}, "no field 'dropout'; the nearest are drop_path"),
+    ],
+)
+def test_bad_fields(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        create_model("convnext_tiny", **fields)

@@ -1,0 +1,234 @@
+"""CSWin: exact sizes, the authors' numbers in float64 with every weight random, and a block written out in NumPy."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.nn import gelu
+
+from maxmap import layers
+from maxmap.backbones import cswin
+from maxmap.convert.torch import from_torch, to_torch
+from maxmap.errors import UserError
+from maxmap.layers import CSWinBlock
+from maxmap.models import create_model
+from tests.reference import fill, read_golden
+
+# Parameters with 1000 classes, image size, channels of the first stage.
+ROWS = {
+    "CSWin_64_12211_tiny_224": (22_320_552, 224, 64),
+    "CSWin_64_24322_small_224": (34_643_304, 224, 64),
+    "CSWin_96_24322_base_224": (77_382_184, 224, 96),
+    "CSWin_144_24322_large_224": (173_262_664, 224, 144),
+    "CSWin_96_24322_base_384": (77_382_184, 384, 96),
+    "CSWin_144_24322_large_384": (173_262_664, 384, 144),
+}
+SIZE, CLASSES = (64, 96), 10  # height and width cannot be mixed up unseen
+SMALL = {
+    "image_size": SIZE,
+    "embed_dim": (16, 24, 32, 48),
+    "heads": (2, 2, 4, 3),
+    "depths": (1, 1, 2, 1),
+    "num_classes": CLASSES,
+}
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def run(model, x):
+    features = model.backbone(x)
+    return features, model.head(features)
+
+
+def quick(function, *args):
+    """Calls a function under jit, compiled with little optimisation."""
+    return jax.jit(function, compiler_options=QUICK)(*args)
+
+
+def numbers(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def filled(model):
+    """Random variables of a model by the rule of the golden files, in float64."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
+    return from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
+
+
+def error(ours, wanted):
+    """The largest difference relative to the largest value."""
+    ours, wanted = np.asarray(ours), np.asarray(wanted)
+    assert ours.shape == wanted.shape
+    assert ours.dtype == np.float64
+    return np.abs(ours - wanted).max() / np.abs(wanted).max()
+
+
+@pytest.fixture
+def plain_convolutions(monkeypatch):
+    """XLA's own convolutions, which trace and compile faster."""
+    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
+
+
+def test_every_variant_has_a_row():
+    assert set(cswin.VARIANTS) == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_parameters_and_features(name, plain_convolutions):
+    params, size, channels = ROWS[name]
+    model = create_model(name)
+    assert model.backbone.image_size == size
+    x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
+    pairs = [(4, 1), (4, 1), (8, 2), (16, 4), (32, 8)]
+    assert [feature.shape for feature in features] == [(1, size // s, size // s, channels * c) for s, c in pairs]
+    assert model.backbone.num_features() == len(features)
+
+
+def test_golden(goldens, x64, plain_convolutions):
+    weights, images, wanted = read_golden(goldens, "CSWin_64_12211_tiny_224")
+    model = create_model("CSWin_64_12211_tiny_224")
+    variables = from_torch(weights, model)
+    # One of the two images shows as much.
+    features, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, images[:1])
+    assert np.abs(outputs["logits"][0] - wanted["logits"][:1]).max() < 1e-9 * wanted["logits"].std()
+    for i, feature in enumerate(features):
+        assert error(feature.mean((1, 2)), wanted[f"feature_{i}"][:1]) < 1e-9
+    back = to_torch(variables, model)
+    assert set(back) == set(weights)
+    assert all(np.array_equal(back[key], weights[key]) for key in back)
+
+
+def stripes_by_hand(q, k, v, p, heads, window):
+    """Attention and position encoding in every window of a map, one window and one head at a time."""
+    (h, w), d = window, v.shape[-1] // heads
+    out = np.zeros_like(v)
+    for b in range(v.shape[0]):
+        for top in range(0, v.shape[1], h):
+            for left in range(0, v.shape[2], w):
+                here = (b, slice(top, top + h), slice(left, left + w))
+                padded = np.pad(v[here], ((1, 1), (1, 1), (0, 0)))
+                for i in range(3):
+                    for j in range(3):
+                        out[here] += padded[i : i + h, j : j + w] * p["get_v"]["kernel"][i, j, 0]
+                out[here] += p["get_v"]["bias"]
+                for head in range(heads):
+                    part = (*here, slice(head * d, (head + 1) * d))
+                    tokens = [x[part].reshape(h * w, d) for x in (q, k, v)]
+                    weights = np.exp(tokens[0] @ tokens[1].T * d**-0.5)
+                    out[part] += (weights / weights.sum(1, keepdims=True) @ tokens[2]).reshape(h, w, d)
+    return out
+
+
+def norm_by_hand(x, p):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+
+def linear_by_hand(x, p):
+    return x @ p["kernel"] + p["bias"]
+
+
+@pytest.mark.parametrize("stripe", [(2, 3), (4, 6), None])
+def test_block_by_hand(stripe, x64):
+    """Vertical stripes for the first half of the channels, horizontal ones for the second; one branch without them."""
+    x, heads = numbers(0, 2, 4, 6, 8), 4
+    block = CSWinBlock(heads, stripe)
+    leaves, tree = jax.tree.flatten(jax.eval_shape(block.init, jax.random.key(0), x)["params"])
+    p = jax.tree.unflatten(tree, [numbers(10 + i, *leaf.shape) for i, leaf in enumerate(leaves)])
+    qkv = np.split(linear_by_hand(norm_by_hand(x, p["norm1"]), p["qkv"]), 3, axis=-1)
+    if stripe == (2, 3):
+        first, second = ([part[..., half] for part in qkv] for half in (slice(0, 4), slice(4, 8)))
+        y = np.concatenate(
+            [
+                stripes_by_hand(*first, p["attns_0"], 2, (4, 3)),
+                stripes_by_hand(*second, p["attns_1"], 2, (2, 6)),
+            ],
+            axis=-1,
+        )
+    else:
+        assert "attns_1" not in p
+        y = stripes_by_hand(*qkv, p["attns_0"], heads, (4, 6))
+    y = x + linear_by_hand(y, p["proj"])
+    hidden = np.asarray(gelu(linear_by_hand(norm_by_hand(y, p["norm2"]), p["mlp"]["fc1"]), approximate=False))
+    ours = quick(lambda p, x: block.apply({"params": p}, x), p, x)
+    assert error(ours, y + linear_by_hand(hidden, p["mlp"]["fc2"])) < 1e-12
+
+
+def test_stripes_follow_the_image_size(plain_convolutions):
+    """A stage keeps its two branches where the image is larger or not square."""
+    small = create_model("CSWin_64_12211_tiny_224", **SMALL)
+    large = create_model("CSWin_64_12211_tiny_224", **SMALL | {"image_size": (128, 192)})
+    shapes = [
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.backbone.image_size, 3)))
+        for model in (small, large)
+    ]
+    assert shapes[0] == shapes[1]
+    # Made for 64 x 96, stage 2 has stripes of 2 and 3 pixels; its maps at 128 x 192 have 8 x 12.
+    features, _ = jax.eval_shape(lambda v, x: small.apply(v, x, method=run), shapes[0], jnp.zeros((1, 128, 192, 3)))
+    assert features[3].shape == (1, 8, 12, 32)
+    with pytest.raises(ValueError, match=r"image width 128 .* stripes of 3 do not divide; .* is 140"):
+        jax.eval_shape(small.apply, shapes[0], jnp.zeros((1, 128, 128, 3)))
+
+
+@pytest.mark.parametrize("deep_stem", [False, True])
+def test_gradients_reach_every_parameter(deep_stem, x64, plain_convolutions):
+    model = create_model("CSWin_64_12211_tiny_224", deep_stem=deep_stem, taps=1, **SMALL)
+    variables = filled(model)
+    x, direction = numbers(0, 2, *SIZE, 3), numbers(1, 2, CLASSES)
+    gradient = quick(
+        jax.grad(lambda params: jnp.sum(model.apply({"params": params}, x, train=True)["logits"][0] * direction)),
+        variables["params"],
+    )
+    norms = {key: np.linalg.norm(value) for key, value in to_torch({"params": gradient}, model).items()}
+    total = np.linalg.norm(list(norms.values()))
+    assert np.isfinite(total)
+    assert {key for key, norm in norms.items() if norm < 1e-6 * total} == set()
+
+
+def test_initialisation(plain_convolutions):
+    """Linear maps 0.02 wide with zero biases, convolutions by torch's default."""
+    model = create_model("CSWin_64_12211_tiny_224", **SMALL)
+    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    leaves = to_torch(variables, model)
+    for key, value in leaves.items():
+        weight = leaves[re.sub(r"bias$", "weight", key)]
+        if weight.ndim == 4:
+            bound = np.prod(weight.shape[1:]) ** -0.5
+            assert 0.5 * bound < np.abs(value).max() <= bound, key
+        elif value.ndim == 2:
+            assert value.std() == pytest.approx(0.02, rel=5 / value.size**0.5), key
+        else:
+            assert (value == (key.endswith("weight") and weight.ndim == 1)).all(), key
+
+
+def test_drop_path_rates(monkeypatch, plain_convolutions):
+    """They rise to the full rate over all blocks, both branches of a block alike."""
+    rates, drop_path = [], layers.DropPath
+
+    def recorded(rate):
+        rates.append(rate)
+        return drop_path(rate)
+
+    monkeypatch.setattr(layers, "DropPath", recorded)
+    model = create_model("CSWin_64_12211_tiny_224", drop_path=0.6, **SMALL)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    assert rates == pytest.approx([0.15 * (i // 2) for i in range(10)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"image_size": 240}, "image height 240 gives a map of 15 pixels .* stripes of 7 do not divide; .* is 224"),
+        ({"split_size": (1, 3, 7)}, "28 pixels in stage 1, which stripes of 3 do not divide; .* works is 216"),
+        ({"split_size": (1, 2, 7, 7)}, "one entry for each stage, split_size one less"),
+        ({"heads": (2, 4, 7, 16)}, "7 heads do not divide the 256 channels of stage 2, .* nearest that do is 8"),
+        ({"taps": 21}, "21 taps do not fit inside of a third stage of 21 blocks; the most is 20"),
+    ],
+)
+def test_bad_fields(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        create_model("CSWin_64_12211_tiny_224", **fields)

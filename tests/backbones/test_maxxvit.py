@@ -1,0 +1,395 @@
+"""MaxViT, CoAtNet and their kin: exact sizes, and timm's numbers in float64 with every weight random."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from maxmap import layers
+from maxmap.backbones import maxxvit
+from maxmap.convert.torch import from_torch, to_torch
+from maxmap.models import create_model
+from tests.reference import fill, import_timm
+
+# Parameters with 1000 classes, image size, channels of the stem's and the stages' maps.
+ROWS = {
+    "coatnet_0_224": (25_036_820, 224, (64, 96, 192, 384, 768)),
+    "coatnet_0_rw_224": (27_435_562, 224, (64, 96, 192, 384, 768)),
+    "coatnet_1_224": (42_225_776, 224, (64, 96, 192, 384, 768)),
+    "coatnet_1_rw_224": (41_721_502, 224, (64, 96, 192, 384, 768)),
+    "coatnet_2_224": (74_684_744, 224, (128, 128, 256, 512, 1024)),
+    "coatnet_2_rw_224": (73_868_400, 224, (128, 128, 256, 512, 1024)),
+    "coatnet_3_224": (166_966_264, 224, (192, 192, 384, 768, 1536)),
+    "coatnet_3_rw_224": (165_173_428, 224, (192, 192, 384, 768, 1536)),
+    "coatnet_4_224": (275_425_288, 224, (192, 192, 384, 768, 1536)),
+    "coatnet_5_224": (687_472_008, 224, (192, 256, 512, 1280, 2048)),
+    "coatnet_bn_0_rw_224": (27_435_562, 224, (64, 96, 192, 384, 768)),
+    "coatnet_nano_cc_224": (13_757_328, 224, (64, 64, 128, 256, 512)),
+    "coatnet_nano_rw_224": (15_141_244, 224, (64, 64, 128, 256, 512)),
+    "coatnet_pico_rw_224": (10_851_364, 224, (64, 64, 128, 256, 512)),
+    "coatnet_rmlp_0_rw_224": (27_446_074, 224, (64, 96, 192, 384, 768)),
+    "coatnet_rmlp_1_rw2_224": (41_724_622, 224, (64, 96, 192, 384, 768)),
+    "coatnet_rmlp_1_rw_224": (41_691_982, 224, (64, 96, 192, 384, 768)),
+    "coatnet_rmlp_2_rw_224": (73_881_264, 224, (128, 128, 256, 512, 1024)),
+    "coatnet_rmlp_2_rw_384": (73_881_264, 384, (128, 128, 256, 512, 1024)),
+    "coatnet_rmlp_3_rw_224": (165_152_788, 224, (192, 192, 384, 768, 1536)),
+    "coatnet_rmlp_nano_rw_224": (15_145_116, 224, (64, 64, 128, 256, 512)),
+    "coatnext_nano_rw_224": (14_701_244, 224, (64, 64, 128, 256, 512)),
+    "maxvit_base_tf_224": (119_467_708, 224, (64, 96, 192, 384, 768)),
+    "maxvit_base_tf_384": (119_653_468, 384, (64, 96, 192, 384, 768)),
+    "maxvit_base_tf_512": (119_876_380, 512, (64, 96, 192, 384, 768)),
+    "maxvit_large_tf_224": (211_785_560, 224, (128, 128, 256, 512, 1024)),
+    "maxvit_large_tf_384": (212_033_240, 384, (128, 128, 256, 512, 1024)),
+    "maxvit_large_tf_512": (212_330_456, 512, (128, 128, 256, 512, 1024)),
+    "maxvit_nano_rw_256": (15_451_148, 256, (64, 64, 128, 256, 512)),
+    "maxvit_pico_rw_256": (7_457_996, 256, (32, 32, 64, 128, 256)),
+    "maxvit_rmlp_base_rw_224": (116_135_788, 224, (64, 96, 192, 384, 768)),
+    "maxvit_rmlp_base_rw_384": (116_135_788, 384, (64, 96, 192, 384, 768)),
+    "maxvit_rmlp_nano_rw_256": (15_501_452, 256, (64, 64, 128, 256, 512)),
+    "maxvit_rmlp_pico_rw_256": (7_515_980, 256, (32, 32, 64, 128, 256)),
+    "maxvit_rmlp_small_rw_224": (64_895_044, 224, (64, 96, 192, 384, 768)),
+    "maxvit_rmlp_small_rw_256": (64_895_044, 256, (64, 96, 192, 384, 768)),
+    "maxvit_rmlp_tiny_rw_256": (29_148_896, 256, (64, 64, 128, 256, 512)),
+    "maxvit_small_tf_224": (68_927_956, 224, (64, 96, 192, 384, 768)),
+    "maxvit_small_tf_384": (69_018_676, 384, (64, 96, 192, 384, 768)),
+    "maxvit_small_tf_512": (69_127_540, 512, (64, 96, 192, 384, 768)),
+    "maxvit_tiny_pm_256": (30_089_344, 256, (64, 64, 128, 256, 512)),
+    "maxvit_tiny_rw_224": (29_057_312, 224, (64, 64, 128, 256, 512)),
+    "maxvit_tiny_rw_256": (29_066_720, 256, (64, 64, 128, 256, 512)),
+    "maxvit_tiny_tf_224": (30_916_528, 224, (64, 64, 128, 256, 512)),
+    "maxvit_tiny_tf_384": (30_977_008, 384, (64, 64, 128, 256, 512)),
+    "maxvit_tiny_tf_512": (31_049_584, 512, (64, 64, 128, 256, 512)),
+    "maxvit_xlarge_tf_224": (474_951_952, 224, (192, 192, 384, 768, 1536)),
+    "maxvit_xlarge_tf_384": (475_323_472, 384, (192, 192, 384, 768, 1536)),
+    "maxvit_xlarge_tf_512": (475_769_296, 512, (192, 192, 384, 768, 1536)),
+    "maxxvit_rmlp_nano_rw_256": (16_779_628, 256, (64, 64, 128, 256, 512)),
+    "maxxvit_rmlp_small_rw_256": (66_010_516, 256, (96, 96, 192, 384, 768)),
+    "maxxvit_rmlp_tiny_rw_256": (29_636_528, 256, (64, 64, 128, 256, 512)),
+    "maxxvitv2_nano_rw_256": (23_696_611, 256, (96, 96, 192, 384, 768)),
+    "maxxvitv2_rmlp_base_rw_224": (116_092_512, 224, (128, 128, 256, 512, 1024)),
+    "maxxvitv2_rmlp_base_rw_384": (116_092_512, 384, (128, 128, 256, 512, 1024)),
+    "maxxvitv2_rmlp_large_rw_224": (215_417_166, 224, (160, 160, 320, 640, 1280)),
+    "test_coatnet": (575_480, 160, (32, 32, 64, 96, 128)),
+    "test_maxvit": (1_093_252, 160, (32, 32, 64, 96, 128)),
+    # Ours; the plain one has as many parameters as timm's tf model of these widths with windows of 4.
+    "maxvit_mini_32": (774_604, 32, (32, 32, 96)),
+    "map_maxvit_mini_32": (0, 32, (32, 32, 96)),
+    "map_maxvit_tiny_tf_224": (49_958_408, 224, (64, 64, 128, 256, 512)),
+}
+
+# Configurations that differ in widths and depths alone: the first stands for all where both are cut.
+GROUPS = [
+    ("coatnet_0", "coatnet_1", "coatnet_2", "coatnet_3", "coatnet_4", "coatnet_5"),
+    ("coatnet_pico_rw",),
+    ("coatnet_nano_rw", "test_coatnet"),
+    ("coatnet_0_rw",),
+    ("coatnet_1_rw",),
+    ("coatnet_2_rw",),
+    ("coatnet_3_rw",),
+    ("coatnet_bn_0_rw",),
+    ("coatnet_rmlp_nano_rw",),
+    ("coatnet_rmlp_0_rw", "coatnet_rmlp_1_rw2"),
+    ("coatnet_rmlp_1_rw",),
+    ("coatnet_rmlp_2_rw", "coatnet_rmlp_3_rw"),
+    ("coatnet_nano_cc",),
+    ("coatnext_nano_rw",),
+    ("maxvit_tiny_tf", "maxvit_small_tf", "maxvit_base_tf", "maxvit_large_tf", "maxvit_xlarge_tf"),
+    ("maxvit_tiny_rw", "maxvit_pico_rw", "maxvit_nano_rw", "test_maxvit"),
+    ("maxvit_tiny_pm",),
+    ("maxvit_rmlp_tiny_rw", "maxvit_rmlp_pico_rw", "maxvit_rmlp_nano_rw"),
+    ("maxvit_rmlp_small_rw",),
+    ("maxvit_rmlp_base_rw",),
+    ("maxxvit_rmlp_tiny_rw", "maxxvit_rmlp_nano_rw", "maxxvit_rmlp_small_rw"),
+    ("maxxvitv2_nano_rw",),
+    ("maxxvitv2_rmlp_base_rw",),
+    ("maxxvitv2_rmlp_large_rw",),
+]
+
+SIZE = (64, 96)  # windows of 2 x 3: height and width cannot be mixed up unseen
+WIDTHS = (32, 64, 64, 128)  # the width doubles, stays, and doubles
+CLASSES = 10
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def depths_of(config):
+    """The fewest blocks that show every kind of block, with and without stride."""
+    if config == "coatnet_nano_cc":
+        return (1, 1, 3, 2)
+    return (1, 1, 2, 1) if "maxvit" in config or "maxxvit" in config else (1, 2, 2, 1)
+
+
+def shrunken(config, **fields):
+    """The model of a configuration with its widths and depths cut."""
+    name = next(name for name in maxxvit.VARIANTS if re.sub(r"_\d+$", "", name) == config)
+    stem = maxxvit.VARIANTS[name].keywords.get("stem_width", 64)
+    return create_model(
+        name,
+        image_size=SIZE,
+        embed_dim=WIDTHS,
+        depths=depths_of(config),
+        stem_width=16 if isinstance(stem, int) else (8, 16),
+        num_classes=CLASSES,
+        **fields,
+    )
+
+
+def timm_maxxvit():
+    """timm's file of the family."""
+    import_timm()
+    from timm.models import maxxvit as module
+
+    return module
+
+
+def timm_config(config):
+    """timm's configuration with its widths and depths cut in the same way."""
+    original = timm_maxxvit().model_cfgs[config]
+    return dataclasses.replace(
+        original,
+        embed_dim=WIDTHS,
+        depths=depths_of(config),
+        stem_width=16 if isinstance(original.stem_width, int) else (8, 16),
+        head_hidden_size=original.head_hidden_size and WIDTHS[-1],
+    )
+
+
+def timm_model(config, **fields):
+    return timm_maxxvit().MaxxVit(timm_config(config), img_size=SIZE, num_classes=CLASSES, **fields)
+
+
+def randomised(reference):
+    """Fills every leaf of a timm model at random, in float64; returns it and its state dict."""
+    import torch
+
+    weights = {
+        key: torch.from_numpy(fill(key, value.shape)).double()
+        for key, value in reference.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    reference.double().load_state_dict(weights, strict=False)
+    for module in reference.modules():
+        if hasattr(module, "rel_coords_log"):  # timm computes these logarithms of integers in float32
+            log = module.rel_coords_log
+            module.rel_coords_log = log.sign() * log.abs().expm1().round().log1p()
+    return reference.eval(), weights
+
+
+def numbers(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def error(ours, reference, scale):
+    """The largest difference from a torch tensor, NHWC where that is NCHW, relative to `scale`."""
+    reference = reference.detach().numpy()
+    if reference.ndim == 4:
+        reference = reference.transpose(0, 2, 3, 1)
+    ours = np.asarray(ours)
+    assert ours.shape == reference.shape
+    return np.abs(ours - reference).max() / scale(reference)
+
+
+def largest(x):
+    return np.abs(x).max()
+
+
+def quick(function, *args):
+    """Calls a function under jit, compiled with little optimisation."""
+    return jax.jit(function, compiler_options=QUICK)(*args)
+
+
+@pytest.fixture
+def plain_convolutions(monkeypatch):
+    """XLA's own convolutions, which compile faster; tests/test_layers.py shows that the others equal them."""
+    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
+
+
+def trace(model):
+    """Shapes of the variables and of the feature maps, without computing anything."""
+
+    def run(model, images):
+        features = model.backbone(images)
+        model.head(features)
+        return features
+
+    size = model.backbone.image_size
+    images = jax.ShapeDtypeStruct((1, *((size, size) if isinstance(size, int) else size), 3), jnp.float32)
+    features, variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), images)
+    return {path: leaf.size for path, leaf in traverse_util.flatten_dict(variables["params"]).items()}, features
+
+
+def count(model):
+    """Parameters and feature maps of a model.
+
+    All blocks of a stage after its first are alike: two are traced, and the second counts for the rest.
+    """
+    depths = model.backbone.depths
+    shallow = model.backbone.clone(depths=tuple(min(depth, 2) for depth in depths))
+    sizes, features = trace(model.clone(backbone=shallow))
+
+    def repeats(path):
+        return depths[int(path[1][-1])] - 1 if path[2:3] == ("blocks_1",) else 1
+
+    return sum(size * repeats(path) for path, size in sizes.items()), features
+
+
+def test_every_variant_has_a_row():
+    assert set(maxxvit.VARIANTS) | {"map_maxvit_tiny_tf_224", "map_maxvit_mini_32"} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_parameters_and_features(name, plain_convolutions):
+    params, image_size, channels = ROWS[name]
+    model = create_model(name)
+    total, features = count(model)
+    assert model.backbone.image_size == image_size
+    assert total == params
+    sizes = [(1, image_size // 2**i, image_size // 2**i, c) for i, c in enumerate(channels, start=1)]
+    assert [feature.shape for feature in features] == sizes
+
+
+@pytest.mark.parametrize("name", ["coatnet_nano_cc_224", "maxvit_tiny_pm_256", "map_maxvit_tiny_tf_224"])
+def test_later_blocks_are_alike(name, plain_convolutions):
+    sizes, _ = trace(create_model(name))
+    assert sum(sizes.values()) == ROWS[name][0]
+
+
+def test_every_configuration_is_compared():
+    names = {re.sub(r"_\d+$", "", name) for name in maxxvit.VARIANTS} - {"maxvit_mini"}
+    assert sorted(names) == sorted(name for group in GROUPS for name in group)
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if len(group) > 1], ids=lambda group: group[0])
+def test_a_group_is_one_model(group):
+    def ours(config):
+        model = shrunken(config)
+        return model.clone(backbone=model.backbone.clone(init_scheme="vit_eff"))  # initialisation has a test of its own
+
+    assert {repr(ours(config)) for config in group} == {repr(ours(group[0]))}
+    theirs = [dataclasses.replace(timm_config(config), weight_init="vit_eff") for config in group]
+    assert all(config == theirs[0] for config in theirs)
+
+
+@pytest.mark.parametrize("config", [group[0] for group in GROUPS])
+def test_equals_timm(config, x64, plain_convolutions):
+    import torch
+
+    model = shrunken(config)
+    reference, weights = randomised(timm_model(config))
+    images = numbers(0, 2, *SIZE, 3)
+
+    def run(model, images):
+        features = model.backbone(images)
+        return features, model.head(features)
+
+    variables = from_torch(weights, model)
+    features, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, images)
+    with torch.no_grad():
+        last, wanted = reference.forward_intermediates(torch.from_numpy(images.transpose(0, 3, 1, 2)), norm=False)
+        embedding, logits = (reference.forward_head(last, pre_logits=pre) for pre in (True, False))
+    assert error(outputs["logits"][0], logits, np.std) < 1e-9
+    assert error(outputs["embedding"], embedding, largest) < 1e-9
+    assert max(error(a, b, largest) for a, b in zip(features, wanted, strict=True)) < 1e-9
+
+    exported = to_torch(variables, model)
+    assert set(exported) == set(weights)
+    assert all(np.array_equal(exported[key], value) for key, value in weights.items())
+
+
+def test_real_size_equals_timm(x64):
+    import torch
+
+    model = create_model("maxvit_tiny_tf_224")
+    reference, weights = randomised(timm_maxxvit().maxvit_tiny_tf_224())
+    images = numbers(0, 2, 224, 224, 3)
+    outputs = jax.jit(model.apply)(from_torch(weights, model), images)
+    with torch.no_grad():
+        logits = reference(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    assert error(outputs["logits"][0], logits, np.std) < 1e-9
+
+
+# Position MLPs have a dropout that is not a field, so the models with them cannot be compared while training.
+@pytest.mark.parametrize("config", ["maxvit_tiny_tf", "coatnet_bn_0_rw", "coatnext_nano_rw"])
+def test_training_step_equals_timm(config, x64):
+    """Gradients of every parameter and the running statistics, with batch statistics in the forward pass."""
+    import torch
+
+    model = shrunken(config)
+    reference, weights = randomised(timm_model(config))
+    images, direction = numbers(0, 3, *SIZE, 3), numbers(1, 3, CLASSES)
+
+    def loss(params, stats, images):
+        variables = {"params": params, "batch_stats": stats}
+        outputs, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return jnp.sum(outputs["logits"][0] * direction), new
+
+    variables = from_torch(weights, model)
+    gradients, new = quick(jax.grad(loss, has_aux=True), variables["params"], variables.get("batch_stats", {}), images)
+
+    logits = reference.train()(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    (logits * torch.from_numpy(direction)).sum().backward()
+    wanted = {key: value.grad.numpy() for key, value in reference.named_parameters()}
+    norm = np.sqrt(sum(np.sum(np.square(value)) for value in wanted.values()))
+    ours = to_torch({"params": gradients}, model)
+    assert set(ours) == set(wanted)
+    for key, value in wanted.items():
+        # Biases in front of a BatchNorm or of a softmax have no gradient but rounding.
+        assert np.abs(ours[key] - value.reshape(ours[key].shape)).max() < 1e-9 * max(largest(value), 1e-3 * norm), key
+
+    state = reference.state_dict()
+    for key, value in to_torch(new, model).items():
+        assert error(value, state[key], largest) < 1e-9, key
+
+
+@pytest.mark.parametrize("config", ["maxvit_tiny_tf", "maxvit_tiny_pm", "maxxvitv2_nano_rw", "coatnet_0"])
+def test_drop_path_rates_equal_timm(config, monkeypatch, plain_convolutions):
+    rates = []
+
+    def recorded(rate):
+        rates.append(rate)
+        return layers.DropPath(rate)
+
+    monkeypatch.setattr(maxxvit, "DropPath", recorded)
+    trace(shrunken(config, drop_path=0.4))
+    reference = timm_model(config, drop_path_rate=0.4)
+    wanted = [module.drop_prob for module in reference.modules() if hasattr(module, "drop_prob")]
+    assert max(wanted) == pytest.approx(0.4)
+    assert [rate for rate in rates if rate] == pytest.approx(wanted)  # where the rate is 0 timm has no layer
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "maxvit_tiny_tf",
+        "maxvit_rmlp_small_rw",
+        "coatnet_0_rw",
+        "coatnet_0",
+        "coatnext_nano_rw",
+        "maxxvit_rmlp_nano_rw",
+        "maxxvit_rmlp_tiny_rw",
+    ],
+)
+def test_initialisation_follows_timm(config):
+    """Sum and sum of squares of every kind of leaf, within five standard errors."""
+    import torch
+
+    model = shrunken(config)
+    variables = model.lazy_init(jax.random.key(0), jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32))
+    ours = to_torch(variables, model)
+    torch.manual_seed(0)
+    reference = timm_model(config).state_dict()
+    kinds = {}
+    for key in ours:
+        kinds.setdefault(re.sub(r"\d+", "*", key), []).append(key)
+    for kind, keys in kinds.items():
+        a = np.concatenate([ours[key].ravel() for key in keys]).astype(np.float64)
+        b = np.concatenate([reference[key].numpy().ravel() for key in keys]).astype(np.float64)
+        if b.std() == 0:
+            assert np.array_equal(a, b), kind
+            continue
+        for power in (1, 2):
+            noise = np.sqrt(np.sum(a ** (2 * power)) + np.sum(b ** (2 * power)))
+            assert abs(np.sum(a**power) - np.sum(b**power)) < 5 * noise, (kind, power, a.std(), b.std())

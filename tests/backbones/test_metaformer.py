@@ -1,0 +1,365 @@
+"""MetaFormer: exact sizes, the authors' and timm's numbers in float64 with every weight random.
+
+The golden files are the authors' code (1e-5 in the MLP head), with their names; timm is compared at 1e-6.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from maxmap import layers
+from maxmap.backbones import metaformer
+from maxmap.convert.torch import from_torch, to_torch
+from maxmap.errors import UserError
+from maxmap.models import create_model
+from tests.reference import fill, import_timm, read_golden
+
+S, M = (64, 64, 128, 320, 512), (96, 96, 192, 384, 768)
+
+# Parameters with 1000 classes, values in random matrices, channels of the stem's and the stages' maps.
+ROWS = {
+    "identityformer_s12": (11_891_712, 0, S),
+    "identityformer_s24": (21_341_464, 0, S),
+    "identityformer_s36": (30_791_216, 0, S),
+    "identityformer_m36": (56_077_168, 0, M),
+    "identityformer_m48": (73_346_056, 0, M),
+    "randformer_s12": (11_891_712, 235_298, S),
+    "randformer_s24": (21_341_464, 470_596, S),
+    "randformer_s36": (30_791_216, 705_894, S),
+    "randformer_m36": (56_077_168, 705_894, M),
+    "randformer_m48": (73_346_056, 941_192, M),
+    "poolformerv2_s12": (11_891_712, 0, S),
+    "poolformerv2_s24": (21_341_464, 0, S),
+    "poolformerv2_s36": (30_791_216, 0, S),
+    "poolformerv2_m36": (56_077_168, 0, M),
+    "poolformerv2_m48": (73_346_056, 0, M),
+    "convformer_s18": (26_774_448, 0, S),
+    "convformer_s36": (40_012_152, 0, S),
+    "convformer_m36": (57_051_640, 0, (96, 96, 192, 384, 576)),
+    "convformer_b36": (99_882_616, 0, (128, 128, 256, 512, 768)),
+    "caformer_s18": (26_341_656, 0, S),
+    "caformer_s36": (39_297_102, 0, S),
+    "caformer_m36": (56_204_878, 0, (96, 96, 192, 384, 576)),
+    "caformer_b36": (98_753_614, 0, (128, 128, 256, 512, 768)),
+}
+ROWS |= {f"{name}_384": row for name, row in ROWS.items() if re.match(r"(conv|ca)former", name)}
+
+FAMILIES = {"identityformer": "s12", "randformer": "s12", "poolformerv2": "s12", "convformer": "s18", "caformer": "s18"}
+GOLDENS = [name for name in FAMILIES if name != "convformer"]  # its parts are all in the others, and it compiles long
+SIZE = (64, 96)  # height and width cannot be mixed up unseen
+WIDTHS, DEPTHS, CLASSES = (32, 64, 96, 128), (1, 1, 2, 1), 10
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def shrunken(family, **fields):
+    """The model of a family with its widths and depths cut."""
+    name = f"{family}_{FAMILIES[family]}"
+    return create_model(name, image_size=SIZE, embed_dim=WIDTHS, depths=DEPTHS, num_classes=CLASSES, **fields)
+
+
+def like_timm(family, **fields):
+    """The same with timm's epsilon."""
+    mlp_head = family in ("convformer", "caformer")
+    return shrunken(family, **({"head": {"hidden_epsilon": 1e-6}} if mlp_head else {}), **fields)
+
+
+def timm_model(family, **fields):
+    import_timm()
+    from timm.models import metaformer as timm_metaformer
+
+    conv, attention = timm_metaformer.SepConv, timm_metaformer.Attention
+    layer_2d, layer = timm_metaformer.LayerNorm2dNoBias, timm_metaformer.LayerNormNoBias
+    options = {
+        "poolformerv2": {"norm_layers": timm_metaformer.GroupNorm1NoBias, "use_mlp_head": False},
+        "convformer": {"token_mixers": conv, "norm_layers": layer_2d},
+        "caformer": {
+            "token_mixers": [conv, conv, attention, attention],
+            "norm_layers": [layer_2d, layer_2d, layer, layer],
+        },
+    }[family]
+    return timm_metaformer.MetaFormer(dims=WIDTHS, depths=DEPTHS, num_classes=CLASSES, **options, **fields)
+
+
+def randomised(reference):
+    """Fills every leaf of a timm model at random, in float64; returns it and its state dict."""
+    import torch
+
+    weights = {key: torch.from_numpy(fill(key, value.shape)).double() for key, value in reference.state_dict().items()}
+    reference.double().load_state_dict(weights)
+    return reference.eval(), weights
+
+
+def numbers(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def nchw(x):
+    import torch
+
+    return torch.from_numpy(x.transpose(0, 3, 1, 2))
+
+
+def error(ours, wanted, scale):
+    """The largest difference relative to `scale`."""
+    ours, wanted = np.asarray(ours), np.asarray(wanted)
+    assert ours.shape == wanted.shape
+    assert ours.dtype == np.float64
+    return np.abs(ours - wanted).max() / scale
+
+
+def run(model, x, *, train=False):
+    features = model.backbone(x, train=train)
+    return features, model.head(features, train=train)
+
+
+def quick(function, *args):
+    """Calls a function under jit, compiled with little optimisation."""
+    return jax.jit(function, compiler_options=QUICK)(*args)
+
+
+@pytest.fixture
+def plain_convolutions(monkeypatch):
+    """XLA's own convolutions, which trace and compile faster."""
+    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
+
+
+def test_every_variant_has_a_row():
+    assert set(ROWS) == set(metaformer.VARIANTS)
+
+
+def count(model, depths):
+    """Sizes of a model's collections, and its features.
+
+    All blocks of a stage are alike: the first is traced, and counts for `depths` of them.
+    """
+    pixels = model.backbone.image_size
+    x = jax.ShapeDtypeStruct((1, pixels, pixels, 3), jnp.float32)
+    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
+    sizes = {"params": 0, "constants": 0}
+    for path, leaf in traverse_util.flatten_dict(variables).items():
+        sizes[path[0]] += leaf.size * (depths[int(path[2][-1])] if "blocks_0" in path else 1)
+    return sizes, features
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_parameters_and_features(name, plain_convolutions):
+    params, constants, channels = ROWS[name]
+    model = create_model(name)
+    pixels = 384 if name.endswith("_384") else 224
+    assert model.backbone.image_size == pixels
+    shallow = model.clone(backbone=model.backbone.clone(depths=(1, 1, 1, 1)))
+    sizes, features = count(shallow, model.backbone.depths)
+    assert sizes == {"params": params, "constants": constants}
+    shapes = [(1, pixels // s, pixels // s, c) for s, c in zip((4, 4, 8, 16, 32), channels, strict=True)]
+    assert [feature.shape for feature in features] == shapes
+    assert model.backbone.num_features() == len(features)
+
+
+@pytest.mark.parametrize("name", ["randformer_s12", "caformer_s18"])
+def test_blocks_are_alike(name, plain_convolutions):
+    params, constants, _ = ROWS[name]
+    assert count(create_model(name), (1, 1, 1, 1))[0] == {"params": params, "constants": constants}
+
+
+@pytest.mark.parametrize("family", GOLDENS)
+def test_goldens(family, goldens, x64):
+    """The authors' code: also the names of the authors' checkpoints."""
+    name = f"{family}_{FAMILIES[family]}"
+    weights, images, wanted = read_golden(goldens, name)
+    model = create_model(name)
+    features, outputs = jax.jit(lambda v, x: model.apply(v, x, method=run))(from_torch(weights, model), images)
+    assert error(outputs["logits"][0], wanted["logits"], wanted["logits"].std()) < 1e-9
+    for i, feature in enumerate(features):
+        means = wanted[f"feature_{i}"]
+        assert error(feature.mean((1, 2)), means, np.abs(means).max()) < 1e-9
+
+
+@pytest.mark.parametrize("family", ["poolformerv2", "convformer", "caformer"])
+def test_equals_timm(family, x64):
+    """Outputs, features, embedding and the gradients of every parameter, in train mode, which is no other without
+    dropout (the golden files are in eval mode); and every name both ways.
+    """
+    import torch
+
+    reference, weights = randomised(timm_model(family))
+    model = like_timm(family)
+    variables = from_torch(weights, model)
+    x, direction = numbers(0, 2, *SIZE, 3), numbers(1, 2, CLASSES)
+
+    def loss(params, x):
+        features, outputs = model.apply({"params": params}, x, train=True, method=run)
+        return jnp.sum(outputs["logits"][0] * direction), (features, outputs)
+
+    gradient, (features, outputs) = quick(jax.grad(loss, has_aux=True), variables["params"], x)
+    with torch.no_grad():
+        last, maps = reference.forward_intermediates(nchw(x))
+        embedding, logits = (reference.forward_head(last, pre_logits=pre) for pre in (True, False))
+    assert error(outputs["logits"][0], logits, logits.std().item()) < 1e-9
+    assert error(outputs["embedding"], embedding, embedding.abs().max().item()) < 1e-9
+    for ours, theirs in zip(features[1:], maps, strict=True):
+        assert error(ours, theirs.permute(0, 2, 3, 1), theirs.abs().max().item()) < 1e-9
+
+    ours = to_torch({"params": gradient}, model)
+    (reference.train()(nchw(x)) * torch.from_numpy(direction)).sum().backward()
+    wanted = {key: value.grad for key, value in reference.named_parameters()}
+    assert set(ours) == set(wanted)
+    for key, value in wanted.items():
+        assert value.abs().max() > 0
+        assert error(ours[key], value, value.abs().max().item()) < 1e-9, key
+
+    back = to_torch(variables, model)
+    assert all(np.array_equal(back[key], weights[key].numpy()) for key in wanted)
+
+
+def head_variables(model):
+    """Random parameters of a model's head, as the head alone takes them."""
+    shapes = jax.eval_shape(model.head.init, jax.random.key(0), [jnp.zeros((1, 2, 3, WIDTHS[-1]))])
+    return jax.tree.map(lambda leaf: 0.1 * numbers(2, *leaf.shape), shapes)
+
+
+@pytest.mark.parametrize(("fields", "epsilon"), [({}, 1e-5), ({"hidden_epsilon": 1e-6}, 1e-6)])
+def test_mlp_head_by_hand(fields, epsilon, x64):
+    """The authors' epsilon by default, timm's if asked."""
+    model, maps = shrunken("caformer", head=fields), numbers(0, 2, 2, 3, WIDTHS[-1])
+    variables = head_variables(model)
+    outputs = model.head.apply(variables, [maps])
+    norm, fc = variables["params"]["norm"], variables["params"]["fc"]
+
+    def layer_norm(x, scale, bias, epsilon):
+        x = x - x.mean(axis=-1, keepdims=True)
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale + bias
+
+    x = layer_norm(maps.mean(axis=(1, 2)), norm["scale"], norm["bias"], 1e-6)
+    np.testing.assert_allclose(outputs["embedding"], x, rtol=1e-9, atol=1e-12)
+    hidden = np.maximum(x @ fc["fc1"]["kernel"] + fc["fc1"]["bias"], 0) ** 2
+    hidden = layer_norm(hidden, fc["norm"]["scale"], fc["norm"]["bias"], epsilon)
+    wanted = hidden @ fc["fc2"]["kernel"] + fc["fc2"]["bias"]
+    np.testing.assert_allclose(outputs["logits"][0], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_head_dropout_is_after_the_inner_norm():
+    """As in the authors' code: the embedding is not dropped, the logits are."""
+    model, maps = shrunken("caformer", head={"dropout": 0.5}), [numbers(0, 2, 2, 3, WIDTHS[-1])]
+    first, second = (
+        model.head.apply(head_variables(model), maps, train=True, rngs={"dropout": jax.random.key(seed)})
+        for seed in (0, 1)
+    )
+    assert np.array_equal(first["embedding"], second["embedding"])
+    assert not np.allclose(first["logits"], second["logits"])
+
+
+def test_without_classes_the_embedding_comes_out():
+    head = create_model("caformer_s18", num_classes=0).head
+    outputs, variables = head.init_with_output(jax.random.key(0), [jnp.ones((2, 2, 3, WIDTHS[-1]))])
+    assert np.array_equal(outputs["logits"][0], outputs["embedding"])
+    assert set(variables["params"]) == {"norm"}
+
+
+@pytest.mark.parametrize("family", ["identityformer", "randformer"])
+def test_gradients_reach_every_parameter(family, x64, plain_convolutions):
+    """Without exception: no bias stands before a softmax or a norm that would cancel it; constants are none."""
+    model = shrunken(family)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
+    variables = from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
+    params = variables.pop("params")
+    x, direction = numbers(0, 2, *SIZE, 3), numbers(1, 2, CLASSES)
+
+    def loss(params, x):
+        return jnp.sum(model.apply({"params": params, **variables}, x, train=True)["logits"][0] * direction)
+
+    gradient = to_torch({"params": quick(jax.grad(loss), params, x)}, model)
+    norms = {key: np.linalg.norm(value) for key, value in gradient.items()}
+    total = np.linalg.norm(list(norms.values()))
+    assert all(1e-6 * total < norm < np.inf for norm in norms.values()), norms
+    assert not any("random_matrix" in key for key in norms)
+
+
+def test_random_matrices():
+    """Drawn as softmax over rows of U(0, 1), one for each block of the last two stages, anew for every key."""
+    model = shrunken("randformer")
+    init = jax.jit(model.init, compiler_options=QUICK)
+    first, second = (init(jax.random.key(seed), jnp.zeros((1, *SIZE, 3)))["constants"] for seed in (0, 1))
+    matrices = [np.asarray(leaf) for leaf in jax.tree.leaves(first)]
+    assert [matrix.shape for matrix in matrices] == [(24, 24), (24, 24), (6, 6)]
+    assert set(to_torch({"constants": first}, model)) == {
+        f"stages.{stage}.blocks.{block}.token_mixer.random_matrix" for stage, block in ((2, 0), (2, 1), (3, 0))
+    }
+    assert not np.allclose(matrices[0], matrices[1])
+    assert not np.allclose(matrices[0], jax.tree.leaves(second)[0])
+    for matrix in matrices:
+        np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=1e-5)
+        uniform = np.log(matrix) - np.log(matrix).min(axis=1, keepdims=True)
+        assert 0.6 < uniform.max() < 1
+    assert np.log(matrices[0]).std(axis=1).mean() == pytest.approx(12**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["poolformerv2", "convformer", "caformer"])
+def test_initialisation_follows_timm(family, plain_convolutions):
+    """Sum and sum of squares of every kind of leaf, within five standard errors."""
+    import torch
+
+    model = shrunken(family)
+    ours = to_torch(quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
+    torch.manual_seed(0)
+    reference = timm_model(family).state_dict()
+    kinds = {}
+    for key in ours:
+        kinds.setdefault(re.sub(r"\d+", "*", key), []).append(key)
+    for kind, keys in kinds.items():
+        a = np.concatenate([ours[key].ravel() for key in keys]).astype(np.float64)
+        b = np.concatenate([reference[key].numpy().ravel() for key in keys]).astype(np.float64)
+        if b.std() == 0:
+            assert np.array_equal(a, b), kind
+            continue
+        for power in (1, 2):
+            noise = np.sqrt(np.sum(a ** (2 * power)) + np.sum(b ** (2 * power)))
+            assert abs(np.sum(a**power) - np.sum(b**power)) < 5 * noise, (kind, power, a.std(), b.std())
+
+
+def test_drop_path_rates_equal_timm(monkeypatch, plain_convolutions):
+    from timm.layers import DropPath
+
+    rates = []
+
+    def recorded(rate):
+        rates.append(rate)
+        return layers.DropPath(rate)
+
+    monkeypatch.setattr(metaformer, "DropPath", recorded)
+    model = shrunken("poolformerv2", drop_path=0.4)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    reference = timm_model("poolformerv2", drop_path_rate=0.4)
+    wanted = [module.drop_prob for module in reference.modules() if isinstance(module, DropPath)]
+    assert max(wanted) == pytest.approx(0.4)
+    assert [rate for rate in rates if rate] == pytest.approx(wanted)  # where the rate is 0 timm has no layer
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"embed_dim": (64, 128, 300, 512)},
+            "heads of 32 channels do not divide the 300 channels of stage 2; .* is 288",
+        ),
+        ({"mixers": ("conv", "conv", "attn", "attention")}, "no mixer 'attn', only attention, conv, pool, random"),
+        ({"norm": "batch"}, "no norm 'batch', only channels and map"),
+        ({"depths": (1, 1, 1)}, "one entry for each stage"),
+        ({"head": {"activation": "relu3"}}, "activation 'relu3' is not one of"),
+        ({"head": {"init_scheme": "zeros"}}, "init_scheme 'zeros' is not one of torch, trunc_normal"),
+    ],
+)
+def test_bad_fields(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        create_model("caformer_s18", **fields)
+
+
+def test_random_matrices_have_one_size():
+    model = create_model("randformer_s12")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    with pytest.raises(ValueError, match=r"image is 256x224 .* made for 224x224; .* image_size=\(256, 224\)"):
+        jax.eval_shape(model.apply, shapes, jnp.zeros((1, 256, 224, 3)))

@@ -1,0 +1,219 @@
+"""PiT: exact sizes, MAP's numbers for the network without a class token, timm's for the one with it."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.errors import InvalidRngError
+
+from maxmap.backbones import pit
+from maxmap.convert.torch import from_torch, to_torch
+from maxmap.errors import UserError
+from maxmap.layers import drop_path_rates
+from maxmap.models import create_model
+from tests.reference import fill, fill_state_dict, import_timm
+
+# Parameters with 1000 classes, shapes of the feature maps.
+MAPS = [(1, 27, 27, 144), (1, 27, 27, 144), (1, 14, 14, 288), (1, 7, 7, 576)]
+ROWS = {
+    "pit_s": (23_252_392, MAPS),
+    "pit_s_224": (23_461_912, [*MAPS, (1, 1, 1, 576)]),
+    "map_pit_s": (36_147_424, MAPS),
+}
+
+SIZE = (40, 56)  # maps of 9 x 13, 5 x 7 and 3 x 4
+DEPTHS = (1, 2, 1)
+HEADS = (1, 2, 4)
+
+
+def shrunken(width=8, **fields):
+    dims = tuple(width * heads for heads in HEADS)
+    cut = {"image_size": SIZE, "patch_size": 8, "stride": 4, "embed_dim": dims, "depths": DEPTHS, "heads": HEADS}
+    return create_model("pit_s_224", num_classes=10, **cut | fields)
+
+
+@pytest.fixture(scope="module")
+def timm_model():
+    """timm's model of the same cut: rebuilt for every test that asks, by calling it."""
+    import_timm()
+    from timm.models.pit import PoolingVisionTransformer
+
+    return lambda width=8: PoolingVisionTransformer(
+        img_size=SIZE, patch_size=8, stride=4, base_dims=[width] * 3, depth=list(DEPTHS), heads=HEADS, num_classes=10
+    )
+
+
+def randomised(reference):
+    """Fills every leaf of a timm model at random, in float64; returns it and its state dict."""
+    import torch
+
+    weights = {key: torch.from_numpy(fill(key, value.shape)).double() for key, value in reference.state_dict().items()}
+    reference.double().load_state_dict(weights)
+    return reference.eval(), weights
+
+
+def images():
+    return np.random.default_rng(0).standard_normal((2, *SIZE, 3))
+
+
+def nchw(x):
+    import torch
+
+    return torch.from_numpy(x.transpose(0, 3, 1, 2))
+
+
+def run(model, x):
+    features = model.backbone(x)
+    return features, model.head(features)
+
+
+def largest_error(ours, theirs, scale):
+    assert ours.shape == theirs.shape
+    return np.abs(ours - theirs).max() / scale
+
+
+def test_every_variant_has_a_row():
+    assert set(pit.VARIANTS) | {"map_pit_s"} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_parameters_and_features(name):
+    params, shapes = ROWS[name]
+    model = create_model(name)
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
+    assert [feature.shape for feature in features] == shapes
+    assert model.backbone.num_features() == len(features)
+
+
+def test_goldens(goldens, x64):
+    """MAP's `pit_s` and `map_pit_s`, whose backbones have the same weights, branch by branch."""
+
+    def state_dict(name):
+        manifest = json.loads((goldens / f"{name}.json").read_text())
+        return {key: value.astype(np.float64) for key, value in fill_state_dict(manifest["state_dict"]).items()}
+
+    names = ("pit_s", "map_pit_s")
+    plain, mapped = (create_model(name) for name in names)
+    light = create_model("map_pit_s", head={"light": True})  # predicts with the self-distillation classifiers
+    variables, with_map = (
+        from_torch(state_dict(name), model) for name, model in zip(names, (plain, mapped), strict=True)
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(with_map["params"])) == ROWS["map_pit_s"][0]
+
+    @jax.jit
+    def outputs(variables, with_map, x):
+        features, linear = plain.apply(variables, x, method=run)
+        logits, distill = (
+            model.apply(with_map, features, method=lambda model, features: model.head(features))["logits"]
+            for model in (mapped, light)
+        )
+        return features, linear["logits"][0], logits, distill
+
+    x = np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32).transpose(0, 2, 3, 1)
+    features, *branches = outputs(variables, with_map, x.astype(np.float64))
+    with np.load(goldens / "pit_s.npz") as first, np.load(goldens / "map_pit_s.npz") as second:
+        for i, feature in enumerate(features):
+            wanted = first[f"feature_{i}_f64"]
+            assert largest_error(feature.mean((1, 2)), wanted, np.abs(wanted).max()) < 1e-9
+        wanted = first["logits_f64"], second["head_logits_f64"], second["distill_logits_f64"]
+    for ours, theirs in zip(branches, wanted, strict=True):
+        assert largest_error(ours, theirs, theirs.std()) < 1e-9
+
+
+def test_equals_timm(timm_model, x64):
+    import torch
+
+    reference, weights = randomised(timm_model())
+    model = shrunken()
+    variables = from_torch(weights, model)
+    features, outputs = jax.jit(lambda v, x: model.apply(v, x, method=run))(variables, images())
+    with torch.no_grad():
+        maps = reference.forward_intermediates(nchw(images()), intermediates_only=True)
+        logits = reference(nchw(images())).numpy()
+    assert largest_error(outputs["logits"][0], logits, logits.std()) < 1e-9
+    for ours, theirs in zip(features[1:4], maps, strict=True):
+        theirs = theirs.numpy().transpose(0, 2, 3, 1)
+        assert largest_error(ours, theirs, np.abs(theirs).max()) < 1e-9
+    back = to_torch(variables, model)
+    assert set(back) == set(weights)
+    assert all(np.array_equal(back[key], weights[key].numpy()) for key in back)
+
+
+def test_gradients_equal_timm(timm_model, x64):
+    """In train mode, of every parameter."""
+    import torch
+
+    reference, weights = randomised(timm_model())
+    model = shrunken()
+    direction = np.random.default_rng(1).standard_normal((2, 10))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, x):
+        return jnp.sum(model.apply({"params": params}, x, train=True)["logits"][0] * direction)
+
+    ours = to_torch({"params": gradient(from_torch(weights, model)["params"], images())}, model)
+    (reference.train()(nchw(images())) * torch.from_numpy(direction)).sum().backward()
+    for key, parameter in reference.named_parameters():
+        wanted = parameter.grad.numpy()
+        assert np.abs(wanted).max() > 0, key
+        assert largest_error(ours[key], wanted, np.abs(wanted).max()) < 1e-9, key
+
+
+def test_initialisation_follows_timm(timm_model):
+    """Sum and sum of squares of every kind of leaf, within five standard errors."""
+    import torch
+
+    torch.manual_seed(0)
+    reference = timm_model(32).state_dict()
+    model = shrunken(32)
+    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
+    ours = to_torch(init(jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
+    for key in ours:
+        a, b = ours[key].astype(np.float64), reference[key].numpy().astype(np.float64)
+        if b.std() == 0:
+            assert np.array_equal(a, b), key
+            continue
+        for power in (1, 2):
+            noise = np.sqrt(np.sum(a ** (2 * power)) + np.sum(b ** (2 * power)))
+            assert abs(np.sum(a**power) - np.sum(b**power)) < 5 * noise, (key, power, a.std(), b.std())
+
+
+def test_drop_path_schedules():
+    """timm's last block has the whole rate; MAP's stops one step short."""
+    np.testing.assert_allclose(drop_path_rates(0.3, 4), [0, 0.1, 0.2, 0.3])
+    np.testing.assert_allclose(drop_path_rates(0.4, 4, endpoint=False), [0, 0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("field", ["drop_path", "attn_drop", "proj_drop"])
+def test_rates_reach_the_blocks(field):
+    x = jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32)
+    model = shrunken(**{field: 0.5})
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    jax.eval_shape(model.apply, variables, x)
+    with pytest.raises(InvalidRngError):
+        jax.eval_shape(functools.partial(model.apply, train=True), variables, x)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"heads": (3, 5, 12)}, "5 heads do not divide 288 channels; the nearest number that does is 4"),
+        ({"depths": (2, 6)}, "embed_dim, depths and heads need one entry for each stage"),
+        ({"embed_dim": (144, 300, 600)}, "144 channels do not divide 300; the nearest that they divide is 288"),
+        ({"image_size": 12}, "image height 12 is smaller than a patch; the nearest size that works is 16"),
+    ],
+)
+def test_bad_fields(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        create_model("pit_s", **fields)
+
+
+def test_images_of_another_size():
+    with pytest.raises(ValueError, match="the images are 40 x 40 pixels, the position table is for 40 x 56"):
+        jax.eval_shape(shrunken().init, jax.random.key(0), jnp.zeros((1, 40, 40, 3)))

@@ -1,0 +1,274 @@
+"""ResNet-50 and MAP's form of it: exact sizes, timm's and the authors' numbers in float64 with every weight random."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxmap import layers
+from maxmap.backbones import resnet
+from maxmap.convert.torch import from_torch, to_torch
+from maxmap.errors import UserError
+from maxmap.models import create_model
+from tests.reference import fill, import_timm, read_golden
+
+# Parameters with 1000 classes, channels of the stem's and the stages' maps.
+ROWS = {
+    "resnet50": (25_557_032, (64, 256, 512, 1024, 2048)),
+    "resnet50_se_deep": (15_385_608, (64, 256, 512, 1024, 1024)),
+    "map_resnet50": (42_708_288, (64, 256, 512, 1024, 1024)),
+}
+SIZE, CLASSES = (64, 96), 10  # height and width cannot be mixed up unseen
+WIDTHS, DEPTHS = (64, 128, 128, 256), (2, 1, 1, 1)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# MAP's network with everything narrow.
+SMALL = {
+    "embed_dim": (64, 64, 128, 128),
+    "depths": DEPTHS,
+    "num_classes": CLASSES,
+    "head": {"channels": 48, "gram_channels": 32, "gram_groups": 8, "branches": 2, "heads": 3},
+}
+
+
+def run(model, x):
+    features = model.backbone(x)
+    return features, model.head(features)
+
+
+def quick(function, *args):
+    """Calls a function under jit, compiled with little optimisation."""
+    return jax.jit(function, compiler_options=QUICK)(*args)
+
+
+def numbers(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def timm_model(**fields):
+    import_timm()
+    from timm.models.resnet import Bottleneck, ResNet
+
+    return ResNet(Bottleneck, DEPTHS, num_classes=CLASSES, channels=[width // 4 for width in WIDTHS], **fields)
+
+
+def small_resnet50(**fields):
+    return create_model("resnet50", embed_dim=WIDTHS, depths=DEPTHS, num_classes=CLASSES, **fields)
+
+
+def randomised(reference):
+    """Fills every leaf of a timm model at random, in float64; returns it and its state dict."""
+    import torch
+
+    weights = {
+        key: torch.from_numpy(fill(key, value.shape)).double()
+        for key, value in reference.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    reference.double().load_state_dict(weights, strict=False)
+    return reference.eval(), weights
+
+
+def filled(model):
+    """Random variables of a model by the rule of the golden files, in float64."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
+    return from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
+
+
+def error(ours, wanted):
+    """The largest difference relative to the largest value."""
+    ours, wanted = np.asarray(ours), np.asarray(wanted)
+    assert ours.shape == wanted.shape
+    assert ours.dtype == np.float64
+    return np.abs(ours - wanted).max() / np.abs(wanted).max()
+
+
+@pytest.fixture
+def plain_convolutions(monkeypatch):
+    """XLA's own convolutions, which trace and compile faster."""
+    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
+
+
+def test_every_variant_has_a_row():
+    assert set(resnet.VARIANTS) | {"map_resnet50"} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_parameters_and_features(name, plain_convolutions):
+    params, channels = ROWS[name]
+    model = create_model(name)
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
+    sizes = [(1, 224 // s, 224 // s, c) for s, c in zip((2, 4, 8, 16, 32), channels, strict=True)]
+    assert [feature.shape for feature in features] == sizes
+    assert model.backbone.num_features() == len(features)
+
+
+def test_golden(goldens, x64):
+    """The published network, branch by branch; its light mode shows the self-distillation classifiers."""
+    weights, images, wanted = read_golden(goldens, "map_resnet50")
+    model = create_model("map_resnet50")
+    light = create_model("map_resnet50", head={"light": True})
+    variables = from_torch(weights, model)
+
+    @jax.jit
+    def outputs(variables, images):
+        features = model.apply(variables, images, method="features")
+        head = {collection: leaves["head"] for collection, leaves in variables.items()}
+        return features, model.head.apply(head, features)["logits"], light.head.apply(head, features)["logits"]
+
+    features, logits, distill = outputs(variables, images)
+    assert logits.shape == wanted["head_logits"].shape
+    assert np.abs(logits - wanted["head_logits"]).max() < 1e-9 * wanted["head_logits"].std()
+    assert np.abs(distill - wanted["distill_logits"]).max() < 1e-9 * wanted["distill_logits"].std()
+    for i, feature in enumerate(features):
+        assert error(feature.mean((1, 2)), wanted[f"feature_{i}"]) < 1e-9
+    back = to_torch(variables, model)
+    assert set(back) == {key for key in weights if not key.endswith(("num_batches_tracked", "bp_index"))}
+    assert all(np.array_equal(back[key], weights[key]) for key in back)
+
+
+def test_equals_timm(x64, plain_convolutions):
+    """Outputs, features and embedding; in train mode gradients and running statistics; and every name both ways."""
+    import torch
+
+    reference, weights = randomised(timm_model())
+    model = small_resnet50()
+    variables = from_torch(weights, model)
+    x, direction = numbers(0, 3, *SIZE, 3), numbers(1, 3, CLASSES)
+    images = torch.from_numpy(x.transpose(0, 3, 1, 2))
+
+    features, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, x)
+    with torch.no_grad():
+        last, maps = reference.forward_intermediates(images)
+        embedding, logits = (reference.forward_head(last, pre_logits=pre) for pre in (True, False))
+    assert error(outputs["logits"][0], logits) < 1e-9
+    assert error(outputs["embedding"], embedding) < 1e-9
+    assert max(error(a, b.permute(0, 2, 3, 1)) for a, b in zip(features, maps, strict=True)) < 1e-9
+
+    def loss(params, x):
+        new = {**variables, "params": params}
+        outputs, mutated = model.apply(new, x, train=True, mutable=["batch_stats"])
+        return jnp.sum(outputs["logits"][0] * direction), mutated
+
+    gradient, mutated = quick(jax.grad(loss, has_aux=True), variables["params"], x)
+    (reference.train()(images) * torch.from_numpy(direction)).sum().backward()
+    wanted = {key: value.grad for key, value in reference.named_parameters()}
+    ours = to_torch({"params": gradient}, model)
+    assert set(ours) == set(wanted)
+    assert {key for key, value in wanted.items() if value.abs().max() == 0} == set()
+    assert {key for key, value in wanted.items() if error(ours[key], value) > 1e-9} == set()
+    state = reference.state_dict()
+    assert all(error(value, state[key]) < 1e-9 for key, value in to_torch(mutated, model).items())
+
+    back = to_torch(variables, model)
+    assert set(back) == set(weights)
+    assert all(np.array_equal(back[key], weights[key].numpy()) for key in back)
+
+
+def test_initialisation_follows_timm(plain_convolutions):
+    """Sum and sum of squares of every kind of leaf, within five standard errors."""
+    import torch
+
+    model = small_resnet50()
+    ours = to_torch(quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
+    torch.manual_seed(0)
+    reference = timm_model().state_dict()
+    for key, value in ours.items():
+        a, b = value.astype(np.float64), reference[key].numpy().astype(np.float64)
+        if b.std() == 0:
+            assert np.array_equal(a, b), key
+            continue
+        for power in (1, 2):
+            noise = np.sqrt(np.sum(a ** (2 * power)) + np.sum(b ** (2 * power)))
+            assert abs(np.sum(a**power) - np.sum(b**power)) < 5 * noise, (key, power, a.std(), b.std())
+
+
+def test_initialisation_of_map(plain_convolutions):
+    """Convolutions by He's rule over fan_out, linear maps 0.02 wide, the last norm of every block zero."""
+    model = create_model("map_resnet50", **SMALL)
+    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    leaves = to_torch({"params": variables["params"]}, model)
+    for key, value in leaves.items():
+        weight = leaves[re.sub(r"bias$", "weight", key)]
+        if weight.ndim == 1:
+            start = float(key.endswith("weight") and not re.search(r"\.conv3\.1\.", key))
+            assert (value == start).all(), key
+        elif key.endswith("bias") and weight.ndim == 4:  # the reference leaves these to torch
+            assert 0 < np.abs(value).max() <= np.prod(weight.shape[1:]) ** -0.5, key
+        elif key.endswith("bias"):
+            assert (value == 0).all(), key
+        else:
+            fan_out = value.shape[0] * np.prod(value.shape[2:])
+            std = (2 / fan_out) ** 0.5 if value.ndim == 4 else 0.02
+            assert value.std() == pytest.approx(std, rel=5 / value.size**0.5), key
+            assert value.mean() == pytest.approx(0, abs=5 * std / value.size**0.5), key
+
+
+def test_gradients_of_map(x64, plain_convolutions):
+    """They reach every parameter but the biases that a softmax cancels."""
+    model = create_model("map_resnet50", **SMALL)
+    variables = filled(model)
+    x, direction = numbers(0, 4, *SIZE, 3), numbers(1, 2, 4, CLASSES)
+
+    def loss(params, x):
+        outputs, _ = model.apply(
+            variables | {"params": params},
+            x,
+            train=True,
+            rngs={"dropout": jax.random.key(0)},
+            mutable=["batch_stats"],
+        )
+        return jnp.sum((outputs["logits"] + outputs["distill"]) * direction)
+
+    gradient = quick(jax.grad(loss), variables["params"], x)
+    norms = {key: np.linalg.norm(value) for key, value in to_torch({"params": gradient}, model).items()}
+    total = np.linalg.norm(list(norms.values()))
+    assert np.isfinite(total)
+    cancelled = {key for key, norm in norms.items() if norm < 1e-9 * total}
+    assert cancelled == {f"head.mmcap.mmcap.{g}.attention.0.attn.{name}.bias" for g in range(2) for name in ("k", "w1")}
+
+
+def rates_of(model, monkeypatch):
+    """The rates of a model's drop path layers, in order."""
+    rates = []
+
+    def recorded(rate):
+        rates.append(rate)
+        return layers.DropPath(rate)
+
+    monkeypatch.setattr(resnet, "DropPath", recorded)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    return rates
+
+
+def test_drop_path_rates_equal_timm(monkeypatch, plain_convolutions):
+    from timm.layers import DropPath
+
+    rates = rates_of(small_resnet50(drop_path=0.4), monkeypatch)
+    wanted = [module.drop_prob for module in timm_model(drop_path_rate=0.4).modules() if isinstance(module, DropPath)]
+    assert [rate for rate in rates if rate] == pytest.approx(wanted)
+    assert rates[-1] == pytest.approx(0.4)
+
+
+def test_drop_path_rates_of_map(monkeypatch, plain_convolutions):
+    """i / N of the rate: the last block gets less than all of it."""
+    rates = rates_of(create_model("map_resnet50", drop_path=0.1, **SMALL), monkeypatch)
+    assert rates == pytest.approx([0, 0.02, 0.04, 0.06, 0.08])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "sentence"),
+    [
+        ("resnet50", {"embed_dim": (256, 513, 1024, 2048)}, "embed_dim 513 is not a multiple of 4; .* is 512"),
+        ("map_resnet50", {"embed_dim": (256, 530, 1024, 1024)}, "embed_dim 530 is not a multiple of 16; .* is 528"),
+        ("resnet50", {"depths": (3, 4, 6)}, "one entry for each stage"),
+        ("map_resnet50", {"head": {"level": 5}}, "level 5 is out of range: .* the highest level is 4"),
+    ],
+)
+def test_bad_fields(name, fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        create_model(name, **fields)

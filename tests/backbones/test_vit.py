@@ -1,0 +1,212 @@
+"""ViT: exact sizes, and timm's numbers in float64 with every weight random."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.errors import InvalidRngError
+
+from maxmap.backbones import vit
+from maxmap.convert.torch import from_torch, to_torch
+from maxmap.errors import UserError
+from maxmap.layers import ViTBlock
+from maxmap.models import create_model
+from tests.reference import fill, import_timm
+
+# Parameters with 1000 classes, channels.
+ROWS = {"vit_small_patch16_224": (22_050_664, 384), "vit_base_patch16_224": (86_567_656, 768)}
+
+SIZE = (32, 48)
+SMALL = {"image_size": SIZE, "patch_size": 8, "embed_dim": 24, "heads": 3, "depths": (1, 2, 1), "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def timm_model():
+    """timm's model of the same cut: rebuilt for every test that asks, by calling it."""
+    import_timm()
+    from timm.models.vision_transformer import VisionTransformer
+
+    return lambda **fields: VisionTransformer(
+        **{"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 4, "num_classes": 10} | fields
+    )
+
+
+def randomised(reference):
+    """Fills every leaf of a timm model at random, in float64; returns it and its state dict."""
+    import torch
+
+    weights = {key: torch.from_numpy(fill(key, value.shape)).double() for key, value in reference.state_dict().items()}
+    reference.double().load_state_dict(weights)
+    return reference.eval(), weights
+
+
+def images(channels=3):
+    return np.random.default_rng(0).standard_normal((2, *SIZE, channels))
+
+
+def nchw(x):
+    import torch
+
+    return torch.from_numpy(x.transpose(0, 3, 1, 2))
+
+
+def run(model, x):
+    features = model.backbone(x)
+    return features, model.head(features)
+
+
+def test_every_variant_has_a_row():
+    assert set(ROWS) == set(vit.VARIANTS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_parameters_and_features(name):
+    params, channels = ROWS[name]
+    model = create_model(name)
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
+    assert [f.shape for f in features] == [(1, 14, 14, channels)] * 5 + [(1, 1, 1, channels)]
+    assert model.backbone.num_features() == len(features)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_equals_timm(channels, timm_model, x64):
+    import torch
+
+    reference, weights = randomised(timm_model(in_chans=channels))
+    model = create_model("vit_small_patch16_224", **SMALL)
+    variables = from_torch(weights, model)
+    x = images(channels)
+    features, outputs = jax.jit(lambda v, x: model.apply(v, x, method=run))(variables, x)
+    with torch.no_grad():
+        last, maps = reference.forward_intermediates(nchw(x), indices=[0, 2, 3], norm=False)
+        embedding, logits = (reference.forward_head(last, pre_logits=pre) for pre in (True, False))
+    assert np.abs(outputs["logits"][0] - logits.numpy()).max() < 1e-9 * logits.numpy().std()
+    assert np.abs(outputs["embedding"] - embedding.numpy()).max() < 1e-9
+    for ours, theirs in zip(features[1:4], maps, strict=True):
+        assert np.abs(ours - theirs.numpy().transpose(0, 2, 3, 1)).max() < 1e-9 * np.abs(theirs.numpy()).max()
+    back = to_torch(variables, model)
+    assert set(back) == set(weights)
+    assert all(np.array_equal(back[key], weights[key].numpy()) for key in back)
+
+
+def test_without_class_token_equals_timm(timm_model, x64):
+    import torch
+
+    reference, weights = randomised(timm_model(class_token=False, global_pool="avg", fc_norm=False))
+    model = create_model("vit_small_patch16_224", class_token=False, **SMALL)
+    features, outputs = jax.jit(lambda v, x: model.apply(v, x, method=run))(from_torch(weights, model), images())
+    with torch.no_grad():
+        logits = reference(nchw(images())).numpy()
+    assert len(features) == model.backbone.num_features() == 4
+    assert np.abs(outputs["logits"][0] - logits).max() < 1e-9 * logits.std()
+
+
+def test_gradients_equal_timm(timm_model, x64):
+    """In train mode, of every parameter."""
+    import torch
+
+    reference, weights = randomised(timm_model())
+    model = create_model("vit_small_patch16_224", **SMALL)
+    direction = np.random.default_rng(1).standard_normal((2, 10))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, x):
+        return jnp.sum(model.apply({"params": params}, x, train=True)["logits"][0] * direction)
+
+    ours = to_torch({"params": gradient(from_torch(weights, model)["params"], images())}, model)
+    (reference.train()(nchw(images())) * torch.from_numpy(direction)).sum().backward()
+    for key, parameter in reference.named_parameters():
+        wanted = parameter.grad.numpy()
+        assert np.abs(wanted).max() > 0, key
+        assert np.abs(ours[key] - wanted).max() < 1e-9 * np.abs(wanted).max(), key
+
+
+def test_initialisation_follows_timm(timm_model):
+    """Sum and sum of squares of every kind of leaf, within five standard errors."""
+    import torch
+
+    torch.manual_seed(0)
+    reference = timm_model(embed_dim=96).state_dict()
+    model = create_model("vit_small_patch16_224", **SMALL | {"embed_dim": 96})
+    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
+    ours = to_torch(init(jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
+    kinds = {}
+    for key in ours:
+        kinds.setdefault(re.sub(r"\d+", "*", key), []).append(key)
+    for kind, keys in kinds.items():
+        a = np.concatenate([ours[key].ravel() for key in keys]).astype(np.float64)
+        b = np.concatenate([reference[key].numpy().ravel() for key in keys]).astype(np.float64)
+        if b.std() == 0:
+            assert np.array_equal(a, b), kind
+            continue
+        for power in (1, 2):
+            noise = np.sqrt(np.sum(a ** (2 * power)) + np.sum(b ** (2 * power)))
+            assert abs(np.sum(a**power) - np.sum(b**power)) < 5 * noise, (kind, power, a.std(), b.std())
+
+
+def test_block_drops_in_training_only():
+    """Each of the three rates; stochastic depth by whole images, the others by single values."""
+    x = np.random.default_rng(0).standard_normal((64, 4, 8)).astype(np.float32)
+    variables = jax.jit(ViTBlock(2).init)(jax.random.key(0), x)
+
+    @jax.jit
+    def outputs(variables, x, key):
+        blocks = {field: ViTBlock(2, **{field: 0.5}) for field in ("drop_path", "attn_drop", "proj_drop")}
+        return {
+            (field, train): block.apply(variables, x, train=train, rngs={"dropout": key})
+            for field, block in (blocks | {"none": ViTBlock(2)}).items()
+            for train in (False, True)
+        }
+
+    outputs = outputs(variables, x, jax.random.key(1))
+    evaluated = outputs["none", False]
+    np.testing.assert_allclose(outputs["none", True], evaluated, rtol=1e-5, atol=1e-6)
+    for field in ("drop_path", "attn_drop", "proj_drop"):
+        np.testing.assert_allclose(outputs[field, False], evaluated, rtol=1e-5, atol=1e-6)
+        trained = outputs[field, True]
+        untouched = np.all(np.asarray(trained == x), axis=(1, 2)).sum()
+        assert 4 <= untouched <= 28 if field == "drop_path" else not untouched  # a quarter of 64 lose both branches
+        assert np.abs(trained - evaluated).max() > 1e-3
+
+
+@pytest.mark.parametrize("field", ["drop_path", "attn_drop", "proj_drop"])
+def test_rates_reach_the_blocks(field):
+    x = jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32)
+    model = create_model("vit_small_patch16_224", **SMALL, **{field: 0.5})
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    jax.eval_shape(model.apply, variables, x)
+    with pytest.raises(InvalidRngError):
+        jax.eval_shape(functools.partial(model.apply, train=True), variables, x)
+
+
+def test_map_head_reads_the_patch_tokens_and_the_class_token():
+    model = create_model("vit_small_patch16_224", head={"name": "map", "level": 3})
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    outputs, variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), x)
+    assert outputs["logits"].shape == (4, 1, 1000)
+    fusion = variables["params"]["head"]["mmcap"]["multi_scale"]["concat_conv_0"]["kernel"]
+    assert fusion.shape == (1, 1, 6 * 384, 384)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"heads": 7}, "7 heads do not divide 384 channels; the nearest number that does is 6"),
+        ({"image_size": (224, 230)}, "image width 230 is not a multiple of the patch size 16; .* works is 224"),
+    ],
+)
+def test_bad_fields(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        create_model("vit_small_patch16_224", **fields)
+
+
+def test_images_of_another_size():
+    model = create_model("vit_small_patch16_224", **SMALL)
+    with pytest.raises(ValueError, match="the images are 32 x 32 pixels, the position table is for 32 x 48"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

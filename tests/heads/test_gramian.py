@@ -1,0 +1,289 @@
+"""The Gramian head: exact sizes, the authors' numbers in float64 with every weight random, and its parts alone."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxmap import layers
+from maxmap.convert.torch import from_torch, to_torch
+from maxmap.errors import UserError
+from maxmap.heads.gramian import GramianHead, gather
+from maxmap.layers import gram_values
+from maxmap.models import create_model
+from tests.reference import fill, read_golden
+
+# Parameters with 1000 classes, taps inside of the third stage.
+ROWS = {
+    "ga_convnext_tiny_688": (47_821_324, 2),
+    "ga_convnext_tiny_768": (54_354_584, 2),
+    "ga_convnext_small_688": (70_116_364, 4),
+    "ga_convnext_small_768": (76_726_424, 4),
+    "ga_convnext_base_976": (123_688_396, 4),
+    "ga_convnext_base_1024": (128_839_176, 4),
+    "ga_cswin_tiny": (43_431_816, 4),
+    "ga_cswin_small": (55_754_568, 4),
+    "ga_cswin_tiny_p42": (41_990_024, 5),
+    "ga_cswin_small_p54": (54_312_776, 5),
+    # Published as 41.3M and 27.7M, without code.
+    "ga_resnet50": (41_334_568, 0),
+    "ga_vit_small": (27_718_976, 0),
+}
+SIZE, CLASSES = (64, 96), 10  # height and width cannot be mixed up unseen
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+NARROW = {"channels": 64, "gram_channels": 32, "attention_width": None, "branches": 2}
+SMALL = {
+    "ga_convnext_tiny_688": {
+        "embed_dim": (16, 24, 32, 48),
+        "depths": (1, 1, 5, 1),
+        "head": NARROW,
+    },
+    "ga_cswin_tiny_p42": {
+        "embed_dim": (16, 24, 32, 48),
+        "heads": (2, 2, 4, 3),
+        "depths": (1, 1, 6, 1),
+        "head": NARROW | {"gram_channels": 64},
+    },
+}
+
+
+def small(name, **head):
+    """The model of a name with everything narrow."""
+    fields = SMALL[name]
+    return create_model(name, image_size=SIZE, num_classes=CLASSES, **fields | {"head": fields["head"] | head})
+
+
+def run(model, x):
+    features = model.backbone(x)
+    return features, model.head(features)
+
+
+def quick(function, *args):
+    """Calls a function under jit, compiled with little optimisation."""
+    return jax.jit(function, compiler_options=QUICK)(*args)
+
+
+def numbers(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def filled(model):
+    """Random variables of a model by the rule of the golden files, in float64."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
+    return from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
+
+
+def error(ours, wanted):
+    """The largest difference relative to the largest value."""
+    ours, wanted = np.asarray(ours), np.asarray(wanted)
+    assert ours.shape == wanted.shape
+    assert ours.dtype == np.float64
+    return np.abs(ours - wanted).max() / np.abs(wanted).max()
+
+
+@pytest.fixture
+def plain_convolutions(monkeypatch):
+    """XLA's own convolutions, which trace and compile faster."""
+    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_parameters_and_outputs(name, plain_convolutions):
+    params, taps = ROWS[name]
+    model = create_model(name)
+    x = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    (features, outputs), variables = jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x, method=run), x
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
+    assert len(features) == model.backbone.num_features() == 5 + taps
+    assert outputs["logits"].shape == (5, 2, 1000)
+    assert outputs["embedding"].shape == (2, 5 * model.head.channels)
+
+
+@pytest.mark.parametrize("name", ["ga_convnext_tiny_688", "ga_cswin_tiny_p42"])
+def test_golden(name, goldens, x64, plain_convolutions):
+    """Branch by branch; the features are the stem's, the stages' and the aggregated map."""
+    weights, images, wanted = read_golden(goldens, name)
+    model = create_model(name)
+    variables = from_torch(weights, model)
+    aggregated = "stages_4" if "convnext" in name else "stage5_2"
+
+    def apply(variables, images):
+        (features, outputs), captured = model.apply(
+            variables,
+            images,
+            method=run,
+            capture_intermediates=lambda module, _: module.name == aggregated,
+            mutable=["intermediates"],
+        )
+        return [*features, *jax.tree.leaves(captured)], outputs
+
+    maps, outputs = quick(apply, variables, images[:1])  # the second image would show nothing more
+    taps = ROWS[name][1]
+    maps = [*maps[:3], *maps[3 + taps :]]
+    scale = wanted["head_logits"].mean(0).std()
+    assert np.abs(outputs["logits"] - wanted["head_logits"][:, :1]).max() < 1e-9 * scale
+    assert len(maps) == 6
+    for i, feature in enumerate(maps):
+        assert error(feature.mean((1, 2)), wanted[f"feature_{i}"][:1]) < 1e-9
+    back = to_torch(variables, model)
+    assert set(back) == {key for key in weights if not key.endswith("num_batches_tracked")}
+    assert all(np.array_equal(back[key], weights[key]) for key in back)
+
+
+def test_gather(x64):
+    """All maps but the stem's in order, averaged or enlarged to the last but one's size."""
+    stem, large = numbers(0, 2, 8, 12, 1), numbers(1, 2, 8, 12, 2)
+    tap, middle, small = numbers(2, 2, 4, 6, 3), numbers(3, 2, 4, 6, 4), numbers(4, 2, 2, 3, 5)
+    x = gather([jnp.asarray(feature) for feature in (stem, large, tap, middle, small)])
+    halved = large.reshape(2, 4, 2, 6, 2, 2).mean((2, 4))
+
+    def doubled(x):
+        """Twice the rows, half-pixel centres: a quarter of the neighbour, the edge repeated."""
+        before, after = np.concatenate([x[:, :1], x[:, :-1]], 1), np.concatenate([x[:, 1:], x[:, -1:]], 1)
+        return np.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], 2).reshape(2, -1, *x.shape[2:])
+
+    enlarged = doubled(doubled(small).swapaxes(1, 2)).swapaxes(1, 2)
+    assert error(x, np.concatenate([halved, tap, middle, enlarged], axis=-1)) < 1e-12
+
+
+def test_gram_values(x64):
+    """The upper triangle of the channels' second moments, row by row with its diagonal, at length one."""
+    x = numbers(0, 2, 3, 4, 3)
+    z = x.reshape(2, 12, 3)
+    gram = np.einsum("bnp,bnq->bpq", z, z)
+    wanted = np.stack([gram[:, i, j] for i in range(3) for j in range(i, 3)], axis=-1)
+    assert error(gram_values(x), wanted / np.linalg.norm(wanted, axis=-1, keepdims=True)) < 1e-12
+    assert np.array_equal(gram_values(jnp.zeros((1, 2, 2, 3))), np.zeros((1, 6)))
+
+
+def test_gram_values_are_computed_in_float32():
+    """A mean far above the deviations, in bfloat16: the products must not be rounded before they are summed."""
+    x = jnp.asarray(numbers(0, 1, 14, 14, 8), jnp.bfloat16)
+    ours = gram_values(x)
+    assert ours.dtype == jnp.bfloat16
+    exact = gram_values(x.astype(jnp.float32))
+    assert np.array_equal(ours, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients(name, x64, plain_convolutions):
+    """They reach every parameter but the biases that a batch norm takes out again."""
+    model = small(name)
+    variables = filled(model)
+    x, direction = numbers(0, 4, *SIZE, 3), numbers(1, 2, 4, CLASSES)
+
+    def loss(params):
+        outputs, _ = model.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+        return jnp.sum(outputs["logits"] * direction)
+
+    gradient = quick(jax.grad(loss), variables["params"])
+    norms = {key: np.linalg.norm(value) for key, value in to_torch({"params": gradient}, model).items()}
+    total = np.linalg.norm(list(norms.values()))
+    assert np.isfinite(total)
+    cancelled = {f"gram_{part}.{k}.0.bias" for part in ("contraction", "embedding") for k in range(2)}
+    if "convnext" in name:
+        # The last block's bias shifts a map that is enlarged and goes into convolutions with batch norms behind.
+        cancelled |= {"stages.4.downsample.0.bias", "stages.3.blocks.0.mlp.fc2.bias"}
+    assert {key for key, norm in norms.items() if norm < 1e-9 * total} == cancelled
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_initialisation(name, plain_convolutions):
+    """GA-ConvNeXt: everything 0.02 wide. GA-CSWin: convolutions by torch's default."""
+    model = small(name)
+    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    leaves = to_torch({"params": variables["params"]}, model)
+    for key, value in leaves.items():
+        weight = leaves[re.sub(r"bias$", "weight", key)]
+        if "cswin" in name and weight.ndim == 4:
+            bound = np.prod(weight.shape[1:]) ** -0.5
+            assert 0.5 * bound < np.abs(value).max() <= bound, key
+        elif value.ndim > 1:
+            assert value.std() == pytest.approx(0.02, rel=5 / value.size**0.5), key
+        elif "gamma" in key:
+            assert np.allclose(value, 1e-6 if key.endswith("gamma") else 1e-4), key
+        else:
+            assert (value == (key.endswith("weight") and weight.ndim == 1)).all(), key
+
+
+def test_drop_path(monkeypatch, plain_convolutions):
+    """The recipe's rate: rising over the backbone, in full in the aggregation and in both branches' blocks."""
+    rates, drop_path = [], layers.DropPath
+
+    def recorded(rate):
+        rates.append(rate)
+        return drop_path(rate)
+
+    monkeypatch.setattr(layers, "DropPath", recorded)
+    monkeypatch.setattr("maxmap.heads.gramian.DropPath", recorded)
+    model = small("ga_convnext_tiny_688", drop_path=0.4)
+    model = model.clone(backbone=model.backbone.clone(drop_path=0.4))
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    assert rates == pytest.approx([0.05 * i for i in range(8)] + [0.4] * 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "maxvit_mini_32",
+        "coatnet_pico_rw_224",
+        "poolformerv2_s12",
+        "resnet50",
+        "mobilenet_v1",
+        "vit_small_patch16_224",
+        "pit_s_224",
+        "faster_vit_0_224",
+        "CSWin_64_12211_tiny_224",
+    ],
+)
+def test_any_backbone(name, plain_convolutions):
+    model = create_model(name, head={"name": "gramian", "branches": 1}, num_classes=CLASSES)
+    size = model.backbone.image_size
+    x = jnp.zeros((2, size, size, 3))
+    outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+    assert outputs["logits"].shape == (1, 2, CLASSES)
+
+
+def test_cswin_blocks_on_odd_maps(x64):
+    """Stripes are half of the map; a side that cannot be halved is covered whole."""
+    head = GramianHead(CLASSES, aggregation="cswin", block="cswin", **NARROW | {"gram_channels": 64})
+    for size, branches in (((4, 6), 2), ((4, 7), 2), ((7, 7), 1)):
+        features = [jnp.zeros((1, *size, 8))] * 3
+        params = jax.eval_shape(head.init, jax.random.key(0), features)["params"]
+        assert len([key for key in params["stage5_2"] if key.startswith("attns")]) == branches
+
+
+def test_without_classes(plain_convolutions):
+    model = create_model("ga_convnext_tiny_688", num_classes=0, depths=(1, 1, 3, 1))
+    outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((2, 224, 224, 3)))
+    assert outputs["logits"].shape == (5, 2, 688)
+    assert outputs["embedding"].shape == (2, 3440)
+    assert not any(name.startswith("fc") for name in variables["params"]["head"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"embedding_groups": 9}, "9 embedding_groups do not divide 512 channels; the nearest that do is 8"),
+        ({"contraction_groups": 5}, "5 contraction_groups do not divide 512 channels; the nearest that do is 4"),
+        ({"heads": 7}, "7 heads do not divide 128 attention channels; the nearest that do is 8"),
+        ({"mlp_groups": 3}, "3 mlp_groups do not divide 512 channels; the nearest that do is 2"),
+        ({"gram_channels": 100}, "8 embedding_groups do not divide 5050 Gram values; the nearest that do is 10"),
+        ({"block": "maxvit"}, "block 'maxvit' is not one of convnext, cswin"),
+        ({"aggregation": "sum"}, "aggregation 'sum' is not one of bottleneck, cswin"),
+        ({"init_scheme": "zeros"}, "init_scheme 'zeros' is not one of torch, trunc_normal"),
+        (
+            {"block": "cswin", "gram_channels": 160},
+            "gram_channels 160 are not a multiple of 64, which a 'cswin' block needs; the nearest is 128",
+        ),
+        ({"layers": 2}, "no field 'layers'"),
+    ],
+)
+def test_bad_fields(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        create_model("convnext_tiny", head={"name": "gramian", **fields})

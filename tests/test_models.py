@@ -1,0 +1,193 @@
+"""Names, fields and heads: what `create_model` builds and what it refuses."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from maxmap.backbones.maxxvit import MaxxViT
+from maxmap.errors import UserError
+from maxmap.heads.linear import LinearHead
+from maxmap.heads.map import MAPHead
+from maxmap.models import BACKBONES, MODELS, average, create_model, list_models
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+SMALL_MAP = {"name": "map", "channels": 24, "gram_channels": 16, "gram_groups": 8, "heads": 2, "branches": 2}
+
+
+def shapes(model, size, channels=3):
+    """Shapes of a model's parameters by path, without computing anything."""
+    size = (size, size) if isinstance(size, int) else size
+    images = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    return {"/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(params).items()}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small model with a MAP head, its variables and images."""
+    model = create_model("test_maxvit", image_size=64, head=SMALL_MAP, num_classes=3)
+    random = np.random.default_rng(0)
+    images = random.standard_normal((2, 64, 64, 3)).astype(np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return model, jax.tree.map(lambda leaf: random.uniform(0.1, 0.3, leaf.shape).astype(np.float32), variables), images
+
+
+def test_names_are_listed_by_pattern():
+    assert list_models("maxvit_tiny_tf_*") == ["maxvit_tiny_tf_224", "maxvit_tiny_tf_384", "maxvit_tiny_tf_512"]
+    assert {"map_maxvit_tiny_tf_224", "map_mobilenet_v1"} <= set(list_models("map_*"))
+    assert set(BACKBONES) <= set(list_models())
+    assert list_models() == sorted(MODELS)
+    assert list_models("no_such_*") == []
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_name_makes_a_model(name):
+    assert create_model(name).head.num_classes == 1000
+
+
+def test_an_unknown_name_gives_the_three_nearest():
+    with pytest.raises(UserError, match="there is no model 'maxvit_tiny_tf_244'") as error:
+        create_model("maxvit_tiny_tf_244")
+    names = re.search(r"the nearest names are (.*)\.$", str(error.value))[1].split(", ")
+    assert len(names) == 3
+    assert set(names) <= set(MODELS)
+    assert "maxvit_tiny_tf_224" in names
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"head": "mapp"}, "there is no head 'mapp', only linear, map"),
+        ({"head": {"branch": 2}}, "head 'linear' has no field 'branch'"),
+        ({"head": {"name": "map", "brances": 2}}, "head 'map' has no field 'brances'; the nearest are branches"),
+        ({"drop_paths": 0.1}, "model 'maxvit_tiny_tf_224' has no field 'drop_paths'; the nearest are drop_path"),
+        ({"conv": {"activtion": "relu"}}, "there is no field 'activtion' in MBConv"),
+        ({"transformer": {"heads": 4}}, "there is no field 'heads' in TransformerFields"),
+        ({"conv_block": "dense"}, "there is no conv_block 'dense', only mbconv, convnext"),
+        ({"depths": (2, 2, 5)}, "embed_dim, depths, block_types and strides need one entry for each stage"),
+        ({"head": {"name": "map", "tokens": 7, "gram_channels": 16}}, "7 tokens do not divide 136 Gram values"),
+        ({"head": {"name": "map", "level": 5}}, "level 5 is out of range: .* so the highest level is 4"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        create_model("maxvit_tiny_tf_224", **arguments)
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "size, nearest, axis",
+    [(250, 256, "height 250"), (200, 192, "height 200"), ((224, 210), 224, "width 210")],
+)
+def test_an_image_size_that_windows_do_not_divide_gives_the_nearest(size, nearest, axis):
+    with pytest.raises(UserError, match=f"image {axis} .* the nearest size that works is {nearest}") as error:
+        create_model("maxvit_tiny_tf_224", image_size=size)
+    assert str(error.value).startswith("maxvit_tiny_tf_224: ")
+    create_model("maxvit_tiny_tf_224", image_size=nearest)
+
+
+def test_images_of_a_size_that_the_model_is_not_made_for():
+    """Windows are made for one size: multiples of it work, and others name the nearest multiple."""
+    model = create_model("test_maxvit", image_size=64)
+    assert shapes(model, (128, 64)) == shapes(model, 64)
+    with pytest.raises(ValueError, match=r"windows of 2 do not divide; the nearest size that works is 128"):
+        shapes(model, (64, 100))
+
+
+def test_windows_and_tables_follow_the_image_size():
+    model = create_model("maxvit_tiny_tf_224", image_size=(64, 96), depths=(1, 1, 1, 1))
+    assert model.backbone.window() == (2, 3)
+    table = "backbone/stages_0/blocks_0/attn_grid/attn/rel_pos/relative_position_bias_table"
+    assert shapes(model, (64, 96))[table] == (2, 3, 5)
+    fixed = create_model("maxvit_tiny_tf_224", image_size=448, window_size=7)
+    assert fixed.backbone.window() == (7, 7)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_with_other_channels(channels):
+    params = shapes(create_model("test_maxvit", image_size=64), 64, channels)
+    assert params["backbone/stem/conv1/kernel"] == (3, 3, channels, 16)
+
+
+def test_a_head_is_a_name_or_fields():
+    assert create_model("test_maxvit", head="map").head == MAPHead(1000)
+    assert create_model("test_maxvit", head={"name": "map", "branches": 2}).head == MAPHead(1000, branches=2)
+    assert create_model("map_maxvit_tiny_tf_224", head="linear").head == LinearHead(1000)
+    own = create_model("map_mobilenet_v1")
+    assert create_model("map_mobilenet_v1", head="map").head == own.head
+    assert create_model("map_mobilenet_v1", head={"heads": 4}).head == own.head.clone(heads=4)
+    plain = create_model("maxvit_tiny_tf_224", head={"dropout": 0.1})
+    assert plain.head == create_model("maxvit_tiny_tf_224").head.clone(dropout=0.1)
+    assert create_model("maxvit_tiny_tf_224", head={"num_classes": 7}).head.num_classes == 7
+    assert create_model("maxvit_tiny_tf_224", head={"num_classes": 7}, num_classes=5).head.num_classes == 5
+
+
+def test_fields_of_blocks_are_merged():
+    backbone = create_model("maxvit_tiny_tf_224", conv={"activation": "silu"}, drop_path=0.2).backbone
+    assert isinstance(backbone, MaxxViT)
+    assert (backbone.conv["activation"], backbone.conv["padding"], backbone.drop_path) == ("silu", "same", 0.2)
+    erf = create_model("map_maxvit_tiny_tf_224").backbone
+    assert (erf.conv["activation"], erf.transformer["activation"]) == ("gelu", "gelu")
+    assert (erf.conv["epsilon"], erf.transformer["rel_pos_type"]) == (1e-3, "bias_tf")
+    mixed = create_model("map_maxvit_tiny_tf_224", transformer={"attn_drop": 0.1}).backbone
+    assert (mixed.transformer["activation"], mixed.transformer["attn_drop"]) == ("gelu", 0.1)
+
+
+@pytest.mark.parametrize("name", ["test_coatnet", "coatnext_nano_rw_224"])
+def test_the_map_head_fits_any_backbone(name):
+    model = create_model(name, head=SMALL_MAP, num_classes=3)
+    size = model.backbone.image_size
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    outputs, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), images)
+    assert outputs["logits"].shape == (2, 2, 3)
+    assert outputs["embedding"].shape == (2, 2 * 2 * 24)
+
+
+def test_outputs_features_and_embedding(small):
+    model, variables, images = small
+
+    def run(variables, images):
+        outputs = model.apply(variables, images)
+        features = model.apply(variables, images, method="features")
+        return outputs, features, model.apply(variables, images, method="embed")
+
+    outputs, features, embedding = jax.jit(run, compiler_options=QUICK)(variables, images)
+    assert set(outputs) == {"logits", "embedding"}
+    assert outputs["logits"].shape == (2, 2, 3)
+    sizes = zip((32, 16, 8, 4, 2), (32, 32, 64, 96, 128), strict=True)
+    assert [feature.shape for feature in features] == [(2, size, size, channels) for size, channels in sizes]
+    assert np.array_equal(embedding, outputs["embedding"])
+    assert np.allclose(average(outputs), outputs["logits"].mean(0), atol=1e-6)
+
+
+def test_training_also_returns_what_the_losses_need(small):
+    model, variables, images = small
+
+    def train(variables, images):
+        rngs = {"dropout": jax.random.key(0)}
+        return model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
+
+    outputs, new = jax.eval_shape(train, variables, images)
+    assert set(outputs) == {"logits", "embedding", "distill"}
+    assert outputs["distill"].shape == outputs["logits"].shape
+    assert jax.tree.structure(new["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
+
+
+def test_average_is_of_logits_and_in_float32():
+    logits = jnp.asarray([[[256.0, 0.0]], [[1.0, 2.0]]], jnp.bfloat16)  # 257 is no bfloat16
+    mean = average({"logits": logits})
+    assert mean.dtype == jnp.float32
+    assert mean.tolist() == [[128.5, 1.0]]
+
+
+def test_no_classes():
+    plain = create_model("maxvit_tiny_tf_224", image_size=32, depths=(1, 1, 1, 1), num_classes=0)
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    outputs, variables = jax.eval_shape(lambda x: plain.init_with_output(jax.random.key(0), x), images)
+    assert outputs["logits"].shape == (1, 2, 512)
+    assert set(variables["params"]["head"]) == {"norm", "pre_logits"}
