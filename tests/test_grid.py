@@ -48,7 +48,7 @@ HEAD_FIELDS = {
     "map": {
         "channels": 16,
         "level": 2,
-        "branches": 2,
+        "branches": 1,
         "gram_channels": 8,
         "gram_groups": 4,
         "heads": 4,
@@ -56,7 +56,7 @@ HEAD_FIELDS = {
         "attention_dropout": 0.0,
         "token_dropout": 0.0,
     },
-    "gramian": {"channels": 16, "branches": 2, "gram_channels": 8, "embedding_groups": 4, "heads": 2},
+    "gramian": {"channels": 16, "branches": 1, "gram_channels": 8, "embedding_groups": 4, "heads": 2},
 }
 
 # Leaves without a gradient while training, by reason and backbone/head; shell patterns. In evaluation those of the

@@ -1,80 +1,136 @@
-"""The commands beside training: what they print and what they refuse."""
+"""main.py from outside: what it prints and its exit code; what else can be wrong with the input is in test_loop.py."""
 
-import csv
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from maxmap import layers
-from maxmap.__main__ import PARITY, main
-from maxmap.evaluate import multiply_adds
-from maxmap.models import create_model, list_models
+import main
+from maxmap.errors import UserError
+from tests.tiny import ROOT
+
+QUICKSTART = str(ROOT / "configs/quickstart.py")
 
 
-def traced(name, size):
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return jax.make_jaxpr(create_model(name).init_with_output)(jax.random.key(0), images)
+def start(*argv: str, cwd=ROOT) -> subprocess.CompletedProcess:
+    """Runs main.py; compiled programs go where the other tests keep theirs."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *argv], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
-# Published: He et al. 2015 for ResNet-50 in its first form (3.8) plus the stride in the 3x3 convolution (timm: 4.1);
-# Liu et al. 2022; Tu et al. 2022; the MobileNetV1 paper's 569 million.
+def one_sentence(text: str) -> str:
+    assert text.startswith("maxmap: ") and text.count("\n") == 1 and "Traceback" not in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    """The quickstart with a network that compiles soon."""
+    path = tmp_path_factory.mktemp("configs") / "small.py"
+    path.write_text(
+        "import runpy\n"
+        f"def get_config():\n    config = runpy.run_path({QUICKSTART!r})['get_config']()\n"
+        "    config.model = {'name': 'maxvit_mini_32', 'window_size': 2, 'stem_width': (8, 8), 'embed_dim': (8,),\n"
+        "        'depths': (1,), 'block_types': ('M',), 'strides': (2,), 'transformer': {'head_dim': 8}}\n"
+        "    config.data.image_size = 8\n"
+        "    return config\n"
+    )
+    return str(path)
+
+
+def test_train_then_evaluate(small, tmp_path):
+    flags = (f"--config={small}", "--config.steps=2", "--config.batch_size=16")
+    trained = start(*flags, f"--workdir={tmp_path}/run")
+    assert trained.returncode == 0, trained.stderr
+    result = json.loads(trained.stdout)
+    assert result["step"] == 2 and result["images"] == 360 and result["model"] == "maxvit_mini_32"
+    assert json.loads((tmp_path / "run/eval.json").read_text()) == result
+    assert "step 2/2" in trained.stderr and "top-1" in trained.stderr
+
+    evaluated = start(*flags, "--mode=eval", f"--workdir={tmp_path}/run")
+    assert evaluated.returncode == 0 and json.loads(evaluated.stdout) == result
+    # In another folder the config's default workdir is another one, in which there is nothing.
+    missing = start(*flags, "--mode=eval", cwd=tmp_path)
+    assert missing.returncode == 2 and missing.stdout == ""
+    assert "no checkpoint in runs/small" in one_sentence(missing.stderr)
+
+
+def test_the_flagship_without_imagenet(tmp_path):
+    ended = start(f"--config={ROOT}/configs/maxvit_tiny_map.py", cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stdout == ""
+    sentence = one_sentence(ended.stderr)
+    for part in ("data/imagenet", "--config.data.path", "--config.data.source=tfds", "make demo"):
+        assert part in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help():
+    helped = start("--help")
+    assert "Traceback" not in helped.stderr
+    assert "--workdir" in helped.stdout and "--mode" in helped.stdout
+
+
 @pytest.mark.parametrize(
-    "name, billions",
-    [("mobilenet_v1", 0.569), ("resnet50", 4.1), ("convnext_tiny", 4.5), ("maxvit_tiny_tf_224", 5.6)],
+    ("argv", "says"),
+    [
+        ((), "say which config: --config=configs/quickstart.py"),
+        (("--config=configs/quickstrat.py",), "there is no config file configs/quickstrat.py; the nearest are"),
+        ((f"--config={QUICKSTART}", "--config.epoch=3"), "config has no key 'epoch'"),
+        ((f"--config={QUICKSTART}", "--config.optim.lr=3"), "config.optim has no key 'lr'"),
+        ((f"--config={QUICKSTART}", "--config.optim.name.lr=3"), "config.optim.name has no key 'lr'"),
+        ((f"--config={QUICKSTART}:twin",), "get_config"),
+        ((f"--config={ROOT}/configs/cifar10.py:linaer",), "linaer"),
+        ((f"--config={QUICKSTART}", "--wrokdir=x"), "wrokdir"),
+        ((f"--config={QUICKSTART}", "--mode=trian"), "trian"),
+        ((f"--config={QUICKSTART}", "run"), "'run' is no flag"),
+        ((f"--config={QUICKSTART}", "--config.batch_size=many"), "many"),
+    ],
+    ids=["none", "config", "key", "section", "leaf", "argument", "twin", "flag", "mode", "positional", "type"],
 )
-def test_multiply_adds_are_the_published_ones(name, billions):
-    digits = 3 if billions < 1 else 1
-    assert abs(multiply_adds(traced(name, 224)) / 1e9 - billions) <= 1.1 * 0.5 * 10**-digits
+def test_wrong_flags(argv, says, capsys, flags_afterwards):
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(["main.py", *argv])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.out == ""
+    assert says in one_sentence(captured.err)
 
 
-def test_multiply_adds_do_not_depend_on_how_convolutions_are_computed(monkeypatch):
-    counts = []
-    for way in ("cpu", "default"):
-        monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS[way])
-        counts.append(multiply_adds(traced("mobilenet_v1", 64)))
-    assert counts[0] == counts[1]
+@pytest.fixture
+def flags_afterwards():
+    """Puts absl's flags back, which keep what was parsed."""
+    known, held = set(main.flags.FLAGS), main.flags.FLAGS["config"]
+    before = held.value, held.present
+    yield
+    for name in set(main.flags.FLAGS) - known:
+        delattr(main.flags.FLAGS, name)
+    main.flags.FLAGS.unparse_flags()
+    main.flags.FLAGS["workdir"].unparse()
+    main.flags.FLAGS["mode"].unparse()
+    held.value, held.present = before
 
 
-def test_multiply_adds_by_hand():
-    def two_layers(x, kernel, weights):
-        y = jax.nn.relu(layers.convolve(x, kernel, padding=1))  # 4 * 4 * 3 * 3 * 2 * 5
-        return jnp.einsum("bhwc,ck->bhwk", y, weights)  # 4 * 4 * 5 * 7
+def test_a_users_mistake_is_printed_and_a_bug_is_not_hidden(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(main, "CONFIG", SimpleNamespace(value=SimpleNamespace(to_dict=lambda: {"a": 1})))
+    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=str(tmp_path)))
+    monkeypatch.setattr(main, "MODE", SimpleNamespace(value="train"))
 
-    shapes = [(1, 4, 4, 2), (3, 3, 2, 5), (5, 7)]
-    assert multiply_adds(jax.make_jaxpr(two_layers)(*map(jnp.zeros, shapes))) == 1440 + 560
+    def fail(config, workdir):
+        assert config == {"a": 1} and workdir == str(tmp_path)
+        raise errors.pop()
 
-
-def test_list_prints_parameters_and_multiply_adds(capsys):
-    assert main(["list", "map_mobilenet_v1"]) == 0
-    header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["model", "family", "head", "parameters", "GMACs", "image", "parity"]
-    assert row.split()[:4] == ["map_mobilenet_v1", "mobilenet", "map", "4,879,612"]
-    assert row.split()[5] == "224x224"
-
-
-def test_list_chooses_by_pattern_family_and_head(capsys):
-    assert main(["list", "*mini*", "--head", "map"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["map_maxvit_mini_32"]
-    assert main(["list", "*mini*", "--family", "vit"]) == 2
-    assert "no model that matches '*mini*' has family vit" in capsys.readouterr().err
-
-
-def test_list_names_the_nearest_where_nothing_matches(capsys):
-    assert main(["list", "maxvit_tiny_tf_244"]) == 2
-    error = capsys.readouterr().err
-    assert "no model matches 'maxvit_tiny_tf_244'; the nearest names are" in error
-    assert "maxvit_tiny_tf_224" in error
-
-
-def test_the_parity_table_has_no_row_above_its_tolerance():
-    """What `make parity` wrote last; a row that could not be run says why."""
-    with PARITY.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["name"] for row in rows} <= set(list_models())
-    for row in rows:
-        if row["against"]:
-            assert row["ok"] == "yes", row
-            assert max(float(row["logits"]), float(row["features"])) <= float(row["tolerance"]) <= 1e-7, row
-        else:
-            assert row["note"] and not row["ok"], row
+    errors = [ValueError("a bug"), UserError("give\n   another one.")]
+    monkeypatch.setattr(main.train, "run", fail)
+    assert main.main(["main.py"]) == 2
+    assert capsys.readouterr().err == "maxmap: give another one.\n"
+    with pytest.raises(ValueError, match="a bug"):
+        main.main(["main.py"])

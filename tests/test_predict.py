@@ -12,7 +12,7 @@ from PIL import Image
 from maxmap import checkpoint
 from maxmap.errors import UserError
 from maxmap.predict import load, predict
-from tests.tiny import CLASSES, assert_equal, copied, create_tiny, rooms, write_image
+from tests.tiny import CLASSES, assert_equal, compile_quickly, copied, create_tiny, rooms, write_image
 
 PREPROCESSING = {
     "image_size": 8,
@@ -24,10 +24,12 @@ PREPROCESSING = {
 }
 
 
-@pytest.fixture(autouse=True)
-def tiny_models(monkeypatch):
-    for room in rooms():
-        monkeypatch.setattr(room, "create_model", create_tiny)
+@pytest.fixture(scope="module", autouse=True)
+def tiny_models():
+    with compile_quickly(), pytest.MonkeyPatch.context() as patch:
+        for room in rooms():
+            patch.setattr(room, "create_model", create_tiny)
+        yield
 
 
 @pytest.fixture(scope="module")

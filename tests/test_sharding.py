@@ -12,9 +12,8 @@ from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, to_
 from maxmap.train.losses import total_loss
 from maxmap.train.state import TrainState
 from maxmap.train.step import cast, make_train_step
+from tests.tiny import compile_quickly
 
-# Compiles in half the time; the programs are tiny.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 MODEL = {
     "name": "map_maxvit_mini_32",
     "num_classes": 3,
@@ -29,6 +28,12 @@ MODEL = {
     "drop_path": 0.5,
     "head": {"channels": 8, "level": 0, "gram_channels": 4, "gram_groups": 2, "heads": 2, "mlp_ratio": 2.0},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with compile_quickly():
+        yield
 
 
 @pytest.mark.usefixtures("x64")
@@ -61,7 +66,7 @@ def test_eight_devices_train_as_one_does():
         compiled = (
             jax.jit(step, in_shardings=(same, {"image": split, "label": split}, same), out_shardings=same)
             .lower(state, to_devices(batches[0], mesh), jax.random.key(1))
-            .compile(compiler_options=QUICK)
+            .compile()
         )
         losses = []
         for batch in batches:

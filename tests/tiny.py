@@ -1,7 +1,8 @@
 """What the tests of the run-time rooms share: a network that compiles in a second, a folder of images, a config."""
 
+import contextlib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,17 @@ from maxmap.layers import BatchNorm, Conv, DropPath, Linear
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("blue", "green", "red")
+
+
+@contextlib.contextmanager
+def compile_quickly() -> Iterator[None]:
+    """Has XLA optimise little: for programs that compile far longer than they run."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 class Tiny(nn.Module):

@@ -12,6 +12,7 @@ from maxmap.backbones import convnext
 from maxmap.convert.dialects import recognise, rename
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
+from maxmap.layers import tapped
 from maxmap.models import create_model
 from maxmap.train.losses import total_loss
 from tests.reference import fill, fill_state_dict, import_timm, read_golden, read_manifest
@@ -179,24 +180,30 @@ def test_equals_timm(x64, plain_convolutions):
     assert all(np.array_equal(back[key], weights[key].numpy()) for key in back)
 
 
+@pytest.mark.parametrize(
+    ("depth", "taps", "blocks"),
+    [(9, 2, [3, 6]), (27, 4, [5, 10, 15, 20]), (21, 5, [3, 6, 9, 12, 15]), (3, 2, [1, 2]), (9, 0, [])],
+)
+def test_tapped_blocks(depth, taps, blocks):
+    assert tapped((3, 3, depth, 3), taps) == blocks
+
+
 def test_taps_are_outputs_of_blocks_inside_of_the_third_stage(plain_convolutions):
-    """2 taps of 9 blocks: after the third and the sixth."""
-    model = convnext.ConvNeXt(depths=(1, 1, 9, 1), embed_dim=WIDTHS, init_values=1.0, taps=2)
+    model = convnext.ConvNeXt(depths=(1, 1, 2, 1), embed_dim=WIDTHS, init_values=1.0, taps=1)
 
     def apply(key, x):
-        variables = {"params": model.init(key, x)["params"]}
         return model.apply(
-            variables,
+            {"params": model.init(key, x)["params"]},
             x,
             capture_intermediates=lambda module, _: module.path[:1] == ("stages_2",) and len(module.path) == 2,
             mutable=["intermediates"],
         )
 
     features, captured = quick(apply, jax.random.key(0), jnp.asarray(numbers(0, 1, *SIZE, 3), jnp.float32))
-    blocks = captured["intermediates"]["stages_2"]
-    assert len(features) == model.num_features() == 7
-    for i, block in enumerate((2, 5, 8)):
-        assert np.array_equal(features[3 + i], blocks[f"blocks_{block}"]["__call__"][0])
+    assert len(features) == model.num_features() == 6
+    for i in range(2):
+        block = captured["intermediates"]["stages_2"][f"blocks_{i}"]["__call__"][0]
+        assert np.array_equal(features[3 + i], block)
 
 
 def test_initialisation_follows_timm(plain_convolutions):

@@ -37,13 +37,15 @@ NARROW = {"channels": 64, "gram_channels": 32, "attention_width": None, "branche
 SMALL = {
     "ga_convnext_tiny_688": {
         "embed_dim": (16, 24, 32, 48),
-        "depths": (1, 1, 5, 1),
+        "depths": (1, 1, 2, 1),
+        "taps": 1,
         "head": NARROW,
     },
     "ga_cswin_tiny_p42": {
         "embed_dim": (16, 24, 32, 48),
         "heads": (2, 2, 4, 3),
-        "depths": (1, 1, 6, 1),
+        "depths": (1, 1, 2, 1),
+        "taps": 1,
         "head": NARROW | {"gram_channels": 64},
     },
 }
@@ -195,9 +197,10 @@ def test_gradients(name, x64, plain_convolutions):
 @pytest.mark.parametrize("name", SMALL)
 def test_initialisation(name, plain_convolutions):
     """GA-ConvNeXt: everything 0.02 wide. GA-CSWin: convolutions by torch's default."""
-    model = small(name)
-    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    leaves = to_torch({"params": variables["params"]}, model)
+    model = small(name, branches=1)
+    features = [jnp.zeros((1, 4, 6, 24))] * 3
+    variables = quick(model.head.init, jax.random.key(0), features)
+    leaves = to_torch({"params": {"head": variables["params"]}}, model)
     for key, value in leaves.items():
         weight = leaves[re.sub(r"bias$", "weight", key)]
         if "cswin" in name and weight.ndim == 4:
@@ -224,24 +227,20 @@ def test_drop_path(monkeypatch, plain_convolutions):
     model = small("ga_convnext_tiny_688", drop_path=0.4)
     model = model.clone(backbone=model.backbone.clone(drop_path=0.4))
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    assert rates == pytest.approx([0.05 * i for i in range(8)] + [0.4] * 3)
+    assert rates == pytest.approx([0.08 * i for i in range(5)] + [0.4] * 3)
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "maxvit_mini_32",
-        "coatnet_pico_rw_224",
-        "poolformerv2_s12",
         "resnet50",
-        "mobilenet_v1",
         "vit_small_patch16_224",
         "pit_s_224",
-        "faster_vit_0_224",
-        "CSWin_64_12211_tiny_224",
     ],
 )
-def test_any_backbone(name, plain_convolutions):
+def test_any_backbone_at_its_own_size(name, plain_convolutions):
+    """The default fields fit; the last map may be a class token, and stages may be few."""
     model = create_model(name, head={"name": "gramian", "branches": 1}, num_classes=CLASSES)
     size = model.backbone.image_size
     x = jnp.zeros((2, size, size, 3))

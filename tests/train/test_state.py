@@ -4,12 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from maxmap.sharding import make_mesh, replicated
 from maxmap.train.state import TrainState, abstract, create
-from tests.tiny import Tiny, assert_equal
+from tests.tiny import Tiny, assert_equal, compile_quickly
 
 IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with compile_quickly():
+        yield
 
 
 def test_items_are_the_whole_state():

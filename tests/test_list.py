@@ -1,0 +1,64 @@
+"""What `python -m maxmap list` counts and claims; tests/test_commands.py shows what it prints."""
+
+import csv
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from maxmap import layers
+from maxmap.__main__ import PARITY, main
+from maxmap.evaluate import multiply_adds
+from maxmap.models import create_model, list_models
+
+
+def traced(name, size):
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.make_jaxpr(create_model(name).init_with_output)(jax.random.key(0), images)
+
+
+# From the papers, and timm's for ResNet-50 with the stride in the 3x3 convolution: rounded, and not always of
+# matrix products and convolutions alone.
+@pytest.mark.parametrize(
+    "name, billions",
+    [("mobilenet_v1", 0.569), ("resnet50", 4.1), ("convnext_tiny", 4.5), ("maxvit_tiny_tf_224", 5.6)],
+)
+def test_multiply_adds_are_the_published_ones(name, billions):
+    assert multiply_adds(traced(name, 224)) / 1e9 == pytest.approx(billions, rel=0.015)
+
+
+def test_multiply_adds_do_not_depend_on_how_convolutions_are_computed(monkeypatch):
+    counts = []
+    for way in ("cpu", "default"):
+        monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS[way])
+        counts.append(multiply_adds(traced("mobilenet_v1", 64)))
+    assert counts[0] == counts[1]
+
+
+def test_multiply_adds_by_hand():
+    def two_layers(x, kernel, weights):
+        y = jax.nn.relu(layers.convolve(x, kernel, padding=1))  # 4 * 4 * 3 * 3 * 2 * 5
+        return jnp.einsum("bhwc,ck->bhwk", y, weights)  # 4 * 4 * 5 * 7
+
+    shapes = [(1, 4, 4, 2), (3, 3, 2, 5), (5, 7)]
+    assert multiply_adds(jax.make_jaxpr(two_layers)(*map(jnp.zeros, shapes))) == 1440 + 560
+
+
+def test_models_are_chosen_by_head_and_family(capsys):
+    assert main(["list", "*mini*", "--head", "map"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["map_maxvit_mini_32"]
+    assert main(["list", "*mini*", "--family", "vit"]) == 2
+    assert "no model that matches '*mini*' has family vit" in capsys.readouterr().err
+
+
+def test_the_parity_table_has_no_row_above_its_tolerance():
+    """What `make parity` wrote last; a row that could not be run says why."""
+    with PARITY.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["name"] for row in rows} <= set(list_models())
+    for row in rows:
+        if row["against"]:
+            assert row["ok"] == "yes", row
+            assert max(float(row["logits"]), float(row["features"])) <= float(row["tolerance"]) <= 1e-7, row
+        else:
+            assert row["note"] and not row["ok"], row
