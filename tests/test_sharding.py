@@ -39,7 +39,8 @@ def quick():
 @pytest.mark.usefixtures("x64")
 def test_eight_devices_train_as_one_does():
     # Batch norm over the whole batch, drop path and dropout with masks that do not know the devices, micro-batches.
-    model, optimizer = create_model(**MODEL), optax.adamw(1e-2)
+    # Not Adam: it blows up the rounding in gradients that are zero by nature (biases that a norm or softmax cancels).
+    model, optimizer = create_model(**MODEL), optax.sgd(1e-2, momentum=0.9)
     rng = np.random.default_rng(0)
     batches = [
         {

@@ -58,8 +58,10 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     log_every = call(_logging, "log", config["log"])
     mesh = call(make_mesh, "mesh", config["mesh"])
     data = call(open_data, "data", config["data"])
-    if data.train is None or data.val is None:
-        raise UserError("training needs both splits: set --config.data.train_split and --config.data.val_split.")
+    if data.train is None:
+        raise UserError("there is no training data: set --config.data.train_split.")
+    if data.val is None:
+        raise UserError("there is no evaluation data: set --config.data.val_split.")
     kwargs = evaluate.model_kwargs(config, len(data.classes))
     found = checkpoint.read_info(workdir)
     if found is not None:

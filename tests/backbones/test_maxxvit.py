@@ -77,7 +77,7 @@ ROWS = {
     "test_maxvit": (1_093_252, 160, (32, 32, 64, 96, 128)),
     # Ours; the plain one has as many parameters as timm's tf model of these widths with windows of 4.
     "maxvit_mini_32": (774_604, 32, (32, 32, 96)),
-    "map_maxvit_mini_32": (0, 32, (32, 32, 96)),
+    "map_maxvit_mini_32": (1_481_380, 32, (32, 32, 96)),
     "map_maxvit_tiny_tf_224": (49_958_408, 224, (64, 64, 128, 256, 512)),
 }
 

@@ -101,7 +101,7 @@ def test_eval_json_says_what_the_figures_belong_to(finished):
         "images": 11,
         "skipped": [],
         # convolution, norm, mlp, two heads
-        "param_count": (27 * 8 + 8) + 16 + (64 + 8) + 2 * (24 + 3),
+        "param_count": 27 * 8 + 16 + (64 + 8) + 2 * (24 + 3),
         "image_size": 8,
         "crop_pct": 1.0,
         "crop_mode": "center",
@@ -227,7 +227,7 @@ def test_steps_end_a_run_early_on_another_mesh(finished, tmp_path):
     # The same run goes on, on two devices instead of one.
     result, saved = run({**settings, "steps": 4, "mesh": {"data": 2}}, tmp_path)
     assert result["step"] == 4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), saved[4], finished.saved[4])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), saved[4], finished.saved[4])
 
 
 def test_mode_eval_repeats_the_last_evaluation(finished, tmp_path):
@@ -301,7 +301,7 @@ def test_a_run_without_an_average_cannot_go_on_with_one(images, tmp_path):
         ({"epoch": 3}, "no key 'epoch'; the nearest are epochs"),
         ({"mesh__dat": 3}, "config.mesh has no key 'dat'; the nearest are data"),
         ({"data__pth": 3}, "config.data has no key 'pth'; the nearest are path"),
-        ({"augment__flip": 3}, "config.augment has no key 'flip'; the nearest are hflip"),
+        ({"augment__flip": 3}, "config.augment has no key 'flip'; the nearest are"),
         ({"mix__mixap": 3}, "config.mix has no key 'mixap'; the nearest are mixup"),
         ({"erase__probability": 3}, "config.erase has no key 'probability'; the nearest are prob"),
         ({"optim__lr": 3}, "config.optim has no key 'lr'"),
