@@ -34,7 +34,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "log": loop._logging,
 }
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
-BUILDS = [*CONFIGS, "configs/cifar10.py:linear"]
+BUILDS = [*CONFIGS, "configs/cifar10.py:linear", "configs/cifar10.py:gramian"]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -104,12 +104,14 @@ def test_the_data_of_the_quickstart_needs_nothing():
     assert (data.num_train, data.num_eval, len(data.classes)) == (1437, 360, 10)
 
 
-def test_the_twins_differ_in_the_head_alone():
-    one, other = load("configs/cifar10.py"), load("configs/cifar10.py:linear")
+@pytest.mark.parametrize("name", ["linear", "gramian"])
+def test_the_trial_differs_in_the_head_alone(name):
+    one, other = load("configs/cifar10.py:map"), load(f"configs/cifar10.py:{name}")
     head = other["model"].pop("head")
-    assert one == other and head["name"] == "linear"
-    map_model, linear = create_model(**one["model"]), create_model(**other["model"], head=head)
-    assert map_model.backbone == linear.backbone and type(map_model.head) is not type(linear.head)
+    assert one == other and head["name"] == name
+    assert one == load("configs/cifar10.py")
+    map_model, other_model = create_model(**one["model"]), create_model(**other["model"], head=head)
+    assert map_model.backbone == other_model.backbone and type(map_model.head) is not type(other_model.head)
 
 
 def test_a_head_that_the_twins_do_not_have():
