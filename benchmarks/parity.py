@@ -86,7 +86,7 @@ def from_timm(model: Classifier, name: str, images: np.ndarray) -> Reference | N
     timm = import_timm()
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     known = [candidate for candidate in (name, name.removesuffix("_384")) if timm.is_model(candidate)]
     if not known:
         return None

@@ -1,0 +1,229 @@
+"""One contender of `benchmarks/speed.py`, in a process of its own.
+
+    python -m benchmarks.contenders '{"contender": "maxmap", "model": "maxvit_tiny_tf_224", "task": "forward", ...}'
+
+It builds the model with random weights and random images that lie on the device, computes once, and prints a line of
+JSON: seconds until that first result from the start of the process, and what it knows of the program. Then, for every
+number that it reads from its standard input, it computes so many times and prints the seconds that they took. At the
+end of its input it prints the peak of its memory.
+"""
+
+import importlib.metadata
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+START = time.perf_counter()  # before the frameworks are imported: that time counts
+
+Work = tuple[Callable[[int], None], Callable[[], int], dict[str, Any]]  # compute n times and wait; peak bytes; facts
+
+# Models that only maxmap has are set beside the plain model that their backbone was taken from.
+PLAIN = {
+    "map_maxvit_tiny_tf_224": "maxvit_tiny_tf_224",
+    "map_convnext_tiny": "convnext_tiny",
+    "map_resnet50": "resnet50",
+    "ga_convnext_tiny_688": "convnext_tiny",
+}
+
+
+def host_peak() -> int:
+    """Returns the peak of this process's memory in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def maxmap(model: str, task: str, batch: int, dtype: str) -> Work:
+    """Ours: the model as `evaluate` applies it, or the training step as `main.py` takes it."""
+    import jax
+    import jax.numpy as jnp
+
+    from maxmap.data.augment import normalize
+    from maxmap.evaluate import multiply_adds
+    from maxmap.models import average, create_model
+    from maxmap.train.losses import total_loss
+    from maxmap.train.optim import make_optimizer
+    from maxmap.train.state import create
+    from maxmap.train.step import make_train_step
+
+    built = create_model(model)
+    size = built.backbone.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    one = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    kind = jnp.dtype(dtype)
+    key = jax.random.key(0)
+
+    def forward(variables: Any, images: jax.Array) -> jax.Array:
+        return average(built.apply(variables, images))
+
+    shapes = jax.eval_shape(built.init, key, one)
+    macs = multiply_adds(jax.make_jaxpr(forward)(shapes, one).jaxpr)
+    if task == "forward":
+        variables = jax.tree.map(lambda leaf: _random(leaf.shape), shapes)
+        variables["params"] = jax.tree.map(lambda leaf: leaf.astype(kind), variables["params"])
+        variables = jax.device_put(variables)
+        images = jax.random.normal(key, (batch, *size, 3)).astype(kind)
+        program = jax.jit(forward).lower(variables, images).compile()
+
+        def run(times: int) -> None:
+            for _ in range(times):
+                result = program(variables, images)
+            result.block_until_ready()
+
+    else:
+        optimizer = make_optimizer(1e-4, name="adamw", weight_decay=0.05)
+        step = make_train_step(
+            built,
+            optimizer,
+            total_loss,
+            lambda key, images, labels: (normalize(images, (0.5,) * 3, (0.5,) * 3), jax.nn.one_hot(labels, 1000)),
+            dtype=kind,
+        )
+        like = jax.eval_shape(lambda key: create(built, optimizer, key, one, ema=False), key)
+        state = jax.device_put(jax.tree.map(lambda leaf: _random(leaf.shape, leaf.dtype), like))
+        images = jax.random.randint(key, (batch, *size, 3), 0, 256).astype(jnp.uint8)
+        inputs = {"image": images, "label": jax.random.randint(key, (batch,), 0, 1000)}
+        program = jax.jit(step, donate_argnums=0).lower(state, inputs, key).compile()
+
+        def run(times: int) -> None:
+            nonlocal state
+            for _ in range(times):
+                state, metrics = program(state, inputs, key)
+            metrics["loss"].block_until_ready()
+
+    def peak() -> int:
+        stats = jax.devices()[0].memory_stats()
+        return stats["peak_bytes_in_use"] if stats else host_peak()
+
+    run(1)
+    cost = program.cost_analysis() or {}
+    facts = {
+        "version": f"jax {jax.__version__}",
+        "device": jax.devices()[0].device_kind,
+        "gflop": 2e-9 * macs * batch * (1 if task == "forward" else 3),
+        "gigabytes": 1e-9 * cost.get("bytes accessed", 0.0),
+    }
+    return run, peak, facts
+
+
+def _random(shape: tuple[int, ...], dtype: Any = "float32") -> Any:
+    """Random numbers that keep activations near 1, made on the host: initialising would compile more programs."""
+    import numpy as np
+
+    if not np.issubdtype(dtype, np.floating):
+        return np.zeros(shape, dtype)
+    z = np.random.default_rng(0).standard_normal(shape, np.float32)
+    leaf = z * np.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else 0.5 + 0.1 * np.abs(z)
+    return leaf.astype(dtype)
+
+
+def timm(model: str, task: str, batch: int, dtype: str, compile: str | None) -> Work:
+    """timm's model, channels last: in half precision for the forward pass, with autocast in training."""
+    import torch
+
+    from tests.reference import import_timm
+
+    built_by = import_timm()
+    threads = max(torch.get_num_threads(), len(_cores()))
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    built = built_by.create_model(PLAIN.get(model, model)).to(device, memory_format=torch.channels_last)
+    size = built.default_cfg["input_size"][1:]
+    torch.backends.cudnn.benchmark = True
+    images = torch.randn(batch, 3, *size, device=device).to(memory_format=torch.channels_last)
+    if task == "forward":
+        built = built.eval().to(kind)
+        images = images.to(kind)
+    computed = built if compile is None else torch.compile(built, mode=compile)
+    if task == "forward":
+
+        def once() -> Any:
+            with torch.inference_mode():
+                return computed(images)
+
+    else:
+        built.train()
+        labels = torch.randint(0, 1000, (batch,), device=device)
+        optimizer = torch.optim.AdamW(built.parameters(), 1e-4, weight_decay=0.05, fused=device == "cuda")
+
+        def once() -> Any:
+            with torch.autocast(device, kind, enabled=kind != torch.float32):
+                loss = torch.nn.functional.cross_entropy(computed(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            once()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    run(1)
+    facts = {
+        "version": f"timm {importlib.metadata.version('timm')}, torch {torch.__version__}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{threads} threads",
+    }
+    return run, (torch.cuda.max_memory_allocated if device == "cuda" else host_peak), facts
+
+
+def _cores() -> list[int]:
+    import os
+
+    return sorted(os.sched_getaffinity(0))
+
+
+def limits(dtype: str) -> dict[str, float]:
+    """Returns what this machine reaches: TFLOP/s of a large matrix product, GB/s of a large copy (read and written)."""
+    import jax
+    import jax.numpy as jnp
+
+    fast = jax.default_backend() != "cpu"
+    n = 8192 if fast else 2048
+    a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
+    x = jnp.ones((1 << 30 if fast else 1 << 26,), jnp.float32)
+
+    def best(function: Callable[[], jax.Array]) -> float:
+        function().block_until_ready()
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(5):
+                result = function()
+            result.block_until_ready()
+            seconds.append((time.perf_counter() - start) / 5)
+        return min(seconds)
+
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+    return {
+        "tflops": 2e-12 * n**3 / best(lambda: product(a, a)),
+        "gigabytes_per_second": 2e-9 * x.nbytes / best(lambda: copy(x)),
+    }
+
+
+def main() -> None:
+    """Builds what the argument describes and computes as often as it is told."""
+    job = json.loads(sys.argv[1])
+    contender = job.pop("contender")
+    if contender == "limits":
+        print(json.dumps(limits(**job)), flush=True)
+        return
+    if contender == "maxmap":
+        work = maxmap(**job)
+    else:
+        mode = {"timm": None, "timm compiled": "default", "timm max-autotune": "max-autotune-no-cudagraphs"}[contender]
+        work = timm(**job, compile=mode)
+    run, peak, facts = work
+    print(json.dumps({"first": time.perf_counter() - START, **facts}), flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        run(int(line))
+        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+    print(json.dumps({"peak": peak()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
