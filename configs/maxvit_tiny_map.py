@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.model = ConfigDict(
         {"name": "map_maxvit_tiny_tf_224", "num_classes": config_dict.placeholder(int), "drop_path": 0.2}
     )

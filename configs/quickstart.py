@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
     config.ema_decay = 0.99
     config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.model = ConfigDict({"name": "map_maxvit_mini_32", "drop_path": 0.05})
     config.data = ConfigDict(
         {

@@ -21,7 +21,7 @@ from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError, call, nearest
 from maxmap.layers import wide
 from maxmap.models import Classifier, average, create_model
-from maxmap.sharding import make_mesh, replicated, split_batch, to_devices
+from maxmap.sharding import gather, make_mesh, replicated, split_batch, to_devices
 
 Array = jax.Array
 EvalStep = Callable[[Any, Mapping[str, Array]], dict[str, Array]]
@@ -82,7 +82,7 @@ def make_eval_step(model: nn.Module, preprocessing: Mapping[str, Any], mesh: Mes
 
     def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
         images = normalize(batch["image"], preprocessing["mean"], preprocessing["std"], dtype)
-        params = jax.tree.map(lambda p: p.astype(dtype), variables["params"])
+        params = gather(jax.tree.map(lambda p: p.astype(dtype), variables["params"]), mesh)
         outputs = model.apply({**variables, "params": params}, images)
         logits, labels, mask = average(outputs), batch["label"], batch["mask"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -96,8 +96,8 @@ def make_eval_step(model: nn.Module, preprocessing: Mapping[str, Any], mesh: Mes
             "branch_top1": jnp.sum(mask[None] & branches, axis=1),
         }
 
-    same = replicated(mesh)
-    return jax.jit(step, in_shardings=(same, split_batch(mesh)), out_shardings=same)
+    # The variables lie where they are: split by shape while training, on every device otherwise.
+    return jax.jit(step, in_shardings=(None, split_batch(mesh)), out_shardings=replicated(mesh))
 
 
 def rank_of(labels: Array, logits: Array) -> Array:
@@ -245,7 +245,7 @@ def check_image_size(model: nn.Module, variables: Any, size: int) -> None:
 def check_same_model(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str | Path) -> None:
     """Raises UserError, naming the differences, unless a checkpoint's model is the one that the config describes."""
     # What only training sees does not change the model.
-    keys = [key for key in sorted({*wanted, *found}) if key != "drop_path"]
+    keys = [key for key in sorted({*wanted, *found}) if key not in ("drop_path", "remat")]
     wanted, found = json.loads(json.dumps(wanted)), json.loads(json.dumps(found))
     differences = [
         f"{key} is {found.get(key, 'not set')} there and {wanted.get(key, 'not set')} here"

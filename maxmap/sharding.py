@@ -1,5 +1,10 @@
-"""Devices: the mesh, how state and batches lie on it."""
+"""Devices: the mesh, how state and batches lie on it. Nothing else in maxmap chooses a sharding.
 
+A batch is split over all devices, the axes "data" and "fsdp" together. Every array of the state, be it a parameter, of
+the optimizer or an average, is split over "fsdp" by its shape alone, and the same on every row of "data".
+"""
+
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,23 +14,38 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maxmap.errors import UserError
 
-DATA = "data"
+DATA, FSDP = "data", "fsdp"
+SMALLEST = 4096  # values; to gather a smaller array costs more in latency than its copies cost in memory
 
 
-def make_mesh(*, data: int = -1) -> Mesh:
-    """Returns a mesh with one axis, "data", over which batches are split.
+def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+    """Returns a mesh with the axes "data" and "fsdp".
 
     Args:
-      data: number of devices; -1 for all that JAX sees. One device is a mesh of one.
+      data: copies of the state; -1 for as many as the devices allow.
+      fsdp: devices that share a copy, each holding a part of it (fully sharded data parallelism, ZeRO: Rajbhandari et
+        al. 2020). The batch is split over data * fsdp devices. One device is a mesh of 1 x 1.
     """
     available = jax.device_count()
-    data = available if data == -1 else data
-    if not 1 <= data <= available:
-        raise UserError(f"config.mesh.data is {data}, but JAX sees {available} devices: at most that, or -1 for all.")
-    if jax.process_count() > 1 and data != available:
+    if not 1 <= fsdp <= available:
+        raise UserError(f"config.mesh.fsdp is {fsdp}, but JAX sees {available} devices: at most that, 1 for none.")
+    if data == -1:
+        if available % fsdp:
+            raise UserError(
+                f"config.mesh.fsdp is {fsdp}, which does not divide {available} devices: give one of "
+                f"{', '.join(str(n) for n in range(1, available + 1) if available % n == 0)}."
+            )
+        data = available // fsdp
+    if not 1 <= data * fsdp <= available:
+        times = f", times config.mesh.fsdp {fsdp}" if fsdp > 1 else ""
+        raise UserError(
+            f"config.mesh.data is {data}{times}, but JAX sees {available} devices: at most that, or -1 for all."
+        )
+    if jax.process_count() > 1 and data * fsdp != available:
         raise UserError(f"config.mesh.data is {data}, which leaves some of {available} devices idle: give -1 for all.")
     # Explicit axes, JAX's default, put shardings into types, which dropout's masks then break.
-    return jax.make_mesh((data,), (DATA,), axis_types=(AxisType.Auto,), devices=jax.devices()[:data])
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, fsdp), (DATA, FSDP), axis_types=axis_types, devices=jax.devices()[: data * fsdp])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -34,8 +54,35 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+    """The first axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
+
+
+def by_shape(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an array of the state lies: its longest axis that "fsdp" divides is split, the last of equals.
+
+    An array with fewer than `SMALLEST` values, or with no such axis, is on every device.
+    """
+    parts = mesh.shape[FSDP]
+    axes = [axis for axis, length in enumerate(shape) if length % parts == 0]
+    if parts == 1 or math.prod(shape) < SMALLEST or not axes:
+        return replicated(mesh)
+    split = max(axes, key=lambda axis: (shape[axis], axis))
+    return NamedSharding(mesh, PartitionSpec(*[FSDP if axis == split else None for axis in range(split + 1)]))
+
+
+def scatter(tree: Any, mesh: Mesh | None) -> Any:
+    """Inside of jit: every device keeps its part of each array of the state, or of its gradient."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, by_shape(x.shape, mesh)), tree)
+
+
+def gather(tree: Any, mesh: Mesh | None) -> Any:
+    """Inside of jit: every device gets all of each array."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh)), tree)
 
 
 def check_batch(size: int, mesh: Mesh, what: str) -> None:

@@ -191,3 +191,81 @@ def test_no_classes():
     outputs, variables = jax.eval_shape(lambda x: plain.init_with_output(jax.random.key(0), x), images)
     assert outputs["logits"].shape == (1, 2, 512)
     assert set(variables["params"]["head"]) == {"norm", "pre_logits"}
+
+
+def residual_bytes(model, variables, images) -> int:
+    """Bytes that the forward pass keeps for the backward pass, beside the parameters."""
+
+    def backward(params, others):
+        def forward(params):
+            outputs, _ = model.apply(
+                {**others, "params": params},
+                images,
+                train=True,
+                rngs={"dropout": jax.random.key(1)},
+                mutable=["batch_stats"],
+            )
+            return jnp.sum(outputs["logits"])
+
+        return jax.vjp(forward, params)[1]
+
+    others = {name: values for name, values in variables.items() if name != "params"}
+    kept = jax.eval_shape(backward, variables["params"], others)
+    params = sorted(leaf.shape for leaf in jax.tree.leaves(variables["params"]))
+    total = 0
+    for leaf in jax.tree.leaves(kept):
+        if leaf.shape in params:
+            params.remove(leaf.shape)
+        else:
+            total += leaf.size * leaf.dtype.itemsize
+    return total
+
+
+# MobileNet has no blocks: its units are a convolution and a norm in a row.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("convnext_tiny", "faster_vit_0_224", "maxvit_mini_32", "coatnet_0_rw_224"),
+        *("poolformerv2_s12", "pit_s", "resnet50", "vit_small_patch16_224"),
+    ],
+)
+def test_recomputed_blocks_keep_little(name):
+    model = create_model(name, num_classes=3, remat=True)
+    size = model.backbone.image_size
+    images = jnp.zeros((2, size, size, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    kept, whole = (residual_bytes(m, variables, images) for m in (model, model.clone(remat=False)))
+    assert kept < 0.4 * whole
+
+
+@pytest.mark.usefixtures("x64")
+def test_recomputed_blocks_change_nothing():
+    fields = {
+        "embed_dim": (16,),
+        "depths": (1,),
+        "block_types": ("M",),
+        "strides": (2,),
+        "window_size": 2,
+        "transformer": {"head_dim": 8},
+        "drop_path": 0.5,
+        "image_size": 16,
+    }
+    model = create_model("maxvit_mini_32", num_classes=3, **fields)
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+
+    def gradients(model):
+        def loss(params):
+            outputs, new = model.apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                rngs={"dropout": jax.random.key(1)},
+                mutable=["batch_stats"],
+            )
+            return jnp.sum(outputs["logits"] ** 2), new
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(variables["params"])
+
+    kept, recomputed = gradients(model), gradients(model.clone(remat=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), recomputed, kept)

@@ -1,18 +1,25 @@
-"""Devices change nothing: a step on eight is the step on one."""
+"""Devices change nothing: a step on eight is the step on one, however the state lies on them."""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
+from maxmap import sharding
 from maxmap.errors import UserError
 from maxmap.models import create_model
-from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, to_devices
+from maxmap.sharding import by_shape, check_batch, make_mesh, replicated, split_batch, to_devices
 from maxmap.train.losses import total_loss
-from maxmap.train.state import TrainState
+from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import cast, make_train_step
-from tests.tiny import compile_quickly
+from tests.tiny import Tiny, compile_quickly
+
+IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
 
 MODEL = {
     "name": "map_maxvit_mini_32",
@@ -36,56 +43,166 @@ def quick():
         yield
 
 
-@pytest.mark.usefixtures("x64")
-def test_eight_devices_train_as_one_does():
-    # Batch norm over the whole batch, drop path and dropout with masks that do not know the devices, micro-batches.
-    # Not Adam: it blows up the rounding in gradients that are zero by nature (biases that a norm or softmax cancels).
-    model, optimizer = create_model(**MODEL), optax.sgd(1e-2, momentum=0.9)
+# The tests' network is small: let arrays of 8 values and more be split.
+@pytest.fixture
+def split_small(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST", 8)
+
+
+def start(model, optimizer) -> TrainState:
+    """A first state in float64, with averages."""
+    variables = cast(dict(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))), jnp.float64)
+    params = variables.pop("params")
+    ema = jax.tree.map(jnp.copy, {"params": params, **variables})
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), ema)
+
+
+def prepare(key, images, labels):
+    flip = jax.random.bernoulli(key, shape=images.shape[:1])[:, None, None, None]
+    images = jnp.where(flip, images[:, :, ::-1], images)
+    return images / 255, jax.nn.one_hot(labels, 3, dtype=jnp.float64)
+
+
+def batches(count: int) -> list[dict]:
     rng = np.random.default_rng(0)
-    batches = [
+    return [
         {
             "image": rng.integers(0, 256, (16, 8, 8, 3)).astype(np.uint8),
             "label": rng.integers(0, 3, 16).astype(np.int32),
         }
-        for _ in range(3)
+        for _ in range(count)
     ]
-    variables = cast(dict(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))), jnp.float64)
-    params = variables.pop("params")
-    ema = jax.tree.map(jnp.copy, {"params": params, **variables})
-    start = TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), ema)
 
-    def prepare(key, images, labels):
-        flip = jax.random.bernoulli(key, shape=images.shape[:1])[:, None, None, None]
-        images = jnp.where(flip, images[:, :, ::-1], images)
-        return images / 255, jax.nn.one_hot(labels, 3, dtype=jnp.float64)
 
-    def train(devices):
-        mesh = make_mesh(data=devices)
-        same, split = replicated(mesh), split_batch(mesh)
-        step = make_train_step(model, optimizer, total_loss, prepare, dtype=jnp.float64, ema_decay=0.5, accumulate=2)
-        state = jax.device_put(start, same)
-        compiled = (
-            jax.jit(step, in_shardings=(same, {"image": split, "label": split}, same), out_shardings=same)
-            .lower(state, to_devices(batches[0], mesh), jax.random.key(1))
-            .compile()
-        )
+def compiled_step(model, optimizer, state, mesh, **options):
+    """The step as a run compiles it, and the state on the mesh."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract(jax.eval_shape(lambda: state), mesh))
+    step = make_train_step(model, optimizer, total_loss, prepare, mesh=mesh, **options)
+    same, split = replicated(mesh), split_batch(mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(where, {"image": split, "label": split}, same),
+        out_shardings=(where, same),
+        donate_argnums=0,
+    )
+    key = jax.device_put(jax.random.key(1), same)
+    state = jax.device_put(jax.tree.map(jnp.copy, state), where)
+    return jitted.lower(state, to_devices(batches(1)[0], mesh), key).compile(), state, key
+
+
+MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "1x8": (1, 8)}
+
+
+@pytest.mark.usefixtures("x64", "split_small")
+def test_every_mesh_trains_as_one_device_does():
+    # Batch norm over the whole batch, drop path and dropout with masks that do not know the devices, micro-batches,
+    # recomputed blocks. Not Adam: it blows up the rounding in gradients that are zero by nature (biases that a norm or
+    # softmax cancels).
+    model, optimizer = create_model(**MODEL), optax.sgd(1e-2, momentum=0.9)
+    first = start(model, optimizer)
+
+    def train(data, fsdp):
+        mesh = make_mesh(data=data, fsdp=fsdp)
+        remat = create_model(**MODEL, remat=True) if fsdp == 2 else model
+        step, state, key = compiled_step(remat, optimizer, first, mesh, dtype=jnp.float64, ema_decay=0.5, accumulate=2)
         losses = []
-        for batch in batches:
-            state, metrics = compiled(state, to_devices(batch, mesh), jax.device_put(jax.random.key(1), same))
+        for batch in batches(20):
+            state, metrics = step(state, to_devices(batch, mesh), key)
             losses.append(float(metrics["loss"]))
         return jax.device_get(state), losses
 
-    (one, losses), (eight, sharded_losses) = train(1), train(8)
-    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-9)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), eight, one)
-    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), one.model_state["batch_stats"], variables["batch_stats"])
-    assert all(jax.tree.leaves(moved)) and len(set(losses)) == 3
+    results = {name: train(*mesh) for name, mesh in MESHES.items()}
+    one, losses = results.pop("1x1")
+    for name, (state, sharded) in results.items():
+        np.testing.assert_allclose(sharded, losses, rtol=1e-9, err_msg=name)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), state, one)
+    moved = jax.tree.map(
+        lambda a, b: bool(np.any(a != b)), one.model_state["batch_stats"], first.model_state["batch_stats"]
+    )
+    assert all(jax.tree.leaves(moved)) and len(set(losses)) == 20
 
 
-def test_a_mesh_has_one_axis_of_the_devices_asked_for():
-    for asked, got in ((-1, 8), (1, 1), (3, 3)):
-        mesh = make_mesh(data=asked)
-        assert mesh.shape == {"data": got}
+def collectives(text: str) -> list[tuple[str, int]]:
+    """Kind and bytes of what every collective of a compiled program returns on one device; scalars left out."""
+    sizes = {"f64": 8, "f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "u8": 1}
+    found = []
+    pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    for shapes, kind in re.findall(pattern, text):
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", shapes):
+            found.append((kind, math.prod(map(int, dims.split(","))) * sizes[dtype]))
+    return found
+
+
+def size(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.usefixtures("split_small")
+@pytest.mark.parametrize("name", ["8x1", "4x2", "1x8"])
+def test_what_a_step_sends(name):
+    # Parameters are gathered once, gradients summed once; nothing of the optimizer or the average travels, no image.
+    data, fsdp = MESHES[name]
+    model, optimizer = Tiny(8, width=64, constant=False), optax.adamw(1e-3)
+    state = create(model, optimizer, jax.random.key(0), IMAGES, ema=True)
+    mesh = make_mesh(data=data, fsdp=fsdp)
+
+    def eight(key, images, labels):
+        return images / 255.0, jax.nn.one_hot(labels, 8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "prepare", eight)
+        step, _, _ = compiled_step(model, optimizer, state, mesh, ema_decay=0.5)
+    sent = collectives(step.as_text())
+    by_kind = {kind: sum(size for k, size in sent if k == kind) for kind in {kind for kind, _ in sent}}
+    split = [p for p in jax.tree.leaves(state.params) if not by_shape(p.shape, mesh).is_fully_replicated]
+    # Beside the gradients: batch norm sums two numbers per channel forward and two backward.
+    few = 4 * 1024
+    if fsdp == 1:
+        assert by_kind.keys() == {"all-reduce"} and not split
+    else:
+        assert len(split) == 9  # convolution; norm, mlp and two heads with two arrays each
+        assert by_kind["all-gather"] == pytest.approx(size(split), abs=few)
+    # First over "fsdp", after which a device keeps its part (one reduce-scatter where XLA has that, which it has not on
+    # CPUs), then the part over "data".
+    summed = size(state.params) + (size(split) / fsdp if data > 1 else 0)
+    assert by_kind["all-reduce"] + by_kind.get("reduce-scatter", 0) == pytest.approx(summed, abs=few)
+    assert by_kind.keys() <= {"all-reduce", "all-gather", "reduce-scatter"}
+
+
+@pytest.mark.usefixtures("split_small")
+def test_nothing_is_replicated_that_can_be_split():
+    mesh = make_mesh(data=2, fsdp=4)
+    state = create(Tiny(8, width=64), optax.adamw(1e-3), jax.random.key(0), IMAGES, ema=True)
+    state = jax.device_put(
+        state, jax.tree.map(lambda leaf: leaf.sharding, abstract(jax.eval_shape(lambda: state), mesh))
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        held = leaf.addressable_shards[0].data.size
+        divisible = leaf.size >= 8 and any(n % 4 == 0 for n in leaf.shape)
+        assert held == (leaf.size // 4 if divisible else leaf.size), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((64, 128), (None, "fsdp")),
+        ((128, 64), ("fsdp",)),
+        ((3, 3, 64, 64), (None, None, None, "fsdp")),
+        ((7, 4096), (None, "fsdp")),
+        ((4098, 3), ()),  # nothing that four divides
+        ((1024,), ()),  # too small
+        ((), ()),
+    ],
+)
+def test_an_array_lies_by_its_shape(shape, axes):
+    assert by_shape(shape, make_mesh(fsdp=4)).spec == PartitionSpec(*axes)
+    assert by_shape(shape, make_mesh(fsdp=1)).is_fully_replicated
+
+
+def test_a_mesh_has_the_devices_asked_for():
+    for (data, fsdp), got in {(-1, 1): (8, 1), (1, 1): (1, 1), (3, 1): (3, 1), (-1, 4): (2, 4), (1, 8): (1, 8)}.items():
+        mesh = make_mesh(data=data, fsdp=fsdp)
+        assert mesh.shape == {"data": got[0], "fsdp": got[1]}
         assert set(mesh.devices.flat) <= set(jax.devices())
 
 
@@ -93,6 +210,17 @@ def test_a_mesh_has_one_axis_of_the_devices_asked_for():
 def test_devices_that_there_are_not(devices):
     with pytest.raises(UserError, match=rf"config.mesh.data is {devices}, but JAX sees 8 devices: .* -1 for all"):
         make_mesh(data=devices)
+
+
+def test_parts_that_there_are_not():
+    with pytest.raises(
+        UserError, match=r"config.mesh.fsdp is 3, which does not divide 8 devices: give one of 1, 2, 4, 8"
+    ):
+        make_mesh(fsdp=3)
+    with pytest.raises(UserError, match=r"config.mesh.fsdp is 16, but JAX sees 8 devices"):
+        make_mesh(fsdp=16)
+    with pytest.raises(UserError, match=r"config.mesh.data is 8, times config.mesh.fsdp 2, but JAX sees 8"):
+        make_mesh(data=8, fsdp=2)
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(12, 16), (9, 8), (3, 8), (1, 8), (23, 24)])

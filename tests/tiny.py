@@ -38,15 +38,16 @@ class Tiny(nn.Module):
     dropout: float = 0.0
     norm: bool = True
     constant: bool = True
+    width: int = 8
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         # No bias in front of a norm: it has no gradient but rounding, which Adam would blow up.
-        x = Conv(8, kernel_size=3, stride=2, padding=1, bias=not self.norm, name="conv")(images)
+        x = Conv(self.width, kernel_size=3, stride=2, padding=1, bias=not self.norm, name="conv")(images)
         if self.norm:
             x = BatchNorm(name="norm")(x, train=train)
         x = nn.gelu(x)
-        x = x + DropPath(self.drop_path)(Linear(8, name="mlp")(x), train=train)
+        x = x + DropPath(self.drop_path)(Linear(self.width, name="mlp")(x), train=train)
         x = nn.Dropout(self.dropout)(jnp.mean(x, axis=(1, 2)), deterministic=not train)
         if self.constant:
             x = x * self.variable("constants", "scale", lambda: jnp.float32(0.5)).value.astype(x.dtype)

@@ -122,7 +122,9 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     dtype = jnp.dtype(config["dtype"])
     same, split = replicated(mesh), split_batch(mesh)
     train_step = jax.jit(
-        make_train_step(model, optimizer, loss, prepare, dtype=dtype, ema_decay=ema_decay, accumulate=accumulate),
+        make_train_step(
+            model, optimizer, loss, prepare, mesh=mesh, dtype=dtype, ema_decay=ema_decay, accumulate=accumulate
+        ),
         in_shardings=(state_sharding, {"image": split, "label": split}, same),
         out_shardings=(state_sharding, same),
         donate_argnums=0,

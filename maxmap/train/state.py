@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
-from maxmap.sharding import replicated
+from maxmap.sharding import by_shape
 
 Array = jax.Array
 
@@ -72,5 +72,6 @@ def create(
 
 def abstract(state: TrainState, mesh: Mesh) -> TrainState:
     """Adds where every array of an abstract state lies on the mesh."""
-    sharding = replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_shape(leaf.shape, mesh)), state
+    )

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
+from maxmap.sharding import gather, scatter
 from maxmap.train.state import TrainState
 
 Array = jax.Array
@@ -27,6 +29,7 @@ def make_train_step(
     loss: Loss,
     prepare: Prepare,
     *,
+    mesh: Mesh | None = None,
     dtype: jnp.dtype = jnp.float32,
     ema_decay: float | None = None,
     accumulate: int = 1,
@@ -38,6 +41,8 @@ def make_train_step(
       optimizer: optax transformation.
       loss: maps outputs and targets to a scalar and its parts.
       prepare: maps key, uint8 images `[B, H, W, C]` and labels `[B]` to float images and targets `[B, K]`.
+      mesh: of the state and the batch, None for one device. Parameters are gathered once a step, in `dtype`; gradients
+        are summed over the devices, each of which keeps its part, and only that part is updated.
       dtype: that the model computes in; parameters, statistics and losses stay in float32.
       ema_decay: share of the old average that is kept, constant; None for no averaging.
       accumulate: micro-batches of a step, one after another, each prepared (and mixed) on its own; gradients and
@@ -47,13 +52,13 @@ def make_train_step(
       A function of state, batch and key that returns the next state and metrics: 'loss', its parts, 'grad_norm'.
     """
 
-    def gradients(params: Any, model_state: Any, images: Array, labels: Array, key: Array) -> tuple[Any, Any, Metrics]:
+    def gradients(full: Any, model_state: Any, images: Array, labels: Array, key: Array) -> tuple[Any, Any, Metrics]:
         prepare_key, model_key = jax.random.split(key)
         images, targets = prepare(prepare_key, images, labels)
 
         def objective(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
             outputs, mutated = model.apply(
-                {"params": cast(params, dtype), **model_state},
+                {"params": params, **model_state},
                 images.astype(dtype),
                 train=True,
                 rngs={"dropout": model_key},
@@ -62,14 +67,15 @@ def make_train_step(
             value, metrics = loss(outputs, targets)
             return value, (mutated, metrics)
 
-        grads, (mutated, metrics) = jax.grad(objective, has_aux=True)(params)
-        return grads, {**model_state, **mutated}, metrics
+        grads, (mutated, metrics) = jax.grad(objective, has_aux=True)(full)
+        return scatter(cast(grads, jnp.promote_types(dtype, jnp.float32)), mesh), {**model_state, **mutated}, metrics
 
     def step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         images, labels = batch["image"], batch["label"]
+        full = gather(cast(state.params, dtype), mesh)
         if accumulate == 1:
-            grads, model_state, metrics = gradients(state.params, state.model_state, images, labels, key)
+            grads, model_state, metrics = gradients(full, state.model_state, images, labels, key)
         else:
 
             def split(x: Array) -> Array:
@@ -78,7 +84,7 @@ def make_train_step(
 
             def micro(carry: tuple[Any, Any], part: tuple[Array, Array, Array]) -> tuple[tuple[Any, Any], Metrics]:
                 total, model_state = carry
-                grads, model_state, metrics = gradients(state.params, model_state, part[0], part[1], part[2])
+                grads, model_state, metrics = gradients(full, model_state, part[0], part[1], part[2])
                 return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
             parts = (split(images), split(labels), jax.random.split(key, accumulate))
