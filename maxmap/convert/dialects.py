@@ -1,13 +1,14 @@
 """Names in state dicts where they are not the Flax path with its digits split off.
 
-Two short lists of regular expressions, never a key table per model: `CANONICAL` for the names that the reference
-itself uses (timm's where timm has the family, the author's otherwise), `DIALECTS` for other authors' names of the same
-networks.
+Short lists of rules, never a key table per model: `CANONICAL` for the names that the reference itself uses (timm's
+where timm has the family, the author's otherwise), `DIALECTS` for everybody's names of the same networks.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from maxmap.errors import UserError
 
 # By class of the head, then by class of the backbone: from the name by rule (`head.` and the path) to the reference's;
 # the first pattern that matches counts.
@@ -28,60 +29,129 @@ CANONICAL: dict[str, list[tuple[str, str]]] = {
 ALIASES: list[tuple[str, str]] = [(r"\.to_global_feature\.pos\.", ".pos_embed.")]
 
 
+# Names that every key of a state dict may begin with: of wrappers for several devices, compiled models and trainers.
+PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
+
+
 @dataclass(frozen=True)
-class Dialect:
-    """Another author's names.
+class Names:
+    """How somebody names the entries of a network.
 
     Attributes:
-      name: for messages and `to_torch`.
-      marker: matches a key that only this dialect has.
-      renames: patterns and replacements to canonical names; the first that matches a key counts.
+      dialect: whose names they are.
+      marker: matches a key that only these names have.
+      rules: pairs of the beginning of a key and of its canonical name, "*" for a number; the first that fits counts.
+      matrices: matches canonical keys of 1x1 convolutions that are written as matrices.
     """
 
-    name: str
+    dialect: str
     marker: str
-    renames: tuple[tuple[str, str], ...]
+    rules: tuple[tuple[str, str], ...]
+    matrices: str = "(?!)"
+
+    def to_canonical(self, key: str) -> str:
+        """Returns the canonical name of a key."""
+        return rename(key, ((_pattern(theirs), _template(ours)) for theirs, ours in self.rules))
+
+    def from_canonical(self, key: str) -> str:
+        """The inverse of `to_canonical`."""
+        return rename(key, ((_pattern(ours), _template(theirs)) for theirs, ours in self.rules))
 
 
-DIALECTS: tuple[Dialect, ...] = (
-    Dialect(
-        "fair",
-        r"downsample_layers\.0\.0\.",
-        (
-            (r"^downsample_layers\.0\.", "stem."),
-            (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-            (r"^stages\.(\d+)\.(\d+)\.dwconv\.", r"stages.\1.blocks.\2.conv_dw."),
-            (r"^stages\.(\d+)\.(\d+)\.pwconv([12])\.", r"stages.\1.blocks.\2.mlp.fc\3."),
-            (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-            (r"^norm\.", "head.norm."),
-            (r"^head\.(weight|bias)$", r"head.fc.\1"),
-        ),
-    ),
-    Dialect(
-        "lab-lvm",
-        r"pools\.0\.conv\.",
-        ((r"^pools\.0\.", "transformers.1.pool."), (r"^pools\.1\.", "transformers.2.pool.")),
-    ),
-    Dialect(
-        "sail-sg",
-        r"downsample_layers\.0\.post_norm\.",
-        (
-            (r"^downsample_layers\.0\.conv\.", "stem.conv."),
-            (r"^downsample_layers\.0\.post_norm\.", "stem.norm."),
-            (r"^downsample_layers\.(\d+)\.conv\.", r"stages.\1.downsample.conv."),
-            (r"^downsample_layers\.(\d+)\.pre_norm\.", r"stages.\1.downsample.norm."),
-            (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-            (r"^norm\.", "head.norm."),
-            (r"^head\.", "head.fc."),  # also head.norm, the norm inside of the MLP head
-        ),
+def _pattern(rule: str) -> str:
+    return "^" + re.escape(rule).replace(r"\*", r"(\d+)")
+
+
+def _template(rule: str) -> str:
+    first, *others = rule.split("*")
+    return first + "".join(f"\\{i}{part}" for i, part in enumerate(others, 1))
+
+
+CANONICAL_NAMES = Names("canonical", "(?!)", ())
+FAIR = Names(
+    "fair",
+    r"downsample_layers\.0\.0\.",
+    (
+        ("downsample_layers.0.", "stem."),
+        ("downsample_layers.*.", "stages.*.downsample."),
+        ("stages.*.*.dwconv.", "stages.*.blocks.*.conv_dw."),
+        ("stages.*.*.pwconv*.", "stages.*.blocks.*.mlp.fc*."),
+        ("stages.*.*.", "stages.*.blocks.*."),
+        ("norm.", "head.norm."),
+        ("head.weight", "head.fc.weight"),
+        ("head.bias", "head.fc.bias"),
     ),
 )
+SAIL = Names(
+    "sail-sg",
+    r"downsample_layers\.0\.post_norm\.",
+    (
+        ("downsample_layers.0.conv.", "stem.conv."),
+        ("downsample_layers.0.post_norm.", "stem.norm."),
+        ("downsample_layers.*.conv.", "stages.*.downsample.conv."),
+        ("downsample_layers.*.pre_norm.", "stages.*.downsample.norm."),
+        ("stages.*.*.", "stages.*.blocks.*."),
+        ("norm.", "head.norm."),
+        ("head.", "head.fc."),  # also head.norm, the norm inside of the MLP head
+    ),
+    matrices=r".*\.(mlp\.fc|pwconv)\d\.weight",
+)
+PIT = Names(
+    "lab-lvm",
+    r"pools\.0\.conv\.",
+    (("pools.0.", "transformers.1.pool."), ("pools.1.", "transformers.2.pool.")),
+)
+
+# Who has which backbone, or which backbone with which head, and how it is named there.
+DIALECTS: dict[str, Mapping[str, Names]] = {
+    "timm": dict.fromkeys(("ConvNeXt", "MaxxViT", "MetaFormer", "PiT", "ResNet", "ViT"), CANONICAL_NAMES),
+    "sail-sg": {"MetaFormer": SAIL},
+    "fair": {"ConvNeXt": FAIR},
+    "lab-lvm": {
+        **dict.fromkeys(("CSWin", "FasterViT", "MaxxViT", "MobileNetV1", "ResNet", "SEResNet", "ViT"), CANONICAL_NAMES),
+        "ConvNeXt": FAIR,
+        "ConvNeXt with GramianHead": CANONICAL_NAMES,
+        "PiT": PIT,
+    },
+    "nvlabs": {"FasterViT": CANONICAL_NAMES},
+    "microsoft": {"CSWin": CANONICAL_NAMES},
+    "torchvision": {"ResNet": CANONICAL_NAMES},
+}
 
 
-def recognise(keys: Iterable[str]) -> Dialect | None:
-    """Returns the dialect that the keys are written in, None for canonical names."""
+def recognise(keys: Iterable[str]) -> Names:
+    """Returns the names that the keys are written in."""
     keys = list(keys)
-    return next((d for d in DIALECTS if any(re.match(d.marker, key) for key in keys)), None)
+    known = (names for backbones in DIALECTS.values() for names in backbones.values())
+    return next((names for names in known if any(re.match(names.marker, key) for key in keys)), CANONICAL_NAMES)
+
+
+def spoken(dialect: str | None, backbone: str, head: str) -> Names:
+    """Returns how a dialect names a backbone and a head, given their classes; None for the canonical names.
+
+    Raises:
+      UserError: nobody of that name has the backbone.
+    """
+    if dialect is None:
+        return CANONICAL_NAMES
+    if dialect not in DIALECTS:
+        raise UserError(f"there is no dialect '{dialect}', only {', '.join(DIALECTS)}.")
+    for what in (f"{backbone} with {head}", backbone):
+        if what in DIALECTS[dialect]:
+            return DIALECTS[dialect][what]
+    others = ", ".join(name for name, backbones in DIALECTS.items() if backbone in backbones)
+    raise UserError(f"there is no {backbone} in the dialect {dialect}: give one of {others}.")
+
+
+def strip_prefixes(keys: Iterable[str]) -> dict[str, str]:
+    """Returns each key without the prefixes that all of them have."""
+    stripped = {key: key for key in keys}
+    while stripped:
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in stripped.values())), None)
+        if prefix is None:
+            break
+        stripped = {key: short.removeprefix(prefix) for key, short in stripped.items()}
+    return stripped
 
 
 def rename(key: str, renames: Iterable[tuple[str, str]]) -> str:

@@ -5,24 +5,26 @@ one rule names every leaf, and kernels need only a transpose.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from maxmap.convert.dialects import ALIASES, CANONICAL, recognise, rename
+from maxmap.convert.dialects import ALIASES, CANONICAL, recognise, rename, spoken, strip_prefixes
 from maxmap.errors import UserError
 from maxmap.heads.linear import LinearHead
 from maxmap.models import Classifier
 
 Path = tuple[str, ...]
+Template = dict[Path, jax.ShapeDtypeStruct]
 
-# Entries that a module computes for itself and that hold nothing learned.
+# Entries that a module computes for itself and that hold nothing learned; counters of averages too.
 DERIVED = re.compile(
-    r"(.*\.)?(num_batches_tracked|bp_index|relative_position_index|relative_coords_table|relative_bias)"
+    r"(.*\.)?(num_batches_tracked|n_averaged|bp_index|relative_position_index|relative_coords_table|relative_bias)"
 )
 
 _LEAVES = {
@@ -31,6 +33,7 @@ _LEAVES = {
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
+_LISTED = 20  # differences that an error names
 
 
 def torch_name(path: Path, model: Classifier) -> str:
@@ -58,64 +61,147 @@ def abstract_variables(model: Classifier, channels: int = 3) -> dict[str, Any]:
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, height, width, channels)))
 
 
+def make_template(model: Classifier) -> Template:
+    """Returns the shapes of a model's leaves by path, for images of three channels; tracing takes a second or two."""
+    return traverse_util.flatten_dict(abstract_variables(model))
+
+
 def from_torch(state_dict: Mapping[str, Any], model: Classifier) -> dict[str, Any]:
     """Converts a PyTorch state dict.
 
     Args:
-      state_dict: tensors or arrays by name.
-      model: whose variables they become.
+      state_dict: tensors or arrays by name, in any of the dialects, which their names tell.
+      model: whose variables they become; the images may have other than three channels.
 
     Returns:
       The variables {'params': ..., 'batch_stats': ...} as NumPy arrays, in float64 where the source is, else float32.
 
     Raises:
-      UserError: names all entries that are missing, left over or of another shape.
+      UserError: names all entries that are missing, left over, twice there, of another shape or no finite numbers.
     """
-    dialect = recognise(state_dict)
-    renames = dialect.renames if dialect else ()
-    arrays = {
-        rename(rename(key, renames), ALIASES): _to_numpy(value)
-        for key, value in state_dict.items()
-        if not DERIVED.fullmatch(key)
-    }
-    template = traverse_util.flatten_dict(abstract_variables(model))
-    wanted = {torch_name(path, model): path for path in template}
-    # The convolution that reads the images is the one with three input channels; a checkpoint's may have others.
-    stem = next((key for key, path in wanted.items() if template[path].shape[2:3] == (3,)), None)
-    if stem in arrays and arrays[stem].shape[1:2] != (3,):
-        template = traverse_util.flatten_dict(abstract_variables(model, arrays[stem].shape[1]))
-    faults = [f"missing: {key}" for key in wanted if key not in arrays]
-    faults += [f"left over: {key}" for key in arrays if key not in wanted]
-    variables = {}
-    for key, path in wanted.items():
-        if key not in arrays:
-            continue
-        value = _from_torch_layout(arrays[key], path)
+    template = make_template(model)
+    entries, faults = read_entries(state_dict, model, template)
+    stem = image_kernel(template)
+    for path, value in entries.items():
         shape = template[path].shape
-        # A 1x1 convolution and a linear layer are the same map; checkpoints hold either.
-        if path[-1] == "kernel" and tuple(n for n in value.shape if n != 1) == tuple(n for n in shape if n != 1):
-            value = value.reshape(shape)
-        if value.shape != shape:
-            faults.append(f"misshapen: {key} is {value.shape}, the model has {shape}")
-        variables[path] = value
-    if faults:
-        raise UserError(f"the state dict does not fit the model, {len(faults)} entries differ: {'; '.join(faults)}.")
-    return traverse_util.unflatten_dict(variables)
+        if value.shape != shape and not (path == stem and value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]):
+            faults.append(f"misshapen: {torch_name(path, model)} is {value.shape}, the model has {shape}")
+    raise_faults(faults)
+    return traverse_util.unflatten_dict(
+        {path: np.array(value, _widened(value.dtype), order="C") for path, value in entries.items()}
+    )
 
 
-def to_torch(variables: Mapping[str, Any], model: Classifier) -> dict[str, np.ndarray]:
-    """Converts Flax variables to a PyTorch state dict with canonical names; the inverse of `from_torch`."""
+def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | None = None) -> dict[str, np.ndarray]:
+    """Converts Flax variables to a PyTorch state dict; the inverse of `from_torch`.
+
+    Args:
+      variables: of the model.
+      model: that they belong to.
+      dialect: whose names and shapes, a key of `dialects.DIALECTS`; None for the canonical ones.
+
+    Raises:
+      UserError: the dialect has no such backbone.
+    """
+    names = spoken(dialect, type(model.backbone).__name__, type(model.head).__name__)
     state_dict = {}
     for path, value in traverse_util.flatten_dict(dict(variables)).items():
-        value = np.asarray(value)
-        state_dict[torch_name(path, model)] = _to_torch_layout(value, path)
+        key, value = torch_name(path, model), _to_torch_layout(np.asarray(value), path)
+        if re.fullmatch(names.matrices, key):
+            value = value.reshape(value.shape[:2])
+        state_dict[names.from_canonical(key)] = value
     return state_dict
 
 
-def _from_torch_layout(value: np.ndarray, path: Path) -> np.ndarray:
-    """Kernels `[O, I, kh, kw]` to `[kh, kw, I, O]` and `[O, I]` to `[I, O]`, other 4-d leaves from NCHW to NHWC."""
+def canonical_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the canonical name of every key of a state dict that holds something learned."""
+    keys = strip_prefixes(key for key in state_dict if not DERIVED.fullmatch(key))
+    names = recognise(keys.values())
+    return {key: names.to_canonical(short) for key, short in keys.items()}
+
+
+def read_entries(
+    state_dict: Mapping[str, Any], model: Classifier, template: Template
+) -> tuple[dict[Path, np.ndarray], list[str]]:
+    """Finds each leaf of a model in a state dict, whatever its shape.
+
+    Args:
+      state_dict: as for `from_torch`.
+      model: whose leaves they are.
+      template: of `make_template`.
+
+    Returns:
+      The leaves by path in Flax's layout, as views of the source in its own type; and the faults, a phrase each:
+      entries that are missing, left over, twice there or no finite numbers.
+    """
+    faults = []
+    sources: dict[str, str] = {}  # keys by canonical name
+    for key, second_name in canonical_names(state_dict).items():
+        name = rename(second_name, ALIASES)
+        other = sources.setdefault(name, key)
+        if other != key:
+            aliased = name != second_name or rename(other, ALIASES) != other
+            if not (aliased and np.array_equal(as_array(state_dict[other]), as_array(state_dict[key]))):
+                faults.append(f"twice there: {name}, as {other} and as {key}")
+    wanted = {torch_name(path, model): path for path in template}
+    faults += [f"missing: {name}" for name in wanted if name not in sources]
+    faults += [f"left over: {name}" for name in sources if name not in wanted]
+    entries = {}
+    for name, path in wanted.items():
+        if name not in sources:
+            continue
+        value = as_array(state_dict[sources[name]])
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            faults.append(f"no floating-point numbers: {name} is of type {value.dtype}")
+            continue
+        if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
+            faults.append(f"not finite: {name} holds NaN or infinity")
+        entries[path] = _from_torch_layout(value, path, len(template[path].shape))
+    return entries, faults
+
+
+def image_kernel(template: Template) -> Path | None:
+    """Returns the path of the convolution that reads the images: the one with three input channels."""
+    return next((path for path, leaf in template.items() if path[-1] == "kernel" and leaf.shape[2:3] == (3,)), None)
+
+
+def raise_faults(faults: Sequence[str]) -> None:
+    """Raises UserError, naming what differs, if there are faults."""
+    if faults:
+        more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
+        listed = "; ".join([*faults[:_LISTED], *more])
+        raise UserError(
+            f"the state dict does not fit the model, {len(faults)} entries differ: {listed}; give the model, number of "
+            "classes and image size that it was made with."
+        )
+
+
+def as_array(value: Any) -> np.ndarray:
+    """A tensor or array as an array of the same type that shares its memory."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # NumPy has no such type, and torch does not know the one of ml_dtypes
+            import torch
+
+            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        value = value.numpy()
+    return np.asarray(value)
+
+
+def _widened(dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def _from_torch_layout(value: np.ndarray, path: Path, ndim: int) -> np.ndarray:
+    """Kernels `[O, I, kh, kw]` to `[kh, kw, I, O]` and `[O, I]` to `[I, O]`, other 4-d leaves from NCHW to NHWC.
+
+    A 1x1 convolution and a linear layer are the same map; checkpoints hold either, `ndim` is what the model has.
+    """
     if path[-1] == "kernel":
-        return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+        if (value.ndim, ndim) == (2, 4):
+            return value[None, None]
+        return value[0, 0] if (value.ndim, ndim) == (4, 2) and value.shape[:2] == (1, 1) else value
     return value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
 
 
@@ -123,13 +209,3 @@ def _to_torch_layout(value: np.ndarray, path: Path) -> np.ndarray:
     if path[-1] == "kernel":
         return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
     return value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
-
-
-def _to_numpy(value: Any) -> np.ndarray:
-    """A tensor or array as float32, or float64 where it is that."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.double() if value.element_size() == 8 else value.float()
-        value = value.numpy()
-    value = np.asarray(value)
-    return value if value.dtype == np.float64 else value.astype(np.float32)

@@ -116,6 +116,95 @@ def test_all_faults_are_listed_at_once(model, variables):
     assert "misshapen: stem.conv2.weight is (3, 3, 8, 32), the model has (3, 3, 16, 32)" in message
 
 
+def test_entries_that_are_no_weights_are_refused(model, variables):
+    """Twice the same entry under two names, whole numbers, NaN and infinity: all in one sentence."""
+    state_dict = to_torch(small_convnext(), CONVNEXT)
+    state_dict["downsample_layers.0.0.weight"] = state_dict["stem.0.weight"]  # which makes all of it FAIR's names
+    state_dict["stages.0.0.pwconv1.weight"] = state_dict["stages.0.blocks.0.mlp.fc1.weight"] + 1
+    state_dict["head.norm.weight"] = np.ones(32, int)
+    state_dict["head.fc.bias"] = np.array([0, np.nan, 1], np.float32)
+    state_dict["stem.1.bias"] = np.full(8, -np.inf, np.float16)
+    with pytest.raises(UserError) as error:
+        from_torch(state_dict, CONVNEXT)
+    message = str(error.value)
+    for fault in (
+        "twice there: stem.0.weight, as stem.0.weight and as downsample_layers.0.0.weight",
+        "twice there: stages.0.blocks.0.mlp.fc1.weight, as",
+        "no floating-point numbers: head.norm.weight is of type int64",
+        "not finite: head.fc.bias",
+        "not finite: stem.1.bias",
+    ):
+        assert fault in message
+    assert "5 entries differ" in message
+
+
+CONVNEXT = create_model("convnext_tiny", embed_dim=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_classes=3)
+
+
+def small_convnext():
+    return random_variables(CONVNEXT)
+
+
+# For every dialect models that have it, shrunken, and some of the names and shapes that they have there.
+METAFORMER = {"embed_dim": (32, 32, 64, 96), "depths": (1, 1, 1, 1)}
+SPOKEN = [
+    ("timm", "caformer_s18", METAFORMER, {"stages.1.blocks.0.token_mixer.pwconv1.weight": (64, 32, 1, 1)}),
+    (
+        "sail-sg",
+        "caformer_s18",
+        METAFORMER,
+        {"stages.1.0.token_mixer.pwconv1.weight": (64, 32), "head.norm.bias": (384,)},
+    ),
+    ("sail-sg", "identityformer_s12", METAFORMER, {"norm.bias": (96,), "head.weight": (3, 96)}),
+    (
+        "fair",
+        "convnext_tiny",
+        {"embed_dim": (8, 16, 24, 32)},
+        {"stages.0.2.pwconv1.weight": (32, 8), "norm.bias": (32,)},
+    ),
+    ("lab-lvm", "map_convnext_tiny", {"embed_dim": (8, 16, 24, 32), "head": HEAD}, {"stages.0.2.gamma": (8,)}),
+    ("lab-lvm", "ga_convnext_tiny_688", {"embed_dim": (8, 16, 24, 32)}, {"stages.0.blocks.2.gamma": (8,)}),
+    ("lab-lvm", "pit_s", {"depths": (1, 1, 1)}, {"pools.1.conv.weight": (576, 1, 3, 3), "head.bias": (3,)}),
+    ("lab-lvm", "map_mobilenet_v1", {}, {"layers.0.1.3.weight": (64, 32, 1, 1), "fc.heads.0.bias": (3,)}),
+    ("nvlabs", "faster_vit_0_224", {"depths": (1, 1, 1, 1)}, {"levels.2.blocks.0.hat_attn.qkv.bias": (768,)}),
+    (
+        "microsoft",
+        "CSWin_64_12211_tiny_224",
+        {"depths": (1, 1, 1, 1)},
+        {"stage4.0.attns.0.get_v.weight": (512, 1, 3, 3)},
+    ),
+]
+
+
+@pytest.mark.parametrize("dialect, name, fields, shapes", SPOKEN)
+def test_every_dialect_there_and_back(dialect, name, fields, shapes):
+    model = create_model(name, num_classes=3, **fields)
+    variables = random_variables(model)
+    state_dict = to_torch(variables, model, dialect)
+    assert {key: state_dict[key].shape for key in shapes} == shapes
+    assert_equal(from_torch(state_dict, model), variables)
+    wrapped = {f"module._orig_mod.{key}": value for key, value in state_dict.items()} | {"n_averaged": np.int64(3)}
+    assert_equal(from_torch(wrapped, model), variables)
+
+
+def test_a_dialect_without_the_backbone_says_who_has_it(model, variables):
+    with pytest.raises(UserError, match="no MaxxViT in the dialect fair: give one of timm, lab-lvm"):
+        to_torch(variables, model, "fair")
+    with pytest.raises(UserError, match="no dialect 'keras', only timm, "):
+        to_torch(variables, model, "keras")
+
+
+def test_second_names_of_a_tensor_have_to_agree():
+    """FasterViT's state dict holds one convolution under two names."""
+    model = create_model("faster_vit_0_224", depths=(1, 1, 1, 1), num_classes=3)
+    state_dict = to_torch(random_variables(model), model)
+    name = "levels.2.global_tokenizer.to_global_feature.pos.bias"
+    state_dict[name] = state_dict["levels.2.global_tokenizer.pos_embed.bias"]
+    from_torch(state_dict, model)
+    with pytest.raises(UserError, match=r"twice there: levels\.2\.global_tokenizer\.pos_embed\.bias, as"):
+        from_torch(state_dict | {name: state_dict[name] + 1}, model)
+
+
 def test_derived_entries_are_ignored(model, variables):
     state_dict = to_torch(variables, model)
     derived = {
