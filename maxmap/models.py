@@ -109,6 +109,7 @@ _CLASSIFIERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "cswin": [(r".*", {"norm": "before", "epsilon": 1e-5, "init_scheme": "trunc_normal"})],
     "fastervit": [(r".*", {"norm": "before", "norm_type": "batch", "epsilon": 1e-5, "init_scheme": "trunc_normal"})],
     "maxxvit": [
+        (r"maxvit_t", {"norm": "after", "epsilon": 1e-5, "hidden_ratio": 1.0, "bias": False}),
         (r"maxvit_\w+_tf_\d+|maxvit_mini_32", {"norm": "after", "epsilon": 1e-5, "hidden_ratio": 1.0}),
         (
             r"coatnet_[0-5]_\d+|maxvit_rmlp_base_rw_\d+|maxxvitv2_rmlp_large_rw_\d+",

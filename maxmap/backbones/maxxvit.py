@@ -57,12 +57,14 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def pool(x: Array, kind: str) -> Array:
-    """Halves a map: "avg2" is the 2x2 mean, "max" the 3x3 maximum with stride 2."""
+    """Halves a map: "avg2" is the 2x2 mean, "avg3" the 3x3 mean with padding counted, "max" the 3x3 maximum."""
     if kind == "avg2":
         return average_pool(x, 2, 2)
+    if kind == "avg3":
+        return nn.avg_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
     if kind == "max":
         return nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
-    raise ValueError(f"there is no pooling '{kind}', only 'avg2' and 'max'")
+    raise ValueError(f"there is no pooling '{kind}', only 'avg2', 'avg3' and 'max'")
 
 
 def _norm(kind: str, epsilon: float, name: str, x: Array, train: bool) -> Array:
@@ -75,7 +77,7 @@ class Stem(nn.Module):
     """Two 3x3 convolutions, the first with stride 2; no norm or activation after the second."""
 
     width: tuple[int, int]
-    bias: bool
+    bias: tuple[bool, bool]
     norm: str
     activation: str
     epsilon: float
@@ -84,28 +86,30 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        conv = functools.partial(
-            Conv, kernel_size=3, padding=self.padding, bias=self.bias, **_conv_init(self.init_scheme)
-        )
-        x = conv(self.width[0], stride=2, name="conv1")(x)
+        conv = functools.partial(Conv, kernel_size=3, padding=self.padding, **_conv_init(self.init_scheme))
+        x = conv(self.width[0], stride=2, bias=self.bias[0], name="conv1")(x)
         x = ACTIVATIONS[self.activation](_norm(self.norm, self.epsilon, "norm1", x, train))
-        return conv(self.width[1], name="conv2")(x)
+        return conv(self.width[1], bias=self.bias[1], name="conv2")(x)
 
 
 class Shortcut(nn.Module):
-    """The residual path: pooled when the block has a stride, widened by a 1x1 convolution when the widths differ."""
+    """The residual path: pooled when the block has a stride, widened by a 1x1 convolution when the widths differ.
+
+    With `always`, a pooled path has the convolution at equal widths too.
+    """
 
     channels: int
     stride: int
     pool_type: str
     bias: bool
     inits: Mapping[str, Initializer]
+    always: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         if self.stride == 2:
             x = pool(x, self.pool_type)
-        if x.shape[-1] != self.channels:
+        if x.shape[-1] != self.channels or (self.always and self.stride == 2):
             x = Conv(self.channels, bias=self.bias, name="expand", **self.inits)(x)
         return x
 
@@ -152,7 +156,8 @@ class MBConv(nn.Module):
       pre_norm_act: activation after the first norm.
       output_bias: bias in the last 1x1 convolution and in the shortcut's.
       stride_mode: "dw" strides the depthwise convolution, "pool" averages before the first 1x1 convolution.
-      pool_type: of the shortcut, "avg2" or "max".
+      pool_type: of the shortcut, see `pool`.
+      always_expand: a shortcut with stride has its 1x1 convolution at equal widths too.
       padding: "same" for TensorFlow's rule, otherwise 1 on every side.
       se_early: squeeze-excitation before the second norm instead of after it.
       se_activation: inside squeeze-excitation.
@@ -170,6 +175,7 @@ class MBConv(nn.Module):
     output_bias: bool = True
     stride_mode: str = "dw"
     pool_type: str = "avg2"
+    always_expand: bool = False
     padding: int | str = 1
     se_early: bool = False
     se_activation: str = "silu"
@@ -184,7 +190,9 @@ class MBConv(nn.Module):
         width = _divisible(4 * (self.channels if self.expand_output else x.shape[-1]))
         se_width = int(self.se_ratio * (self.channels if self.expand_output else width))
         squeeze_excite = functools.partial(SqueezeExcite, se_width, self.se_activation, self.init_scheme)
-        shortcut = Shortcut(self.channels, self.stride, self.pool_type, self.output_bias, inits, name="shortcut")(x)
+        shortcut = Shortcut(
+            self.channels, self.stride, self.pool_type, self.output_bias, inits, self.always_expand, name="shortcut"
+        )(x)
 
         x = BatchNorm(self.epsilon, name="pre_norm")(x, train=train)
         if self.pre_norm_act:
@@ -299,7 +307,7 @@ class Attention(nn.Module):
       width: of queries, keys and values together over the heads.
       window: height and width; a window has N = height * width tokens.
       layer: `Linear`, or `Conv` where the reference keeps 4-d weights.
-      head_dim, head_first, rel_pos_type, rel_pos_dim, init_scheme: see `_TransformerFields`.
+      head_dim, head_first, scale_by_width, rel_pos_type, rel_pos_dim, init_scheme: see `_TransformerFields`.
       attn_drop, proj_drop: dropout of the attention probabilities and of the output.
     """
 
@@ -309,6 +317,7 @@ class Attention(nn.Module):
     layer: Callable[..., nn.Module]
     head_dim: int
     head_first: bool
+    scale_by_width: bool
     rel_pos_type: str
     rel_pos_dim: int
     attn_drop: float
@@ -326,7 +335,8 @@ class Attention(nn.Module):
         bias = RelativePositionBias(
             self.window, heads, self.rel_pos_type, self.rel_pos_dim, self.init_scheme, name="rel_pos"
         )(train=train)
-        logits = jnp.einsum("bwhqd,bwhkd->bwhqk", q * self.head_dim**-0.5, k)
+        scale = (self.width if self.scale_by_width else self.head_dim) ** -0.5
+        logits = jnp.einsum("bwhqd,bwhkd->bwhqk", q * scale, k)
         probabilities = softmax(logits + bias[None, None].astype(logits.dtype))
         probabilities = nn.Dropout(self.attn_drop)(probabilities, deterministic=not train)
         x = rearrange(jnp.einsum("bwhqk,bwhkd->bwhqd", probabilities, v), "b w h n d -> b w n (h d)")
@@ -343,6 +353,7 @@ class _TransformerFields(nn.Module):
       init_scheme: scheme of the initialisers, "vit_eff" or "normal".
       head_dim: channels per head.
       head_first: the fused qkv output is ordered (heads, qkv, head_dim), otherwise (qkv, heads, head_dim).
+      scale_by_width: logits are divided by the root of all heads' channels, as in torchvision, not of one head's.
       expand_first: a block that widens attends in the output width, otherwise in the input width.
       shortcut_bias: bias in the shortcut's 1x1 convolution.
       pool_type: "avg2" or "max", for a block with stride.
@@ -360,6 +371,7 @@ class _TransformerFields(nn.Module):
     init_scheme: str = "vit_eff"
     head_dim: int = 32
     head_first: bool = True
+    scale_by_width: bool = False
     expand_first: bool = True
     shortcut_bias: bool = True
     pool_type: str = "avg2"
@@ -373,7 +385,7 @@ class _TransformerFields(nn.Module):
     proj_drop: float = 0.0
 
     def attention(self, name: str, **fields: Any) -> Attention:
-        shared = ("head_dim", "rel_pos_type", "rel_pos_dim", "attn_drop", "proj_drop", "init_scheme")
+        shared = ("head_dim", "scale_by_width", "rel_pos_type", "rel_pos_dim", "attn_drop", "proj_drop", "init_scheme")
         fields = {"layer": Linear, "head_first": self.head_first} | fields
         return Attention(**{field: getattr(self, field) for field in shared}, **fields, name=name)
 
@@ -574,7 +586,7 @@ class MaxxViT(nn.Module):
         multi-axis, or a tuple of these for the blocks of a stage, whose last one is repeated.
       strides: of the stages' first blocks.
       stem_width: channels of the stem's convolutions, or one number for both.
-      stem_bias: biases in the stem.
+      stem_bias: biases in the stem's convolutions, or one value for both.
       window_size: of window and grid attention; None for `image_size` over the total stride.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
       block_attention: False leaves the window attention out of the "M" blocks.
@@ -590,7 +602,7 @@ class MaxxViT(nn.Module):
     block_types: Sequence[str | Sequence[str]] = ("C", "C", "T", "T")
     strides: Sequence[int] = (2, 2, 2, 2)
     stem_width: int | tuple[int, int] = 64
-    stem_bias: bool = False
+    stem_bias: bool | tuple[bool, bool] = False
     window_size: int | tuple[int, int] | None = None
     drop_path: float = 0.0
     block_attention: bool = True
@@ -657,7 +669,7 @@ class MaxxViT(nn.Module):
         like = conv_class(channels=1, **conv_fields, parent=None)  # the stem follows the convolution blocks
         x = Stem(
             _pair(self.stem_width),
-            self.stem_bias,
+            (self.stem_bias, self.stem_bias) if isinstance(self.stem_bias, bool) else tuple(self.stem_bias),
             "layer" if self.conv_block == "convnext" else "batch",
             like.activation,
             like.epsilon,
@@ -890,6 +902,21 @@ VARIANTS: dict[str, functools.partial[MaxxViT]] = {
             (1, 1, 2, 1),
             conv=_COAT_RMAX | {"stride_mode": "pool"},
             stem_width=(16, 32),
+        ),
+    ),
+    # torchvision's MaxViT-T, another graph than timm's and Google's.
+    "maxvit_t": functools.partial(
+        MaxxViT,
+        image_size=224,
+        **_config(
+            "plain",
+            _NANO,
+            (2, 2, 5, 2),
+            block_types=_M,
+            stem_bias=(False, True),
+            init_scheme="normal",
+            conv={"pool_type": "avg3", "always_expand": True, "epsilon": 1e-3},
+            transformer={"head_first": False, "scale_by_width": True, "epsilon": 1e-5},
         ),
     ),
     # Ours, for images of about 32 pixels (digits, CIFAR): two stages, maps of 8 and 4 pixels.

@@ -101,6 +101,44 @@ PIT = Names(
     r"pools\.0\.conv\.",
     (("pools.0.", "transformers.1.pool."), ("pools.1.", "transformers.2.pool.")),
 )
+TORCHVISION = Names(
+    "torchvision",
+    r"blocks\.0\.layers\.0\.layers\.MBconv\.",
+    (
+        ("stem.0.0.", "stem.conv1."),
+        ("stem.0.1.", "stem.norm1."),
+        ("stem.1.0.", "stem.conv2."),
+        *(
+            (f"blocks.*.layers.*.layers.MBconv.{theirs}.", f"stages.*.blocks.*.conv.{ours}.")
+            for theirs, ours in (
+                ("proj.1", "shortcut.expand"),
+                ("layers.pre_norm", "pre_norm"),
+                ("layers.conv_a.0", "conv1_1x1"),
+                ("layers.conv_a.1", "norm1"),
+                ("layers.conv_b.0", "conv2_kxk"),
+                ("layers.conv_b.1", "norm2"),
+                ("layers.squeeze_excitation", "se"),
+                ("layers.conv_c", "conv3_1x1"),
+            )
+        ),
+        *(
+            (f"blocks.*.layers.*.layers.{kind}_attention.{theirs}", f"stages.*.blocks.*.attn_{name}.{ours}")
+            for kind, name in (("window", "block"), ("grid", "grid"))
+            for theirs, ours in (
+                ("attn_layer.0.", "norm1."),
+                ("attn_layer.1.to_qkv.", "attn.qkv."),
+                ("attn_layer.1.merge.", "attn.proj."),
+                ("attn_layer.1.relative_position_bias_table", "attn.rel_pos.relative_position_bias_table"),
+                ("mlp_layer.0.", "norm2."),
+                ("mlp_layer.1.", "mlp.fc1."),
+                ("mlp_layer.3.", "mlp.fc2."),
+            )
+        ),
+        ("classifier.2.", "head.norm."),
+        ("classifier.3.", "head.pre_logits.fc."),
+        ("classifier.5.", "head.fc."),
+    ),
+)
 
 # Who has which backbone, or which backbone with which head, and how it is named there.
 DIALECTS: dict[str, Mapping[str, Names]] = {
@@ -115,7 +153,7 @@ DIALECTS: dict[str, Mapping[str, Names]] = {
     },
     "nvlabs": {"FasterViT": CANONICAL_NAMES},
     "microsoft": {"CSWin": CANONICAL_NAMES},
-    "torchvision": {"ResNet": CANONICAL_NAMES},
+    "torchvision": {"MaxxViT": TORCHVISION, "ResNet": CANONICAL_NAMES},
 }
 
 

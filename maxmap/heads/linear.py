@@ -59,6 +59,7 @@ class LinearHead(nn.Module):
         (MetaFormer's MLP head); None for no norm, where the hidden layer belongs to the embedding (MaxViT).
       activation: after the hidden layer.
       dropout: before the last linear map.
+      bias: of the last linear map.
       init_scheme: "torch" (PyTorch's defaults) or "trunc_normal" (weights 0.02 wide, biases 0).
     """
 
@@ -70,6 +71,7 @@ class LinearHead(nn.Module):
     hidden_epsilon: float | None = None
     activation: str = "tanh"
     dropout: float = 0.0
+    bias: bool = True
     init_scheme: str = "torch"
 
     @nn.nowrap
@@ -119,5 +121,5 @@ class LinearHead(nn.Module):
             )(x, train=train)
         else:
             logits = nn.Dropout(self.dropout)(x, deterministic=not train)
-            logits = Linear(self.num_classes, name="fc", **LINEAR_INITS[self.init_scheme])(logits)
+            logits = Linear(self.num_classes, bias=self.bias, name="fc", **LINEAR_INITS[self.init_scheme])(logits)
         return {"logits": logits[None], "embedding": x}

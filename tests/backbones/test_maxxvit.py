@@ -75,6 +75,7 @@ ROWS = {
     "maxxvitv2_rmlp_large_rw_224": (215_417_166, 224, (160, 160, 320, 640, 1280)),
     "test_coatnet": (575_480, 160, (32, 32, 64, 96, 128)),
     "test_maxvit": (1_093_252, 160, (32, 32, 64, 96, 128)),
+    "maxvit_t": (30_919_624, 224, (64, 64, 128, 256, 512)),
     # Ours; the plain one has as many parameters as timm's tf model of these widths with windows of 4.
     "maxvit_mini_32": (774_604, 32, (32, 32, 96)),
     "map_maxvit_mini_32": (1_481_380, 32, (32, 32, 96)),
@@ -166,7 +167,7 @@ def randomised(reference):
     weights = {
         key: torch.from_numpy(fill(key, value.shape)).double()
         for key, value in reference.state_dict().items()
-        if not key.endswith("num_batches_tracked")
+        if value.is_floating_point()  # not the counters of batches and the indices
     }
     reference.double().load_state_dict(weights, strict=False)
     for module in reference.modules():
@@ -256,7 +257,7 @@ def test_later_blocks_are_alike(name, plain_convolutions):
 
 
 def test_every_configuration_is_compared():
-    names = {re.sub(r"_\d+$", "", name) for name in maxxvit.VARIANTS} - {"maxvit_mini"}
+    names = {re.sub(r"_\d+$", "", name) for name in maxxvit.VARIANTS} - {"maxvit_mini", "maxvit_t"}
     assert sorted(names) == sorted(name for group in GROUPS for name in group)
 
 
@@ -293,6 +294,28 @@ def test_equals_timm(config, x64, plain_convolutions):
     assert max(error(a, b, largest) for a, b in zip(features, wanted, strict=True)) < 1e-9
 
     exported = to_torch(variables, model)
+    assert set(exported) == set(weights)
+    assert all(np.array_equal(exported[key], value) for key, value in weights.items())
+
+
+def test_equals_torchvision(x64, plain_convolutions):
+    """Another graph under other names: logits, every name and shape."""
+    import torch
+    from torchvision.models.maxvit import MaxVit
+
+    widths, depths, size = [32, 32, 64, 64], [1, 2, 1, 1], (64, 64)
+    torch.manual_seed(0)
+    reference, weights = randomised(MaxVit(size, 16, 2, widths, depths, 32, 0.0, num_classes=CLASSES))
+    model = create_model(
+        "maxvit_t", image_size=size, num_classes=CLASSES, embed_dim=widths, depths=depths, stem_width=16
+    )
+    images = numbers(0, 2, *size, 3)
+    variables = from_torch(weights, model)
+    outputs = quick(model.apply, variables, images)
+    with torch.no_grad():
+        logits = reference(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    assert error(outputs["logits"][0], logits, np.std) < 1e-9
+    exported = to_torch(variables, model, "torchvision")
     assert set(exported) == set(weights)
     assert all(np.array_equal(exported[key], value) for key, value in weights.items())
 
