@@ -34,7 +34,16 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "log": loop._logging,
 }
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
-BUILDS = [*CONFIGS, "configs/cifar10.py:linear", "configs/cifar10.py:gramian"]
+# The names that a file with several recipes takes after the colon.
+TABLES = ("RECIPES", "PRESETS", "HEADS")
+
+
+def builds(file: str) -> list[str]:
+    module = runpy.run_path(str(ROOT / file))
+    return [file, *(f"{file}:{name}" for table in TABLES for name in module.get(table, ()))]
+
+
+BUILDS = [name for file in CONFIGS for name in builds(file)]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -72,18 +81,22 @@ def test_a_config_builds(name):
     assert model.head.num_classes == 10
     for section in ("evaluate", "checkpoint", "log"):
         call(SECTIONS[section], section, config[section])
-    schedule = call(make_schedule, "schedule", config["schedule"], steps_per_epoch=10, epochs=config["epochs"])
+    schedule = call(make_schedule, "schedule", config["schedule"], steps_per_epoch=5000, epochs=config["epochs"])
     assert float(schedule(schedule.total_steps // 2)) > 0
     optimizer = call(make_optimizer, "optim", config["optim"], schedule)
     optimizer.init({"kernel": jnp.zeros((2, 2))})
     assert config["batch_size"] % config["accumulate"] == 0
 
 
-@pytest.mark.parametrize("name", BUILDS)
+# Tracing takes a second: one config for each way to augment.
+TRACED = {repr([load(name)[key] for key in ("augment", "mix", "erase", "loss")]): name for name in BUILDS}
+
+
+@pytest.mark.parametrize("name", TRACED.values())
 def test_what_happens_to_a_batch_can_be_traced(name):
     config = load(name)
     mean = config["data"]["mean"]
-    size = config["data"]["image_size"]
+    size = 32
     batch = jax.ShapeDtypeStruct((4, size, size, 3), jnp.uint8)
 
     def prepare(key, images, labels):
@@ -114,9 +127,21 @@ def test_the_trial_differs_in_the_head_alone(name):
     assert map_model.backbone == other_model.backbone and type(map_model.head) is not type(other_model.head)
 
 
-def test_a_head_that_the_twins_do_not_have():
-    with pytest.raises(ValueError, match="linaer"):
-        load("configs/cifar10.py:linaer")
+@pytest.mark.parametrize("file", ["cifar10", "map", "gramian", "metaformer", "maxvit", "finetune"])
+def test_a_recipe_that_there_is_not(file):
+    with pytest.raises(ValueError, match=f"{file}.py:linaer is no .*: .* are "):
+        load(f"configs/{file}.py:linaer")
+
+
+def test_the_flagship_is_one_of_the_map_recipes():
+    one, other = load("configs/maxvit_tiny_map.py"), load("configs/map.py:maxvit_tiny")
+    assert other["data"].pop("eval_image_size") is None
+    assert one == other
+
+
+def test_a_training_set_that_a_preset_is_for_fills_an_epoch():
+    for preset, images in {"small": 100, "medium": 5000, "large": 100_000}.items():
+        assert images // load(f"configs/finetune.py:{preset}")["batch_size"] >= 3
 
 
 def test_the_flagship_is_the_published_recipe():

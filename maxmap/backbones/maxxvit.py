@@ -589,6 +589,7 @@ class MaxxViT(nn.Module):
       stem_bias: biases in the stem's convolutions, or one value for both.
       window_size: of window and grid attention; None for `image_size` over the total stride.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
+      drop_path_endpoint: False ends one step short of the rate (Google's MaxViT).
       block_attention: False leaves the window attention out of the "M" blocks.
       init_scheme: scheme of the initialisers, "vit_eff" or "normal".
       conv_block: "mbconv" or "convnext".
@@ -605,6 +606,7 @@ class MaxxViT(nn.Module):
     stem_bias: bool | tuple[bool, bool] = False
     window_size: int | tuple[int, int] | None = None
     drop_path: float = 0.0
+    drop_path_endpoint: bool = True
     block_attention: bool = True
     init_scheme: str = "vit_eff"
     conv_block: str = "mbconv"
@@ -678,7 +680,7 @@ class MaxxViT(nn.Module):
             name="stem",
         )(x, train=train)
         features = [x]
-        rates = iter(drop_path_rates(self.drop_path, sum(self.depths)))
+        rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=self.drop_path_endpoint))
         for stage, depth in enumerate(self.depths):
             channels = self.embed_dim[stage]
             blocks = []

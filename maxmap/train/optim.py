@@ -24,6 +24,8 @@ NO_DECAY = (
     r"(^|/)pos_embed$",
     r"(^|/)cls_token$",
 )
+# The classifiers of the three heads, which adaptive clipping leaves alone.
+CLASSIFIER = r"^head/(fc|heads|self_dt_heads)(_\d+)?/"
 FROZEN = r"(^|/)random_matrix$"  # RandFormer's token mixers: drawn once, never trained
 
 
@@ -55,12 +57,59 @@ def trainable_mask(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: not re.search(FROZEN, _join(path)), params)
 
 
+# Where the blocks of a backbone lie: (stage, block), or (block,) in a network without stages.
+_BLOCKS = (
+    r"backbone/(?:stages|levels|transformers)_(\d+)/blocks_(\d+)/",
+    r"backbone/(?:layer|stage)(\d+)_(\d+)/",  # ResNet, CSWin
+    r"backbone/layers_(\d+)_(\d+)_",  # MobileNet
+    r"backbone/blocks_(\d+)/",  # ViT
+)
+_STARTS_STAGE = r"backbone/(?:stages|transformers)_(\d+)/"  # a downsampling layer, in front of the first block
+_ENDS_STAGE = r"backbone/(?:levels_|merge)(\d+)/"  # FasterViT's and CSWin's, behind the last one
+
+
+def depths(params: PyTree) -> PyTree:
+    """Numbers the leaves from the input to the output for layer-wise decay of the learning rate.
+
+    0 is the stem with position embeddings and tokens, 1 to N the backbone's blocks in order, each with the downsampling
+    layer in front of it, and N + 1 the head. timm counts blocks too for most families, but stages for MaxViT.
+
+    Args:
+      params: nested dicts; leaves are looked at by their path only.
+
+    Returns:
+      The same tree with an int for every leaf.
+    """
+
+    def place(path: tuple) -> tuple[int, ...]:
+        name = _join(path)
+        if name.startswith("head/"):
+            return (2,)
+        for pattern in _BLOCKS:
+            if match := re.match(pattern, name):
+                return (1, *(int(number) for number in match.groups()))
+        if match := re.match(_STARTS_STAGE, name):
+            return (1, int(match[1]), 0)
+        if match := re.match(_ENDS_STAGE, name):
+            return (1, int(match[1]) + 1, 0)
+        return (0,)
+
+    places = jax.tree_util.tree_map_with_path(lambda path, _: place(path), params)
+    is_place = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    blocks = {found for found in jax.tree.leaves(places, is_leaf=is_place) if found[0] == 1}
+    number = {(0,): 0, **{found: i + 1 for i, found in enumerate(sorted(blocks))}, (2,): len(blocks) + 1}
+    return jax.tree.map(lambda found: number[found], places, is_leaf=is_place)
+
+
 def make_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
     name: str,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
+    clip_value: float | None = None,
+    clip_agc: float | None = None,
+    layer_decay: float | None = None,
     b1: float | None = None,
     b2: float | None = None,
     eps: float | None = None,
@@ -92,6 +141,10 @@ def make_optimizer(
       weight_decay: applied to `decay_mask(params, no_decay)`.
       clip_norm: clips the global norm of all gradients before the optimizer sees them; None for not. torch's
         `clip_grad_norm_` adds 1e-6 to the norm, this does not.
+      clip_value: clips every element of the gradients to this size instead.
+      clip_agc: clips every unit's gradient to this multiple of its weights' norm instead (adaptive gradient clipping,
+        Brock et al. 2021), classifiers left alone; a unit is an output channel.
+      layer_decay: the rate of a leaf is times this to the power of its distance from the head, see `depths`.
       b1: decay of the first moment.
       b2: decay of the second moment (lion: of its momentum).
       eps: added to the root of the second moment (adafactor: to the squared gradient).
@@ -121,15 +174,23 @@ def make_optimizer(
     for key in options.keys() & {"eps"}:
         _check(key, options[key], "of at least 0", lambda value: 0 <= value < math.inf)
     _check("weight_decay", weight_decay, "of at least 0", lambda value: 0 <= value < math.inf)
-    if clip_norm is not None:
-        _check("clip_norm", clip_norm, "above 0 (or leave it out for no clip)", lambda value: value > 0)
+    wanted = {"clip_norm": clip_norm, "clip_value": clip_value, "clip_agc": clip_agc}
+    clips = {key: value for key, value in wanted.items() if value is not None}
+    if len(clips) > 1:
+        raise UserError(f"optim has {' and '.join(clips)}: give one of them.")
+    for key, value in clips.items():
+        _check(key, value, "above 0 (or leave it out for no clip)", lambda value: value > 0)
+    if layer_decay is not None:
+        _check("layer_decay", layer_decay, "above 0 and at most 1", lambda value: 0 < value <= 1)
     if not callable(learning_rate):
         _check("learning_rate", learning_rate, "of at least 0", lambda value: 0 <= value < math.inf)
 
     no_decay = _check_patterns(no_decay)
     optimizer = build(learning_rate, weight_decay=weight_decay, mask=lambda p: decay_mask(p, no_decay), **options)
-    if clip_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    for key, value in clips.items():
+        optimizer = optax.chain(CLIPS[key](value), optimizer)
+    if layer_decay is not None:
+        optimizer = optax.chain(optimizer, _scale_by_depth(layer_decay))
     return optax.partition(
         {"trained": optimizer, "frozen": optax.set_to_zero()},
         lambda params: jax.tree.map(lambda trained: "trained" if trained else "frozen", trainable_mask(params)),
@@ -249,6 +310,31 @@ def _muon(
         consistent_rms=0.2,
     )
 
+
+def _clip_agc(clipping: float) -> optax.GradientTransformation:
+    def mask(params: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(lambda path, _: not re.search(CLASSIFIER, _join(path)), params)
+
+    return optax.masked(optax.adaptive_grad_clip(clipping), mask)
+
+
+def _scale_by_depth(decay: float) -> optax.GradientTransformation:
+    """Scales the finished updates, decay of weights included, as a rate of its own for every leaf does."""
+
+    def update(updates: PyTree, params: PyTree | None) -> PyTree:
+        del params
+        numbers_of = depths(updates)
+        head = max(jax.tree.leaves(numbers_of))
+        return jax.tree.map(lambda u, number: u * decay ** (head - number), updates, numbers_of)
+
+    return optax.stateless(update)
+
+
+CLIPS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "clip_norm": optax.clip_by_global_norm,
+    "clip_value": optax.clip,
+    "clip_agc": _clip_agc,
+}
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": _adamw,

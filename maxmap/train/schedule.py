@@ -51,6 +51,7 @@ def make_schedule(
     lr: float,
     name: str = "cosine",
     warmup_epochs: float = 0,
+    warmup_steps: int | None = None,
     warmup_lr: float = 1e-6,
     min_lr: float = 1e-6,
     decay_epochs: float | None = None,
@@ -79,6 +80,7 @@ def make_schedule(
       lr: the peak, per update.
       name: 'cosine', 'linear', 'wsd' or 'constant'.
       warmup_epochs: 0 for none; a whole number for per='epoch', else rounded to whole steps.
+      warmup_steps: the warm-up in steps instead, for recipes that say it so; needs per='step' and no warmup_epochs.
       warmup_lr: where the warm-up starts.
       min_lr: where the decay ends.
       decay_epochs: for 'wsd' only, and needed there: how long before the end of `epochs` the decay starts.
@@ -116,11 +118,19 @@ def make_schedule(
         _check(key, length, whole, lambda n: n >= 0 and (per == "step" or n == int(n)))
         return int(length) if per == "epoch" else round(length * steps_per_epoch)
 
-    warmup = ticks("warmup_epochs", warmup_epochs)
+    if warmup_steps is None:
+        warmup = ticks("warmup_epochs", warmup_epochs)
+    else:
+        if per != "step" or warmup_epochs:
+            raise UserError(
+                "schedule.warmup_steps goes with per='step' and without warmup_epochs: give one of the two."
+            )
+        _check("warmup_steps", warmup_steps, "a whole number of at least 0", lambda n: n >= 0 and n == int(n))
+        warmup = int(warmup_steps)
     span = ticks("epochs", epochs)
     decay = span if decay_epochs is None else ticks("decay_epochs", decay_epochs)
     if warmup > span and not warmup_prefix:
-        raise UserError(f"schedule.warmup_epochs is {warmup_epochs!r}: it must fit into the {epochs} epochs.")
+        raise UserError(f"the schedule's warm-up of {warmup} {per}s must fit into the {span} {per}s of the run.")
     if name == "wsd" and not 1 <= decay <= (span if warmup_prefix else span - warmup):
         raise UserError(f"schedule.decay_epochs is {decay_epochs!r}: warm-up and decay must fit into {epochs} epochs.")
     end = span + warmup if warmup_prefix else span
@@ -133,7 +143,8 @@ def make_schedule(
         # A weighted mean, not min_lr + (lr - min_lr) * height: exact at both ends.
         return jnp.where(tick < warmup, warming, lr * height + min_lr * (1 - height))
 
-    total_epochs = epochs + cooldown_epochs + (math.ceil(warmup_epochs) if warmup_prefix else 0)
+    ticks_per_epoch = 1 if per == "epoch" else steps_per_epoch
+    total_epochs = epochs + cooldown_epochs + (-(-warmup // ticks_per_epoch) if warmup_prefix else 0)
     return Schedule(rate, int(steps_per_epoch), int(total_epochs))
 
 

@@ -16,7 +16,8 @@ import optax
 import pytest
 
 from maxmap.errors import UserError
-from maxmap.train.optim import OPTIMIZERS, decay_mask, make_optimizer, trainable_mask
+from maxmap.models import create_model
+from maxmap.train.optim import OPTIMIZERS, decay_mask, depths, make_optimizer, trainable_mask
 from maxmap.train.schedule import make_schedule
 from tests.reference import import_timm
 
@@ -282,6 +283,88 @@ def test_frozen_leaves_stay_and_do_not_count_in_the_norm(x64):
     np.testing.assert_allclose(updates["dense"]["kernel"], -0.1 * 0.5, rtol=1e-14)
 
 
+def test_clip_by_value_is_torchs(x64):
+    optimizer = make_optimizer(1.0, name="sgd", momentum=0.0, clip_value=0.7)
+    params, gradient = as_tree(start()), drawn(1, 2.0)
+    updates, _ = optimizer.update(as_tree(gradient), optimizer.init(params), params)
+    for name, leaf in gradient.items():
+        np.testing.assert_allclose(at(updates, tuple(name.split("/"))), -np.clip(leaf, -0.7, 0.7), rtol=1e-14)
+
+
+def test_adaptive_clipping_is_timms(x64):
+    """timm leaves out the last two parameters, which are its classifier; here those are found by their name."""
+    import_timm()
+    import torch
+    from timm.utils.agc import adaptive_clip_grad
+
+    random = np.random.RandomState(0)
+    shapes = {"backbone/conv/kernel": (3, 3, 2, 5), "backbone/fc/kernel": (4, 6), "backbone/norm/scale": (5,)}
+    shapes |= {"backbone/zero/bias": (3,), "head/heads_0/fc/kernel": (5, 2)}
+    weights = {name: random.standard_normal(shape) for name, shape in shapes.items()}
+    weights["backbone/zero/bias"][:] = 0
+    gradients = {name: random.standard_normal(shape) for name, shape in shapes.items()}
+    optimizer = make_optimizer(1.0, name="sgd", momentum=0.0, clip_agc=0.3)
+    params = as_tree(weights)
+    updates, _ = optimizer.update(as_tree(gradients), optimizer.init(params), params)
+    for name in shapes:
+        wanted = torch.nn.Parameter(torch.from_numpy(np.moveaxis(weights[name], -1, 0).copy()))
+        wanted.grad = torch.from_numpy(np.moveaxis(gradients[name], -1, 0).copy())
+        if not name.startswith("head/"):
+            adaptive_clip_grad(wanted, 0.3)
+        mine = np.moveaxis(np.asarray(at(updates, tuple(name.split("/")))), -1, 0)
+        np.testing.assert_allclose(mine, -wanted.grad.numpy(), rtol=1e-12, err_msg=name)
+
+
+def test_layer_decay_is_timms_for_a_family_that_it_numbers_by_blocks():
+    import_timm()
+    from timm.models.convnext import ConvNeXt
+    from timm.optim import param_groups_layer_decay
+
+    model = ConvNeXt(depths=(1, 2, 3, 1), dims=(8, 8, 8, 8), num_classes=3)
+    scales = {}
+    for group in param_groups_layer_decay(model, layer_decay=0.5):
+        scales |= {id(leaf): group["lr_scale"] for leaf in group["params"]}
+    paths = {}
+    for name, leaf in model.named_parameters():
+        path = flax_path(name, leaf.shape)
+        paths[("head", *path[2:]) if path[1] == "head" else path] = (leaf, scales[id(leaf)])
+    params = nested({path: jnp.ones(leaf.shape) for path, (leaf, _) in paths.items()})
+    optimizer = make_optimizer(1.0, name="sgd", momentum=0.0, layer_decay=0.5)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    for path, (_, scale) in paths.items():
+        assert float(at(updates, path).ravel()[0]) == -scale, path
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "order"),
+    [
+        ("map_maxvit_tiny_tf_224", 11, ("stem/conv1", "stages_0/blocks_0", "stages_0/blocks_1", "stages_1/blocks_0")),
+        ("caformer_s18", 18, ("stem/conv", "stages_0/blocks_2", "stages_1/downsample", "stages_1/blocks_1")),
+        ("resnet50_se_deep", 16, ("stem_0_0/kernel", "layer1_0/conv1_0", "layer1_2/conv1_0", "layer4_2/conv1_0")),
+        ("map_mobilenet_v1", 14, ("layers_0_0_0", "layers_0_1_0", "layers_3_5_0", "layers_4_1_0")),
+        ("map_pit_s", 12, ("pos_embed", "transformers_0/blocks_1", "transformers_1/pool", "transformers_1/blocks_1")),
+        ("faster_vit_0_224", 16, ("patch_embed", "levels_0/blocks_1", "levels_0/downsample", "levels_1/blocks_1")),
+        ("CSWin_64_12211_tiny_224", 25, ("stage1_conv_embed_0", "stage1_0", "merge1", "stage2_1")),
+        ("vit_small_patch16_224", 12, ("cls_token", "blocks_0", "blocks_9", "blocks_10")),
+    ],
+)
+def test_blocks_of_every_family_are_numbered_in_order(name, blocks, order):
+    model = create_model(name)
+    size = model.backbone.image_size
+    images = jnp.zeros((1, size, size, 3)) if isinstance(size, int) else jnp.zeros((1, *size, 3))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), images))["params"]
+    numbers = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): number
+        for path, number in jax.tree_util.tree_leaves_with_path(depths(params))
+    }
+    assert {number for path, number in numbers.items() if path.startswith("head/")} == {max(numbers.values())}
+    assert set(numbers.values()) == set(range(min(numbers.values()), max(numbers.values()) + 1))
+    assert max(numbers.values()) == blocks + 1
+    of = [{number for path, number in numbers.items() if path.startswith(f"backbone/{part}")} for part in order]
+    assert all(len(found) == 1 for found in of)
+    assert [min(found) for found in of] == sorted({min(found) for found in of})
+
+
 # Every optimizer joins the tests below.
 
 # adafactor's rate is relative to the parameters, muon's update has an RMS of 0.2 where Adam's has one of 1 here.
@@ -368,6 +451,9 @@ def test_every_optimizer_keeps_the_dtype(name):
         ({"name": "adamw", "b2": 1.0}, "optim.b2"),
         ({"name": "adamw", "eps": -1e-8}, "optim.eps"),
         ({"name": "adamw", "clip_norm": 0.0}, "optim.clip_norm"),
+        ({"name": "adamw", "clip_value": -1.0}, "optim.clip_value"),
+        ({"name": "adamw", "clip_norm": 1.0, "clip_agc": 0.1}, "clip_norm and clip_agc"),
+        ({"name": "adamw", "layer_decay": 1.5}, "optim.layer_decay"),
         ({"name": "lamb_timm", "max_grad_norm": 0}, "optim.max_grad_norm"),
         ({"name": "adamw", "no_decay": "pos_embed"}, "a list of regexes"),
         ({"name": "adamw", "no_decay": ["(pos_embed"]}, "not a regex"),

@@ -114,6 +114,14 @@ def test_per_step_takes_parts_of_epochs(x64):
     np.testing.assert_allclose(schedule(10_000), wanted, rtol=1e-12)
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_warm_up_in_steps(prefix, x64):
+    steps = make_schedule(steps_per_epoch=4, epochs=3, lr=1.0, warmup_steps=6, warmup_prefix=prefix, per="step")
+    epochs = make_schedule(steps_per_epoch=4, epochs=3, lr=1.0, warmup_epochs=1.5, warmup_prefix=prefix, per="step")
+    assert steps.total_steps == epochs.total_steps == (20 if prefix else 12)
+    np.testing.assert_array_equal(steps(np.arange(20)), epochs(np.arange(20)))
+
+
 @pytest.mark.parametrize("per", ["epoch", "step"])
 def test_traced_and_python_steps_agree(per):
     schedule = make_schedule(steps_per_epoch=4, epochs=10, lr=1e-3, warmup_epochs=2, per=per)
@@ -148,7 +156,11 @@ def test_optax_takes_it_as_a_schedule():
         ({"min_lr": 2.0}, "schedule.min_lr"),
         ({"warmup_epochs": 1.5}, "per='step'"),
         ({"warmup_epochs": -1}, "schedule.warmup_epochs"),
-        ({"warmup_epochs": 11}, "schedule.warmup_epochs"),
+        ({"warmup_epochs": 11}, "warm-up of 11 epochs"),
+        ({"warmup_steps": 3}, "per='step'"),
+        ({"warmup_steps": 3, "warmup_epochs": 1, "per": "step"}, "warmup_epochs"),
+        ({"warmup_steps": 1.5, "per": "step"}, "schedule.warmup_steps"),
+        ({"warmup_steps": 21, "per": "step"}, "warm-up of 21 steps"),
         ({"name": "wsd"}, "schedule.decay_epochs"),
         ({"decay_epochs": 3}, "name='wsd'"),
         ({"name": "wsd", "decay_epochs": 0}, "schedule.decay_epochs"),

@@ -5,6 +5,7 @@ the norm ('l2'), the sum and the product with a random tensor ('dot_probe') that
 loss, and timm's optimizers arrived at. All dropout is off.
 """
 
+import math
 import zlib
 
 import jax
@@ -17,24 +18,32 @@ from maxmap.convert.torch import from_torch, to_torch
 from maxmap.models import create_model
 from maxmap.train.losses import total_loss
 from maxmap.train.optim import decay_mask, make_optimizer
+from maxmap.train.step import _average
 from tests.reference import fill_state_dict, read_manifest
 
 # What another order of the same sums changes, step by step, by the reference's own measurement: the losses, then the
 # parameters. A hundred times as much is still the same computation; ReLU and the first steps, which are nearly signs,
 # multiply rounding by about ten with every step.
 CHAOS = {
-    "a_lamb": ((5e-15, 8e-12, 3e-11), (6e-12, 3e-11, 3e-10)),
+    # The sixth step of this one leaves 1e-7, for a single bias, by more than a hundred times.
+    "a_lamb": ((5e-15, 8e-12, 3e-11, 3e-9, 1e-8), (6e-12, 3e-11, 3e-10, 4e-9, 1e-8)),
     "a2_lamb_lr5e-4": (
         (5e-15, 6e-13, 2e-14, 1e-12, 5e-13, 2e-12),
         (6e-13, 6e-13, 6e-13, 7e-13, 9e-13, 1e-12),
     ),
+    "a3_lamb_eps1e-8": ((5e-15, 3e-12, 3e-11, 1e-9, 2e-9, 1e-7), (7e-12, 8e-11, 3e-10, 4e-9, 3e-8, 2e-6)),
+    "a4_lamb_noclip": ((5e-15, 2e-12, 1e-10, 4e-9), (8e-12, 6e-11, 1e-9, 2e-6)),  # then 1e-4 and more
     "b_adamw": ((5e-15, 4e-12, 2e-10, 1e-9, 8e-10, 1e-8), (2e-11, 5e-11, 1e-10, 4e-10, 2e-9, 5e-9)),
+    "c_lamb_clip_ema": ((1e-8,) * 6, (*(1e-8,) * 5, 1e-6)),  # torch adds 1e-6 to the norm by which it clips
 }
 LAMB = {"name": "lamb_timm", "learning_rate": 5e-3, "weight_decay": 0.02}
 OPTIMIZERS = {
     "a_lamb": LAMB,
     "a2_lamb_lr5e-4": LAMB | {"learning_rate": 5e-4},
+    "a3_lamb_eps1e-8": LAMB | {"eps": 1e-8},
+    "a4_lamb_noclip": LAMB | {"max_grad_norm": math.inf},
     "b_adamw": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05},
+    "c_lamb_clip_ema": LAMB | {"clip_norm": 1.0},
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -133,6 +142,7 @@ def test_decayed_parameters(problem, goldens):
 def test_trajectory(variant, problem, goldens, x64):
     model, variables, gradients = problem
     params, stats = variables["params"], variables["batch_stats"]
+    ema = variables
     optimizer = make_optimizer(**OPTIMIZERS[variant])
     state = optimizer.init(params)
     update = jax.jit(optimizer.update, compiler_options=QUICK)
@@ -141,6 +151,7 @@ def test_trajectory(variant, problem, goldens, x64):
             loss, _, stats, grads = gradients(params, stats, *batch(100 + step, 200 + step))
             updates, state = update(grads, state, params)
             params = optax.apply_updates(params, updates)
+            ema = _average(ema, {"params": params, "batch_stats": stats}, 0.9)
 
             wanted = {key: golden[f"{variant}/{key}"][step] for key in ("loss", "grad_norm", "param/l2", "bn/l2")}
             assert loss == pytest.approx(wanted["loss"], rel=100 * loss_bound), step
@@ -152,4 +163,10 @@ def test_trajectory(variant, problem, goldens, x64):
             named = to_torch({"batch_stats": stats}, model)
             error, key = worst(named, golden["bn_keys"], wanted["bn/l2"], products["bn"])
             assert error < 100 * bound, (step, key)
+        if variant == "c_lamb_clip_ema":
+            for kind, collection in (("param", "params"), ("bn", "batch_stats")):
+                named = to_torch({collection: ema[collection]}, model)
+                stored = [golden[f"{variant}/ema_v2/{kind}/{what}"] for what in ("l2", "dot_probe")]
+                error, key = worst(named, golden[f"{kind}_keys"], *stored)
+                assert error < 1e-5, key
     assert jnp.result_type(loss) == np.float64
