@@ -87,7 +87,7 @@ def get_config(preset: str = "small") -> ConfigDict:
     config.dtype = "bfloat16"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.model = ConfigDict(
         {
             "name": "maxvit_tiny_tf_224",

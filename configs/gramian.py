@@ -60,7 +60,7 @@ def get_config(recipe: str = "convnext_tiny") -> ConfigDict:
     config.dtype = "bfloat16"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     # The head's aggregation and branches have the backbone's rate of stochastic depth.
     config.model = ConfigDict(
         {"name": "", "num_classes": config_dict.placeholder(int), "drop_path": 0.2, "head": {"drop_path": 0.2}}

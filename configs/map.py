@@ -123,7 +123,7 @@ def get_config(recipe: str = "maxvit_tiny") -> ConfigDict:
     config.dtype = "bfloat16"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.model = ConfigDict({"name": "", "num_classes": config_dict.placeholder(int), "drop_path": 0.0})
     config.data = ConfigDict(
         {

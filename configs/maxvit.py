@@ -134,7 +134,7 @@ def get_config(recipe: str = "tiny") -> ConfigDict:
     config.dtype = "bfloat16"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     # Google's stochastic depth ends one block short of the rate.
     config.model = ConfigDict(
         {"name": "", "num_classes": config_dict.placeholder(int), "drop_path": 0.2, "drop_path_endpoint": False}

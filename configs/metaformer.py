@@ -105,7 +105,7 @@ def get_config(recipe: str = "caformer_s18") -> ConfigDict:
     config.dtype = "float32"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.model = ConfigDict(
         {"name": recipe, "num_classes": config_dict.placeholder(int), "drop_path": 0.0, "head": ConfigDict()}
     )
