@@ -16,10 +16,15 @@ from ml_collections import ConfigDict, config_flags
 
 from maxmap import evaluate, train
 from maxmap.errors import UserError, nearest
+from maxmap.sharding import connect
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.KEY=VALUE overrides a value.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same one again goes on with it.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate the newest checkpoint.")
+CHANGES = flags.DEFINE_bool("continue_with_changes", False, "Go on although the config changed what is computed.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, where nothing else tells it.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -71,10 +76,16 @@ def main(argv: list[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     workdir = WORKDIR.value or f"runs/{Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem}"
     try:
-        result = {"train": train.run, "eval": evaluate.run}[MODE.value](CONFIG.value.to_dict(), workdir)
+        connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        config = CONFIG.value.to_dict()
+        if MODE.value == "train":
+            result = train.run(config, workdir, allow_changes=CHANGES.value)
+        else:
+            result = evaluate.run(config, workdir)
     except UserError as error:
         return stop(error)
-    print(json.dumps(result, indent=2))
+    if jax.process_index() == 0:
+        print(json.dumps(result, indent=2))
     return 0
 
 

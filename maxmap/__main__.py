@@ -1,4 +1,4 @@
-"""The commands beside training: python -m maxmap list | predict | samples."""
+"""The commands beside training: python -m maxmap list | predict | samples | average."""
 
 import argparse
 import csv
@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from maxmap import checkpoint
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, call, nearest
 from maxmap.evaluate import count_parameters, multiply_adds
@@ -72,6 +73,14 @@ def samples_command(config: str, folder: Path, count: int) -> None:
         print(path)
 
 
+def average_command(workdirs: list[Path], out: Path, last: int, raw: bool) -> None:
+    """Writes the mean of checkpoints as a checkpoint of the model alone."""
+    variables, info = checkpoint.average(workdirs, last=last, ema=not raw)
+    checkpoint.write_variables(out, variables, info)
+    used = ", ".join(f"{workdir} step {step}" for workdir, step in info["averaged"])
+    print(f"{out}: {info['weights']} weights of {used}")
+
+
 def _load_config(path: str) -> dict:
     file, *argument = path.split(":", 1)
     if not Path(file).is_file():
@@ -101,6 +110,13 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("folder", type=Path, help="where to")
     command.add_argument("--count", type=int, default=6, help="images (default: 6)")
     command.set_defaults(run=samples_command)
+
+    command = commands.add_parser("average", help="average checkpoints; of a single one, keep the EMA weights alone")
+    command.add_argument("workdirs", type=Path, nargs="+", help="folders of runs of the same model")
+    command.add_argument("--out", type=Path, required=True, help="folder for the new checkpoint")
+    command.add_argument("--last", type=int, default=1, help="newest checkpoints of each run (default: 1)")
+    command.add_argument("--raw", action="store_true", help="the raw weights, not their moving averages")
+    command.set_defaults(run=average_command)
 
     arguments = vars(parser.parse_args(argv))
     logging.set_verbosity(logging.ERROR)

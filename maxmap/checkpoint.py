@@ -2,79 +2,200 @@
 
 A step holds the items 'variables' (parameters and the model's other collections), 'ema' (the same, averaged; absent
 without averaging), 'training' (what only training needs) and 'info' (JSON: the model's name and fields, its classes and
-preprocessing), so that whoever only wants the model reads one item.
+preprocessing), so that whoever only wants the model reads one item. The file SHA256SUMS, which `sha256sum -c` reads,
+comes last: without it a step is unfinished and does not count, and what differs from it is damaged and is not used.
+
+A folder may be a remote one (gs://bucket/run): all files go through etils.epath, all arrays through tensorstore.
 """
 
+import contextlib
+import hashlib
+import json
 import os
-from collections.abc import Mapping
+import re
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from maxmap.errors import UserError
 
 FOLDER = "checkpoints"
+SUMS = "SHA256SUMS"
+
+# What tensorstore says, which has no error numbers: the disk is full, or nobody may write.
+_DISK = re.compile(r"No space left|Disk quota|File too large|Read-only|Permission denied|Input/output error", re.I)
+_ORBAX_CHANGES = "_CHECKPOINT_METADATA"  # at its very end orbax notes the time in it
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """The checkpoints of a run, written in the background.
 
     Args:
       workdir: of the run; they lie in its folder `checkpoints`.
-      keep: newest ones that are kept.
+      keep: newest ones that are kept, beside the one with the best score.
     """
 
     def __init__(self, workdir: str | Path, *, keep: int = 3):
-        self._manager = _open(_folder(workdir), ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+        self._folder, self._keep = folder(workdir), keep
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._scores = {step: _score(self._folder / str(step)) for step in finished_steps(workdir)}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        if jax.process_index() == 0:
+            with _disk_errors(self._folder, "be made", self._scores):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                for unfinished in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                    unfinished.rmtree()
 
-    def latest_step(self) -> int | None:
-        """Returns the newest step, None if there is none."""
-        return self._manager.latest_step()
+    def save(self, step: int, items: Mapping[str, Any], info: Mapping[str, Any], score: float | None = None) -> None:
+        """Writes a step in the background; a step that is there and whole is kept.
 
-    def save(self, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-        """Writes a step in the background: the trees of `items` and the JSON of `info`. A step that exists is kept."""
-        if self._manager.latest_step() == step:
+        Args:
+          step: its number.
+          items: trees of arrays, which may be overwritten as soon as this returns.
+          info: what JSON can hold.
+          score: the higher, the better; None where the step was not evaluated.
+
+        Raises:
+          UserError: the checkpoint before this one could not be written.
+        """
+        self.wait()
+        path = self._folder / str(step)
+        if step in self._scores and damage(path) is None:
             return
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**trees, info=ocp.args.JsonSave(dict(info))))
+        with _disk_errors(self._folder, f"take step {step}", self._scores):
+            record = ocp.args.JsonSave({**info, **({} if score is None else {"score": score})})
+            self._writer.save(os.fspath(path), args=ocp.args.Composite(**trees, info=record), force=True)
+        self._thread = threading.Thread(target=self._finish, args=(step, score), name=f"checkpoint of step {step}")
+        self._thread.start()
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Reads items of a step; `like` holds for each a tree of `jax.ShapeDtypeStruct` with shardings."""
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        return {name: restored[name] for name in like}
+        return _read(self._folder / str(step), {name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
+
+    def check(self) -> None:
+        """Raises UserError if what was being written could not be."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def wait(self) -> None:
-        """Waits for what is being written."""
-        self._manager.wait_until_finished()
+        """Waits for what is being written, and raises UserError if it could not be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
 
     def close(self) -> None:
         """Waits for what is being written, and ends the threads."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # it would tell of the same fault again
+                self._writer.close()
+
+    def _finish(self, step: int, score: float | None) -> None:
+        try:
+            with _disk_errors(self._folder, f"take step {step}", self._scores):
+                self._writer.wait_until_finished()
+                if jax.process_index() == 0:
+                    path = self._folder / str(step)
+                    write_text(path / SUMS, "".join(f"{sum}  {name}\n" for name, sum in _sums(path).items()))
+                self._scores[step] = score
+                self._prune()
+        except Exception as error:  # the thread that waits raises it
+            self._error = error
+
+    def _prune(self) -> None:
+        scored = [step for step, score in self._scores.items() if score is not None]
+        best = max(scored, key=lambda step: (self._scores[step], step), default=None)
+        for step in sorted(self._scores)[: -self._keep]:
+            if step != best:
+                del self._scores[step]
+                if jax.process_index() == 0:
+                    (self._folder / str(step) / SUMS).unlink(missing_ok=True)  # so that what a crash leaves is no step
+                    (self._folder / str(step)).rmtree(missing_ok=True)
 
 
-def read_info(workdir: str | Path) -> dict[str, Any] | None:
-    """Returns the info of the newest step below a folder, None if there is none."""
-    folder = _folder(workdir)
-    if not folder.is_dir():
+def folder(workdir: str | Path) -> epath.Path:
+    """Returns where a run's checkpoints lie."""
+    return place(workdir) / FOLDER
+
+
+def place(path: str | Path) -> epath.Path:
+    """Returns a path as orbax takes it: absolute, or remote with its scheme."""
+    path = os.fspath(path)
+    return epath.Path(path if "://" in path else os.path.abspath(path))
+
+
+def finished_steps(workdir: str | Path) -> list[int]:
+    """Returns the steps that were written to their end, in order."""
+    where = folder(workdir)
+    if not where.is_dir():
+        return []
+    return sorted(int(p.name) for p in where.iterdir() if p.name.isdecimal() and (p / SUMS).exists())
+
+
+def damage(path: epath.Path) -> str | None:
+    """Returns what differs from the checksums in a step's folder, None if nothing does."""
+    try:
+        wanted = dict(reversed(line.split("  ", 1)) for line in (path / SUMS).read_text().splitlines())
+        found = _sums(path)
+    except (OSError, ValueError) as error:
+        return f"its checksums cannot be read: {error}"
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if wanted.get(name) != found[name]:
+            return f"the content of {name} is not what was written"
+    return None
+
+
+def newest(workdir: str | Path) -> int | None:
+    """Returns the newest step that is whole, None if none was ever finished; what is damaged is named on stderr.
+
+    Raises:
+      UserError: there are finished steps, and all of them are damaged.
+    """
+    faults: list[str] = []
+    for step in reversed(finished_steps(workdir)):
+        fault = damage(folder(workdir) / str(step))
+        if fault is None:
+            if faults and jax.process_index() == 0:
+                print(f"maxmap: {'; '.join(faults)}: using step {step} instead.", file=sys.stderr)
+            return step
+        faults.append(f"the checkpoint of step {step} in {workdir} is damaged ({fault})")
+    if faults:
+        raise UserError(f"{'; '.join(faults)}, and there is no other: bring back a copy, or give another folder.")
+    return None
+
+
+def read_info(workdir: str | Path, step: int | None = None) -> dict[str, Any] | None:
+    """Returns the info of a step, by default the newest that is whole; None if there is none."""
+    if step is None:
+        step = newest(workdir)
+    if step is None:
         return None
-    with _open(folder) as manager:
-        step = manager.latest_step()
-        if step is None:
-            return None
-        info = manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"]
-    return {**info, "step": step}
+    return {**_info(folder(workdir) / str(step)), "step": step}
 
 
-def read_variables(workdir: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads the newest model below a folder, on whatever devices it was written.
+def read_variables(
+    workdir: str | Path, *, ema: bool = True, step: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the model of a checkpoint, on whatever devices it was written.
 
     Args:
       workdir: of a run, or a converted checkpoint.
       ema: the averaged variables where there are any, else the raw ones.
+      step: which; None for the newest that is whole.
 
     Returns:
       The variables as NumPy arrays, and the info with 'step' and 'weights' ("ema" or "raw") added.
@@ -82,32 +203,134 @@ def read_variables(workdir: str | Path, *, ema: bool = True) -> tuple[dict[str, 
     Raises:
       UserError: there is no checkpoint.
     """
-    info = read_info(workdir)
+    info = read_info(workdir, step)
     if info is None:
         raise UserError(f"there is no checkpoint in {workdir}: give the folder of a run, the one that --workdir named.")
-    with _open(_folder(workdir)) as manager:
-        step = info["step"]
-        item = "ema" if ema and (_folder(workdir) / str(step) / "ema").exists() else "variables"
-        on_one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        metadata = manager.item_metadata(step)[item]
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one), dict(metadata))
-        variables = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
-    return jax.tree.map(np.asarray, variables), {**info, "weights": "ema" if item == "ema" else "raw"}
+    path = folder(workdir) / str(info["step"])
+    item = "ema" if ema and (path / "ema").exists() else "variables"
+    on_one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with contextlib.closing(ocp.StandardCheckpointer()) as reader:
+        metadata = reader.metadata(os.fspath(path / item)).item_metadata
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one), dict(metadata))
+    variables = _read(path, {item: ocp.args.StandardRestore(like)})[item]
+    return jax.tree.map(np.asarray, variables), {
+        **info,
+        "weights": info.get("weights", "raw") if item != "ema" else item,
+    }
 
 
-def write_text(path: Path, text: str) -> None:
+def average(
+    workdirs: Sequence[str | Path], *, last: int = 1, ema: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Averages checkpoints of the same model ("model soup": Wortsman et al. 2022), in float64.
+
+    Args:
+      workdirs: of runs.
+      last: newest checkpoints of each.
+      ema: their averaged variables where there are any, else the raw ones.
+
+    Returns:
+      The variables as NumPy arrays, and the newest info of the first run, with 'weights' ("ema" or "raw") and
+      'averaged', the list of [folder, step].
+
+    Raises:
+      UserError: a run has fewer checkpoints that are whole, or holds another model.
+    """
+    total: Any = None
+    averaged: list[list[Any]] = []
+    first: dict[str, Any] = {}
+    for workdir in workdirs:
+        whole = [step for step in finished_steps(workdir) if damage(folder(workdir) / str(step)) is None]
+        if last < 1 or len(whole) < last:
+            raise UserError(f"{workdir} has {len(whole)} whole checkpoints, not {last}: give --last from 1 to that.")
+        for step in reversed(whole[-last:]):
+            variables, info = read_variables(workdir, ema=ema, step=step)
+            first = first or info
+            if info["model"] != first["model"] or info["weights"] != first["weights"]:
+                raise UserError(f"{workdir} and {workdirs[0]} hold different models: only the same can be averaged.")
+            wide = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
+            total = wide if total is None else jax.tree.map(np.add, total, wide)
+            averaged.append([os.fspath(workdir), step])
+    mean = jax.tree.map(lambda sum, like: (sum / len(averaged)).astype(like.dtype), total, variables)
+    return mean, {**first, "averaged": averaged}
+
+
+def write_variables(workdir: str | Path, variables: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Writes a checkpoint that holds a model alone.
+
+    Raises:
+      UserError: there is a checkpoint in `workdir` already.
+    """
+    if finished_steps(workdir):
+        raise UserError(f"{workdir} holds a checkpoint already: give another folder.")
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        checkpoints.save(int(info["step"]), {"variables": dict(variables)}, info, info.get("score"))
+
+
+def write_text(path: str | Path | epath.Path, text: str) -> None:
     """Writes a file so that whoever reads it, also after a crash, finds the old text or the new one, never a part."""
+    if "://" in os.fspath(path):
+        epath.Path(path).write_text(text)  # an object in a bucket appears as a whole
+        return
+    path = Path(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, "utf-8")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 
-def _open(folder: Path, options: ocp.CheckpointManagerOptions | None = None) -> ocp.CheckpointManager:
-    handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "ema", "training")}
-    return ocp.CheckpointManager(
-        folder, options=options, item_handlers={**handlers, "info": ocp.JsonCheckpointHandler()}
-    )
+def _sums(path: epath.Path) -> dict[str, str]:
+    """SHA-256 of every file of a step, by its path in the step's folder."""
+    found = {}
+    for file in sorted(_files(path)):
+        name = os.fspath(file)[len(os.fspath(path)) + 1 :]
+        if name not in (SUMS, _ORBAX_CHANGES) and not file.name.endswith(".unfinished"):
+            with file.open("rb") as opened:
+                sum = hashlib.sha256()
+                while block := opened.read(1 << 20):
+                    sum.update(block)
+            found[name] = sum.hexdigest()
+    return found
 
 
-def _folder(workdir: str | Path) -> Path:
-    return Path(workdir).absolute() / FOLDER
+def _files(path: epath.Path) -> Iterator[epath.Path]:
+    for entry in path.iterdir():
+        if entry.is_dir():
+            yield from _files(entry)
+        else:
+            yield entry
+
+
+def _info(path: epath.Path) -> dict[str, Any]:
+    return json.loads((path / "info" / "metadata").read_text())
+
+
+def _score(path: epath.Path) -> float | None:
+    try:
+        return _info(path).get("score")
+    except (OSError, ValueError):
+        return None  # damaged
+
+
+def _read(path: epath.Path, args: Mapping[str, Any]) -> dict[str, Any]:
+    with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as reader:
+        restored = reader.restore(os.fspath(path), args=ocp.args.Composite(**args))
+    return {name: restored[name] for name in args}
+
+
+@contextlib.contextmanager
+def _disk_errors(where: epath.Path, what: str, good: Mapping[int, Any]) -> Iterator[None]:
+    """Turns what the disk refuses into a sentence; other errors are bugs and stay what they are."""
+    try:
+        yield
+    except Exception as error:
+        reason = _DISK.search(str(error))
+        if isinstance(error, UserError) or (reason is None and not isinstance(error, OSError)):
+            raise
+        last = f"the last good checkpoint is step {max(good)}" if good else "there is no checkpoint yet"
+        raise UserError(
+            f"{where} cannot {what} ({reason[0] if reason else error}); {last}: make room, or the folder writable, and "
+            "start again."
+        ) from error

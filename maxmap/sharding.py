@@ -4,8 +4,11 @@ A batch is split over all devices, the axes "data" and "fsdp" together. Every ar
 the optimizer or an average, is split over "fsdp" by its shape alone, and the same on every row of "data".
 """
 
+import importlib.util
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +18,52 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from maxmap.errors import UserError
 
 DATA, FSDP = "data", "fsdp"
+HEARTBEAT = 60  # seconds without a sign of life after which the other processes of a job end too
 SMALLEST = 4096  # values; to gather a smaller array costs more in latency than its copies cost in memory
+
+
+def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the processes of a job, one per host or per GPU, before anything else uses JAX.
+
+    Without arguments it asks the environment: a TPU pod, Slurm's `srun` or Open MPI's `mpirun`; where there is none of
+    these, the process is alone.
+
+    Args:
+      coordinator: host:port of the first process, which it opens.
+      num_processes: of the job.
+      process_id: from 0.
+
+    Raises:
+      UserError: only some of the three are given and the environment lacks the others, or the processes do not meet.
+    """
+    environment = os.environ
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        num_processes = num_processes or int(environment["OMPI_COMM_WORLD_SIZE"])
+        process_id = int(environment["OMPI_COMM_WORLD_RANK"]) if process_id is None else process_id
+        if num_processes == 1:
+            return
+        if coordinator is None and "OMPI_MCA_orte_hnp_uri" not in environment:
+            raise UserError("this Open MPI does not tell where its first process runs: give --coordinator=HOST:PORT.")
+    elif (coordinator, num_processes, process_id) == (None, None, None):
+        tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+        slurm = "SLURM_STEP_NODELIST" in environment and int(tasks) > 1
+        if not slurm and not _on_tpu_vm():
+            return
+    elif None in (coordinator, num_processes, process_id):
+        raise UserError("give all of --coordinator=HOST:PORT, --num_processes and --process_id, or none of them.")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes of this job do not find each other ({' '.join(str(error).split())[:300]}): see whether all "
+            "of them run and reach the coordinator's port."
+        ) from error
+
+
+def _on_tpu_vm() -> bool:
+    """Whether this is a host of Google Cloud with TPUs, be it alone or in a pod."""
+    devices = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+    return devices and importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:

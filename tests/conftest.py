@@ -27,6 +27,35 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault(name): injects a fault; the run ends with a table of them")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    mark = item.get_closest_marker("fault")
+    if mark and report.when == "call" and not report.skipped:
+        report.user_properties.append(("fault", mark.args[0]))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A table: fault, tries, survived, lost. Nothing may be lost."""
+    faults: dict[str, list[int]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if name == "fault":
+                    faults.setdefault(value, [0, 0])[outcome == "failed"] += 1
+    if faults:
+        width = max(map(len, faults))
+        terminalreporter.section("faults that were injected")
+        terminalreporter.write_line(f"{'fault':{width}}  tries  survived  lost")
+        for name, (survived, lost) in sorted(faults.items()):
+            terminalreporter.write_line(f"{name:{width}}  {survived + lost:5}  {survived:8}  {lost:4}")
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Runs one test with float64 enabled."""

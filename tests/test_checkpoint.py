@@ -1,5 +1,9 @@
 """Checkpoints come back bit by bit, on any devices; reading them needs no model."""
 
+import hashlib
+import os
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,7 @@ import optax
 import pytest
 
 from maxmap import checkpoint
+from maxmap.__main__ import main
 from maxmap.checkpoint import Checkpoints, read_info, read_variables, write_text
 from maxmap.errors import UserError
 from maxmap.sharding import make_mesh
@@ -42,7 +47,7 @@ def workdir(tmp_path):
 
 def test_all_of_the_state_comes_back(workdir):
     checkpoints = Checkpoints(workdir)
-    assert checkpoints.latest_step() == 7
+    assert checkpoint.newest(workdir) == 7
     for step in (5, 7):
         like = abstract(jax.eval_shape(lambda: state()), make_mesh(data=1))
         restored = TrainState.from_items(checkpoints.restore(step, like.items()))
@@ -128,10 +133,146 @@ def test_where_there_is_nothing(tmp_path):
     assert not (tmp_path / "missing").exists()
 
 
+def step_folder(workdir, step: int):
+    return workdir / checkpoint.FOLDER / str(step)
+
+
+def largest(folder):
+    """The file with the most bytes: values of the arrays."""
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(folder):
+    path = largest(folder)
+    os.truncate(path, path.stat().st_size // 2)
+    return path
+
+
+def flip_a_bit(folder):
+    path = largest(folder)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def lose_a_file(folder):
+    path = largest(folder)
+    path.unlink()
+    return path
+
+
+@pytest.mark.fault("checkpoint damaged after it was written")
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, lose_a_file])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(workdir, capfd, harm):
+    path = harm(step_folder(workdir, 7))
+    assert read_info(workdir)["step"] == 5
+    said = capfd.readouterr().err
+    assert "step 7" in said and "using step 5 instead" in said and path.name in said and said.count("\n") == 1
+    variables, info = read_variables(workdir)
+    assert_equal(variables, copied(state(5).ema))
+    assert info["step"] == 5
+    # It is written anew when the run comes to it again.
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(7, state(7).items(), INFO)
+    checkpoints.close()
+    assert_equal(read_variables(workdir)[0], copied(state(7).ema))
+
+
+def test_where_all_are_damaged(workdir):
+    for step in (5, 7):
+        flip_a_bit(step_folder(workdir, step))
+    with pytest.raises(UserError, match=r"step 7 .* is damaged .*; .*step 5 .* is damaged .* there is no other"):
+        read_info(workdir)
+
+
+@pytest.mark.fault("crash in the middle of a save")
 def test_an_unfinished_step_does_not_count(workdir):
-    # What a crash in the middle of saving leaves.
-    (workdir / checkpoint.FOLDER / "9.orbax-checkpoint-tmp").mkdir()
+    unfinished = step_folder(workdir, 9).with_name("9.orbax-checkpoint-tmp")
+    unfinished.mkdir()
+    (step_folder(workdir, 7) / checkpoint.SUMS).unlink()  # renamed, but not yet looked through
+    assert read_info(workdir)["step"] == 5
+    Checkpoints(workdir).close()
+    assert not unfinished.exists()
+
+
+def test_sums_are_those_of_sha256sum(workdir):
+    sums = (step_folder(workdir, 7) / checkpoint.SUMS).read_text().splitlines()
+    assert len(sums) > 5
+    for line in sums:
+        digest, name = line.split("  ")
+        assert hashlib.sha256((step_folder(workdir, 7) / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_best_is_kept(tmp_path):
+    for part in ({1: 50.0, 2: 90.0, 3: None}, {4: 70.0, 5: 60.0, 6: None}):  # a run and its continuation
+        checkpoints = Checkpoints(tmp_path, keep=2)
+        for step, score in part.items():
+            checkpoints.save(step, {"variables": {"w": jnp.zeros(3)}}, INFO, score)
+        checkpoints.close()
+    assert checkpoint.finished_steps(tmp_path) == [2, 5, 6]
+    assert read_info(tmp_path, 2) == {**INFO, "step": 2, "score": 90.0}
+
+
+@pytest.mark.fault("disk full while saving")
+def test_a_full_disk_costs_no_checkpoint(workdir):
+    # A limit on the size of files stands for the disk: it needs no rights.
+    before = files(workdir)
+    checkpoints = Checkpoints(workdir, keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        checkpoints.save(9, {"variables": {"w": np.random.default_rng(0).normal(size=100_000)}}, INFO)
+        with pytest.raises(
+            UserError, match=r"cannot take step 9 .*the last good checkpoint is step 7: make room"
+        ) as error:
+            checkpoints.wait()
+        assert str(error.value).rstrip(".").count(". ") == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints.close()
     assert read_info(workdir)["step"] == 7
+    assert before.items() <= files(workdir).items()
+    again = Checkpoints(workdir, keep=2)
+    again.save(9, state(9).items(), INFO)
+    again.close()
+    assert read_info(workdir)["step"] == 9
+
+
+@pytest.mark.fault("checkpoint folder cannot be written")
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / checkpoint.FOLDER).write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot be made .*there is no checkpoint yet"):
+        Checkpoints(tmp_path)
+
+
+def test_an_average_by_hand(workdir, tmp_path):
+    variables, info = checkpoint.average([workdir], last=2)
+    wanted = jax.tree.map(
+        lambda a, b: ((a.astype("f8") + b) / 2).astype(a.dtype), *(copied(state(s).ema) for s in (5, 7))
+    )
+    assert_equal(variables, wanted)
+    assert info["weights"] == "ema" and info["averaged"] == [[str(workdir), 7], [str(workdir), 5]]
+    with pytest.raises(UserError, match="has 2 whole checkpoints, not 3"):
+        checkpoint.average([workdir], last=3)
+    other = Checkpoints(tmp_path / "other")
+    other.save(1, state(1).items(), {**INFO, "model": {"name": "another"}})
+    other.close()
+    with pytest.raises(UserError, match="different models"):
+        checkpoint.average([workdir, tmp_path / "other"])
+
+
+def test_the_average_alone_is_a_checkpoint(workdir, tmp_path, capsys):
+    assert main(["average", str(workdir), "--out", str(tmp_path / "ema")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'ema'}: ema weights of {workdir} step 7\n"
+    variables, info = read_variables(tmp_path / "ema")
+    assert_equal(variables, copied(state(7).ema))
+    assert info["weights"] == "ema" and info["model"] == INFO["model"] and info["step"] == 7
+    assert not (step_folder(tmp_path / "ema", 7) / "training").exists()
+    assert main(["average", str(workdir), "--out", str(tmp_path / "ema")]) == 2
+    assert "holds a checkpoint already" in capsys.readouterr().err
+    assert main(["average", str(workdir), "--raw", "--last=2", "--out", str(tmp_path / "raw")]) == 0
+    assert read_variables(tmp_path / "raw")[1]["weights"] == "raw"
 
 
 def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):

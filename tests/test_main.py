@@ -125,8 +125,11 @@ def test_a_users_mistake_is_printed_and_a_bug_is_not_hidden(capsys, monkeypatch,
     monkeypatch.setattr(main, "CONFIG", SimpleNamespace(value=SimpleNamespace(to_dict=lambda: {"a": 1})))
     monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=str(tmp_path)))
     monkeypatch.setattr(main, "MODE", SimpleNamespace(value="train"))
+    for name in ("CHANGES", "COORDINATOR", "PROCESSES", "PROCESS"):
+        monkeypatch.setattr(main, name, SimpleNamespace(value=None))
 
-    def fail(config, workdir):
+    def fail(config, workdir, *, allow_changes):
+        assert not allow_changes
         assert config == {"a": 1} and workdir == str(tmp_path)
         raise errors.pop()
 

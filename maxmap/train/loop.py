@@ -26,6 +26,7 @@ from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, to_
 from maxmap.train.losses import total_loss
 from maxmap.train.optim import make_optimizer
 from maxmap.train.report import Report
+from maxmap.train.resume import check_changes, only_run
 from maxmap.train.schedule import make_schedule
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import Loss, Prepare, make_train_step
@@ -36,13 +37,14 @@ Config = Mapping[str, Any]
 RESTART = 75  # exit code after SIGTERM (EX_TEMPFAIL): the run is saved and wants to be started again
 
 
-def run(config: Config, workdir: str | Path) -> dict[str, Any]:
+def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> dict[str, Any]:
     """Trains, or goes on where the newest checkpoint of `workdir` stands.
 
     Args:
       config: as the files in `configs/` make it; each section is the keyword arguments of one function.
       workdir: folder of the run: `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/`, `curves.png` and
         `eval.json`.
+      allow_changes: go on with a run although the config changed in what it computes.
 
     Returns:
       The content of `eval.json`, of the last evaluation.
@@ -63,9 +65,10 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     if data.val is None:
         raise UserError("there is no evaluation data: set --config.data.val_split.")
     kwargs = evaluate.model_kwargs(config, len(data.classes))
-    found = checkpoint.read_info(workdir)
+    found, changes = checkpoint.read_info(workdir), []
     if found is not None:
         evaluate.check_same_model(kwargs, found["model"], workdir)
+        changes = check_changes(found.get("config", config), config, workdir, allow=allow_changes)
     model = call(create_model, "model", kwargs)
 
     batch_size, accumulate = config["batch_size"], config["accumulate"]
@@ -116,9 +119,6 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {workdir} ({error.strerror}): give another --workdir.") from error
-    if jax.process_index() == 0:
-        checkpoint.write_text(Path(workdir, "config.json"), json.dumps(info["config"], indent=2) + "\n")
-
     dtype = jnp.dtype(config["dtype"])
     same, split = replicated(mesh), split_batch(mesh)
     train_step = jax.jit(
@@ -143,6 +143,9 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
         return result
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(only_run(workdir))
+        if jax.process_index() == 0:
+            checkpoint.write_text(Path(workdir, "config.json"), json.dumps(info["config"], indent=2) + "\n")
         report = stack.enter_context(
             contextlib.closing(Report(workdir, step=start, total_steps=total_steps, batch_size=batch_size))
         )
@@ -151,6 +154,8 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
             f"{data.num_eval} evaluation images, {mesh.devices.size} {jax.default_backend()} device(s), steps {start} "
             f"to {total_steps}; writing to {workdir}"
         )
+        for change in changes:
+            report.tell(f"changed since the checkpoint: {change}")
         if start >= total_steps:  # nothing is left to train
             return evaluate_now(start)
         batches = stack.enter_context(
@@ -180,7 +185,7 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
             if evaluating:
                 result = evaluate_now(step)
             if saving:
-                checkpoints.save(step, state.items(), info)
+                checkpoints.save(step, state.items(), info, result["top1"] if evaluating else None)
             report.left_out(time.perf_counter() - began)
             if end:
                 break
@@ -189,6 +194,7 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
                 report.tell(f"stopped after step {step}, which is saved: the same command goes on from there")
                 raise SystemExit(interrupts.exit_code())
             began = time.perf_counter()
+            checkpoints.check()
             batch = next(batches)
             report.waited(time.perf_counter() - began)
             for index in batch["skipped"][batch["skipped"] >= 0]:
@@ -229,7 +235,7 @@ def _saving(*, every: int, keep: int) -> tuple[int, int]:
 
     Args:
       every: steps between two checkpoints.
-      keep: newest ones that are kept.
+      keep: newest ones that are kept, beside the one with the best top-1 of those that were evaluated.
     """
     for key, value in {"every": every, "keep": keep}.items():
         if value < 1:

@@ -49,9 +49,9 @@ def run(settings: dict, workdir: Path) -> tuple[dict, dict]:
     saved = {}
     save = checkpoint.Checkpoints.save
 
-    def remember(self, step, items, info):
+    def remember(self, step, items, info, score=None):
         saved[step] = copied(items)
-        save(self, step, items, info)
+        save(self, step, items, info, score)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", remember)
@@ -285,14 +285,30 @@ def test_a_workdir_of_another_run_is_left_alone(finished, images, tmp_path):
     assert "num_classes is 3 there and 2 here" in sentence(config(folder), workdir)
     with pytest.raises(UserError, match="num_classes is 3 there and 2 here"):
         evaluate.run(config(folder), workdir)
-    assert "another optimizer" in sentence(config(images, optim={"name": "lion"}), workdir)
+    assert "optim.name: adamw -> lion" in sentence(config(images, optim={"name": "lion"}), workdir)
 
 
 def test_a_run_without_an_average_cannot_go_on_with_one(images, tmp_path):
     settings = config(images, ema_decay=None, steps=1)
     result, saved = run(settings, tmp_path)
     assert result["weights"] == "raw" and "ema" not in saved[1]
-    assert "averaging" in sentence({**settings, "ema_decay": 0.5, "steps": 2}, tmp_path)
+    changed = {**settings, "ema_decay": 0.5, "steps": 2}
+    assert "ema_decay: None -> 0.5" in sentence(changed, tmp_path)
+    with pytest.raises(UserError, match="another optimizer or averaging"):
+        loop.run(changed, tmp_path, allow_changes=True)
+
+
+def test_a_changed_config_goes_on_when_told(finished, tmp_path, capfd):
+    settings = {**finished.config, "steps": 2}
+    run(settings, tmp_path)
+    settings = {**settings, "steps": 4, "loss": {"name": "softmax"}, "log": {"every": 1}}
+    assert "loss.decorrelation: -0.1 -> not set" in sentence(settings, tmp_path)
+    assert loop.run(settings, tmp_path, allow_changes=True)["step"] == 4
+    told = capfd.readouterr().err
+    assert "changed since the checkpoint: loss.decorrelation" in told
+    assert "changed since the checkpoint: log.every: 2 -> 1" in told
+    # From then on it is the run's own.
+    assert loop.run({**settings, "steps": 5}, tmp_path)["step"] == 5
 
 
 @pytest.mark.parametrize(

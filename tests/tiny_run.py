@@ -1,0 +1,154 @@
+"""A training run of the tests' network in a process of its own, which can be made to die: python -m tests.tiny_run.
+
+  --images FOLDER --workdir FOLDER [--devices N] [--set section__key=JSON ...] [--die WHERE:N ...]
+  [--coordinator HOST:PORT --num_processes N --process_id I]
+
+`--die` kills the process with SIGKILL at the N-th time that it comes to WHERE, which is one of the keys of PLACES. The
+samples of every step are appended to `order.jsonl` in the workdir.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NPROC", "16")  # see tests/conftest.py
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from maxmap import checkpoint, evaluate
+from maxmap.data.pipeline import Data
+from maxmap.errors import UserError
+from maxmap.sharding import connect
+from maxmap.train import loop
+from tests import tiny
+
+# Owner and name of the functions at whose call a process can be killed.
+PLACES: dict[str, tuple[Any, str]] = {
+    "step": (loop, "to_devices"),
+    "log": (loop.Report, "train"),
+    "evaluation": (evaluate, "evaluate"),
+    "save": (checkpoint.Checkpoints, "save"),
+    "sums": (checkpoint, "_sums"),
+    "prune": (checkpoint.Checkpoints, "_prune"),
+    "text": (checkpoint.os, "replace"),
+}
+
+
+def die_at(where: str, count: int) -> None:
+    """Kills this process at the `count`-th call."""
+    owner, name = PLACES[where]
+    function: Callable[..., Any] = getattr(owner, name)
+    calls = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def note_order(workdir: Path) -> None:
+    """Notes which samples every step takes."""
+    train_batches = Data.train_batches
+
+    def noted(self: Data, batch_size: int, *, start_step: int = 0, **kwargs: Any) -> Any:
+        rows = train_batches(self, batch_size, start_step=start_step, **kwargs)
+        for step, batch in enumerate(rows, start_step):
+            with (workdir / f"order{jax.process_index()}.jsonl").open("a") as file:
+                file.write(json.dumps([step, batch["index"].tolist()]) + "\n")
+            yield batch
+
+    Data.train_batches = noted  # type: ignore[method-assign, assignment]
+
+
+def start(
+    images: Path, workdir: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Starts a run; what it prints goes to `workdir.log`, where its last lines explain a failure."""
+    command = [sys.executable, "-m", "tests.tiny_run", f"--images={images}", f"--workdir={workdir}", *options]
+    with workdir.with_name(workdir.name + ".log").open("a") as log:
+        env = {**os.environ, "NPROC": "16", **(environment or {})}
+        return subprocess.Popen(command, cwd=tiny.ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def log_of(workdir: Path) -> str:
+    """What all runs in a workdir printed."""
+    return workdir.with_name(workdir.name + ".log").read_text()
+
+
+def outcome(workdir: Path) -> dict[str, Any]:
+    """All that a finished run stands for: the whole state, the metrics, the evaluation, the samples of every step."""
+    step = checkpoint.newest(workdir)
+    state, one = {}, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with contextlib.closing(ocp.StandardCheckpointer()) as reader:
+        for item in ("variables", "ema", "training"):
+            path = checkpoint.folder(workdir) / str(step) / item
+            like = reader.metadata(path).item_metadata
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), dict(like))
+            state[item] = jax.tree.map(np.asarray, reader.restore(path, like))
+    order: dict[int, list[int]] = {}
+    for path in sorted(workdir.glob("order*.jsonl")):
+        own = {}
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # cut off by the crash
+                at, samples = json.loads(line)
+                assert own.setdefault(at, samples) == samples, f"step {at} took other samples the second time"
+        for at, samples in own.items():
+            order.setdefault(at, []).extend(samples)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "step": step,
+        "state": state,
+        "order": order,
+        "metrics": [tiny.without_timings(row) for row in rows],
+        "eval": json.loads((workdir / "eval.json").read_text()),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--die", action="append", default=[])
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+    arguments = parser.parse_args()
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", arguments.devices)
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", str(tiny.ROOT / ".cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    for room in tiny.rooms():
+        room.create_model = tiny.create_tiny  # type: ignore[attr-defined]
+    note_order(arguments.workdir)
+    for where in arguments.die:
+        place, count = where.split(":")
+        die_at(place, int(count))
+    changes = {key: json.loads(value) for key, value in (change.split("=", 1) for change in arguments.set)}
+    try:
+        loop.run(tiny.config(arguments.images, mesh__data=-1, **changes), arguments.workdir)
+    except UserError as error:
+        print(f"maxmap: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Runs that die, runs that are not alone, runs on several processes: the result is that of the uninterrupted run.
+
+`make soak` tries the same at random moments, and what takes longer.
+"""
+
+import json
+import socket
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from maxmap.errors import UserError
+from maxmap.sharding import connect
+from maxmap.train.resume import check_changes, only_run
+from tests.tiny import assert_equal, config, write_folder
+from tests.tiny_run import log_of, outcome, start
+
+TIMEOUT = 240  # seconds, for a process that takes ten on an idle machine
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("images"))
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def end(process, workdir: Path, code: int = 0) -> None:
+    assert process.wait(TIMEOUT) == code, log_of(workdir)[-3000:]
+
+
+@pytest.mark.fault("kill -9 of a run")
+def test_killed_runs_end_as_one_that_was_not(images, tmp_path):
+    whole = start(images, tmp_path / "whole")
+    broken = tmp_path / "broken"
+    # Before the line of step 4 is in the log; while step 8 is being looked through, when step 9 is not yet begun.
+    end(start(images, broken, "--die=step:4"), broken, -9)
+    end(start(images, broken, "--die=sums:2"), broken, -9)
+    end(start(images, broken), broken)
+    end(whole, tmp_path / "whole")
+    wanted, found = outcome(tmp_path / "whole"), outcome(broken)
+    assert_equal(found.pop("state"), wanted.pop("state"))
+    assert found == wanted and found["step"] == 9 and sorted(found["order"]) == list(range(9))
+
+
+@pytest.mark.parametrize("environment", ["flags", "open mpi"])
+def test_two_processes_train_as_one_does(images, tmp_path, environment):
+    sets = ("--set", "steps=4", "--set", f"mesh__fsdp={2 if environment == 'flags' else 1}")
+    one, two = tmp_path / "one", tmp_path / "two"
+    single = start(images, one, "--devices=8", *sets)
+    number = port()
+    processes = []
+    for i in range(2):
+        flags = (f"--coordinator=127.0.0.1:{number}", "--num_processes=2", f"--process_id={i}")
+        variables = {
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": str(i),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+            "OMPI_MCA_orte_hnp_uri": f"{4096 * number}.0;tcp://127.0.0.1:34911",
+        }
+        given = {"flags": (flags, None), "open mpi": ((), variables)}[environment]
+        processes.append(start(images, two, "--devices=4", *sets, *given[0], environment=given[1]))
+    for process in processes:
+        end(process, two)
+    end(single, one)
+    wanted, found = outcome(one), outcome(two)
+    assert found["order"] == wanted["order"]  # and each process read its half alone:
+    for i in range(2):
+        rows = [json.loads(line) for line in (two / f"order{i}.jsonl").read_text().splitlines()]
+        assert [samples for _, samples in rows] == [wanted["order"][at][4 * i : 4 * i + 4] for at, _ in rows]
+    assert [row["step"] for row in found["metrics"]] == [row["step"] for row in wanted["metrics"]]  # one wrote the log
+    for ours, theirs in zip(found["metrics"], wanted["metrics"], strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found["state"], wanted["state"])
+    assert log_of(two).count("step 4/4") == 1
+
+
+def test_processes_that_are_only_half_described(monkeypatch):
+    with pytest.raises(UserError, match="all of --coordinator"):
+        connect("127.0.0.1:1234")
+    connect()  # alone
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    with pytest.raises(UserError, match="does not tell where its first process runs: give --coordinator"):
+        connect()
+
+
+@pytest.mark.fault("two runs in one workdir")
+def test_a_second_run_in_a_workdir_refuses(tmp_path):
+    says = pytest.raises(UserError, match=r"another run \(process \d+ on .*\) is writing to .*--workdir")
+    with only_run(tmp_path), says, only_run(tmp_path):
+        raise AssertionError
+    with only_run(tmp_path):
+        pass
+
+
+@pytest.mark.fault("config changed between runs")
+def test_changes_of_the_config():
+    before = config(None)
+    assert check_changes(before, config(None), "run", allow=False) == []
+    harmless = config(None, log__every=7, mesh__data=4, steps=3, checkpoint__keep=9, data__threads=3)
+    assert "log.every: 2 -> 7" in check_changes(before, harmless, "run", allow=False)
+    serious = config(None, optim__weight_decay=0.1, log__every=7, seed=3)
+    with pytest.raises(UserError) as error:
+        check_changes(before, serious, "run", allow=False)
+    assert "(optim.weight_decay: 0.05 -> 0.1; seed: 0 -> 3)" in str(error.value)
+    assert "--continue_with_changes" in str(error.value) and "log.every" not in str(error.value)
+    assert len(check_changes(before, serious, "run", allow=True)) == 3
+    # What is not set is None: a config of an older version lacks a key.
+    assert check_changes({**before, "init_from": 1}, {**before, "new": None}, "run", allow=False) == [
+        "init_from: 1 -> None"
+    ]
