@@ -173,9 +173,10 @@ def multiply_adds(jaxpr: Any) -> int:
         elif kind == "conv_general_dilated":
             out_channels = shapes[1][parameters["dimension_numbers"].rhs_spec[0]]
             total += outputs * math.prod(shapes[1]) // out_channels
-        elif kind == "custom_vjp_call":  # layers.depthwise_shifts, the only one: a convolution by shifted products
-            products = (inner for inner in parameters["call_jaxpr"].eqns if inner.primitive.name == "mul")
-            total += sum(math.prod(product.outvars[0].aval.shape) for product in products)
+        elif kind == "custom_vjp_call":  # of layers.py: a convolution, perhaps by shifted products
+            inner = parameters["call_jaxpr"]
+            total += multiply_adds(inner)
+            total += sum(math.prod(e.outvars[0].aval.shape) for e in inner.eqns if e.primitive.name == "mul")
         else:
             total += sum(multiply_adds(inner) for inner in jax.tree.leaves(parameters) if hasattr(inner, "eqns"))
     return total

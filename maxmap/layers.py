@@ -19,6 +19,7 @@ from jax import lax
 Array = jax.Array
 Initializer = Callable[..., Array]
 Padding = int | str
+Pads = tuple[tuple[int, int], ...]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -31,16 +32,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 # How a convolution of each kind is computed, by platform; platforms that are not listed use "default".
-# XLA's CPU backend runs a 1x1 convolution about 6 times slower than the same matrix product, and a depthwise one about
-# 17 times slower than a sum of shifted products.
+# XLA's CPU backend runs a 1x1 convolution about 6 times slower than the same matrix product, a depthwise one about 17
+# times slower than a sum of shifted products, and the kernel's gradient of any other up to 3 times slower than products
+# of patches.
 IMPLEMENTATIONS = {
-    "cpu": {"pointwise": "matmul", "depthwise": "shifts"},
-    "default": {"pointwise": "lax", "depthwise": "lax"},
+    "cpu": {"pointwise": "matmul", "depthwise": "shifts", "dense": "patches"},
+    "default": {"pointwise": "lax", "depthwise": "lax", "dense": "lax"},
 }
 
 
 def implementation(kind: str) -> str:
-    """Returns how convolutions of `kind` ("pointwise" or "depthwise") are computed on this platform."""
+    """Returns how convolutions of `kind` ("pointwise", "depthwise" or "dense") are computed on this platform."""
     return IMPLEMENTATIONS.get(jax.default_backend(), IMPLEMENTATIONS["default"])[kind]
 
 
@@ -88,17 +90,20 @@ def softmax(logits: Array) -> Array:
     return nn.softmax(wide(logits), axis=-1).astype(logits.dtype)
 
 
-def linear(x: Array, kernel: Array) -> Array:
-    """Matrix product of the last axis; on two axes, because XLA's CPU backend is twice as fast on those as on more."""
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
+    """Linear map of the last axis; on two axes, because XLA's CPU backend is much faster on those than on more."""
+    y = x.reshape(-1, x.shape[-1]) @ kernel
+    if bias is not None:
+        y = y + bias[None]
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def _explicit_padding(padding: Padding, size: Sequence[int], kernel_size: int, stride: int) -> list[tuple[int, int]]:
+def _explicit_padding(padding: Padding, size: Sequence[int], kernel_size: int, stride: int) -> Pads:
     """`(before, after)` for height and width; "same" is TensorFlow's rule, the smaller half first."""
     if padding != "same":
-        return [(int(padding), int(padding))] * 2
+        return ((int(padding), int(padding)),) * 2
     totals = [max((-(-n // stride) - 1) * stride + kernel_size - n, 0) for n in size]
-    return [(total // 2, total - total // 2) for total in totals]
+    return tuple((total // 2, total - total // 2) for total in totals)
 
 
 def _shifted(x: Array, i: int, j: int, stride: int, size: tuple[int, int]) -> Array:
@@ -144,20 +149,79 @@ def _depthwise_backward(stride: int, residuals: tuple[Array, Array], grad: Array
     spread = [(0, 0, 0), *((k - 1, k - 1 + r, stride - 1) for k, r in zip((kh, kw), rest, strict=True)), (0, 0, 0)]
     grad_x = _shift_sum(lax.pad(grad, jnp.zeros((), grad.dtype), spread), kernel[::-1, ::-1], 1)
 
-    # Row by row: XLA's CPU reduction over (batch, height, width) at once is several times slower.
-    def add_row(row: Array, total: Array) -> Array:
-        b, h = row // height, row % height
-        g = lax.dynamic_slice(grad, (b, h, 0, 0), (1, 1, width, channels))
-        rows = lax.dynamic_slice(x, (b, h * stride, 0, 0), (1, kh, x.shape[2], channels))
-        taps = [_shifted(rows, i, j, stride, (1, width)) for i in range(kh) for j in range(kw)]
-        return total + jnp.stack([jnp.sum(wide(tap * g), axis=(0, 1, 2)) for tap in taps])
+    # Row by row, and a sum of products for every column: XLA's CPU reduction over (batch, height, width) at once is
+    # four times slower. The batch stays whole, since it may lie on several devices.
+    def add_row(row: Array, totals: list[Array]) -> list[Array]:
+        g = lax.dynamic_slice_in_dim(grad, row, 1, axis=1)
+        rows = lax.dynamic_slice_in_dim(x, row * stride, kh, axis=1)
+        taps = (_shifted(rows, i, j, stride, (1, width)) for i in range(kh) for j in range(kw))
+        return [total + wide(tap * g) for total, tap in zip(totals, taps, strict=True)]
 
-    total = jnp.zeros((kh * kw, channels), jnp.promote_types(kernel.dtype, jnp.float32))
-    grad_kernel = lax.fori_loop(0, batch * height, add_row, total)
+    zeros = jnp.zeros((batch, 1, width, channels), jnp.promote_types(kernel.dtype, jnp.float32))
+    totals = lax.fori_loop(0, height, add_row, [zeros] * (kh * kw))
+    grad_kernel = jnp.stack([jnp.sum(total, axis=(0, 1, 2)) for total in totals])
     return grad_x, grad_kernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
 depthwise_shifts.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _lax_convolution(x: Array, kernel: Array, stride: int, pads: Pads, groups: int = 1) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve_by_patches(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
+    """Convolution whose kernel's gradient is computed as products of patches and gradients.
+
+    XLA's CPU backend computes that gradient as a convolution with a kernel as large as the map, up to three times
+    slower; the forward pass and the gradient of the map are its own.
+
+    Args:
+      x: `[B, H, W, C]`.
+      kernel: `[kh, kw, C, O]`.
+      stride: of both axes.
+      pads: zeros before and after, for height and width.
+
+    Returns:
+      `[B, H', W', O]`.
+    """
+    return _lax_convolution(x, kernel, stride, pads)
+
+
+def _patches_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[Array, tuple[Array, Array]]:
+    return _lax_convolution(x, kernel, stride, pads), (x, kernel)
+
+
+def _patches_backward(stride: int, pads: Pads, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    (grad_x,) = jax.linear_transpose(lambda x: _lax_convolution(x, kernel, stride, pads), x)(grad)
+    kh, kw, channels, out_channels = kernel.shape
+    batch, height, width, _ = grad.shape
+    x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+    # So many rows at a time that their patches stay in a core's cache; the batch may lie on several devices.
+    rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or batch * n * width <= 1024))
+
+    def add_rows(step: Array, total: Array) -> Array:
+        g = lax.dynamic_slice_in_dim(grad, step * rows, rows, axis=1)
+        lines = lax.dynamic_slice_in_dim(x, step * rows * stride, (rows - 1) * stride + kh, axis=1)
+        taps = [_shifted(lines, i, j, stride, (rows, width)) for i in range(kh) for j in range(kw)]
+        patches = jnp.concatenate(taps, axis=-1).reshape(-1, kh * kw * channels)
+        return total + wide(patches.T @ g.reshape(-1, out_channels))
+
+    total = jnp.zeros((kh * kw * channels, out_channels), jnp.promote_types(kernel.dtype, jnp.float32))
+    total = lax.fori_loop(0, height // rows, add_rows, total)
+    return grad_x, total.reshape(kernel.shape).astype(kernel.dtype)
+
+
+convolve_by_patches.defvjp(_patches_forward, _patches_backward)
 
 
 def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, groups: int = 1) -> Array:
@@ -187,14 +251,9 @@ def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, 
         x = jnp.repeat(x, out_channels // channels, axis=-1)  # output channel o reads input channel o // multiplier
         x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
         return depthwise_shifts(x, kernel[:, :, 0], stride)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        pads,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+    if groups == 1 and implementation("dense") == "patches":
+        return convolve_by_patches(x, kernel, stride, pads)
+    return _lax_convolution(x, kernel, stride, pads, groups)
 
 
 class Conv(nn.Module):
@@ -257,8 +316,7 @@ class Linear(nn.Module):
         if self.bias:
             bias = self.param("bias", self.bias_init or torch_bias(x.shape[-1]), (self.channels,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
-        y = linear(x, kernel)
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return linear(x, kernel, bias)
 
 
 class BatchNorm(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from maxmap import layers
-from maxmap.layers import BatchNorm, Conv, DropPath, LayerNorm, Linear, convolve, depthwise_shifts
+from maxmap.layers import BatchNorm, Conv, DropPath, LayerNorm, Linear, convolve, convolve_by_patches, depthwise_shifts
 
 
 def numbers(seed, *shape):
@@ -80,6 +80,24 @@ def test_depthwise_kernel_gradient_accumulates_in_float32():
     assert float(gradient[0, 0, 0]) == pytest.approx(10_000, rel=2**-8)
 
 
+@pytest.mark.parametrize("stride, pads", [(1, ((1, 1), (1, 1))), (2, ((0, 1), (2, 0)))])
+@pytest.mark.parametrize("rows", [34, 37])
+def test_patches_equal_a_convolution(rows, stride, pads, x64):
+    """Maps with more pixels than are taken at a time; 37 rows can only be taken one by one."""
+    x, kernel = numbers(0, 2, rows, 40, 3), numbers(1, 3, 3, 3, 5)
+
+    def reference(x, kernel):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=dims)
+
+    wanted, wanted_vjp = jax.vjp(reference, x, kernel)
+    direction = numbers(2, *wanted.shape)
+    ours, vjp = jax.vjp(lambda x, kernel: convolve_by_patches(x, kernel, stride, pads), x, kernel)
+    assert_close(ours, wanted)
+    for gradient, wanted_gradient in zip(vjp(direction), wanted_vjp(direction), strict=True):
+        assert_close(gradient, wanted_gradient)
+
+
 CONVOLUTIONS = {
     "pointwise": (1, 1, 0, 1, 6, 4),
     "pointwise with stride": (1, 2, 0, 1, 6, 4),
@@ -90,6 +108,7 @@ CONVOLUTIONS = {
     "depthwise with stride": (3, 2, 1, 6, 6, 6),
     "depthwise with multiplier": (7, 2, 3, 4, 4, 8),
     "full": (3, 2, 1, 1, 3, 5),
+    "patches": (4, 4, 0, 1, 3, 5),
     "in groups": (3, 1, 1, 2, 4, 6),
 }
 
@@ -102,9 +121,19 @@ def test_convolutions_equal_torch(case, implementation, x64, monkeypatch):
     monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS[implementation])
     kernel_size, stride, padding, groups, channels, out_channels = CONVOLUTIONS[case]
     x, kernel = numbers(0, 2, 9, 8, channels), numbers(1, kernel_size, kernel_size, channels // groups, out_channels)
-    wanted = conv2d(nchw(x), tensor(kernel.transpose(3, 2, 0, 1)), None, stride, padding, 1, groups)
-    ours = quick(lambda x, k: convolve(x, k, stride=stride, padding=padding, groups=groups), x, kernel)
+    images, weights = nchw(x).requires_grad_(), tensor(kernel.transpose(3, 2, 0, 1)).requires_grad_()
+    wanted = conv2d(images, weights, None, stride, padding, 1, groups)
+    direction = numbers(2, *nhwc(wanted).shape)
+    wanted.backward(nchw(direction))
+
+    def run(x, kernel):
+        y, vjp = jax.vjp(lambda x, k: convolve(x, k, stride=stride, padding=padding, groups=groups), x, kernel)
+        return y, vjp(direction)
+
+    ours, (gradient, kernel_gradient) = quick(run, x, kernel)
     assert_close(ours, nhwc(wanted))
+    assert_close(gradient, nhwc(images.grad))
+    assert_close(kernel_gradient, weights.grad.numpy().transpose(2, 3, 1, 0))
 
 
 @pytest.mark.parametrize("groups", [1, 4])
