@@ -19,6 +19,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import pytest
 
+from maxmap import layers
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -61,6 +63,12 @@ def x64() -> Iterator[None]:
     """Runs one test with float64 enabled."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's own convolutions, which trace and compile faster; tests/test_layers.py shows that the others equal them."""
+    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
 
 
 @pytest.fixture(scope="session")

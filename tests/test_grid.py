@@ -12,11 +12,11 @@ from flax import traverse_util
 from flax.errors import InvalidRngError
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from maxmap import layers
 from maxmap.errors import UserError
 from maxmap.layers import BatchNorm
 from maxmap.models import FAMILIES, HEADS, create_model
 from tests.reference import fill
+from tests.zoo import QUICK
 
 # A small member of every family, of two stages where it can be; every map has several pixels, for attention to weigh.
 BACKBONES = {
@@ -97,13 +97,6 @@ IDLE = {
 
 CLASSES = 5
 BATCH = 4  # a batch norm over two values would return their signs and pass no gradient
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@pytest.fixture
-def plain_convolutions(monkeypatch):
-    """XLA's own convolutions, which compile faster; tests/test_layers.py shows that the others equal them."""
-    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
 
 
 def small(family, head="linear", head_fields=None, **changes):

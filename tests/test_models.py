@@ -13,8 +13,8 @@ from maxmap.errors import UserError
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
 from maxmap.models import BACKBONES, MODELS, average, create_model, list_models
+from tests.zoo import QUICK
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SMALL_MAP = {"name": "map", "channels": 24, "gram_channels": 16, "gram_groups": 8, "heads": 2, "branches": 2}
 
 

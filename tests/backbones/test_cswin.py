@@ -9,12 +9,12 @@ import pytest
 from jax.nn import gelu
 
 from maxmap import layers
-from maxmap.backbones import cswin
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.layers import CSWinBlock
 from maxmap.models import create_model
-from tests.reference import fill, read_golden
+from tests.reference import read_golden
+from tests.zoo import error, filled, named, numbers, quick, run
 
 # Parameters with 1000 classes, image size, channels of the first stage.
 ROWS = {
@@ -33,46 +33,10 @@ SMALL = {
     "depths": (1, 1, 2, 1),
     "num_classes": CLASSES,
 }
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def run(model, x):
-    features = model.backbone(x)
-    return features, model.head(features)
-
-
-def quick(function, *args):
-    """Calls a function under jit, compiled with little optimisation."""
-    return jax.jit(function, compiler_options=QUICK)(*args)
-
-
-def numbers(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def filled(model):
-    """Random variables of a model by the rule of the golden files, in float64."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
-    return from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
-
-
-def error(ours, wanted):
-    """The largest difference relative to the largest value."""
-    ours, wanted = np.asarray(ours), np.asarray(wanted)
-    assert ours.shape == wanted.shape
-    assert ours.dtype == np.float64
-    return np.abs(ours - wanted).max() / np.abs(wanted).max()
-
-
-@pytest.fixture
-def plain_convolutions(monkeypatch):
-    """XLA's own convolutions, which trace and compile faster."""
-    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
 
 
 def test_every_variant_has_a_row():
-    assert set(cswin.VARIANTS) == set(ROWS)
+    assert set(ROWS) == named("cswin")
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -177,7 +141,7 @@ def test_stripes_follow_the_image_size(plain_convolutions):
 @pytest.mark.parametrize("deep_stem", [False, True])
 def test_gradients_reach_every_parameter(deep_stem, x64, plain_convolutions):
     model = create_model("CSWin_64_12211_tiny_224", deep_stem=deep_stem, taps=1, **SMALL)
-    variables = filled(model)
+    variables = filled(model, SIZE)
     x, direction = numbers(0, 2, *SIZE, 3), numbers(1, 2, CLASSES)
     gradient = quick(
         jax.grad(lambda params: jnp.sum(model.apply({"params": params}, x, train=True)["logits"][0] * direction)),

@@ -17,6 +17,7 @@ from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
 from tests.reference import fill, import_timm, read_golden
+from tests.zoo import QUICK, assert_same_moments, named, nchw, numbers, quick, randomised, run
 
 S, M = (64, 64, 128, 320, 512), (96, 96, 192, 384, 768)
 
@@ -52,7 +53,6 @@ FAMILIES = {"identityformer": "s12", "randformer": "s12", "poolformerv2": "s12",
 GOLDENS = [name for name in FAMILIES if name != "convformer"]  # its parts are all in the others, and it compiles long
 SIZE = (64, 96)  # height and width cannot be mixed up unseen
 WIDTHS, DEPTHS, CLASSES = (32, 64, 96, 128), (1, 1, 2, 1), 10
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def shrunken(family, **fields):
@@ -84,25 +84,6 @@ def timm_model(family, **fields):
     return timm_metaformer.MetaFormer(dims=WIDTHS, depths=DEPTHS, num_classes=CLASSES, **options, **fields)
 
 
-def randomised(reference):
-    """Fills every leaf of a timm model at random, in float64; returns it and its state dict."""
-    import torch
-
-    weights = {key: torch.from_numpy(fill(key, value.shape)).double() for key, value in reference.state_dict().items()}
-    reference.double().load_state_dict(weights)
-    return reference.eval(), weights
-
-
-def numbers(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def nchw(x):
-    import torch
-
-    return torch.from_numpy(x.transpose(0, 3, 1, 2))
-
-
 def error(ours, wanted, scale):
     """The largest difference relative to `scale`."""
     ours, wanted = np.asarray(ours), np.asarray(wanted)
@@ -111,24 +92,8 @@ def error(ours, wanted, scale):
     return np.abs(ours - wanted).max() / scale
 
 
-def run(model, x, *, train=False):
-    features = model.backbone(x, train=train)
-    return features, model.head(features, train=train)
-
-
-def quick(function, *args):
-    """Calls a function under jit, compiled with little optimisation."""
-    return jax.jit(function, compiler_options=QUICK)(*args)
-
-
-@pytest.fixture
-def plain_convolutions(monkeypatch):
-    """XLA's own convolutions, which trace and compile faster."""
-    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
-
-
 def test_every_variant_has_a_row():
-    assert set(ROWS) == set(metaformer.VARIANTS)
+    assert set(ROWS) == named("metaformer")
 
 
 def count(model, depths):
@@ -307,18 +272,7 @@ def test_initialisation_follows_timm(family, plain_convolutions):
     ours = to_torch(quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
     torch.manual_seed(0)
     reference = timm_model(family).state_dict()
-    kinds = {}
-    for key in ours:
-        kinds.setdefault(re.sub(r"\d+", "*", key), []).append(key)
-    for kind, keys in kinds.items():
-        a = np.concatenate([ours[key].ravel() for key in keys]).astype(np.float64)
-        b = np.concatenate([reference[key].numpy().ravel() for key in keys]).astype(np.float64)
-        if b.std() == 0:
-            assert np.array_equal(a, b), kind
-            continue
-        for power in (1, 2):
-            noise = np.sqrt(np.sum(a ** (2 * power)) + np.sum(b ** (2 * power)))
-            assert abs(np.sum(a**power) - np.sum(b**power)) < 5 * noise, (kind, power, a.std(), b.std())
+    assert_same_moments(ours, reference)
 
 
 def test_drop_path_rates_equal_timm(monkeypatch, plain_convolutions):

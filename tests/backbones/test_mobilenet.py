@@ -7,33 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxmap import layers
-from maxmap.backbones import mobilenet
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
 from tests.reference import fill, read_golden
+from tests.zoo import QUICK, named, run
 
+# Parameters with 1000 classes.
+ROWS = {"mobilenet_v1": 4_231_976, "map_mobilenet_v1": 4_879_612}
 CHANNELS = (64, 128, 256, 512, 1024)
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def run(model, x):
-    features = model.backbone(x)
-    return features, model.head(features)
+def test_every_variant_has_a_row():
+    assert set(ROWS) == named("mobilenet")
 
 
-@pytest.fixture
-def plain_convolutions(monkeypatch):
-    """XLA's own convolutions, which trace and compile faster."""
-    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
-
-
-def test_there_is_one_variant():
-    assert set(mobilenet.VARIANTS) == {"mobilenet_v1"}
-
-
-@pytest.mark.parametrize(("name", "params"), [("mobilenet_v1", 4_231_976), ("map_mobilenet_v1", 4_879_612)])
+@pytest.mark.parametrize(("name", "params"), ROWS.items())
 def test_parameters_and_features(name, params, plain_convolutions):
     model = create_model(name)
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)

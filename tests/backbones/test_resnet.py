@@ -12,7 +12,8 @@ from maxmap.backbones import resnet
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
-from tests.reference import fill, import_timm, read_golden
+from tests.reference import import_timm, read_golden
+from tests.zoo import assert_same_moments, error, filled, named, numbers, quick, randomised, run
 
 # Parameters with 1000 classes, channels of the stem's and the stages' maps.
 ROWS = {
@@ -22,7 +23,6 @@ ROWS = {
 }
 SIZE, CLASSES = (64, 96), 10  # height and width cannot be mixed up unseen
 WIDTHS, DEPTHS = (64, 128, 128, 256), (2, 1, 1, 1)
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # MAP's network with everything narrow.
 SMALL = {
     "embed_dim": (64, 64, 128, 128),
@@ -30,20 +30,6 @@ SMALL = {
     "num_classes": CLASSES,
     "head": {"channels": 48, "gram_channels": 32, "gram_groups": 8, "branches": 2, "heads": 3},
 }
-
-
-def run(model, x):
-    features = model.backbone(x)
-    return features, model.head(features)
-
-
-def quick(function, *args):
-    """Calls a function under jit, compiled with little optimisation."""
-    return jax.jit(function, compiler_options=QUICK)(*args)
-
-
-def numbers(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
 
 
 def timm_model(**fields):
@@ -57,42 +43,8 @@ def small_resnet50(**fields):
     return create_model("resnet50", embed_dim=WIDTHS, depths=DEPTHS, num_classes=CLASSES, **fields)
 
 
-def randomised(reference):
-    """Fills every leaf of a timm model at random, in float64; returns it and its state dict."""
-    import torch
-
-    weights = {
-        key: torch.from_numpy(fill(key, value.shape)).double()
-        for key, value in reference.state_dict().items()
-        if not key.endswith("num_batches_tracked")
-    }
-    reference.double().load_state_dict(weights, strict=False)
-    return reference.eval(), weights
-
-
-def filled(model):
-    """Random variables of a model by the rule of the golden files, in float64."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
-    return from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
-
-
-def error(ours, wanted):
-    """The largest difference relative to the largest value."""
-    ours, wanted = np.asarray(ours), np.asarray(wanted)
-    assert ours.shape == wanted.shape
-    assert ours.dtype == np.float64
-    return np.abs(ours - wanted).max() / np.abs(wanted).max()
-
-
-@pytest.fixture
-def plain_convolutions(monkeypatch):
-    """XLA's own convolutions, which trace and compile faster."""
-    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
-
-
 def test_every_variant_has_a_row():
-    assert set(resnet.VARIANTS) | {"map_resnet50"} == set(ROWS)
+    assert set(ROWS) == named("resnet")
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -177,14 +129,7 @@ def test_initialisation_follows_timm(plain_convolutions):
     ours = to_torch(quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
     torch.manual_seed(0)
     reference = timm_model().state_dict()
-    for key, value in ours.items():
-        a, b = value.astype(np.float64), reference[key].numpy().astype(np.float64)
-        if b.std() == 0:
-            assert np.array_equal(a, b), key
-            continue
-        for power in (1, 2):
-            noise = np.sqrt(np.sum(a ** (2 * power)) + np.sum(b ** (2 * power)))
-            assert abs(np.sum(a**power) - np.sum(b**power)) < 5 * noise, (key, power, a.std(), b.std())
+    assert_same_moments(ours, reference)
 
 
 def test_initialisation_of_map(plain_convolutions):
@@ -211,7 +156,7 @@ def test_initialisation_of_map(plain_convolutions):
 def test_gradients_of_map(x64, plain_convolutions):
     """They reach every parameter but the biases that a softmax cancels."""
     model = create_model("map_resnet50", **SMALL)
-    variables = filled(model)
+    variables = filled(model, SIZE)
     x, direction = numbers(0, 4, *SIZE, 3), numbers(1, 2, 4, CLASSES)
 
     def loss(params, x):

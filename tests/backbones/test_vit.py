@@ -1,7 +1,6 @@
 """ViT: exact sizes, and timm's numbers in float64 with every weight random."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +8,12 @@ import numpy as np
 import pytest
 from flax.errors import InvalidRngError
 
-from maxmap.backbones import vit
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.layers import ViTBlock
 from maxmap.models import create_model
-from tests.reference import fill, import_timm
+from tests.reference import import_timm
+from tests.zoo import assert_same_moments, named, nchw, randomised, run
 
 # Parameters with 1000 classes, channels.
 ROWS = {"vit_small_patch16_224": (22_050_664, 384), "vit_base_patch16_224": (86_567_656, 768)}
@@ -34,32 +33,12 @@ def timm_model():
     )
 
 
-def randomised(reference):
-    """Fills every leaf of a timm model at random, in float64; returns it and its state dict."""
-    import torch
-
-    weights = {key: torch.from_numpy(fill(key, value.shape)).double() for key, value in reference.state_dict().items()}
-    reference.double().load_state_dict(weights)
-    return reference.eval(), weights
-
-
 def images(channels=3):
     return np.random.default_rng(0).standard_normal((2, *SIZE, channels))
 
 
-def nchw(x):
-    import torch
-
-    return torch.from_numpy(x.transpose(0, 3, 1, 2))
-
-
-def run(model, x):
-    features = model.backbone(x)
-    return features, model.head(features)
-
-
 def test_every_variant_has_a_row():
-    assert set(ROWS) == set(vit.VARIANTS)
+    assert set(ROWS) == named("vit")
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -136,18 +115,7 @@ def test_initialisation_follows_timm(timm_model):
     model = create_model("vit_small_patch16_224", **SMALL | {"embed_dim": 96})
     init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
     ours = to_torch(init(jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
-    kinds = {}
-    for key in ours:
-        kinds.setdefault(re.sub(r"\d+", "*", key), []).append(key)
-    for kind, keys in kinds.items():
-        a = np.concatenate([ours[key].ravel() for key in keys]).astype(np.float64)
-        b = np.concatenate([reference[key].numpy().ravel() for key in keys]).astype(np.float64)
-        if b.std() == 0:
-            assert np.array_equal(a, b), kind
-            continue
-        for power in (1, 2):
-            noise = np.sqrt(np.sum(a ** (2 * power)) + np.sum(b ** (2 * power)))
-            assert abs(np.sum(a**power) - np.sum(b**power)) < 5 * noise, (kind, power, a.std(), b.std())
+    assert_same_moments(ours, reference)
 
 
 def test_block_drops_in_training_only():

@@ -13,7 +13,8 @@ from maxmap.errors import UserError
 from maxmap.heads.gramian import GramianHead, gather
 from maxmap.layers import gram_values
 from maxmap.models import create_model
-from tests.reference import fill, read_golden
+from tests.reference import read_golden
+from tests.zoo import error, filled, named, numbers, quick, run
 
 # Parameters with 1000 classes, taps inside of the third stage.
 ROWS = {
@@ -32,7 +33,6 @@ ROWS = {
     "ga_vit_small": (27_718_976, 0),
 }
 SIZE, CLASSES = (64, 96), 10  # height and width cannot be mixed up unseen
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NARROW = {"channels": 64, "gram_channels": 32, "attention_width": None, "branches": 2}
 SMALL = {
     "ga_convnext_tiny_688": {
@@ -57,39 +57,8 @@ def small(name, **head):
     return create_model(name, image_size=SIZE, num_classes=CLASSES, **fields | {"head": fields["head"] | head})
 
 
-def run(model, x):
-    features = model.backbone(x)
-    return features, model.head(features)
-
-
-def quick(function, *args):
-    """Calls a function under jit, compiled with little optimisation."""
-    return jax.jit(function, compiler_options=QUICK)(*args)
-
-
-def numbers(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def filled(model):
-    """Random variables of a model by the rule of the golden files, in float64."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
-    return from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
-
-
-def error(ours, wanted):
-    """The largest difference relative to the largest value."""
-    ours, wanted = np.asarray(ours), np.asarray(wanted)
-    assert ours.shape == wanted.shape
-    assert ours.dtype == np.float64
-    return np.abs(ours - wanted).max() / np.abs(wanted).max()
-
-
-@pytest.fixture
-def plain_convolutions(monkeypatch):
-    """XLA's own convolutions, which trace and compile faster."""
-    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
+def test_every_model_has_a_row():
+    assert set(ROWS) == named("", "gramian")
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -176,7 +145,7 @@ def test_gram_values_are_computed_in_float32():
 def test_gradients(name, x64, plain_convolutions):
     """They reach every parameter but the biases that a batch norm takes out again."""
     model = small(name)
-    variables = filled(model)
+    variables = filled(model, SIZE)
     x, direction = numbers(0, 4, *SIZE, 3), numbers(1, 2, 4, CLASSES)
 
     def loss(params):

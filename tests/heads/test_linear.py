@@ -7,11 +7,7 @@ import pytest
 
 from maxmap.heads.linear import LinearHead
 from maxmap.models import create_model
-
-
-def numbers(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
-
+from tests.zoo import numbers
 
 FEATURES = [numbers(0, 4, 6, 4, 3), numbers(1, 4, 3, 2, 8)]
 

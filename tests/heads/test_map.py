@@ -14,12 +14,7 @@ from maxmap.convert.torch import from_torch
 from maxmap.heads.map import MAPHead, resize_to
 from maxmap.models import create_model
 from tests.reference import fill_state_dict
-
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def numbers(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
+from tests.zoo import QUICK, numbers
 
 
 def tensor(x):
