@@ -3,18 +3,15 @@
 import contextlib
 import dataclasses
 import json
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
-from jax.experimental import multihost_utils
 
 from maxmap import checkpoint, evaluate
 from maxmap.checkpoint import Checkpoints
@@ -29,12 +26,11 @@ from maxmap.train.report import Report
 from maxmap.train.resume import check_changes, only_run
 from maxmap.train.schedule import make_schedule
 from maxmap.train.state import TrainState, abstract, create
-from maxmap.train.step import Loss, Prepare, make_train_step
+from maxmap.train.step import Loss, Prepare, make_diagnosis, make_train_step
+from maxmap.train.watch import Interrupts, Watch, Watchdog
 
 Array = jax.Array
 Config = Mapping[str, Any]
-
-RESTART = 75  # exit code after SIGTERM (EX_TEMPFAIL): the run is saved and wants to be started again
 
 
 def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> dict[str, Any]:
@@ -57,7 +53,7 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
     _check_numbers(config)
     eval_batch, eval_every = call(evaluate.settings, "evaluate", config["evaluate"])
     save_every, keep = call(_saving, "checkpoint", config["checkpoint"])
-    log_every = call(_logging, "log", config["log"])
+    log_every, max_skips, hang_minutes = call(_logging, "log", config["log"])
     mesh = call(make_mesh, "mesh", config["mesh"])
     data = call(open_data, "data", config["data"])
     if data.train is None:
@@ -171,20 +167,40 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
             )
         )
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=keep)))
-        interrupts = stack.enter_context(_Interrupts())
-        pending, skipped = None, 0
+        interrupts = stack.enter_context(Interrupts())
+        watch = Watch(workdir, report, step=start, max_skips=max_skips)
+        process = jax.process_index()
+        dog = stack.enter_context(Watchdog(Path(workdir, f"hang{process or ''}.txt"), 60 * hang_minutes))
+        last, skipped = None, 0
+
+        def settle() -> None:
+            """Looks at the step before, when the next one is on its way, so that the device does not wait for it."""
+            nonlocal last
+            if last is None:
+                return
+            (done, batch, metrics), last = last, None
+            dog.enter(f"step {done} computes")
+            stopping = watch.look(done, metrics, batch["index"])
+            if not watch.skips and (done % log_every == 0 or done in (1, total_steps)):
+                report.train(done, done / steps_per_epoch, _fetch({**metrics, "learning_rate": schedule(done - 1)}))
+            if stopping:
+                diagnose = jax.jit(make_diagnosis(model, loss, prepare, mesh=mesh, dtype=dtype))
+                key = jax.random.fold_in(train_key, done - 1)
+                layers = diagnose(state, to_devices({"image": batch["image"], "label": batch["label"]}, mesh), key)
+                raise watch.stop(done, metrics, batch["index"], data.train.name, layers)
+
         for step in range(start, total_steps + 1):
             stop, end = interrupts.reached(step), step == total_steps
             evaluating = step > start and (step % (eval_every * steps_per_epoch) == 0 or end)
             saving = stop or (step > start and (step % save_every == 0 or end))
-            if pending is not None and (evaluating or saving):
-                # What a checkpoint follows has to be in the log: a resumed run does not take the step again.
-                report.train(*pending[:2], _fetch(pending[2]))
-                pending = None
+            if evaluating or saving:
+                settle()  # what a checkpoint follows has to be in the log: a resumed run does not take the step again
             began = time.perf_counter()
             if evaluating:
+                dog.enter(f"step {step} is evaluated")
                 result = evaluate_now(step)
             if saving:
+                dog.enter(f"step {step} is saved")
                 checkpoints.save(step, state.items(), info, result["top1"] if evaluating else None)
             report.left_out(time.perf_counter() - began)
             if end:
@@ -195,6 +211,7 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
                 raise SystemExit(interrupts.exit_code())
             began = time.perf_counter()
             checkpoints.check()
+            dog.enter(f"step {step + 1} waits for its data")
             batch = next(batches)
             report.waited(time.perf_counter() - began)
             for index in batch["skipped"][batch["skipped"] >= 0]:
@@ -203,18 +220,15 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
             on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, mesh)
             state, metrics = train_step(state, on_devices, train_key)
             report.advanced()
-            # Fetched only now that the next step is on its way, so that the device does not wait for the log.
-            if pending is not None:
-                report.train(*pending[:2], _fetch(pending[2]))
-                pending = None
-            done = step + 1
-            if done % log_every == 0 or done in (1, total_steps):
-                pending = (done, done / steps_per_epoch, {**metrics, "learning_rate": schedule(step)})
+            settle()
+            last = (step + 1, batch, metrics)
+            if watch.skips:
+                settle()  # at once, while the state is what that step saw
     return result
 
 
 def _fetch(metrics: Mapping[str, Array]) -> dict[str, float]:
-    return {key: float(value) for key, value in jax.device_get(dict(metrics)).items()}
+    return {key: float(value) for key, value in jax.device_get(dict(metrics)).items() if key != "skipped"}
 
 
 def _check_numbers(config: Config) -> None:
@@ -243,11 +257,21 @@ def _saving(*, every: int, keep: int) -> tuple[int, int]:
     return every, keep
 
 
-def _logging(*, every: int) -> int:
-    """Returns the section `log`, looked through: the steps between two lines of the log."""
+def _logging(*, every: int, max_skips: int = 10, hang_minutes: float = 30.0) -> tuple[int, int, float]:
+    """Returns the section `log`, looked through.
+
+    Args:
+      every: steps between two lines of the log.
+      max_skips: steps in a row that are left out because loss or gradients are not finite; one more ends the run.
+      hang_minutes: after which a step, an evaluation or a save that does not end is reported, with its stack.
+    """
     if every < 1:
         raise UserError(f"config.log.every is {every}: give 1 or more.")
-    return every
+    if max_skips < 0:
+        raise UserError(f"config.log.max_skips is {max_skips}: give 0 or more.")
+    if hang_minutes <= 0:
+        raise UserError(f"config.log.hang_minutes is {hang_minutes}: give minutes, such as 30.")
+    return every, max_skips, hang_minutes
 
 
 def _make_prepare(config: Config, data: Data) -> Prepare:
@@ -314,39 +338,3 @@ def _with_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainSta
     ema = None if state.ema is None else jax.tree.map(np.copy, dict(variables))
     model_state = {name: values for name, values in variables.items() if name != "params"}
     return dataclasses.replace(state, params=variables["params"], model_state=model_state, ema=ema)
-
-
-class _Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after this step; a second one is not held up.
-
-    Several processes have to stop after the same step. JAX agrees on it for SIGTERM, which is what a scheduler sends;
-    Ctrl-C has no such meaning there and ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self._received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Interrupts":
-        if jax.process_count() == 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this many steps; to be asked once for every one."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self._received = signal.SIGTERM
-        return self._received is not None
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self._received = number
-        signal.signal(number, self._previous[number])
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def exit_code(self) -> int:
-        return RESTART if self._received == signal.SIGTERM else 128 + signal.SIGINT

@@ -36,7 +36,7 @@ class Report:
         self._told_input_bound = False
         if not self._main:
             return
-        _drop_after(self._path, step)
+        drop_after(self._path, step)
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
         self._bar = tqdm(
@@ -110,7 +110,7 @@ class Report:
             self._board.add_scalar(f"{kind}/{key}", value, step)
 
 
-def _drop_after(path: Path, step: int) -> None:
+def drop_after(path: Path, step: int) -> None:
     """Drops the lines of later steps, and a line that was cut off."""
     if not path.exists():
         return

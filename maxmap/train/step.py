@@ -1,5 +1,6 @@
 """One training step: a pure function of state, batch and key."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,7 +50,8 @@ def make_train_step(
         metrics are their means, and batch norms see each one.
 
     Returns:
-      A function of state, batch and key that returns the next state and metrics: 'loss', its parts, 'grad_norm'.
+      A function of state, batch and key that returns the next state and metrics: 'loss', its parts, 'grad_norm' and
+      'skipped', which is 1 where loss or gradients are not finite: then nothing of the state moves but its step.
     """
 
     def gradients(full: Any, model_state: Any, images: Array, labels: Array, key: Array) -> tuple[Any, Any, Metrics]:
@@ -67,8 +69,12 @@ def make_train_step(
             value, metrics = loss(outputs, targets)
             return value, (mutated, metrics)
 
-        grads, (mutated, metrics) = jax.grad(objective, has_aux=True)(full)
-        return scatter(cast(grads, jnp.promote_types(dtype, jnp.float32)), mesh), {**model_state, **mutated}, metrics
+        (value, (mutated, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(full)
+        return (
+            scatter(cast(grads, jnp.promote_types(dtype, jnp.float32)), mesh),
+            {**model_state, **mutated},
+            metrics | {"objective": value},
+        )
 
     def step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
@@ -98,10 +104,53 @@ def make_train_step(
         ema = state.ema
         if ema_decay is not None:
             ema = _average(ema, {"params": params, **model_state}, ema_decay)
-        metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, model_state, opt_state, ema), metrics
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics.pop("objective")) & jnp.isfinite(norm)
+        new = TrainState(state.step + 1, params, model_state, opt_state, ema)
+        # The batch of a step that is left out is gone: the order of the samples is a function of the step alone.
+        old = dataclasses.replace(state, step=new.step)
+        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        return state, {**metrics, "grad_norm": norm, "skipped": (~finite).astype(jnp.int32)}
 
     return step
+
+
+def make_diagnosis(
+    model: nn.Module, loss: Loss, prepare: Prepare, *, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32
+) -> Callable[[TrainState, Mapping[str, Array], Array], dict[str, Any]]:
+    """Builds a function of state, batch and key that takes a step's numbers apart; it changes nothing.
+
+    It returns, for every parameter ('parameters'), its gradient ('gradients') and the output of every layer
+    ('outputs'), 'largest', the largest magnitude of what is finite, and 'not_finite', how many values are not.
+    Augmentation and dropout are those of the step where it is a single micro-batch.
+    """
+
+    def describe(x: Array) -> dict[str, Array]:
+        x = x.astype(jnp.float32)
+        finite = jnp.isfinite(x)
+        return {"largest": jnp.max(jnp.where(finite, jnp.abs(x), 0)), "not_finite": jnp.sum(~finite)}
+
+    def diagnose(state: TrainState, batch: Mapping[str, Array], key: Array) -> dict[str, Any]:
+        prepare_key, model_key = jax.random.split(key)
+        images, targets = prepare(prepare_key, batch["image"], batch["label"])
+
+        def objective(params: Any) -> tuple[Array, Any]:
+            outputs, captured = model.apply(
+                {"params": params, **state.model_state},
+                images.astype(dtype),
+                train=True,
+                rngs={"dropout": model_key},
+                mutable=["batch_stats", "intermediates"],
+                capture_intermediates=True,
+            )
+            return loss(outputs, targets)[0], captured["intermediates"]
+
+        full = gather(cast(state.params, dtype), mesh)
+        grads, outputs = jax.grad(objective, has_aux=True)(full)
+        found = {"outputs": outputs, "gradients": grads, "parameters": state.params}
+        return jax.tree.map(describe, found)
+
+    return diagnose
 
 
 def _average(average: Any, new: Any, decay: float) -> Any:
