@@ -6,7 +6,7 @@ wider, so that one precision policy outside of the model is enough.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,31 @@ LINEAR_INITS: dict[str, dict[str, Initializer]] = {
     "trunc_normal_linear": TRUNC_NORMAL,
     "he": TRUNC_NORMAL,
 }
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a size, which is those two or one number for both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def nearest_divisor(total: int, number: int, step: int = 1) -> int:
+    """The multiple of `step` nearest to `number` that divides `total`."""
+    divisors = (d for d in range(step, total + 1, step) if total % d == 0)
+    return min(divisors, key=lambda d: abs(d - number), default=step)
+
+
+def require_divisor(number: int, what: str, total: int, of: str, step: int = 1, owner: str = "") -> None:
+    """Raises ValueError, one sentence with the nearest that works, unless a multiple of `step` divides `total`."""
+    near = nearest_divisor(total, number, step)
+    if near != number:
+        multiples = f" by a multiple of {step}" if step > 1 else ""
+        raise ValueError(f"{owner}{number} {what} do not divide {total} {of}{multiples}; the nearest that do is {near}")
+
+
+def require_one_of(value: str, what: str, allowed: Iterable[str]) -> None:
+    """Raises ValueError, one sentence, unless a choice is one of the allowed."""
+    if value not in (allowed := list(allowed)):
+        raise ValueError(f"{what} '{value}' is not one of {', '.join(allowed)}")
 
 
 def wide(x: Array) -> Array:

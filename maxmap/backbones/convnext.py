@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from maxmap.layers import TRUNC_NORMAL, Conv, ConvNeXtBlock, LayerNorm, drop_path_rates, tapped
+from maxmap.layers import TRUNC_NORMAL, Conv, ConvNeXtBlock, LayerNorm, drop_path_rates, pair, tapped
 
 Array = jax.Array
 
@@ -78,7 +78,7 @@ class ConvNeXt(nn.Module):
         if len(self.embed_dim) != len(self.depths):
             raise ValueError("embed_dim and depths need one entry for each stage")
         tapped(self.depths, self.taps)
-        self._check_size((self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size)
+        self._check_size(pair(self.image_size))
 
     @nn.nowrap
     def _check_size(self, size: Sequence[int]) -> None:

@@ -11,13 +11,9 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import linen as nn
 
-from maxmap.layers import ACTIVATIONS, Conv, CSWinBlock, LayerNorm, drop_path_rates, tapped
+from maxmap.layers import ACTIVATIONS, Conv, CSWinBlock, LayerNorm, drop_path_rates, pair, require_divisor, tapped
 
 Array = jax.Array
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class Merge(nn.Module):
@@ -70,14 +66,10 @@ class CSWin(nn.Module):
         if len({len(self.embed_dim), len(self.depths), len(self.heads), len(self.split_size) + 1}) != 1:
             raise ValueError("embed_dim, depths and heads need one entry for each stage, split_size one less")
         for stage, (channels, heads) in enumerate(zip(self.embed_dim, self.heads, strict=True)):
-            near = _nearest_divisor(channels, heads, even=stage < len(self.depths) - 1)
-            if near != heads:
-                raise ValueError(
-                    f"{heads} heads do not divide the {channels} channels of stage {stage}, half of them in each "
-                    f"direction; the nearest that do is {near}"
-                )
+            directions = 1 if stage == len(self.depths) - 1 else 2  # which share the heads
+            require_divisor(heads, "heads", channels, f"channels of stage {stage}", step=directions)
         tapped(self.depths, self.taps)
-        for axis, pixels in zip(("height", "width"), _pair(self.image_size), strict=True):
+        for axis, pixels in zip(("height", "width"), pair(self.image_size), strict=True):
             self._check_side(axis, pixels, self._stripes)
 
     @nn.nowrap
@@ -110,7 +102,7 @@ class CSWin(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the stem's map, the tapped maps and the map of every stage, in order."""
-        stripes = [self._stripes(side) for side in _pair(self.image_size)]
+        stripes = [self._stripes(side) for side in pair(self.image_size)]
         for axis, pixels, fixed in zip(("height", "width"), x.shape[1:3], stripes, strict=True):
             self._check_side(axis, pixels, lambda _, fixed=fixed: fixed)
         x = self._stem(x)
@@ -142,12 +134,6 @@ class CSWin(nn.Module):
             x = Conv(channels, 3, stride=stride, padding=1, bias=False, name=f"stage1_conv_embed_{index}")(x)
             x = LayerNorm(1e-5, name=f"stage1_conv_embed_{index + 2}")(x)
         return x
-
-
-def _nearest_divisor(channels: int, heads: int, even: bool) -> int:
-    """The number nearest to `heads` that divides `channels`, and is even where two directions share them."""
-    divisors = [d for d in range(1, channels + 1) if channels % d == 0 and not (even and d % 2)]
-    return min(divisors, key=lambda d: abs(d - heads))
 
 
 _SMALL = {"depths": (2, 4, 32, 2)}

@@ -28,7 +28,9 @@ from maxmap.layers import (
     SelfAttention,
     average_pool,
     drop_path_rates,
+    pair,
     relative_index,
+    require_divisor,
     wide,
 )
 
@@ -314,13 +316,8 @@ class FasterViT(nn.Module):
             if len(getattr(self, field)) != length:
                 raise ValueError(f"{field} has {len(getattr(self, field))} entries; FasterViT needs {length}")
         for channels, heads in zip((4 * self.embed_dim, 8 * self.embed_dim), self.heads, strict=True):
-            if channels % heads:
-                nearest = min((d for d in range(1, channels + 1) if channels % d == 0), key=lambda d: abs(d - heads))
-                raise ValueError(
-                    f"{heads} heads do not divide {channels} channels; the nearest number that does is {nearest}"
-                )
-        size = self.image_size
-        self._check_size((size, size) if isinstance(size, int) else (size[0], size[1]))
+            require_divisor(heads, "heads", channels, "channels")
+        self._check_size(pair(self.image_size))
 
     @nn.nowrap
     def _check_size(self, size: tuple[int, int]) -> None:

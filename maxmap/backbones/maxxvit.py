@@ -6,7 +6,7 @@ those of timm 1.0.31; the `tf` variants are the shape of the official TensorFlow
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,10 @@ from maxmap.layers import (
     average_pool,
     drop_path_rates,
     he_fan_out,
+    pair,
     relative_index,
+    require_divisor,
+    require_one_of,
     softmax,
     trunc_normal_02,
     xavier_uniform,
@@ -50,10 +53,6 @@ def _attention_init(scheme: str, mlp: bool = False) -> dict[str, Initializer]:
     if scheme == "vit_eff":
         return {"kernel_init": xavier_uniform, "bias_init": nn.initializers.normal(1e-6) if mlp else zeros}
     return {"kernel_init": _normal_02, "bias_init": zeros}
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def pool(x: Array, kind: str) -> Array:
@@ -293,10 +292,8 @@ class RelativePositionBias(nn.Module):
             shape = ((2 * h - 1) * (2 * w - 1), self.heads)
             table = self.param("relative_position_bias_table", trunc_normal_02, shape)
             return rearrange(table[dy * (2 * w - 1) + dx], "q k h -> h q k")
-        if self.kind == "bias_tf":
-            table = self.param("relative_position_bias_table", _normal_02, (self.heads, 2 * h - 1, 2 * w - 1))
-            return table[:, 2 * h - 2 - dy, 2 * w - 2 - dx]
-        raise ValueError(f"there is no relative position '{self.kind}', only 'bias', 'bias_tf' and 'mlp'")
+        table = self.param("relative_position_bias_table", _normal_02, (self.heads, 2 * h - 1, 2 * w - 1))
+        return table[:, 2 * h - 2 - dy, 2 * w - 2 - dx]
 
 
 class Attention(nn.Module):
@@ -572,6 +569,15 @@ class Stage(nn.Module):
 
 
 _CONV_BLOCKS: dict[str, Any] = {"mbconv": MBConv, "convnext": ConvNeXtBlock}
+# What fields of the blocks can be.
+_CHOICES: dict[str, Iterable[str]] = {
+    "activation": ACTIVATIONS,
+    "norm": ("layer", "batch"),
+    "pool_type": ("avg2", "avg3", "max"),
+    "rel_pos_type": ("bias", "bias_tf", "mlp"),
+    "se_activation": ACTIVATIONS,
+    "stride_mode": ("dw", "pool"),
+}
 
 
 class MaxxViT(nn.Module):
@@ -617,8 +623,8 @@ class MaxxViT(nn.Module):
     def window(self) -> tuple[int, int]:
         """Height and width of the attention windows."""
         if self.window_size is not None:
-            return _pair(self.window_size)
-        height, width = _pair(self.image_size)
+            return pair(self.window_size)
+        height, width = pair(self.image_size)
         ratio = 2 * math.prod(self.strides)
         return max(height // ratio, 1), max(width // ratio, 1)
 
@@ -633,13 +639,29 @@ class MaxxViT(nn.Module):
         lengths = {len(self.embed_dim), len(self.depths), len(self.block_types), len(self.strides)}
         if len(lengths) != 1:
             raise ValueError("embed_dim, depths, block_types and strides need one entry for each stage")
-        if self.conv_block not in _CONV_BLOCKS:
-            raise ValueError(f"there is no conv_block '{self.conv_block}', only {', '.join(_CONV_BLOCKS)}")
+        require_one_of(self.conv_block, "conv_block", _CONV_BLOCKS)
+        require_one_of(self.init_scheme, "init_scheme", ("vit_eff", "normal"))
         for fields, block in ((self.conv, _CONV_BLOCKS[self.conv_block]), (self.transformer, _TransformerFields)):
             unknown = sorted(set(fields) - set(block.__dataclass_fields__))
             if unknown:
                 raise ValueError(f"there is no field '{unknown[0]}' in {block.__name__.strip('_')}")
-        self._check_size(_pair(self.image_size), made_for=True)
+            for field in sorted(set(fields) & set(_CHOICES)):
+                require_one_of(fields[field], field, _CHOICES[field])
+        self._check_stages()
+        self._check_size(pair(self.image_size), made_for=True)
+
+    @nn.nowrap
+    def _check_stages(self) -> None:
+        """Raises ValueError unless all blocks are of a known kind and heads divide their attention's channels."""
+        fields = _TransformerFields(1, **self.transformer, parent=None)
+        before = pair(self.stem_width)[1]
+        for stage, channels in enumerate(self.embed_dim):
+            for kind in _kinds(self.block_types[stage], self.depths[stage]):
+                require_one_of(kind, f"a block of stage {stage}", ("C", "T", "M", "PM"))
+                if kind != "C":
+                    width = before if kind == "T" and not fields.expand_first else channels
+                    require_divisor(fields.head_dim, "channels per head", width, f"channels of stage {stage}")
+                before = channels
 
     @nn.nowrap
     def _check_size(self, size: Sequence[int], made_for: bool = False) -> None:
@@ -670,7 +692,7 @@ class MaxxViT(nn.Module):
         conv_class = _CONV_BLOCKS[self.conv_block]
         like = conv_class(channels=1, **conv_fields, parent=None)  # the stem follows the convolution blocks
         x = Stem(
-            _pair(self.stem_width),
+            pair(self.stem_width),
             (self.stem_bias, self.stem_bias) if isinstance(self.stem_bias, bool) else tuple(self.stem_bias),
             "layer" if self.conv_block == "convnext" else "batch",
             like.activation,
@@ -699,12 +721,10 @@ class MaxxViT(nn.Module):
                 elif kind == "M":
                     attention = functools.partial(PartitionAttention, window=self.window(), **common, **fields)
                     block = functools.partial(MultiAxisBlock, conv, attention, self.block_attention)
-                elif kind == "PM":
+                else:
                     attention = functools.partial(ParallelPartitionAttention, window=self.window(), **common, **fields)
                     convs = (conv, functools.partial(conv, stride=1))
                     block = functools.partial(ParallelMultiAxisBlock, convs, attention)
-                else:
-                    raise ValueError(f"there is no block type '{kind}', only C, T, M and PM")
                 blocks.append(block)
             x = Stage(blocks, name=f"stages_{stage}")(x, train=train)
             features.append(x)

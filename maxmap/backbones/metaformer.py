@@ -16,15 +16,22 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers import TRUNC_NORMAL, Conv, DropPath, LayerNorm, Linear, average_pool, drop_path_rates, softmax
+from maxmap.layers import (
+    TRUNC_NORMAL,
+    Conv,
+    DropPath,
+    LayerNorm,
+    Linear,
+    average_pool,
+    drop_path_rates,
+    pair,
+    require_one_of,
+    softmax,
+)
 
 Array = jax.Array
 
 HEAD_DIM = 32
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _norm(kind: str, name: str) -> nn.Module:
@@ -248,21 +255,19 @@ class MetaFormer(nn.Module):
         if not len(self.embed_dim) == len(self.depths) == len(self.mixers):
             raise ValueError("embed_dim, depths and mixers need one entry for each stage")
         for stage, (mixer, channels) in enumerate(zip(self.mixers, self.embed_dim, strict=True)):
-            if mixer not in MIXERS:
-                raise ValueError(f"there is no mixer '{mixer}', only {', '.join(MIXERS)}")
+            require_one_of(mixer, "the mixer", MIXERS)
             if mixer == "attention" and channels % HEAD_DIM:
                 near = max(round(channels / HEAD_DIM), 1) * HEAD_DIM
                 raise ValueError(
                     f"attention heads of {HEAD_DIM} channels do not divide the {channels} channels of stage {stage}; "
                     f"the nearest number that works is {near}"
                 )
-        if self.norm not in ("channels", "map"):
-            raise ValueError(f"there is no norm '{self.norm}', only channels and map")
+        require_one_of(self.norm, "the norm", ("channels", "map"))
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the stem's map and the map of every stage."""
-        made_for = _pair(self.image_size)
+        made_for = pair(self.image_size)
         if "random" in self.mixers and x.shape[1:3] != made_for:
             raise ValueError(
                 f"the image is {x.shape[1]}x{x.shape[2]} where the random matrices are made for "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers import Conv, Linear, ViTBlock, drop_path_rates, trunc_normal_02
+from maxmap.layers import Conv, Linear, ViTBlock, drop_path_rates, pair, require_divisor, trunc_normal_02
 
 Array = jax.Array
 
@@ -109,36 +109,28 @@ class PiT(nn.Module):
         if not len(self.embed_dim) == len(self.depths) == len(self.heads):
             raise ValueError("embed_dim, depths and heads need one entry for each stage")
         for channels, heads in zip(self.embed_dim, self.heads, strict=True):
-            if channels % heads:
-                nearest = min((d for d in range(1, channels + 1) if channels % d == 0), key=lambda d: abs(d - heads))
-                raise ValueError(
-                    f"{heads} heads do not divide {channels} channels; the nearest number that does is {nearest}"
-                )
+            require_divisor(heads, "heads", channels, "channels")
         for before, channels in zip(self.embed_dim, self.embed_dim[1:], strict=False):
             if channels % before:
-                nearest = max(round(channels / before), 1) * before
+                near = max(round(channels / before), 1) * before
                 raise ValueError(
                     f"the pooling widens by a whole factor, {before} channels do not divide {channels}; the nearest "
-                    f"that they divide is {nearest}"
+                    f"that they divide is {near}"
                 )
-        for axis, pixels in zip(("height", "width"), self._size(), strict=True):
+        for axis, pixels in zip(("height", "width"), pair(self.image_size), strict=True):
             if pixels < self.patch_size:
                 raise ValueError(
                     f"image {axis} {pixels} is smaller than a patch; the nearest size that works is {self.patch_size}"
                 )
 
-    @nn.nowrap
-    def _size(self) -> tuple[int, int]:
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
-
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the map of embedded patches, the map of each stage and the class token."""
-        if x.shape[1:3] != self._size():
+        height, width = pair(self.image_size)
+        if x.shape[1:3] != (height, width):
             raise ValueError(
-                f"the images are {x.shape[1]} x {x.shape[2]} pixels, the position table is for "
-                f"{self._size()[0]} x {self._size()[1]}; set image_size"
+                f"the images are {x.shape[1]} x {x.shape[2]} pixels, the position table is for {height} x {width}; "
+                "set image_size"
             )
         x = PatchEmbed(self.embed_dim[0], self.patch_size, self.stride, name="patch_embed")(x)
         x = x + self.param("pos_embed", trunc_normal_02, (1, *x.shape[1:])).astype(x.dtype)

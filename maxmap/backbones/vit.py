@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers import TRUNC_NORMAL, Conv, ViTBlock, drop_path_rates, trunc_normal_02
+from maxmap.layers import TRUNC_NORMAL, Conv, ViTBlock, drop_path_rates, pair, require_divisor, trunc_normal_02
 
 Array = jax.Array
 
@@ -64,13 +64,8 @@ class ViT(nn.Module):
     @nn.nowrap
     def validate(self) -> None:
         """Raises ValueError, one sentence, if the fields do not fit each other."""
-        if self.embed_dim % self.heads:
-            divisors = [d for d in range(1, self.embed_dim + 1) if self.embed_dim % d == 0]
-            nearest = min(divisors, key=lambda d: abs(d - self.heads))
-            raise ValueError(
-                f"{self.heads} heads do not divide {self.embed_dim} channels; the nearest number that does is {nearest}"
-            )
-        for axis, pixels in zip(("height", "width"), self._size(), strict=True):
+        require_divisor(self.heads, "heads", self.embed_dim, "channels")
+        for axis, pixels in zip(("height", "width"), pair(self.image_size), strict=True):
             if pixels % self.patch_size:
                 nearest = max(round(pixels / self.patch_size), 1) * self.patch_size
                 raise ValueError(
@@ -78,18 +73,14 @@ class ViT(nn.Module):
                     f"that works is {nearest}"
                 )
 
-    @nn.nowrap
-    def _size(self) -> tuple[int, int]:
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
-
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the map of embedded patches, one map per group of blocks, the class token."""
-        if x.shape[1:3] != self._size():
+        height, width = pair(self.image_size)
+        if x.shape[1:3] != (height, width):
             raise ValueError(
-                f"the images are {x.shape[1]} x {x.shape[2]} pixels, the position table is for "
-                f"{self._size()[0]} x {self._size()[1]}; set image_size"
+                f"the images are {x.shape[1]} x {x.shape[2]} pixels, the position table is for {height} x {width}; "
+                "set image_size"
             )
         x = PatchEmbed(self.embed_dim, self.patch_size, name="patch_embed")(x)
         height = x.shape[1]

@@ -27,6 +27,8 @@ from maxmap.layers import (
     adaptive_average,
     bilinear,
     gram_values,
+    require_divisor,
+    require_one_of,
     softmax,
 )
 
@@ -224,19 +226,9 @@ class GramianHead(nn.Module):
             "init_scheme": tuple(CONV_INITS),
         }
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"the Gramian head's {field} '{getattr(self, field)}' is not one of {', '.join(allowed)}"
-                )
+            require_one_of(getattr(self, field), f"the Gramian head's {field}", allowed)
 
-        def divides(number: int, what: str, total: int, of: str) -> None:
-            if total % number:
-                divisors = [d for d in range(1, total + 1) if total % d == 0]
-                near = min(divisors, key=lambda d: abs(d - number))
-                raise ValueError(
-                    f"the Gramian head's {number} {what} do not divide {total} {of}; the nearest that do is {near}"
-                )
-
+        divides = functools.partial(require_divisor, owner="the Gramian head's ")
         divides(self.contraction_groups, "contraction_groups", self.channels, "channels")
         divides(self.contraction_groups, "contraction_groups", self.gram_channels, "gram_channels")
         divides(self.embedding_groups, "embedding_groups", self.channels, "channels")

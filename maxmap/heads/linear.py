@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.layers import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear
+from maxmap.layers import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear, require_one_of
 
 Array = jax.Array
 
@@ -84,10 +84,7 @@ class LinearHead(nn.Module):
             "init_scheme": ("torch", "trunc_normal"),
         }
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"the linear head's {field} '{getattr(self, field)}' is not one of {', '.join(allowed)}"
-                )
+            require_one_of(getattr(self, field), f"the linear head's {field}", allowed)
 
     @nn.compact
     def __call__(self, features: Sequence[Array], *, train: bool = False) -> dict[str, Array]:

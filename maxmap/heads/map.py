@@ -26,6 +26,8 @@ from maxmap.layers import (
     adaptive_average,
     bilinear,
     gram_values,
+    require_divisor,
+    require_one_of,
     softmax,
 )
 
@@ -335,14 +337,7 @@ class MAPHead(nn.Module):
         token_channels = self.token_channels or self.channels
         width = self.attention_width or self.channels
 
-        def divides(number: int, what: str, total: int, of: str) -> None:
-            if total % number:
-                divisors = [d for d in range(1, total + 1) if total % d == 0]
-                near = min(divisors, key=lambda d: abs(d - number))
-                raise ValueError(
-                    f"the MAP head's {number} {what} do not divide {total} {of}; the nearest that do is {near}"
-                )
-
+        divides = functools.partial(require_divisor, owner="the MAP head's ")
         if self.level >= num_features:
             raise ValueError(
                 f"the MAP head's level {self.level} is out of range: the backbone has {num_features} feature maps, "
@@ -355,10 +350,12 @@ class MAPHead(nn.Module):
         divides(self.heads, "heads", width, "attention channels")
         divides(self.mlp_groups, "mlp_groups", self.channels, "channels")
         divides(self.mlp_groups, "mlp_groups", int(self.mlp_ratio * self.channels), "hidden channels")
-        if self.classifier not in ("norm", "linear"):
-            raise ValueError(f"the MAP head's classifier '{self.classifier}' is not one of norm, linear")
-        if self.init_scheme not in LINEAR_INITS:
-            raise ValueError(f"the MAP head's init_scheme '{self.init_scheme}' is not one of {', '.join(LINEAR_INITS)}")
+        choices = {"activation": ACTIVATIONS, "classifier": ("norm", "linear"), "init_scheme": LINEAR_INITS}
+        for field, allowed in choices.items():
+            require_one_of(getattr(self, field), f"the MAP head's {field}", allowed)
+        for field in ("tokens", "branches", "layers"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"the MAP head's {field} {getattr(self, field)} are too few; the least is 1")
         if token_channels != self.channels and (self.layers > 1 or not self.gram):
             raise ValueError(
                 "the MAP head's token_channels differ from its channels, which needs Gram tokens and one layer"

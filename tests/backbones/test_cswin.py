@@ -189,7 +189,10 @@ def test_drop_path_rates(monkeypatch, plain_convolutions):
         ({"image_size": 240}, "image height 240 gives a map of 15 pixels .* stripes of 7 do not divide; .* is 224"),
         ({"split_size": (1, 3, 7)}, "28 pixels in stage 1, which stripes of 3 do not divide; .* works is 216"),
         ({"split_size": (1, 2, 7, 7)}, "one entry for each stage, split_size one less"),
-        ({"heads": (2, 4, 7, 16)}, "7 heads do not divide the 256 channels of stage 2, .* nearest that do is 8"),
+        (
+            {"heads": (2, 4, 7, 16)},
+            "7 heads do not divide 256 channels of stage 2 by a multiple of 2; .* do is 8",
+        ),
         ({"taps": 21}, "21 taps do not fit inside of a third stage of 21 blocks; the most is 20"),
     ],
 )

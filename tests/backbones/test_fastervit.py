@@ -336,7 +336,7 @@ def test_position_tables():
     [
         ({"image_size": 240}, "image size 240 gives a map of 15 pixels in level 2, which 2 windows .* works is 256"),
         ({"image_size": (224, 256)}, "FasterViT needs square images, not 224 x 256"),
-        ({"heads": (8, 15)}, "15 heads do not divide 512 channels; the nearest number that does is 16"),
+        ({"heads": (8, 15)}, "15 heads do not divide 512 channels; the nearest that do is 16"),
         ({"depths": (2, 3, 6)}, "depths has 3 entries; FasterViT needs 4"),
     ],
 )

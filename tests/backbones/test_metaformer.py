@@ -300,8 +300,11 @@ def test_drop_path_rates_equal_timm(monkeypatch, plain_convolutions):
             {"embed_dim": (64, 128, 300, 512)},
             "heads of 32 channels do not divide the 300 channels of stage 2; .* is 288",
         ),
-        ({"mixers": ("conv", "conv", "attn", "attention")}, "no mixer 'attn', only attention, conv, pool, random"),
-        ({"norm": "batch"}, "no norm 'batch', only channels and map"),
+        (
+            {"mixers": ("conv", "conv", "attn", "attention")},
+            "the mixer 'attn' is not one of attention, conv, pool",
+        ),
+        ({"norm": "batch"}, "the norm 'batch' is not one of channels, map"),
         ({"depths": (1, 1, 1)}, "one entry for each stage"),
         ({"head": {"activation": "relu3"}}, "activation 'relu3' is not one of"),
         ({"head": {"init_scheme": "zeros"}}, "init_scheme 'zeros' is not one of torch, trunc_normal"),

@@ -176,7 +176,7 @@ def test_rates_reach_the_blocks(field):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"heads": (3, 5, 12)}, "5 heads do not divide 288 channels; the nearest number that does is 4"),
+        ({"heads": (3, 5, 12)}, "5 heads do not divide 288 channels; the nearest that do is 4"),
         ({"depths": (2, 6)}, "embed_dim, depths and heads need one entry for each stage"),
         ({"embed_dim": (144, 300, 600)}, "144 channels do not divide 300; the nearest that they divide is 288"),
         ({"image_size": 12}, "image height 12 is smaller than a patch; the nearest size that works is 16"),

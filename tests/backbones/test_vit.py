@@ -165,7 +165,7 @@ def test_map_head_reads_the_patch_tokens_and_the_class_token():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"heads": 7}, "7 heads do not divide 384 channels; the nearest number that does is 6"),
+        ({"heads": 7}, "7 heads do not divide 384 channels; the nearest that do is 6"),
         ({"image_size": (224, 230)}, "image width 230 is not a multiple of the patch size 16; .* works is 224"),
     ],
 )
