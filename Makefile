@@ -3,6 +3,7 @@
 # make test    the tests
 # make check   format, lint, types
 # make soak    runs that are killed, starved and lied to: a table of what survived; half an hour (tests/soak.py)
+# make bench   speed beside timm on this machine, in turns (benchmarks/speed.py)
 # make parity  every model against its reference implementation, in float64; hours (benchmarks/parity.py)
 #
 # Another Python in an environment of its own: make PYTHON=python3.13 VENV=.venv313 test
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEMO := runs/quickstart
 
-.PHONY: help setup demo test check soak parity
+.PHONY: help setup demo test check soak bench parity
 help:
 	@sed -n 's/^# \(make [a-z]*  .*\)/\1/p' Makefile
 
@@ -38,6 +39,9 @@ check: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --jobs=$(JOBS) $(ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 parity: $(VENV)/.test
 	$(BIN)/python -m benchmarks.parity $(ARGS)
