@@ -41,6 +41,7 @@ def get_config(head: str = "map") -> ConfigDict:
     config.batch_size = 128
     config.accumulate = 1
     config.dtype = "float32"
+    config.batch_norm = "sync"
     config.ema_decay = 0.99
     config.init_from = config_dict.placeholder(str)
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})

@@ -24,7 +24,8 @@ What the released commands say and do not do, or do and do not say:
 - evaluation there adds the branches' logits, so its loss is another one than here; the accuracy is the same;
 - below 128 images per GPU the Gram matrix is computed in float64 there; here it is float32 whatever the batch.
 
-Here the compute type is bfloat16 where the commands say `--amp`, which is float16 with loss scaling.
+Here the compute type is bfloat16 where the commands say `--amp`, which is float16 with loss scaling. Batch norms see
+the images of one device, as there (`batch_norm`); on many more devices than published, "sync" may be the better choice.
 """
 
 from typing import Any
@@ -58,6 +59,7 @@ def get_config(recipe: str = "convnext_tiny") -> ConfigDict:
     config.batch_size = 1024
     config.accumulate = 4
     config.dtype = "bfloat16"
+    config.batch_norm = "averaged"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})

@@ -30,7 +30,8 @@ What the released scripts say and do not do, or do and do not say:
 - `--drop-path 0.05` (mobilenet_v1, which has no residual branch) and `--drop 0.1` (resnet50) reach no layer: left out;
 - pit_s is trained with crop 0.875 in its evaluations, and the published figure is at 0.95, which is what stands here.
 
-Here the compute type is bfloat16 where the scripts say `--amp`, which is float16 with loss scaling.
+Here the compute type is bfloat16 where the scripts say `--amp`, which is float16 with loss scaling. Batch norms see the
+images of one device, as there (`batch_norm`); on many more devices than published, "sync" may be the better choice.
 """
 
 from typing import Any
@@ -121,6 +122,7 @@ def get_config(recipe: str = "maxvit_tiny") -> ConfigDict:
     config.batch_size = 1024
     config.accumulate = 4
     config.dtype = "bfloat16"
+    config.batch_norm = "averaged"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})

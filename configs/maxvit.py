@@ -132,6 +132,7 @@ def get_config(recipe: str = "tiny") -> ConfigDict:
     config.batch_size = 4096
     config.accumulate = 1
     config.dtype = "bfloat16"
+    config.batch_norm = "sync"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})

@@ -7,7 +7,7 @@ IMAGENET holds train/<class>/*.JPEG and val/<class>/*.JPEG; with `--config.data.
 a step. On a TPU pod or many GPUs set `--config.accumulate=1`: the batch of 4,096 is over all devices.
 
 Where the released script and this file differ: it says `--amp` (float16 with loss scaling), here the compute type is
-bfloat16; batch norms see 64 images of one GPU there, and the micro-batch over all devices (128 on two GPUs) here.
+bfloat16. Batch norms see the images of one device (`batch_norm`), 64 on two GPUs, as there.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 4096
     config.accumulate = 32
     config.dtype = "bfloat16"
+    config.batch_norm = "averaged"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})

@@ -103,6 +103,7 @@ def get_config(recipe: str = "caformer_s18") -> ConfigDict:
     config.batch_size = 4096
     config.accumulate = 4
     config.dtype = "float32"
+    config.batch_norm = "sync"
     config.ema_decay = config_dict.placeholder(float)
     config.init_from = config_dict.placeholder(str)
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})

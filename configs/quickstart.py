@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64
     config.accumulate = 1
     config.dtype = "float32"
+    config.batch_norm = "sync"
     config.ema_decay = 0.99
     config.init_from = config_dict.placeholder(str)
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})

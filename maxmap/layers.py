@@ -4,9 +4,11 @@ All of them take NHWC maps or `[..., C]` tokens, compute in the type of their in
 wider, so that one precision policy outside of the model is enough.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -113,23 +115,6 @@ def wide(x: Array) -> Array:
 def softmax(logits: Array) -> Array:
     """Softmax over the last axis, computed in float32 or wider, returned in the type of `logits`."""
     return nn.softmax(wide(logits), axis=-1).astype(logits.dtype)
-
-
-def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] = lambda weights: weights) -> Array:
-    """Averages values with the softmax of logits as weights; divides after the product, where there is less to divide.
-
-    Args:
-      logits: `[..., queries, keys]`.
-      values: `[..., keys, D]`.
-      dropout: of the weights.
-
-    Returns:
-      `[..., queries, D]`, in the type of `values`; the softmax is computed in float32 or wider.
-    """
-    logits = wide(logits)
-    weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return (wide(dropout(weights.astype(values.dtype)) @ values) / total).astype(values.dtype)
 
 
 def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
@@ -361,12 +346,32 @@ class Linear(nn.Module):
         return linear(x, kernel, bias)
 
 
+# Groups of a batch with statistics of their own, and whether those of the first alone are kept.
+_batch_groups: contextvars.ContextVar[tuple[int, bool]] = contextvars.ContextVar("batch groups", default=(1, False))
+
+
+@contextlib.contextmanager
+def batch_norm_groups(groups: int, *, keep_first: bool = False) -> Iterator[None]:
+    """While a function is traced: every `BatchNorm` normalises each of `groups` equal parts of the batch by itself.
+
+    Args:
+      groups: parts of consecutive samples; it has to divide the batch.
+      keep_first: the running statistics follow the first part, and not the mean over all.
+    """
+    token = _batch_groups.set((groups, keep_first))
+    try:
+        yield
+    finally:
+        _batch_groups.reset(token)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, as PyTorch keeps its statistics.
 
     While training it normalises with the biased variance of the batch and stores the unbiased one; Flax's own
     layer stores the biased one, which differs visibly where few values enter (Gram tokens, squeeze-excitation).
-    Under jit with a sharded batch the statistics are those of the global batch ("sync BN").
+    Under jit with a sharded batch the statistics are those of the global batch ("sync BN"), unless `batch_norm_groups`
+    says otherwise.
 
     Attributes:
       epsilon: added to the variance.
@@ -385,22 +390,26 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        expand = (1,) * (x.ndim - 1) + (-1,)
+        y = wide(x)[None]  # [parts, B / parts, ..., C]
         if train:
-            axes = tuple(range(x.ndim - 1))
-            mean = jnp.mean(wide(x), axis=axes)
-            var = jnp.mean(jnp.square(wide(x) - mean.reshape(expand)), axis=axes)
+            parts, keep_first = _batch_groups.get()
+            y = y.reshape(parts, -1, *x.shape[1:])
+            axes = tuple(range(1, y.ndim - 1))
+            mean = jnp.mean(y, axis=axes, keepdims=True)
+            var = jnp.mean(jnp.square(y - mean), axis=axes, keepdims=True)
             if not self.is_initializing():
-                count = math.prod(x.shape[:-1])
+                count = math.prod(y.shape[1:-1])
                 unbiased = var * (count / max(count - 1, 1))
-                keep = self.momentum
-                running_mean.value = keep * running_mean.value + (1 - keep) * lax.stop_gradient(mean)
-                running_var.value = keep * running_var.value + (1 - keep) * lax.stop_gradient(unbiased)
+                for running, new in ((running_mean, mean), (running_var, unbiased)):
+                    new = lax.stop_gradient(new).reshape(parts, channels)
+                    new = new[0] if keep_first else jnp.mean(new, axis=0)
+                    running.value = self.momentum * running.value + (1 - self.momentum) * new
         else:
-            mean, var = running_mean.value, running_var.value
-        multiplier = lax.rsqrt(var + self.epsilon) * wide(scale)
-        shift = wide(bias) - mean * multiplier
-        return (wide(x) * multiplier.reshape(expand) + shift.reshape(expand)).astype(x.dtype)
+            mean, var = (v.value.reshape((1,) * x.ndim + (-1,)) for v in (running_mean, running_var))
+        expand = (1,) * x.ndim + (-1,)
+        multiplier = lax.rsqrt(var + self.epsilon) * wide(scale).reshape(expand)
+        shift = wide(bias).reshape(expand) - mean * multiplier
+        return (y * multiplier + shift).reshape(x.shape).astype(x.dtype)
 
 
 def LayerNorm(epsilon: float = 1e-6, *, use_bias: bool = True, name: str | None = None) -> nn.LayerNorm:
@@ -480,8 +489,8 @@ class SelfAttention(nn.Module):
         logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k)
         if self.position_bias is not None:
             logits = logits + self.position_bias()()[None].astype(logits.dtype)
-        dropout = functools.partial(nn.Dropout(self.attn_drop), deterministic=not train)
-        x = rearrange(attend(logits, v, dropout), "b h n d -> b n (h d)")
+        probabilities = nn.Dropout(self.attn_drop)(softmax(logits), deterministic=not train)
+        x = rearrange(jnp.einsum("bhqk,bhkd->bhqd", probabilities, v), "b h n d -> b n (h d)")
         x = Linear(channels, name="proj", **self.inits)(x)
         return nn.Dropout(self.proj_drop)(x, deterministic=not train)
 
@@ -667,8 +676,8 @@ class StripeAttention(nn.Module):
         q, k, v = (
             rearrange(part, "b (i h) (j w) (n d) -> (b i j) n (h w) d", n=self.heads, **sizes) for part in (q, k, v)
         )
-        out = attend(jnp.einsum("bnqd,bnkd->bnqk", q * q.shape[-1] ** -0.5, k), v)
-        out = rearrange(out, "b n (h w) d -> b h w (n d)", **sizes)
+        probabilities = softmax(jnp.einsum("bnqd,bnkd->bnqk", q * q.shape[-1] ** -0.5, k))
+        out = rearrange(jnp.einsum("bnqk,bnkd->bnqd", probabilities, v), "b n (h w) d -> b h w (n d)", **sizes)
         return rearrange(out + position, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
 
 

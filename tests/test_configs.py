@@ -154,6 +154,7 @@ def test_the_flagship_is_the_published_recipe():
         "batch_size": 4096,
         "accumulate": 32,  # of 64 images on each of two GPUs
         "dtype": "bfloat16",
+        "batch_norm": "averaged",
         "ema_decay": None,
         "init_from": None,
     }

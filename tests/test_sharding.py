@@ -238,3 +238,54 @@ def test_rows_of_a_batch_go_to_the_devices_in_order():
         (shard,) = (s for s in batch["label"].addressable_shards if s.device == device)
         assert shard.data.tolist() == [2 * i, 2 * i + 1]
     np.testing.assert_array_equal(batch["image"], np.arange(16).reshape(8, 2))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mode", ["averaged", "per_device"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batch_norms_of_each_device_are_those_of_eight_separate_trainers(mode, accumulate):
+    """Three steps against eight copies of the network that share gradients only, as PyTorch's do."""
+    steps, rate = 3, 0.1
+    model, optimizer = Tiny(3, constant=False), optax.sgd(rate)
+    first = start(model, optimizer)
+
+    def scale(key, images, labels):
+        del key
+        return images.astype(jnp.float64) / 255, jax.nn.one_hot(labels, 3, dtype=jnp.float64)
+
+    mesh = make_mesh()
+    step = make_train_step(
+        model, optimizer, total_loss, scale, mesh=mesh, dtype=jnp.float64, accumulate=accumulate, batch_norm=mode
+    )
+    split = split_batch(mesh)
+    step = jax.jit(step, in_shardings=(replicated(mesh), {"image": split, "label": split}, replicated(mesh)))
+
+    @jax.jit
+    def one(params, stats, images, labels):
+        def objective(params):
+            variables = {"params": params, "batch_stats": stats}
+            outputs, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            return total_loss(outputs, jax.nn.one_hot(labels, 3, dtype=jnp.float64))[0], new["batch_stats"]
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    state, params = first, first.params
+    chains = [first.model_state["batch_stats"]] * 8
+    for batch in batches(steps):
+        batch["image"] = batch["image"] // (1 + np.arange(16, dtype=np.uint8))[:, None, None, None]  # devices differ
+        state, _ = step(state, to_devices(batch, mesh), jax.random.key(1))
+        total = jax.tree.map(jnp.zeros_like, params)
+        for micro in range(accumulate):
+            images, labels = batch["image"][micro::accumulate] / 255, batch["label"][micro::accumulate]
+            rows = len(labels) // 8
+            for device in range(8):
+                own = slice(device * rows, (device + 1) * rows)
+                grads, chains[device] = one(params, chains[device], images[own], labels[own])
+                total = jax.tree.map(lambda a, b: a + b / 8 / accumulate, total, grads)
+        params = jax.tree.map(lambda p, g: p - rate * g, params, total)
+    kept = chains[0] if mode == "per_device" else jax.tree.map(lambda *leaves: sum(leaves) / 8, *chains)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), state.params, params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), state.model_state["batch_stats"], kept
+    )
+    assert not np.allclose(chains[0]["norm"]["mean"], chains[7]["norm"]["mean"], rtol=1e-3)

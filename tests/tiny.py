@@ -93,6 +93,7 @@ def config(path: Path | None, **changes: Any) -> dict[str, Any]:
         "batch_size": 8,
         "accumulate": 1,
         "dtype": "float32",
+        "batch_norm": "sync",
         "ema_decay": 0.75,
         "init_from": None,
         "mesh": {"data": 1},

@@ -26,7 +26,7 @@ from maxmap.train.report import Report
 from maxmap.train.resume import check_changes, only_run
 from maxmap.train.schedule import make_schedule
 from maxmap.train.state import TrainState, abstract, create
-from maxmap.train.step import Loss, Prepare, make_diagnosis, make_train_step
+from maxmap.train.step import BATCH_NORMS, Loss, Prepare, make_diagnosis, make_train_step
 from maxmap.train.watch import Interrupts, Watch, Watchdog
 
 Array = jax.Array
@@ -77,7 +77,7 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
     )
     total_steps = min(schedule.total_steps, config["steps"] or schedule.total_steps)
     optimizer = call(make_optimizer, "optim", config["optim"], schedule)
-    prepare, loss = _make_prepare(config, data), _make_loss(config)
+    prepare, loss = make_prepare(config, data), _make_loss(config)
     images = jax.ShapeDtypeStruct((batch_size, data.image_size, data.image_size, 3), jnp.uint8)
     _try_out(prepare, loss, images, len(data.classes))
 
@@ -119,7 +119,15 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
     same, split = replicated(mesh), split_batch(mesh)
     train_step = jax.jit(
         make_train_step(
-            model, optimizer, loss, prepare, mesh=mesh, dtype=dtype, ema_decay=ema_decay, accumulate=accumulate
+            model,
+            optimizer,
+            loss,
+            prepare,
+            mesh=mesh,
+            dtype=dtype,
+            ema_decay=ema_decay,
+            accumulate=accumulate,
+            batch_norm=config["batch_norm"],
         ),
         in_shardings=(state_sharding, {"image": split, "label": split}, same),
         out_shardings=(state_sharding, same),
@@ -240,6 +248,8 @@ def _check_numbers(config: Config) -> None:
         raise UserError(f"config.steps is {steps}: give 1 or more, or leave it out to train for config.epochs.")
     if accumulate < 1:
         raise UserError(f"config.accumulate is {accumulate}: give 1, or the number of micro-batches in a batch.")
+    if config["batch_norm"] not in BATCH_NORMS:
+        raise UserError(f"config.batch_norm is {config['batch_norm']!r}: give one of {', '.join(BATCH_NORMS)}.")
     if decay is not None and not 0 <= decay < 1:
         raise UserError(f"config.ema_decay is {decay}: give the share that is kept, such as 0.9999, or leave it out.")
 
@@ -274,8 +284,10 @@ def _logging(*, every: int, max_skips: int = 10, hang_minutes: float = 30.0) -> 
     return every, max_skips, hang_minutes
 
 
-def _make_prepare(config: Config, data: Data) -> Prepare:
+def make_prepare(config: Config, data: Data) -> Prepare:
     """What happens to a batch on the device: flips and RandAugment, mixing, normalisation, erasing."""
+    if config["data"].get("rand_augment") and config["augment"].get("rand_augment"):
+        raise UserError("config.data.rand_augment and config.augment.rand_augment are both set: leave one out.")
     mean, std, num_classes = data.preprocessing["mean"], data.preprocessing["std"], len(data.classes)
 
     def prepare(key: Array, images: Array, labels: Array) -> tuple[Array, Array]:

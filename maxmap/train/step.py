@@ -10,6 +10,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from maxmap.layers import batch_norm_groups
 from maxmap.sharding import gather, scatter
 from maxmap.train.state import TrainState
 
@@ -17,6 +18,8 @@ Array = jax.Array
 Metrics = dict[str, Array]
 Prepare = Callable[[Array, Array, Array], tuple[Array, Array]]
 Loss = Callable[[Mapping[str, Array], Array], tuple[Array, Metrics]]
+
+BATCH_NORMS = ("sync", "averaged", "per_device")
 
 
 def cast(tree: Any, dtype: jnp.dtype) -> Any:
@@ -34,6 +37,7 @@ def make_train_step(
     dtype: jnp.dtype = jnp.float32,
     ema_decay: float | None = None,
     accumulate: int = 1,
+    batch_norm: str = "sync",
 ) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
     """Builds the step.
 
@@ -48,24 +52,33 @@ def make_train_step(
       ema_decay: share of the old average that is kept, constant; None for no averaging.
       accumulate: micro-batches of a step, one after another, each prepared (and mixed) on its own; gradients and
         metrics are their means, and batch norms see each one.
+      batch_norm: whose samples a batch norm looks at while training. "sync": those of the (micro-)batch on all devices.
+        "averaged": each device those on it, as PyTorch does; the running statistics are their mean over the devices,
+        which is what torch's separate ones come to when they are averaged at the end of an epoch (`--dist-bn reduce`),
+        since averaging over devices and over time commute. "per_device": the same, and the running statistics are those
+        of the first device alone (`--dist-bn ''` and DDP, which broadcasts the first one's buffers).
 
     Returns:
       A function of state, batch and key that returns the next state and metrics: 'loss', its parts, 'grad_norm' and
       'skipped', which is 1 where loss or gradients are not finite: then nothing of the state moves but its step.
     """
 
+    devices = 1 if mesh is None else mesh.devices.size
+    groups = {"sync": 1, "averaged": devices, "per_device": devices}[batch_norm]
+
     def gradients(full: Any, model_state: Any, images: Array, labels: Array, key: Array) -> tuple[Any, Any, Metrics]:
         prepare_key, model_key = jax.random.split(key)
         images, targets = prepare(prepare_key, images, labels)
 
         def objective(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
-            outputs, mutated = model.apply(
-                {"params": params, **model_state},
-                images.astype(dtype),
-                train=True,
-                rngs={"dropout": model_key},
-                mutable=["batch_stats"],
-            )
+            with batch_norm_groups(groups, keep_first=batch_norm == "per_device"):
+                outputs, mutated = model.apply(
+                    {"params": params, **model_state},
+                    images.astype(dtype),
+                    train=True,
+                    rngs={"dropout": model_key},
+                    mutable=["batch_stats"],
+                )
             value, metrics = loss(outputs, targets)
             return value, (mutated, metrics)
 
