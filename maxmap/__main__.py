@@ -1,9 +1,12 @@
-"""The commands beside training: python -m maxmap list | predict | samples | average | evaluate."""
+"""The commands beside training: python -m maxmap list | predict | samples | show-batch | average."""
 
 import argparse
+import ast
 import csv
+import re
 import runpy
 import sys
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -13,13 +16,13 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from maxmap import checkpoint, evaluate
+from maxmap import checkpoint
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, call, nearest
 from maxmap.evaluate import count_parameters, multiply_adds
-from maxmap.labels import LABEL_SETS
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
 from maxmap.predict import predict
+from maxmap.train.preview import show_batch
 
 PARITY = resources.files("maxmap") / "parity.csv"  # what `make parity` measured
 
@@ -74,12 +77,6 @@ def samples_command(config: str, folder: Path, count: int) -> None:
         print(path)
 
 
-def evaluate_command(workdir: Path, images: Path, labels: str, file: Path | None, batch_size: int) -> None:
-    """Prints what a checkpoint reaches on ReaL's labels, ImageNet-V2, -A, -R or -Sketch."""
-    result = evaluate.run_on(workdir, images, labels, file, batch_size)
-    print(f"{labels}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']} images")
-
-
 def average_command(workdirs: list[Path], out: Path, last: int, raw: bool) -> None:
     """Writes the mean of checkpoints as a checkpoint of the model alone."""
     variables, info = checkpoint.average(workdirs, last=last, ema=not raw)
@@ -88,11 +85,32 @@ def average_command(workdirs: list[Path], out: Path, last: int, raw: bool) -> No
     print(f"{out}: {info['weights']} weights of {used}")
 
 
-def _load_config(path: str) -> dict:
+def show_batch_command(config: str, out: Path, step: int, count: int, changes: list[str]) -> None:
+    """Writes a picture of an augmented training batch with its targets."""
+    show_batch(_load_config(config, changes), out, step=step, count=count)
+    print(out)
+
+
+def _load_config(path: str, changes: Sequence[str] = ()) -> dict:
+    """Returns a config file's config with changes such as '--config.data.path=FOLDER'."""
     file, *argument = path.split(":", 1)
     if not Path(file).is_file():
         raise UserError(f"there is no config file {file}: the ones that come with maxmap are in configs/.")
-    return runpy.run_path(file)["get_config"](*argument).to_dict()
+    try:
+        config = runpy.run_path(file)["get_config"](*argument)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for change in changes:
+        key, _, text = change.removeprefix("--config.").partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{change} does not fit the config {path}: {' '.join(str(error).split())}.") from error
+    return config.to_dict()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,14 +136,6 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--count", type=int, default=6, help="images (default: 6)")
     command.set_defaults(run=samples_command)
 
-    command = commands.add_parser("evaluate", help="ImageNet-ReaL, V2, A, R or Sketch, from files that you have")
-    command.add_argument("workdir", type=Path, help="folder of a run")
-    command.add_argument("images", type=Path, help="folder with a folder of images per class")
-    command.add_argument("--labels", choices=LABEL_SETS, required=True)
-    command.add_argument("--file", type=Path, help="of ReaL: its real.json")
-    command.add_argument("--batch_size", type=int, default=128, help="images at a time (default: 128)")
-    command.set_defaults(run=evaluate_command)
-
     command = commands.add_parser("average", help="average checkpoints; of a single one, keep the EMA weights alone")
     command.add_argument("workdirs", type=Path, nargs="+", help="folders of runs of the same model")
     command.add_argument("--out", type=Path, required=True, help="folder for the new checkpoint")
@@ -133,7 +143,20 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--raw", action="store_true", help="the raw weights, not their moving averages")
     command.set_defaults(run=average_command)
 
-    arguments = vars(parser.parse_args(argv))
+    command = commands.add_parser("show-batch", help="draw an augmented training batch with its targets")
+    command.add_argument("--config", required=True, help="config file; --config.KEY=VALUE changes a value")
+    command.add_argument("--out", type=Path, default=Path("batch.png"), help="picture (default: batch.png)")
+    command.add_argument("--step", type=int, default=0, help="of the run (default: 0)")
+    command.add_argument("--count", type=int, default=16, help="images (default: 16)")
+    command.set_defaults(run=show_batch_command)
+
+    known, changes = parser.parse_known_args(argv)
+    arguments = vars(known)
+    if known.run is show_batch_command:
+        arguments["changes"] = [change for change in changes if re.match(r"--config\.[\w.]+=", change)]
+        changes = [change for change in changes if change not in arguments["changes"]]
+    if changes:
+        parser.error(f"unrecognized arguments: {' '.join(changes)}")
     logging.set_verbosity(logging.ERROR)
     try:
         arguments.pop("run")(**arguments)

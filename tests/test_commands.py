@@ -119,3 +119,52 @@ def test_an_unknown_command_is_no_stack_trace(capsys):
     with pytest.raises(SystemExit) as stopped:
         commands.main(["predikt"])
     assert stopped.value.code == 2 and "predikt" in capsys.readouterr().err
+
+
+def test_show_batch_draws_what_a_step_trains_on(capsys, tmp_path, monkeypatch):
+    """The images are those that the step's own preparation makes of the batch, and the captions name the targets."""
+    from maxmap.train import loop, preview
+
+    folder = write_folder(tmp_path / "images")
+    config = f"{ROOT}/configs/cifar10.py"
+    changes = [f"--config.data.path={folder}", "--config.batch_size=8", "--config.accumulate=2"]
+    drawn = []
+    monkeypatch.setattr(preview, "draw_grid", lambda images, captions: drawn.append((images, captions)) or PICTURE)
+    PICTURE = Image.new("RGB", (4, 4))
+    out = tmp_path / "batch.png"
+    argv = ["show-batch", "--config", config, *changes, "--out", str(out), "--step", "3", "--count", "3"]
+    assert commands.main(argv) == 0
+    assert capsys.readouterr().out == f"{out}\n" and out.is_file()
+
+    settings = commands._load_config(config, changes)
+    data = loop.call(loop.open_data, "data", settings["data"])
+    batch = list(data.train_batches(8, seed=0, num_steps=4))[3]
+    key = jax.random.fold_in(jax.random.split(jax.random.key(0))[1], 3)
+    key = jax.random.split(jax.random.split(key, 2)[0])[0]  # of the first micro-batch, for its preparation
+    images, targets = loop.make_prepare(settings, data)(key, batch["image"][::2], batch["label"][::2])
+    mean, std = np.asarray(settings["data"]["mean"]), np.asarray(settings["data"]["std"])
+    (pixels, captions), *_ = drawn
+    assert np.abs(pixels - 255 * (np.asarray(images[:3]) * std + mean)).max() < 0.51
+    assert captions == [f"{100 * max(t):.0f} % {CLASSES[np.argmax(t)]}" for t in np.asarray(targets[:3])]
+
+
+def test_the_picture_of_a_batch_has_a_cell_for_every_image():
+    from maxmap.train.preview import CAPTION, caption, draw_grid
+
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.full((1, 40, 80, 3), 50, np.uint8)
+    picture = np.asarray(draw_grid(images, ["90 % a\n5 % b"] * 5))
+    assert picture.shape == (2 * (2 * 40 + CAPTION), 3 * (2 * 80 + 6), 3)
+    for i, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
+        top, left = row * (80 + CAPTION) + 3, column * 166 + 3
+        assert (picture[top : top + 80, left : left + 160] == 50 * i).all()
+        assert (picture[top + 80 : top + 80 + CAPTION - 3, left : left + 160] < 128).any()  # the caption
+    assert caption(np.array([0.05, 0.3, 0.65, 0.0]), "abcd") == "65 % c\n30 % b"
+    assert caption(np.array([0.025, 0.925, 0.025, 0.025]), "abcd") == "92 % b"
+
+
+def test_a_change_that_the_config_does_not_have(capsys, tmp_path):
+    config = f"--config={ROOT}/configs/quickstart.py"
+    assert "config.data has no key 'pth'" in mistake(capsys, "show-batch", config, "--config.data.pth=x")
+    assert "batch_size=many" in mistake(capsys, "show-batch", config, "--config.batch_size=many")
+    assert "linaer" in mistake(capsys, "show-batch", f"--config={ROOT}/configs/cifar10.py:linaer")
+    assert "cannot write the picture" in mistake(capsys, "show-batch", config, f"--out={tmp_path}/no/such.png")

@@ -13,8 +13,10 @@ from typing import Any
 
 import grain
 import numpy as np
+from PIL import Image
 
-from maxmap.data import decode
+from maxmap.data import decode, host
+from maxmap.data.augment import parse_rand_augment
 from maxmap.data.sources import Source, open_source
 from maxmap.errors import UserError, nearest
 
@@ -46,6 +48,7 @@ def open_data(
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     interpolation: str = "random",
     draft: bool = True,
+    rand_augment: str | None = None,
     repeats: int = 1,
     crop_pct: float,
     crop_mode: str = "center",
@@ -68,6 +71,8 @@ def open_data(
         classes: the class names in the order of the labels; None: those of the training split (else the evaluation
             split), in the source's order.
         scale, ratio, interpolation, draft: of the random crop, see `decode.train_crop`.
+        rand_augment: RandAugment with Pillow on the decoding threads, such as 'rand-m9-mstd0.5-inc1', in place of
+            that on the device (`augment.augment`): faster only where warps are slow there and cores are idle here.
         repeats: repeated augmentation (Hoffer et al., 2020): how many crops of an image follow one another. As in
             timm an epoch does not grow with it, but is the first floor(n / 256) * 256 of the repeated samples.
         crop_pct, crop_mode, eval_interpolation: of the evaluation crop, see `decode.eval_crop`.
@@ -98,6 +103,18 @@ def open_data(
             "prefetch": prefetch,
         },
     )
+    train_crop = functools.partial(
+        decode.train_crop,
+        size=image_size,
+        scale=tuple(scale),
+        ratio=tuple(ratio),
+        interpolation=interpolation,
+        draft=draft,
+    )
+    if rand_augment:
+        fill = tuple(min(255, round(255 * value)) for value in mean)
+        policy = parse_rand_augment(rand_augment)._asdict()
+        train_crop = functools.partial(_augmented_crop, crop=train_crop, policy={**policy, "fill": fill})
     if train_split is None and val_split is None:
         raise UserError("neither --config.data.train_split nor --config.data.val_split is set: set at least one")
     train = val = None
@@ -115,14 +132,7 @@ def open_data(
         train=train,
         val=val,
         image_size=image_size,
-        train_crop=functools.partial(
-            decode.train_crop,
-            size=image_size,
-            scale=tuple(scale),
-            ratio=tuple(ratio),
-            interpolation=interpolation,
-            draft=draft,
-        ),
+        train_crop=train_crop,
         preprocessing={
             "image_size": eval_image_size or image_size,
             "crop_pct": float(crop_pct),
@@ -293,6 +303,12 @@ def preprocess(image: bytes | str | os.PathLike | np.ndarray, preprocessing: Map
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read {where} ({reason}): give the path of an image file that is whole") from error
+
+
+def _augmented_crop(
+    image: bytes | np.ndarray, rng: np.random.Generator, *, crop: Callable[..., np.ndarray], policy: Mapping[str, Any]
+) -> np.ndarray:
+    return np.asarray(host.rand_augment(Image.fromarray(crop(image, rng)), rng, **policy))
 
 
 def _eval_crop(image: bytes | np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray:

@@ -2,13 +2,17 @@
 
 import io
 import pickle
+import shutil
+import struct
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from maxmap.data.archives import parse_example
 from maxmap.data.sources import SOURCES, FolderSource, open_source
 from maxmap.errors import UserError
 
@@ -215,17 +219,144 @@ def test_tfds_without_prepared_data_names_the_command(tmp_path):
     assert f"`tfds build maxmap_tiny --file_format=array_record --data_dir={tmp_path}`" in text
 
 
-def test_tfds_prepared_for_tensorflow_only(prepared, tmp_path):
+def test_tfds_prepared_in_a_format_that_cannot_be_read(tmp_path):
     class Elsewhere:
-        info = MaxmapTiny(data_dir=str(prepared), file_format="array_record").info
+        info = type("Info", (), {"splits": {"train": 1}, "file_format": tfds.core.FileFormat.RIEGELI})
         data_dir = str(tmp_path)
 
     from maxmap.data.sources import _check_prepared
 
-    _check_prepared(Elsewhere, "maxmap_tiny", None)
-    Elsewhere.info = type("Info", (), {"splits": {"train": 1}, "file_format": tfds.core.FileFormat.TFRECORD})
-    with pytest.raises(UserError, match=r"as tfrecord, which cannot be read by index.*--file_format=array_record"):
+    with pytest.raises(UserError, match=r"as riegeli, which cannot be read by index.*--file_format=array_record"):
         _check_prepared(Elsewhere, "maxmap_tiny", None)
+
+
+@pytest.fixture(scope="module")
+def as_tfrecord(prepared, tmp_path_factory):
+    """The prepared set with its records in TFRecord files, which only TensorFlow would write."""
+    folder = tmp_path_factory.mktemp("tfrecord")
+    builder = MaxmapTiny(data_dir=str(prepared), file_format="array_record")
+    target = folder / builder.data_path.relative_to(prepared)
+    target.mkdir(parents=True)
+    for file in builder.data_path.iterdir():
+        if file.suffix == ".json":
+            (target / file.name).write_text(file.read_text().replace("array_record", "tfrecord"))
+    for split, info in builder.info.splits.items():
+        for file in info.filepaths:
+            from array_record.python.array_record_module import ArrayRecordReader
+
+            records = ArrayRecordReader(str(file)).read_all()
+            data = b"".join(struct.pack("<QI", len(r), 0) + r + struct.pack("<I", 0) for r in records)
+            (target / file.name.replace("array_record", "tfrecord")).write_bytes(data)
+        assert split in ("train", "test")
+    return folder
+
+
+def test_tfds_as_tfrecord_is_read_by_index_without_tensorflow(prepared, as_tfrecord):
+    one = open_source("tfds", prepared, "train", name="maxmap_tiny")
+    other = open_source("tfds", as_tfrecord, "train", name="maxmap_tiny")
+    assert [other[i] for i in range(len(other))] == [one[i] for i in range(6)] and other.classes == one.classes
+    assert pickle.loads(pickle.dumps(other))[4] == one[4]
+    part = open_source("tfds", as_tfrecord, "train[50%:]", name="maxmap_tiny")
+    assert [part[i] for i in range(len(part))] == [one[i] for i in range(3, 6)]
+    assert len(open_source("tfds", as_tfrecord, "val", name="maxmap_tiny")) == 3
+    assert "tensorflow" not in sys.modules
+
+
+def test_a_tfrecord_file_that_is_cut_off(as_tfrecord, tmp_path):
+    shutil.copytree(as_tfrecord, tmp_path / "cut")
+    (file,) = (tmp_path / "cut").rglob("*-train.tfrecord-*")
+    data = file.read_bytes()
+    file.write_bytes(data[:-3])
+    assert "ends inside of a record" in message("tfds", tmp_path / "cut", name="maxmap_tiny")
+    length = struct.unpack("<Q", data[:8])[0]
+    file.write_bytes(data[: 16 + length])
+    assert "has 1 records" in message("tfds", tmp_path / "cut", name="maxmap_tiny")
+
+
+def test_examples_are_parsed_by_the_wire_format():
+    # An Example by hand: bytes, a packed list of integers, one that is not packed, floats.
+    def field(number, data):
+        return bytes([number << 3 | 2, len(data)]) + data
+
+    def feature(name, kind, values):
+        return field(1, field(1, name) + field(2, field(kind, values)))
+
+    packed, single = field(1, bytes([5, 0x96, 0x01])), bytes([1 << 3, 7])
+    floats = field(1, struct.pack("<2f", 1, 2))
+    record = field(
+        1,
+        feature(b"image", 1, field(1, b"abc"))
+        + feature(b"label", 3, packed)
+        + feature(b"one", 3, single)
+        + feature(b"box", 2, floats),
+    )
+    assert parse_example(record) == {"image": [b"abc"], "label": [5, 150], "one": [7]}
+    with pytest.raises(OSError, match="cut off"):
+        parse_example(b"\x80")
+
+
+def pack(file, members: dict[str, bytes], mode: str = "w") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, mode) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_a_plain_tar_is_the_folder_it_was_made_of(tree):
+    folder = open_source("folder", tree, "train")
+    files = {f"./train/{f.relative_to(tree / 'train')}": f.read_bytes() for f in (tree / "train").rglob("*.*")}
+    files = {name.replace("deep/er/", ""): data for name, data in files.items()}
+    first, second = dict(list(files.items())[:2]), dict(list(files.items())[2:])
+    pack(tree / "train-0.tar", first | {"./train/ant/.hidden.png": b"", "LICENSE": b"text"})
+    pack(tree / "train-1.tar", second)
+    source = open_source("tar", tree, "train")
+    assert source.classes == folder.classes and len(source) == len(folder)
+    assert {(r.image, r.label) for r in source} == {(r.image, r.label) for r in folder}
+    for i in range(len(source)):
+        tar, _, name = source.name(i).partition(".tar/")
+        assert tar.endswith(("train-0", "train-1")) and f"./{name}" in files
+    assert pickle.loads(pickle.dumps(source))[3] == source[3]
+    pack(tree / "val.tar", {"dog/x.png": encoded(10)})
+    assert open_source("tar", tree, "val", classes=("dog", "ant", "cat"))[0].label == 0
+    assert "'cow'" in message_of_tar(tree, {"cow/x.png": encoded(1)}, classes=("dog",))
+
+
+def message_of_tar(folder, members, classes=None) -> str:
+    pack(folder / "odd.tar", members)
+    return message("tar", folder, "odd", classes=classes)
+
+
+def test_web_dataset_shards(tmp_path):
+    for shard in range(2):
+        members = {}
+        for i in range(3):
+            members |= {f"{i:03}.png": encoded(10 * shard + i), f"{i:03}.cls": f"{i}\n".encode(), f"{i:03}.json": b"{}"}
+        pack(tmp_path / f"set-train-{shard:06}.tar", members)
+    source = open_source("tar", tmp_path, "train")
+    assert [(pixel(r.image), r.label) for r in source] == [(0, 0), (1, 1), (2, 2), (10, 0), (11, 1), (12, 2)]
+    assert source.classes == ("0", "1", "2")
+    (tmp_path / "classes.txt").write_text("ant\ncat\ndog\ncow\n")
+    assert open_source("tar", tmp_path, "train").classes == ("ant", "cat", "dog", "cow")
+    (tmp_path / "classes.txt").write_text("ant\ncat\n")
+    assert "002.png" in (text := message("tar", tmp_path, "train")) and "label 2" in text and "2 classes" in text
+
+
+def test_mistakes_in_tar_archives(tmp_path):
+    assert "there are none" in message("tar", tmp_path, "train")
+    pack(tmp_path / "train.tar.gz", {"a/x.png": encoded(1)}, "w:gz")
+    assert "train.tar.gz lie there" in message("tar", tmp_path, "train")
+    (tmp_path / "train.tar.gz").rename(tmp_path / "train.tar")
+    assert "unpack a .gz" in message("tar", tmp_path, "train")
+    pack(tmp_path / "train.tar", {"a/x.png": encoded(1), "a/y.png": bytes(2000)})
+    (tmp_path / "train.tar").write_bytes((tmp_path / "train.tar").read_bytes()[:2500])
+    assert "unexpected end of data" in message("tar", tmp_path, "train")
+    assert "holds no images" in message_of_tar(tmp_path, {"a/x.txt": b""})
+    assert "lies in no folder" in message_of_tar(tmp_path, {"x.png": b""})
+    assert "1.png in" in message_of_tar(tmp_path, {"0.png": b"", "0.cls": b"0", "1.png": b""})
+    assert "no class number" in message_of_tar(tmp_path, {"0.png": b"", "0.cls": b"ant"})
+    assert "no path" in message("tar", None)
 
 
 def test_tfds_mistakes(prepared):
