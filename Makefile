@@ -2,6 +2,8 @@
 # make demo    train the embedded default on handwritten digits, evaluate, draw its curves, name a few images
 # make test    the tests
 # make check   format, lint, types
+# make soak    runs that are killed, starved and lied to: a table of what survived; half an hour (tests/soak.py)
+# make bench   speed beside timm on this machine, in turns (benchmarks/speed.py)
 # make parity  every model against its reference implementation, in float64; hours (benchmarks/parity.py)
 #
 # Another Python in an environment of its own: make PYTHON=python3.13 VENV=.venv313 test
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEMO := runs/quickstart
 
-.PHONY: help setup demo test check parity
+.PHONY: help setup demo test check soak bench parity
 help:
 	@sed -n 's/^# \(make [a-z]*  .*\)/\1/p' Makefile
 
@@ -34,6 +36,12 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.soak --jobs=$(JOBS) $(ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 parity: $(VENV)/.test
 	$(BIN)/python -m benchmarks.parity $(ARGS)

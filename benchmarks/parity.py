@@ -91,7 +91,7 @@ def from_timm(model: Classifier, name: str, images: np.ndarray) -> Reference | N
     known = [candidate for candidate in (name, name.removesuffix("_384")) if timm.is_model(candidate)]
     if not known:
         return None
-    reference = timm.create_model(known[0])
+    reference = timm.create_model(known[0], num_classes=1000)  # some of its tags are for 21k or 12k classes
     weights = {
         key: fill(key, value.shape).astype(np.float64)
         for key, value in reference.state_dict().items()

@@ -1,4 +1,4 @@
-"""The commands beside training: python -m maxmap list | predict | samples | show-batch | average."""
+"""The commands beside training: python -m maxmap list | predict | samples | show-batch | average | evaluate."""
 
 import argparse
 import ast
@@ -16,10 +16,11 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from maxmap import checkpoint
+from maxmap import checkpoint, evaluate
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, call, nearest
 from maxmap.evaluate import count_parameters, multiply_adds
+from maxmap.labels import LABEL_SETS
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
 from maxmap.predict import predict
 from maxmap.train.preview import show_batch
@@ -75,6 +76,12 @@ def samples_command(config: str, folder: Path, count: int) -> None:
         else:
             Image.fromarray(image).save(path)
         print(path)
+
+
+def evaluate_command(workdir: Path, images: Path, labels: str, file: Path | None, batch_size: int) -> None:
+    """Prints what a checkpoint reaches on ReaL's labels, ImageNet-V2, -A, -R or -Sketch."""
+    result = evaluate.run_on(workdir, images, labels, file, batch_size)
+    print(f"{labels}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']} images")
 
 
 def average_command(workdirs: list[Path], out: Path, last: int, raw: bool) -> None:
@@ -135,6 +142,14 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("folder", type=Path, help="where to")
     command.add_argument("--count", type=int, default=6, help="images (default: 6)")
     command.set_defaults(run=samples_command)
+
+    command = commands.add_parser("evaluate", help="ImageNet-ReaL, V2, A, R or Sketch, from files that you have")
+    command.add_argument("workdir", type=Path, help="folder of a run")
+    command.add_argument("images", type=Path, help="folder with a folder of images per class")
+    command.add_argument("--labels", choices=LABEL_SETS, required=True)
+    command.add_argument("--file", type=Path, help="of ReaL: its real.json")
+    command.add_argument("--batch_size", type=int, default=128, help="images at a time (default: 128)")
+    command.set_defaults(run=evaluate_command)
 
     command = commands.add_parser("average", help="average checkpoints; of a single one, keep the EMA weights alone")
     command.add_argument("workdirs", type=Path, nargs="+", help="folders of runs of the same model")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from maxmap import checkpoint
 from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError, call, nearest
+from maxmap.labels import LABEL_SETS, as_csv, count, read_real, real_labels, rows_of
 from maxmap.layers import wide
 from maxmap.models import Classifier, average, create_model
 from maxmap.sharding import gather, make_mesh, replicated, split_batch, to_devices
 
 Array = jax.Array
-EvalStep = Callable[[Any, Mapping[str, Array]], dict[str, Array]]
+EvalStep = Callable[[Any, Mapping[str, Array]], dict[str, Any]]
 
 KEYS = (
     *("seed", "epochs", "steps", "batch_size", "accumulate", "dtype", "batch_norm", "ema_decay", "init_from"),
@@ -73,27 +74,48 @@ def model_kwargs(config: Mapping[str, Any], classes: int) -> dict[str, Any]:
     return kwargs
 
 
-def make_eval_step(model: nn.Module, preprocessing: Mapping[str, Any], mesh: Mesh, dtype: jnp.dtype) -> EvalStep:
-    """Builds a jitted function of variables and a batch that returns sums over the images that count.
+def make_eval_step(
+    model: nn.Module,
+    preprocessing: Mapping[str, Any],
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    among: Sequence[int] | None = None,
+) -> EvalStep:
+    """Builds a jitted function of variables and a batch that returns sums over the images that count, and predictions.
 
     The batch has 'image' uint8 `[B, H, W, 3]`, 'label' int32 `[B]` and 'mask' bool `[B]`. The sums are 'images',
-    'top1', 'top5' and 'loss' (cross-entropy of the averaged logits), and 'branch_top1' `[G]`.
+    'top1', 'top5' and 'loss' (cross-entropy of the averaged logits), and 'branch_top1' `[G]`. 'predictions' has the
+    labels with the largest averaged logits, 'best' `[B, 5]`, the 'rank' `[B]` of the right one, and for each branch
+    its label, 'branch' `[G, B]`, and the rank of the right one, 'branch_rank' `[G, B]`.
+
+    `among`: the only labels that are candidates; None for all.
     """
 
-    def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
+    def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Any]:
         images = normalize(batch["image"], preprocessing["mean"], preprocessing["std"], dtype)
         params = gather(jax.tree.map(lambda p: p.astype(dtype), variables["params"]), mesh)
         outputs = model.apply({**variables, "params": params}, images)
-        logits, labels, mask = average(outputs), batch["label"], batch["mask"]
+        logits, branches = average(outputs), wide(outputs["logits"])
+        if among is not None:
+            candidate = jnp.zeros(logits.shape[-1], bool).at[jnp.array(among)].set(True)
+            logits = jnp.where(candidate[None], logits, -jnp.inf)
+            branches = jnp.where(candidate[None, None], branches, -jnp.inf)
+        labels, mask = batch["label"], batch["mask"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         rank = rank_of(labels, logits)
-        branches = jax.vmap(rank_of, (None, 0))(labels, wide(outputs["logits"])) <= 1
+        branch_rank = jax.vmap(rank_of, (None, 0))(labels, branches)
         return {
             "images": jnp.sum(mask),
             "top1": jnp.sum(mask & (rank <= 1)),
             "top5": jnp.sum(mask & (rank <= 5)),
             "loss": jnp.sum(jnp.where(mask, loss, 0)),
-            "branch_top1": jnp.sum(mask[None] & branches, axis=1),
+            "branch_top1": jnp.sum(mask[None] & (branch_rank <= 1), axis=1),
+            "predictions": {
+                "best": jax.lax.top_k(logits, min(5, logits.shape[-1]))[1],
+                "rank": rank,
+                "branch": jnp.argmax(branches, axis=-1),
+                "branch_rank": branch_rank,
+            },
         }
 
     # The variables lie where they are: split by shape while training, on every device otherwise.
@@ -109,7 +131,14 @@ def rank_of(labels: Array, logits: Array) -> Array:
     return jnp.sum(~(logits < target), axis=1)
 
 
-def evaluate(eval_step: EvalStep, variables: Any, data: Data, batch_size: int, mesh: Mesh) -> dict[str, Any]:
+def evaluate(
+    eval_step: EvalStep,
+    variables: Any,
+    data: Data,
+    batch_size: int,
+    mesh: Mesh,
+    rows: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Evaluates variables on the whole evaluation split.
 
     Args:
@@ -118,6 +147,7 @@ def evaluate(eval_step: EvalStep, variables: Any, data: Data, batch_size: int, m
       data: with an evaluation split.
       batch_size: over all devices; rounded up to a multiple of them.
       mesh: of the eval step.
+      rows: takes a row for each image, see `maxmap.labels.rows_of`.
 
     Returns:
       'top1', 'top5' (percent), 'branch_top1' (percent of each branch), 'loss' (mean), 'images', and 'skipped' (names of
@@ -131,11 +161,13 @@ def evaluate(eval_step: EvalStep, variables: Any, data: Data, batch_size: int, m
     skipped = []
     batches = data.eval_batches(batch_size, process_index=jax.process_index(), process_count=jax.process_count())
     for batch in batches:
-        left_out = batch["skipped"]
-        if jax.process_count() > 1:
-            left_out = multihost_utils.process_allgather(left_out.astype(np.int32), tiled=True)
+        left_out = _of_all_processes(batch["skipped"])
         skipped += [data.val.name(int(index)) for index in left_out[left_out >= 0]]
         sums = eval_step(variables, to_devices({key: batch[key] for key in ("image", "label", "mask")}, mesh))
+        predictions = sums.pop("predictions")
+        if rows is not None:
+            about = {key: _of_all_processes(batch[key]) for key in ("index", "label", "mask")}
+            rows += rows_of(about, jax.device_get(predictions), data.val.name)
         for key, value in jax.device_get(sums).items():
             # float64 on the host: float32 cannot count beyond 2^24 images.
             totals[key] = totals.get(key, 0) + np.asarray(value, np.float64)
@@ -150,6 +182,12 @@ def evaluate(eval_step: EvalStep, variables: Any, data: Data, batch_size: int, m
         "images": images,
         "skipped": skipped,
     }
+
+
+def _of_all_processes(column: np.ndarray) -> np.ndarray:
+    if jax.process_count() == 1:
+        return column
+    return np.asarray(multihost_utils.process_allgather(column.astype(np.int32), tiled=True))
 
 
 def count_parameters(params: Any) -> int:
@@ -195,21 +233,21 @@ def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> d
     }
 
 
-def write(result: Mapping[str, Any], workdir: str | Path) -> None:
+def write(result: Mapping[str, Any], workdir: str | Path, name: str = "eval.json") -> None:
     """Writes `eval.json` into a folder."""
     if jax.process_index() == 0:
-        checkpoint.write_text(Path(workdir, "eval.json"), json.dumps(result, indent=2) + "\n")
+        checkpoint.write_text(checkpoint.place(workdir) / name, json.dumps(result, indent=2) + "\n")
 
 
 def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a run, and writes `eval.json`.
+    """Evaluates the newest checkpoint of a run, and writes `eval.json` and `predictions.csv`.
 
     Args:
       config: as for training.
       workdir: of the run; where it holds no checkpoint, the one that `config.init_from` names is evaluated.
 
     Returns:
-      The content of `eval.json`.
+      The content of `eval.json`: the averaged weights' figures where there are any, and then the raw ones' as 'raw'.
 
     Raises:
       UserError: there is no checkpoint, it holds another model, or the data is missing or of another size.
@@ -226,11 +264,73 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     model: Classifier = call(create_model, "model", kwargs)
     check_image_size(model, variables, data.preprocessing["image_size"])
     eval_step = make_eval_step(model, data.preprocessing, mesh, jnp.dtype(config["dtype"]))
-    variables = jax.device_put(variables, replicated(mesh))
-    result = evaluate(eval_step, variables, data, batch_size, mesh)
+    rows: dict[str, list[dict[str, Any]]] = {info["weights"]: []}
+    placed = jax.device_put(variables, replicated(mesh))
+    result = evaluate(eval_step, placed, data, batch_size, mesh, rows[info["weights"]])
     result = report(result, variables["params"], {**info, "preprocessing": data.preprocessing})
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    if info["weights"] == "ema" and (raw := checkpoint.read_variables(path, ema=False))[1]["weights"] == "raw":
+        rows["raw"] = []
+        found = evaluate(eval_step, jax.device_put(raw[0], replicated(mesh)), data, batch_size, mesh, rows["raw"])
+        result["raw"] = {key: found[key] for key in ("top1", "top5", "branch_top1", "loss")}
+    checkpoint.place(workdir).mkdir(parents=True, exist_ok=True)
     write(result, workdir)
+    if jax.process_index() == 0:
+        checkpoint.write_text(checkpoint.place(workdir) / "predictions.csv", as_csv(rows))
+    return result
+
+
+def run_on(workdir: str | Path, folder: Path, labels: str, file: Path | None, batch_size: int) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of an ImageNet run on one of ImageNet's relatives.
+
+    Args:
+      workdir: of the run; `eval_<labels>.json` and `predictions_<labels>.csv` are written into it.
+      folder: of the images, one folder per class: by WordNet number, or, of V2, by label.
+      labels: a key of `maxmap.labels.LABEL_SETS`.
+      file: of ReaL: its `real.json`; the images are then the validation images.
+      batch_size: images at a time.
+
+    Returns:
+      The content of `eval_<labels>.json`.
+
+    Raises:
+      UserError: there is no checkpoint, it is not one of ImageNet's 1,000 classes, or the files do not fit.
+    """
+    variables, info = checkpoint.read_variables(workdir)
+    classes, kind = info["classes"], LABEL_SETS[labels]
+    if len(classes) != 1000 or sorted(classes) != list(classes):
+        raise UserError(f"{workdir} was not trained on ImageNet's 1,000 classes by WordNet number.")
+    if (labels == "real") != (file is not None):
+        raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
+    pre = info["preprocessing"]
+    data = open_data(
+        "folder",
+        folder.absolute().parent,
+        train_split=None,
+        val_split=folder.name,
+        classes=[str(i) for i in range(1000)] if kind["folders"] == "numbers" else classes,
+        crop_pct=pre["crop_pct"],
+        crop_mode=pre["crop_mode"],
+        eval_interpolation=pre["interpolation"],
+        image_size=pre["image_size"],
+        mean=pre["mean"],
+        std=pre["std"],
+    )
+    assert data.val is not None
+    among = None
+    if kind["among"]:
+        among = [label for label, name in enumerate(classes) if (folder / name).is_dir()]
+    mesh, model = make_mesh(), create_model(**info["model"])
+    eval_step = make_eval_step(model, pre, mesh, jnp.dtype(jnp.float32), among)
+    rows: list[dict[str, Any]] = []
+    result = evaluate(eval_step, jax.device_put(variables, replicated(mesh)), data, batch_size, mesh, rows)
+    if file is not None:
+        real = read_real(file)
+        del result["loss"]  # of the first label alone
+        result |= count(rows, {row["index"]: real_labels(real, row["name"]) for row in rows})
+    result = report({"labels": labels, **result}, variables["params"], info)
+    write(result, workdir, f"eval_{labels}.json")
+    if jax.process_index() == 0:
+        checkpoint.write_text(checkpoint.place(workdir) / f"predictions_{labels}.csv", as_csv({info["weights"]: rows}))
     return result
 
 

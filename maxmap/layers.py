@@ -117,6 +117,23 @@ def softmax(logits: Array) -> Array:
     return nn.softmax(wide(logits), axis=-1).astype(logits.dtype)
 
 
+def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] = lambda weights: weights) -> Array:
+    """Averages values with the softmax of logits as weights; divides after the product, where there is less to divide.
+
+    Args:
+      logits: `[..., queries, keys]`.
+      values: `[..., keys, D]`.
+      dropout: of the weights.
+
+    Returns:
+      `[..., queries, D]`, in the type of `values`; the softmax is computed in float32 or wider.
+    """
+    logits = wide(logits)
+    weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return (wide(dropout(weights.astype(values.dtype)) @ values) / total).astype(values.dtype)
+
+
 def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
     """Linear map of the last axis; on two axes, because XLA's CPU backend is much faster on those than on more."""
     y = x.reshape(-1, x.shape[-1]) @ kernel
@@ -489,8 +506,8 @@ class SelfAttention(nn.Module):
         logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k)
         if self.position_bias is not None:
             logits = logits + self.position_bias()()[None].astype(logits.dtype)
-        probabilities = nn.Dropout(self.attn_drop)(softmax(logits), deterministic=not train)
-        x = rearrange(jnp.einsum("bhqk,bhkd->bhqd", probabilities, v), "b h n d -> b n (h d)")
+        dropout = functools.partial(nn.Dropout(self.attn_drop), deterministic=not train)
+        x = rearrange(attend(logits, v, dropout), "b h n d -> b n (h d)")
         x = Linear(channels, name="proj", **self.inits)(x)
         return nn.Dropout(self.proj_drop)(x, deterministic=not train)
 
@@ -676,8 +693,8 @@ class StripeAttention(nn.Module):
         q, k, v = (
             rearrange(part, "b (i h) (j w) (n d) -> (b i j) n (h w) d", n=self.heads, **sizes) for part in (q, k, v)
         )
-        probabilities = softmax(jnp.einsum("bnqd,bnkd->bnqk", q * q.shape[-1] ** -0.5, k))
-        out = rearrange(jnp.einsum("bnqk,bnkd->bnqd", probabilities, v), "b n (h w) d -> b h w (n d)", **sizes)
+        out = attend(jnp.einsum("bnqd,bnkd->bnqk", q * q.shape[-1] ** -0.5, k), v)
+        out = rearrange(out, "b n (h w) d -> b h w (n d)", **sizes)
         return rearrange(out + position, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
 
 

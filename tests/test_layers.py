@@ -9,7 +9,17 @@ import pytest
 from jax import lax
 
 from maxmap import layers
-from maxmap.layers import BatchNorm, Conv, DropPath, LayerNorm, Linear, convolve, convolve_by_patches, depthwise_shifts
+from maxmap.layers import (
+    BatchNorm,
+    Conv,
+    DropPath,
+    LayerNorm,
+    Linear,
+    attend,
+    convolve,
+    convolve_by_patches,
+    depthwise_shifts,
+)
 
 
 def numbers(seed, *shape):
@@ -337,3 +347,13 @@ def test_default_initialisation_of_the_layers():
     assert_uniform(np.asarray(params["bias"], np.float64), 1 / math.sqrt(9 * 16))
     params = Linear(4096).init(jax.random.key(0), x)["params"]
     assert_uniform(np.asarray(params["bias"], np.float64), 1 / math.sqrt(64))
+
+
+def test_attention_is_a_softmax_of_any_size(x64):
+    """Logits far beyond what exp can take, and weights that underflow."""
+    logits, values = 1000 * numbers(0, 2, 3, 4, 5), numbers(1, 2, 3, 5, 6)
+    ours, vjp = jax.vjp(attend, logits, values)
+    wanted, wanted_vjp = jax.vjp(lambda logits, values: jax.nn.softmax(logits) @ values, logits, values)
+    assert_close(ours, wanted)
+    for gradient, wanted_gradient in zip(vjp(ours), wanted_vjp(ours), strict=True):
+        np.testing.assert_allclose(gradient, wanted_gradient, atol=1e-12)

@@ -1,19 +1,22 @@
 """A training run of the tests' network in a process of its own, which can be made to die: python -m tests.tiny_run.
 
-  --images FOLDER --workdir FOLDER [--devices N] [--set section__key=JSON ...] [--die WHERE:N ...]
+  --images FOLDER --workdir FOLDER [--devices N] [--set section__key=JSON ...] [--at WHERE:N:WHAT ...]
   [--coordinator HOST:PORT --num_processes N --process_id I]
 
-`--die` kills the process with SIGKILL at the N-th time that it comes to WHERE, which is one of the keys of PLACES. The
-samples of every step are appended to `order.jsonl` in the workdir.
+At the N-th time that it comes to WHERE, one of the keys of PLACES, WHAT happens, one of the keys of EVENTS. The samples
+of every step are appended to `order.jsonl` in the workdir.
 """
 
 import argparse
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,8 +47,36 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
-def die_at(where: str, count: int) -> None:
-    """Kills this process at the `count`-th call."""
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_worker() -> None:
+    """Kills the processes that the loader started."""
+    for child in multiprocessing.active_children():
+        os.kill(child.pid or 0, signal.SIGKILL)
+
+
+def turn_clock_back() -> None:
+    """From now on it is yesterday."""
+    now = time.time
+    time.time = lambda: now() - 86400
+
+
+# Data files are harmed while the run reads them: PATH is that of the first image.
+EVENTS: dict[str, Callable[[Path], object]] = {
+    "die": lambda image: die(),
+    "kill_worker": lambda image: kill_worker(),
+    "clock": lambda image: turn_clock_back(),
+    "vanish": lambda image: image.unlink(),
+    "shrink": lambda image: os.truncate(image, 60),
+    "unreadable": lambda image: (image.unlink(), image.mkdir()),
+    "slow": lambda image: time.sleep(3600),
+}
+
+
+def happen_at(where: str, count: int, event: Callable[[], object]) -> None:
+    """Has something happen at the `count`-th call."""
     owner, name = PLACES[where]
     function: Callable[..., Any] = getattr(owner, name)
     calls = []
@@ -53,7 +84,7 @@ def die_at(where: str, count: int) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            event()
         return function(*args, **kwargs)
 
     setattr(owner, name, call)
@@ -123,7 +154,7 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--die", action="append", default=[])
+    parser.add_argument("--at", action="append", default=[])
     parser.add_argument("--coordinator")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
@@ -138,9 +169,10 @@ def main() -> int:
     for room in tiny.rooms():
         room.create_model = tiny.create_tiny  # type: ignore[attr-defined]
     note_order(arguments.workdir)
-    for where in arguments.die:
-        place, count = where.split(":")
-        die_at(place, int(count))
+    first_image = min((arguments.images / "train").rglob("*.png"))
+    for planned in arguments.at:
+        place, count, event = planned.split(":")
+        happen_at(place, int(count), functools.partial(EVENTS[event], first_image))
     changes = {key: json.loads(value) for key, value in (change.split("=", 1) for change in arguments.set)}
     try:
         loop.run(tiny.config(arguments.images, mesh__data=-1, **changes), arguments.workdir)

@@ -25,6 +25,7 @@ from maxmap.layers import (
     LayerNorm,
     Linear,
     Mlp,
+    attend,
     average_pool,
     drop_path_rates,
     he_fan_out,
@@ -32,7 +33,6 @@ from maxmap.layers import (
     relative_index,
     require_divisor,
     require_one_of,
-    softmax,
     trunc_normal_02,
     xavier_uniform,
 )
@@ -334,9 +334,9 @@ class Attention(nn.Module):
         )(train=train)
         scale = (self.width if self.scale_by_width else self.head_dim) ** -0.5
         logits = jnp.einsum("bwhqd,bwhkd->bwhqk", q * scale, k)
-        probabilities = softmax(logits + bias[None, None].astype(logits.dtype))
-        probabilities = nn.Dropout(self.attn_drop)(probabilities, deterministic=not train)
-        x = rearrange(jnp.einsum("bwhqk,bwhkd->bwhqd", probabilities, v), "b w h n d -> b w n (h d)")
+        logits = logits + bias[None, None].astype(logits.dtype)
+        dropout = functools.partial(nn.Dropout(self.attn_drop), deterministic=not train)
+        x = rearrange(attend(logits, v, dropout), "b w h n d -> b w n (h d)")
         x = self.layer(self.channels, name="proj", **inits)(x)
         return nn.Dropout(self.proj_drop)(x, deterministic=not train)
 

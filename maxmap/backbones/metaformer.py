@@ -22,11 +22,11 @@ from maxmap.layers import (
     DropPath,
     LayerNorm,
     Linear,
+    attend,
     average_pool,
     drop_path_rates,
     pair,
     require_one_of,
-    softmax,
 )
 
 Array = jax.Array
@@ -115,8 +115,7 @@ class AttentionMixing(nn.Module):
         linear = functools.partial(Linear, bias=False, **TRUNC_NORMAL)
         qkv = linear(3 * channels, name="qkv")(x)
         q, k, v = rearrange(qkv, "b h w (three n d) -> three b n (h w) d", three=3, d=HEAD_DIM)
-        probabilities = softmax(jnp.einsum("bnqd,bnkd->bnqk", q * HEAD_DIM**-0.5, k))
-        out = jnp.einsum("bnqk,bnkd->bnqd", probabilities, v)
+        out = attend(jnp.einsum("bnqd,bnkd->bnqk", q * HEAD_DIM**-0.5, k), v)
         return linear(channels, name="proj")(rearrange(out, "b n (h w) d -> b h w (n d)", h=height))
 
 

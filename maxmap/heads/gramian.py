@@ -25,11 +25,11 @@ from maxmap.layers import (
     LayerNorm,
     Linear,
     adaptive_average,
+    attend,
     bilinear,
     gram_values,
     require_divisor,
     require_one_of,
-    softmax,
 )
 
 Array = jax.Array
@@ -140,8 +140,8 @@ class ClassAttention(nn.Module):
         linear = functools.partial(Linear, self.width, bias=False, **LINEAR_INITS[self.init_scheme])
         q, k, v = linear(name="q")(token), linear(name="k")(both), linear(name="v")(both)
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (q, k, v))
-        probabilities = softmax(jnp.einsum("bhqd,bhnd->bhqn", q * q.shape[-1] ** -0.5, k))
-        out = rearrange(jnp.einsum("bhqn,bhnd->bhqd", probabilities, v), "b h q d -> b q (h d)")
+        out = attend(jnp.einsum("bhqd,bhnd->bhqn", q * q.shape[-1] ** -0.5, k), v)
+        out = rearrange(out, "b h q d -> b q (h d)")
         return Linear(x.shape[-1], name="proj", **LINEAR_INITS[self.init_scheme])(out)
 
 

@@ -40,8 +40,8 @@ def test_killed_runs_end_as_one_that_was_not(images, tmp_path):
     whole = start(images, tmp_path / "whole")
     broken = tmp_path / "broken"
     # Before the line of step 4 is in the log; while step 8 is being looked through, when step 9 is not yet begun.
-    end(start(images, broken, "--die=step:4"), broken, -9)
-    end(start(images, broken, "--die=sums:2"), broken, -9)
+    end(start(images, broken, "--at=step:4:die"), broken, -9)
+    end(start(images, broken, "--at=sums:2:die"), broken, -9)
     end(start(images, broken), broken)
     end(whole, tmp_path / "whole")
     wanted, found = outcome(tmp_path / "whole"), outcome(broken)

@@ -1,5 +1,6 @@
 """A whole run: what it writes, that it goes on where it was stopped, and what it says to bad input."""
 
+import csv
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from maxmap import checkpoint, evaluate
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
+from maxmap.labels import count
 from maxmap.sharding import to_devices
 from maxmap.train import loop
 from maxmap.train.schedule import make_schedule
@@ -231,9 +233,19 @@ def test_steps_end_a_run_early_on_another_mesh(finished, tmp_path):
 
 
 def test_mode_eval_repeats_the_last_evaluation(finished, tmp_path):
-    (finished.workdir / "eval.json").rename(tmp_path / "eval.json")
-    assert evaluate.run(finished.config, finished.workdir) == finished.result
-    assert (finished.workdir / "eval.json").read_bytes() == (tmp_path / "eval.json").read_bytes()
+    (finished.workdir / "eval.json").unlink()
+    result = evaluate.run(finished.config, finished.workdir)
+    assert json.loads((finished.workdir / "eval.json").read_text()) == result
+    raw = result.pop("raw")
+    assert result == finished.result and raw["loss"] != result["loss"]
+    # Anyone can count again.
+    with (finished.workdir / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 11
+    for weights, wanted in {"ema": result, "raw": raw}.items():
+        counted = count(row for row in rows if row["weights"] == weights)
+        assert counted == {key: {**result, **wanted}[key] for key in ("images", "top1", "top5", "branch_top1")}
+    assert rows[0]["name"].endswith("val/blue/000.png") and rows[0]["label"] == "0"
 
 
 def test_init_from_starts_with_the_average_of_another_run(finished, tmp_path):
@@ -253,7 +265,9 @@ def test_init_from_starts_with_the_average_of_another_run(finished, tmp_path):
     statistics = jax.tree.map(np.array_equal, saved[1]["variables"]["batch_stats"], start["batch_stats"])
     assert not any(jax.tree.leaves(statistics))  # a step of training has moved them
     # The run's own checkpoint now counts, not the one that it started from.
-    assert evaluate.run(settings, tmp_path / "run") == result
+    again = evaluate.run(settings, tmp_path / "run")
+    del again["raw"]
+    assert again == result
 
 
 def sentence(settings: dict, workdir: Path) -> str:
