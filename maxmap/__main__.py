@@ -1,8 +1,9 @@
-"""The commands beside training: python -m maxmap list | predict | samples | show-batch | average | evaluate."""
+"""The commands beside training: python -m maxmap list | predict | samples | show-batch | average | evaluate | plan."""
 
 import argparse
 import ast
 import csv
+import json
 import re
 import runpy
 import sys
@@ -23,6 +24,7 @@ from maxmap.evaluate import count_parameters, multiply_adds
 from maxmap.labels import LABEL_SETS
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
 from maxmap.predict import predict
+from maxmap.train.plan import HARDWARE, describe, plan
 from maxmap.train.preview import show_batch
 
 PARITY = resources.files("maxmap") / "parity.csv"  # what `make parity` measured
@@ -82,6 +84,26 @@ def evaluate_command(workdir: Path, images: Path, labels: str, file: Path | None
     """Prints what a checkpoint reaches on ReaL's labels, ImageNet-V2, -A, -R or -Sketch."""
     result = evaluate.run_on(workdir, images, labels, file, batch_size)
     print(f"{labels}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']} images")
+
+
+def plan_command(config: str, devices: int, hardware: str, utilisation: float, changes: list[str]) -> None:
+    """Prints whether a config fits on devices that one does not have yet, and what its steps cost there."""
+    values = _load_config(config)
+    for change in changes:
+        key, _, value = change.partition("=")
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section.get(part, {})
+        if name not in section and not sections:
+            raise UserError(f"{config} has no key '{key}'; the nearest are {nearest(key, values)}.")
+        try:
+            section[name] = json.loads(value)
+        except json.JSONDecodeError:
+            raise UserError(
+                f"--set={change} is not KEY=VALUE with a number, true, false, null or a quoted text."
+            ) from None
+    print(describe(plan(values, devices, hardware, utilisation), devices, hardware, utilisation))
 
 
 def average_command(workdirs: list[Path], out: Path, last: int, raw: bool) -> None:
@@ -150,6 +172,18 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--file", type=Path, help="of ReaL: its real.json")
     command.add_argument("--batch_size", type=int, default=128, help="images at a time (default: 128)")
     command.set_defaults(run=evaluate_command)
+
+    command = commands.add_parser("plan", help="memory, traffic and speed of a config on hardware one has not got yet")
+    command.add_argument("--config", required=True, help="config file")
+    command.add_argument("--devices", type=int, required=True, help="how many")
+    command.add_argument("--hardware", choices=HARDWARE, default="tpu-v4", help="of which kind (default: tpu-v4)")
+    command.add_argument(
+        "--utilisation", type=float, default=0.3, help="share of the peak that the arithmetic reaches (default: 0.3)"
+    )
+    command.add_argument(
+        "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="for example mesh.fsdp=8"
+    )
+    command.set_defaults(run=plan_command)
 
     command = commands.add_parser("average", help="average checkpoints; of a single one, keep the EMA weights alone")
     command.add_argument("workdirs", type=Path, nargs="+", help="folders of runs of the same model")

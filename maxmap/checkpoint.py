@@ -9,6 +9,7 @@ A folder may be a remote one (gs://bucket/run): all files go through etils.epath
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ SUMS = "SHA256SUMS"
 
 # What tensorstore says, which has no error numbers: the disk is full, or nobody may write.
 _DISK = re.compile(r"No space left|Disk quota|File too large|Read-only|Permission denied|Input/output error", re.I)
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.EEXIST, errno.ENOTDIR)
 _ORBAX_CHANGES = "_CHECKPOINT_METADATA"  # at its very end orbax notes the time in it
 
 
@@ -43,13 +45,13 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, *, keep: int = 3):
-        self._folder, self._keep = folder(workdir), keep
+        self._workdir, self._folder, self._keep = workdir, folder(workdir), keep
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._scores = {step: _score(self._folder / str(step)) for step in finished_steps(workdir)}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         if jax.process_index() == 0:
-            with _disk_errors(self._folder, "be made", self._scores):
+            with disk_errors(self._workdir, "be written to"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 for unfinished in self._folder.glob("*.orbax-checkpoint-tmp*"):
                     unfinished.rmtree()
@@ -71,7 +73,7 @@ class Checkpoints:
         if step in self._scores and damage(path) is None:
             return
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        with _disk_errors(self._folder, f"take step {step}", self._scores):
+        with disk_errors(self._workdir, f"take step {step}"):
             record = ocp.args.JsonSave({**info, **({} if score is None else {"score": score})})
             self._writer.save(os.fspath(path), args=ocp.args.Composite(**trees, info=record), force=True)
         self._thread = threading.Thread(target=self._finish, args=(step, score), name=f"checkpoint of step {step}")
@@ -104,7 +106,7 @@ class Checkpoints:
 
     def _finish(self, step: int, score: float | None) -> None:
         try:
-            with _disk_errors(self._folder, f"take step {step}", self._scores):
+            with disk_errors(self._workdir, f"take step {step}"):
                 self._writer.wait_until_finished()
                 if jax.process_index() == 0:
                     path = self._folder / str(step)
@@ -321,16 +323,25 @@ def _read(path: epath.Path, args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _disk_errors(where: epath.Path, what: str, good: Mapping[int, Any]) -> Iterator[None]:
-    """Turns what the disk refuses into a sentence; other errors are bugs and stay what they are."""
+def disk_errors(workdir: str | Path, what: str) -> Iterator[None]:
+    """Turns what the disk of a workdir refuses into a sentence; other errors are bugs and stay what they are.
+
+    Args:
+      workdir: of the run.
+      what: that cannot be done, such as "take step 3".
+
+    Raises:
+      UserError: the disk is full, read-only, broken, or not the user's.
+    """
     try:
         yield
     except Exception as error:
         reason = _DISK.search(str(error))
-        if isinstance(error, UserError) or (reason is None and not isinstance(error, OSError)):
+        if isinstance(error, UserError) or (reason is None and getattr(error, "errno", None) not in _REFUSALS):
             raise
-        last = f"the last good checkpoint is step {max(good)}" if good else "there is no checkpoint yet"
+        steps = finished_steps(workdir)
+        last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
         raise UserError(
-            f"{where} cannot {what} ({reason[0] if reason else error}); {last}: make room, or the folder writable, and "
-            "start again."
+            f"{workdir} cannot {what} ({reason[0] if reason else error}); {last}: make room, or the folder writable, "
+            "and start again."
         ) from error

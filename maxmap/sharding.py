@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maxmap.errors import UserError
 
@@ -96,7 +96,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     return jax.make_mesh((data, fsdp), (DATA, FSDP), axis_types=axis_types, devices=jax.devices()[: data * fsdp])
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -106,7 +106,7 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
-def by_shape(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def by_shape(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Where an array of the state lies: its longest axis that "fsdp" divides is split, the last of equals.
 
     An array with fewer than `SMALLEST` values, or with no such axis, is on every device.
@@ -133,9 +133,9 @@ def gather(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh)), tree)
 
 
-def check_batch(size: int, mesh: Mesh, what: str) -> None:
+def check_batch(size: int, mesh: Mesh | AbstractMesh, what: str) -> None:
     """Raises UserError unless the devices divide a batch."""
-    devices = mesh.devices.size
+    devices = mesh.size
     if size % devices:
         nearest = max(round(size / devices), 1) * devices
         raise UserError(f"{what} {size} does not divide over {devices} devices; the nearest that does is {nearest}.")

@@ -242,7 +242,7 @@ def test_a_full_disk_costs_no_checkpoint(workdir):
 @pytest.mark.fault("checkpoint folder cannot be written")
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / checkpoint.FOLDER).write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot be made .*there is no checkpoint yet"):
+    with pytest.raises(UserError, match=r"cannot be written to .*there is no checkpoint yet"):
         Checkpoints(tmp_path)
 
 

@@ -59,7 +59,8 @@ def test_train_then_evaluate(small, tmp_path):
     assert "step 2/2" in trained.stderr and "top-1" in trained.stderr
 
     evaluated = start(*flags, "--mode=eval", f"--workdir={tmp_path}/runs/small")
-    assert evaluated.returncode == 0 and json.loads(evaluated.stdout) == result
+    again = json.loads(evaluated.stdout)
+    assert evaluated.returncode == 0 and again.pop("raw")["top1"] >= 0 and again == result
 
 
 def test_the_flagship_without_imagenet(tmp_path):

@@ -53,7 +53,9 @@ def die() -> None:
 
 def kill_worker() -> None:
     """Kills the processes that the loader started."""
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    assert children, "the loader has no processes"
+    for child in children:
         os.kill(child.pid or 0, signal.SIGKILL)
 
 

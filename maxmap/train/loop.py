@@ -147,6 +147,7 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
         return result
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(checkpoint.disk_errors(workdir, "be written to"))
         stack.enter_context(only_run(workdir))
         if jax.process_index() == 0:
             checkpoint.write_text(Path(workdir, "config.json"), json.dumps(info["config"], indent=2) + "\n")

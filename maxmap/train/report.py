@@ -1,6 +1,9 @@
 """What a run tells: the terminal, `metrics.jsonl`, TensorBoard and `curves.png`."""
 
 import json
+import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -8,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from maxmap.checkpoint import write_text
@@ -37,8 +42,8 @@ class Report:
         if not self._main:
             return
         drop_after(self._path, step)
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+        self._file = self._path.open("ab", buffering=0)
+        self._board = _Board(Path(workdir) / "tensorboard", step + 1)
         self._bar = tqdm(
             total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
@@ -104,10 +109,38 @@ class Report:
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._main:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
         for key, value in values.items():
-            self._board.add_scalar(f"{kind}/{key}", value, step)
+            self._board.scalar(f"{kind}/{key}", value, step)
+
+
+class _Board:
+    """TensorBoard's file, written at once: the library's thread dies where the disk is full, and its queue then blocks.
+
+    Args:
+      folder: for the file.
+      step: from which on what an earlier run wrote does not count.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab", buffering=0)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: Event) -> None:
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        self._file.write(length + sums[0] + data + sums[1])
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def drop_after(path: Path, step: int) -> None:

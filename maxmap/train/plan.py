@@ -1,0 +1,173 @@
+"""Does a recipe fit, and what does it cost? Counted from shapes, before any machine is rented.
+
+State and traffic are exact counts of what the step does (maxmap.sharding). Activations are what the forward pass keeps
+for the backward pass before XLA fuses anything, so an upper bound by a factor that was not measured here; times come
+from the stated figures of the hardware, and are as good as these.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from maxmap.errors import UserError, call
+from maxmap.evaluate import count_parameters, model_kwargs, multiply_adds
+from maxmap.models import create_model
+from maxmap.sharding import DATA, FSDP, by_shape, check_batch
+from maxmap.train.optim import make_optimizer
+from maxmap.train.state import create
+from maxmap.train.step import cast
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device, by its maker's figures.
+
+    Attributes:
+      flops: multiply-adds times two per second, bfloat16, at the peak.
+      memory: bytes.
+      bandwidth: bytes per second that it sends to the others, in the job's network as a whole.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+HARDWARE = {
+    "tpu-v4": Hardware(275e12, 32e9, 300e9),
+    "tpu-v5e": Hardware(197e12, 16e9, 200e9),
+    "tpu-v5p": Hardware(459e12, 95e9, 600e9),
+    "tpu-v6e": Hardware(918e12, 32e9, 448e9),
+    # GPUs of many hosts are joined by one port of 200 or 400 Gbit/s each; inside of a host NVLink is ten times as fast.
+    "a100-80": Hardware(312e12, 80e9, 25e9),
+    "h100-80": Hardware(989e12, 80e9, 50e9),
+}
+
+
+def plan(config: Mapping[str, Any], devices: int, hardware: str, utilisation: float) -> dict[str, Any]:
+    """Counts what a config needs.
+
+    Args:
+      config: as for training; where `model.num_classes` is not set, 1,000 classes.
+      devices: of the job.
+      hardware: a key of HARDWARE.
+      utilisation: share of the peak that the model's arithmetic reaches, 0 to 1; it has to be measured.
+
+    Returns:
+      Bytes per device by what they are for ('memory'), bytes that a device sends per step by what for ('sent'),
+      'flops' of a step on a device, 'compute_seconds', 'network_seconds', 'efficiency' (where nothing overlaps) and
+      'fits'.
+    """
+    machine = HARDWARE[hardware]
+    mesh = _mesh(devices, **config["mesh"])
+    data, fsdp = mesh.shape[DATA], mesh.shape[FSDP]
+    batch, accumulate = config["batch_size"], config["accumulate"]
+    check_batch(batch // accumulate, mesh, "config.batch_size / config.accumulate =")
+    local = batch // accumulate // devices
+    kwargs = model_kwargs(config, config["model"].get("num_classes") or 1000)
+    model = call(create_model, "model", kwargs)
+    dtype, size = jnp.dtype(config["dtype"]), config["data"]["image_size"]
+    optimizer = call(make_optimizer, "optim", config["optim"], 1e-3)
+    images = jax.ShapeDtypeStruct((local, size, size, 3), dtype)
+    one = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    averaged = config["ema_decay"] is not None
+    state = jax.eval_shape(lambda: create(model, optimizer, jax.random.key(0), one, ema=averaged))
+    params = jax.eval_shape(lambda params: cast(params, dtype), state.params)
+
+    def forward(params: Any, others: Any, images: Any) -> Any:
+        return model.apply(
+            {"params": params, **others},
+            images,
+            train=True,
+            rngs={"dropout": jax.random.key(0)},
+            mutable=["batch_stats"],
+        )
+
+    def backward(params: Any, others: Any, images: Any) -> Any:
+        return jax.vjp(lambda params: forward(params, others, images), params)[1]
+
+    kept = jax.eval_shape(backward, params, state.model_state, images)
+    flops = 2 * accumulate * multiply_adds(jax.make_jaxpr(forward)(params, state.model_state, images))
+    flops *= 4 if kwargs.get("remat") else 3  # backward: twice the forward pass, and blocks once more
+
+    split = [leaf for leaf in jax.tree.leaves(params) if not by_shape(leaf.shape, mesh).is_fully_replicated]
+    whole = _bytes(params)
+    part = whole - _bytes(split) * (1 - 1 / fsdp)  # of the gradients, what a device keeps
+    memory = {
+        "parameters": _held(state.params, mesh),
+        "optimizer": _held(state.opt_state, mesh),
+        "averages": _held(state.ema, mesh),
+        "batch statistics": _held(state.model_state, mesh),
+        f"parameters in {dtype.name}, gathered": whole,
+        "gradients": whole + _held(state.params, mesh),
+        "activations, at most": _bytes(kept) - whole,
+        "images": local * size * size * 3 * (1 + dtype.itemsize),
+    }
+    sent = {
+        "parameters gathered": _bytes(split) * (fsdp - 1) / fsdp,
+        "gradients summed over fsdp": accumulate * (_bytes(split) * (fsdp - 1) / fsdp),
+        "gradients summed over data": accumulate * 2 * part * (data - 1) / data,
+    }
+    if fsdp > 1:  # what is too small to be split is summed over fsdp too
+        sent["gradients summed over fsdp"] += accumulate * 2 * (whole - _bytes(split)) * (fsdp - 1) / fsdp
+    compute = flops / (machine.flops * utilisation)
+    network = sum(sent.values()) / machine.bandwidth
+    return {
+        "parameters": count_parameters(state.params),
+        "mesh": {"data": data, "fsdp": fsdp},
+        "images_per_device": local * accumulate,
+        "memory": memory,
+        "sent": sent,
+        "flops": flops,
+        "compute_seconds": compute,
+        "network_seconds": network,
+        "efficiency": compute / (compute + network),
+        "fits": sum(memory.values()) <= machine.memory,
+    }
+
+
+def describe(found: Mapping[str, Any], devices: int, hardware: str, utilisation: float) -> str:
+    """Returns the plan as text."""
+    machine, total = HARDWARE[hardware], sum(found["memory"].values())
+    compute, network = 1e3 * found["compute_seconds"], 1e3 * found["network_seconds"]
+    images = devices * found["images_per_device"] / (found["compute_seconds"] + found["network_seconds"])
+    lines = [
+        f"{found['parameters']:,} parameters on {devices} x {hardware}, mesh {found['mesh']['data']} x "
+        f"{found['mesh']['fsdp']} (data x fsdp), {found['images_per_device']} images a step on each device",
+        "",
+        f"memory per device: {total / 1e9:.2f} of {machine.memory / 1e9:.0f} GB"
+        + ("" if found["fits"] else ": DOES NOT FIT; raise fsdp or accumulate, or set model.remat"),
+        *(f"  {size / 1e9:8.3f} GB  {name}" for name, size in found["memory"].items()),
+        "",
+        f"sent per device and step: {sum(found['sent'].values()) / 1e9:.3f} GB",
+        *(f"  {size / 1e9:8.3f} GB  {name}" for name, size in found["sent"].items()),
+        "",
+        f"a step: {found['flops'] / 1e12:.2f} TFLOP per device, {compute:.1f} ms at {100 * utilisation:.0f} % of "
+        f"{machine.flops / 1e12:.0f} TFLOP/s; network {network:.1f} ms at {machine.bandwidth / 1e9:.0f} GB/s",
+        f"efficiency against one device: {100 * found['efficiency']:.1f} % if nothing overlaps, more if XLA overlaps",
+        f"images per second: {images:.0f} if nothing overlaps",
+    ]
+    return "\n".join(lines)
+
+
+def _mesh(devices: int, *, data: int = -1, fsdp: int = 1) -> AbstractMesh:
+    if fsdp < 1 or devices % fsdp or data not in (-1, devices // fsdp):
+        raise UserError(f"config.mesh (data {data}, fsdp {fsdp}) does not make {devices} devices.")
+    return AbstractMesh((devices // fsdp, fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _held(tree: Any, mesh: Any) -> int:
+    """Bytes of a tree on one device."""
+    return sum(
+        math.prod(by_shape(leaf.shape, mesh).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
