@@ -147,7 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m maxmap", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("list", help="models: parameters, multiply-adds of one image, image size, parity")
+    command = commands.add_parser(
+        "list", help="models: parameters, multiply-adds (most papers' GFLOPs), image size, parity"
+    )
     command.add_argument("pattern", nargs="?", default="*", help="shell pattern, for example 'map_*'")
     command.add_argument("--family", choices=FAMILIES, help="only this family of backbones")
     command.add_argument("--head", choices=HEADS, help="only this head")

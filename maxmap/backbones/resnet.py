@@ -70,36 +70,23 @@ def _conv_norm(
     return BatchNorm(scale_init=scale_init, name=names[1])(conv(x), train=train)
 
 
-def _stages(
-    stem: Array, channels: Sequence[int], depths: Sequence[int], rates: Sequence[float], squeeze: bool, *, train: bool
-) -> list[Array]:
-    """Pools the stem's map and returns it, as it was, with the map of every stage."""
-    x = nn.max_pool(stem, (3, 3), (2, 2), [(1, 1), (1, 1)])
-    features = [stem]
-    remaining = iter(rates)
-    for stage, depth in enumerate(depths):
-        for i in range(depth):
-            stride = 2 if stage and i == 0 else 1
-            block = Bottleneck(channels[stage], stride, squeeze, next(remaining), name=f"layer{stage + 1}_{i}")
-            x = block(x, train=train)
-        features.append(x)
-    return features
-
-
 class ResNet(nn.Module):
-    """ResNet with bottleneck blocks and the 7x7 stem.
+    """ResNet with bottleneck blocks.
 
     Attributes:
       image_size: height and width, or one number for both; any other size works too.
       embed_dim: channels of the stages.
       depths: blocks of the stages.
-      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
+      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate; in MAP's form block i of N has
+        i / N of it, so that the last has a little less, as published.
+      squeeze: MAP's form, with a stem of three 3x3 convolutions, squeeze-excitation and GELU.
     """
 
     image_size: int | tuple[int, int] = 224
     embed_dim: Sequence[int] = (256, 512, 1024, 2048)
     depths: Sequence[int] = (3, 4, 6, 3)
     drop_path: float = 0.0
+    squeeze: bool = False
 
     @nn.nowrap
     def num_features(self) -> int:
@@ -109,61 +96,43 @@ class ResNet(nn.Module):
     @nn.nowrap
     def validate(self) -> None:
         """Raises ValueError, one sentence, if the fields do not fit each other."""
-        _validate(self.embed_dim, self.depths, EXPANSION)
+        if len(self.embed_dim) != len(self.depths):
+            raise ValueError("embed_dim and depths need one entry for each stage")
+        step = SQUEEZE if self.squeeze else EXPANSION
+        for channels in self.embed_dim:
+            if channels % step:
+                near = max(round(channels / step), 1) * step
+                raise ValueError(f"embed_dim {channels} is not a multiple of {step}; the nearest that is one is {near}")
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the stem's map before its pooling and the map of every stage."""
-        x = nn.relu(_conv_norm(x, ("conv1", "bn1"), 64, 7, 2, train=train))
-        rates = drop_path_rates(self.drop_path, sum(self.depths))
-        return _stages(x, self.embed_dim, self.depths, rates, False, train=train)
+        if self.squeeze:
+            for i in range(3):
+                x = _conv_norm(x, (f"stem_{i}_0", f"stem_{i}_1"), 64, 3, 1 if i else 2, train=train)
+                x = ACTIVATIONS["gelu"](x)
+        else:
+            x = nn.relu(_conv_norm(x, ("conv1", "bn1"), 64, 7, 2, train=train))
+        features = [x]
+        x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+        rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=not self.squeeze))
+        for stage, (channels, depth) in enumerate(zip(self.embed_dim, self.depths, strict=True)):
+            for i in range(depth):
+                stride = 2 if stage and i == 0 else 1
+                block = Bottleneck(channels, stride, self.squeeze, next(rates), name=f"layer{stage + 1}_{i}")
+                x = block(x, train=train)
+            features.append(x)
+        return features
 
 
-class SEResNet(nn.Module):
-    """ResNet with a stem of three 3x3 convolutions, squeeze-excitation and GELU, as MAP's authors built it.
+class SEResNet(ResNet):
+    """MAP's form of ResNet, whose parameters have other names."""
 
-    Attributes:
-      image_size: height and width, or one number for both; any other size works too.
-      embed_dim: channels of the stages.
-      depths: blocks of the stages.
-      drop_path: stochastic depth; block i of N has this rate times i / N, so the last has a little less, as published.
-    """
-
-    image_size: int | tuple[int, int] = 224
     embed_dim: Sequence[int] = (256, 512, 1024, 1024)
-    depths: Sequence[int] = (3, 4, 6, 3)
-    drop_path: float = 0.0
-
-    @nn.nowrap
-    def num_features(self) -> int:
-        """Feature maps that a call returns."""
-        return 1 + len(self.depths)
-
-    @nn.nowrap
-    def validate(self) -> None:
-        """Raises ValueError, one sentence, if the fields do not fit each other."""
-        _validate(self.embed_dim, self.depths, SQUEEZE)
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
-        """Maps images `[B, H, W, C]` to the stem's map before its pooling and the map of every stage."""
-        for i in range(3):
-            x = _conv_norm(x, (f"stem_{i}_0", f"stem_{i}_1"), 64, 3, 1 if i else 2, train=train)
-            x = ACTIVATIONS["gelu"](x)
-        rates = drop_path_rates(self.drop_path, sum(self.depths) + 1)
-        return _stages(x, self.embed_dim, self.depths, rates, True, train=train)
+    squeeze: bool = True
 
 
-def _validate(embed_dim: Sequence[int], depths: Sequence[int], divisor: int) -> None:
-    if len(embed_dim) != len(depths):
-        raise ValueError("embed_dim and depths need one entry for each stage")
-    for channels in embed_dim:
-        if channels % divisor:
-            near = max(round(channels / divisor), 1) * divisor
-            raise ValueError(f"embed_dim {channels} is not a multiple of {divisor}; the nearest that is one is {near}")
-
-
-VARIANTS: dict[str, functools.partial[nn.Module]] = {
+VARIANTS: dict[str, functools.partial[ResNet]] = {
     "resnet50": functools.partial(ResNet),
     "resnet50_se_deep": functools.partial(SEResNet),
 }
