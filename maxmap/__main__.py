@@ -3,7 +3,6 @@
 import argparse
 import ast
 import csv
-import json
 import re
 import runpy
 import sys
@@ -88,21 +87,7 @@ def evaluate_command(workdir: Path, images: Path, labels: str, file: Path | None
 
 def plan_command(config: str, devices: int, hardware: str, utilisation: float, changes: list[str]) -> None:
     """Prints whether a config fits on devices that one does not have yet, and what its steps cost there."""
-    values = _load_config(config)
-    for change in changes:
-        key, _, value = change.partition("=")
-        *sections, name = key.split(".")
-        section = values
-        for part in sections:
-            section = section.get(part, {})
-        if name not in section and not sections:
-            raise UserError(f"{config} has no key '{key}'; the nearest are {nearest(key, values)}.")
-        try:
-            section[name] = json.loads(value)
-        except json.JSONDecodeError:
-            raise UserError(
-                f"--set={change} is not KEY=VALUE with a number, true, false, null or a quoted text."
-            ) from None
+    values = _load_config(config, changes)
     print(describe(plan(values, devices, hardware, utilisation), devices, hardware, utilisation))
 
 
@@ -176,14 +161,11 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=evaluate_command)
 
     command = commands.add_parser("plan", help="memory, traffic and speed of a config on hardware one has not got yet")
-    command.add_argument("--config", required=True, help="config file")
+    command.add_argument("--config", required=True, help="config file; --config.KEY=VALUE changes a value")
     command.add_argument("--devices", type=int, required=True, help="how many")
     command.add_argument("--hardware", choices=HARDWARE, default="tpu-v4", help="of which kind (default: tpu-v4)")
     command.add_argument(
         "--utilisation", type=float, default=0.3, help="share of the peak that the arithmetic reaches (default: 0.3)"
-    )
-    command.add_argument(
-        "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="for example mesh.fsdp=8"
     )
     command.set_defaults(run=plan_command)
 
@@ -203,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
 
     known, changes = parser.parse_known_args(argv)
     arguments = vars(known)
-    if known.run is show_batch_command:
+    if known.run in (show_batch_command, plan_command):
         arguments["changes"] = [change for change in changes if re.match(r"--config\.[\w.]+=", change)]
         changes = [change for change in changes if change not in arguments["changes"]]
     if changes:

@@ -52,7 +52,14 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
     elif None in (coordinator, num_processes, process_id):
         raise UserError("give all of --coordinator=HOST:PORT, --num_processes and --process_id, or none of them.")
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            # At its end, by an error too, a process waits for the others, which may be waiting for it.
+            shutdown_timeout_seconds=HEARTBEAT,
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes of this job do not find each other ({' '.join(str(error).split())[:300]}): see whether all "

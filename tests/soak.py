@@ -156,6 +156,16 @@ def kill_one_of_two(place: str) -> Try:
     return kill
 
 
+def terminate_one_of_two(bench: Bench, workdir: Path) -> None:
+    whole = workdir.with_name(workdir.name + "_whole")
+    assert two(bench, whole) == [0, 0], log_of(whole)[-2000:]
+    assert two(bench, workdir, at="step:5:terminate") == [75, 75], log_of(workdir)[-2000:]
+    assert two(bench, workdir) == [0, 0], log_of(workdir)[-2000:]
+    found, wanted = outcome(workdir), outcome(whole)
+    assert_equal(found.pop("state"), wanted.pop("state"))
+    assert found == wanted
+
+
 def elastic(*legs: tuple[str, int]) -> Try:
     """Goes on with other devices: (topology, up to which step), topology being "data x fsdp" or "2x4 processes"."""
 
@@ -216,8 +226,8 @@ def remount(folder: Path, options: str) -> None:
 def refuses(bench: Bench, workdir: Path, says: str, *options: str) -> None:
     """It ends with one sentence and exit code 2."""
     bench.run(workdir, *options, code=2)
-    last = log_of(workdir).strip().splitlines()[-1]
-    assert last.startswith("maxmap: ") and says in last, last
+    said = [line for line in log_of(workdir).splitlines() if line.startswith("maxmap: ")]
+    assert said and says in said[-1], said or log_of(workdir)[-2000:]
 
 
 def full_disk(bench: Bench, workdir: Path) -> None:
@@ -253,7 +263,7 @@ def harm_data(event: str) -> Try:
 
 def kill_worker(bench: Bench, workdir: Path) -> None:
     workers = "--set=data__workers=1"
-    bench.run(workdir, workers, "--at=step:5:kill_worker", code=None)
+    refuses(bench, workdir, "a worker process of the loader was killed", workers, "--at=step:5:kill_worker")
     bench.same(workdir, workers)
 
 
@@ -288,6 +298,7 @@ def tries(kills: int) -> list[tuple[str, Try]]:
         ("kill -9 five times in one run", kill_again_and_again),
         *[("SIGTERM at a random moment", terminate)] * 5,
         *[("kill -9 of one of two processes", kill_one_of_two(place)) for place in ("step", "evaluation", "save")],
+        ("SIGTERM to one of two processes", terminate_one_of_two),
         ("other devices: 8, 4, 1", elastic(("8x1", 8), ("4x1", 16), ("1x1", 24))),
         ("other devices: 8, 4x2 with fsdp, 1x8", elastic(("8x1", 8), ("4x2", 16), ("1x8", 24))),
         ("other devices: 1x8, 2 processes of 4, 1", elastic(("1x8", 8), ("2x4 processes", 16), ("1x1", 24))),

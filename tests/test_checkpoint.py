@@ -275,6 +275,12 @@ def test_the_average_alone_is_a_checkpoint(workdir, tmp_path, capsys):
     assert read_variables(tmp_path / "raw")[1]["weights"] == "raw"
 
 
+def test_remote_folders_keep_their_scheme(tmp_path, monkeypatch):
+    assert os.fspath(checkpoint.folder("gs://bucket/run")) == "gs://bucket/run/checkpoints"
+    monkeypatch.chdir(tmp_path)
+    assert os.fspath(checkpoint.folder("run")) == str(tmp_path / "run" / "checkpoints")
+
+
 def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
     path = tmp_path / "eval.json"
     write_text(path, "old")

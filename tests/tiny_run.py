@@ -51,6 +51,12 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def terminate() -> None:
+    """What a scheduler sends; processes that train together hear of it from one another within seconds."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+
+
 def kill_worker() -> None:
     """Kills the processes that the loader started."""
     children = multiprocessing.active_children()
@@ -68,6 +74,7 @@ def turn_clock_back() -> None:
 # Data files are harmed while the run reads them: PATH is that of the first image.
 EVENTS: dict[str, Callable[[Path], object]] = {
     "die": lambda image: die(),
+    "terminate": lambda image: terminate(),
     "kill_worker": lambda image: kill_worker(),
     "clock": lambda image: turn_clock_back(),
     "vanish": lambda image: image.unlink(),

@@ -459,6 +459,13 @@ def _closing(batches: grain.DatasetIterator) -> Generator[Batch, None, None]:
     """Ends the threads and workers after the last batch, on `close()`, or when nobody holds the generator any more."""
     try:
         yield from batches
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise UserError(
+            "a worker process of the loader was killed, often for want of memory: start again, which goes on from the "
+            "last checkpoint, with fewer --config.data.workers."
+        ) from error
     finally:
         batches.close()
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
     """
     evaluate.check_config(config)
     _check_numbers(config)
+    if "://" in os.fspath(workdir):
+        raise UserError(f"{workdir} is no folder, which a run's logs need: mount the bucket, for example with gcsfuse.")
     eval_batch, eval_every = call(evaluate.settings, "evaluate", config["evaluate"])
     save_every, keep = call(_saving, "checkpoint", config["checkpoint"])
     log_every, max_skips, hang_minutes = call(_logging, "log", config["log"])
@@ -64,7 +67,10 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
     found, changes = checkpoint.read_info(workdir), []
     if found is not None:
         evaluate.check_same_model(kwargs, found["model"], workdir)
-        changes = check_changes(found.get("config", config), config, workdir, allow=allow_changes)
+        before, now = found.get("config", config), {**config}
+        if config["batch_norm"] != "sync":  # which counts over the devices
+            before, now = {**before, "devices": found.get("devices", mesh.size)}, {**now, "devices": mesh.size}
+        changes = check_changes(before, now, workdir, allow=allow_changes)
     model = call(create_model, "model", kwargs)
 
     batch_size, accumulate = config["batch_size"], config["accumulate"]
@@ -109,6 +115,7 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
         "model": kwargs,
         "classes": list(data.classes),
         "preprocessing": data.preprocessing,
+        "devices": mesh.size,
         "config": json.loads(json.dumps(config)),
     }
     try:

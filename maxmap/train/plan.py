@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from maxmap.errors import UserError, call
-from maxmap.evaluate import count_parameters, model_kwargs, multiply_adds
+from maxmap.evaluate import check_config, count_parameters, model_kwargs, multiply_adds
 from maxmap.models import create_model
 from maxmap.sharding import DATA, FSDP, by_shape, check_batch
 from maxmap.train.optim import make_optimizer
@@ -63,6 +63,7 @@ def plan(config: Mapping[str, Any], devices: int, hardware: str, utilisation: fl
       'flops' of a step on a device, 'compute_seconds', 'network_seconds', 'efficiency' (where nothing overlaps) and
       'fits'.
     """
+    check_config(config)
     machine = HARDWARE[hardware]
     mesh = _mesh(devices, **config["mesh"])
     data, fsdp = mesh.shape[DATA], mesh.shape[FSDP]

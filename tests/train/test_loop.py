@@ -232,6 +232,14 @@ def test_steps_end_a_run_early_on_another_mesh(finished, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), saved[4], finished.saved[4])
 
 
+def test_batch_norms_of_each_device_stay_on_as_many_devices(finished, tmp_path):
+    settings = config(finished.config["data"]["path"], steps=1, batch_norm="averaged", mesh={"data": 2})
+    run(settings, tmp_path)
+    settings = {**settings, "steps": 2, "mesh": {"data": 4}}
+    assert "devices: 2 -> 4" in sentence(settings, tmp_path)
+    assert loop.run(settings, tmp_path, allow_changes=True)["step"] == 2
+
+
 def test_mode_eval_repeats_the_last_evaluation(finished, tmp_path):
     (finished.workdir / "eval.json").unlink()
     result = evaluate.run(finished.config, finished.workdir)
@@ -381,6 +389,11 @@ def test_a_key_that_is_missing(images, tmp_path):
     assert "lacks the key 'erase'" in sentence(settings, tmp_path / "run")
     with pytest.raises(UserError, match="lacks the key 'erase'"):
         evaluate.run(settings, tmp_path)
+
+
+def test_a_workdir_in_a_bucket(images):
+    with pytest.raises(UserError, match=r"gs://bucket/run is no folder, .* mount the bucket"):
+        loop.run(config(images), "gs://bucket/run")
 
 
 def test_a_workdir_that_is_a_file(images, tmp_path):

@@ -70,12 +70,12 @@ def test_recomputation_is_less_memory_and_more_arithmetic():
 
 
 def test_the_command(capsys):
-    assert main(["plan", f"--config={QUICKSTART}", "--devices=4", "--hardware=tpu-v5e", "--set=mesh.fsdp=2"]) == 0
+    assert main(["plan", f"--config={QUICKSTART}", "--devices=4", "--hardware=tpu-v5e", "--config.mesh.fsdp=2"]) == 0
     said = capsys.readouterr().out
     assert "on 4 x tpu-v5e, mesh 2 x 2 (data x fsdp), 16 images" in said and "efficiency against one device" in said
     assert main(["plan", f"--config={QUICKSTART}", "--devices=256"]) == 2
     assert "does not divide over 256 devices" in capsys.readouterr().err
-    assert main(["plan", f"--config={QUICKSTART}", "--devices=4", "--set=batch=3"]) == 2
-    assert "has no key 'batch'; the nearest are batch_size" in capsys.readouterr().err
+    assert main(["plan", f"--config={QUICKSTART}", "--devices=4", "--config.batch=3"]) == 2
+    assert "no key 'batch'; the nearest are batch_size" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not make 6 devices"):
         plan(settings(mesh={"fsdp": 4}), 6, "tpu-v4", 0.3)
