@@ -142,13 +142,23 @@ def two(bench: Bench, workdir: Path, *options: str, at: str | None = None) -> li
             process.kill()
 
 
+def finish_two(bench: Bench, workdir: Path, *options: str) -> None:
+    """Runs two processes to the end; again, where one compiled so long that Gloo's 30 seconds to meet were over."""
+    for _ in range(3):
+        codes = two(bench, workdir, *options)
+        if codes == [0, 0]:
+            return
+        assert "Gloo context initialization failed" in log_of(workdir), f"{codes}: {log_of(workdir)[-2000:]}"
+    raise AssertionError("the processes did not meet in three times")
+
+
 def kill_one_of_two(place: str) -> Try:
     def kill(bench: Bench, workdir: Path) -> None:
         whole = workdir.with_name(workdir.name + "_whole")
-        assert two(bench, whole) == [0, 0], log_of(whole)[-2000:]
+        finish_two(bench, whole)
         codes = two(bench, workdir, at=f"{place}:5:die")
         assert codes[1] == -signal.SIGKILL and codes[0] != 0, codes
-        assert two(bench, workdir) == [0, 0], log_of(workdir)[-2000:]
+        finish_two(bench, workdir)
         found, wanted = outcome(workdir), outcome(whole)
         assert_equal(found.pop("state"), wanted.pop("state"))
         assert found == wanted
@@ -158,9 +168,9 @@ def kill_one_of_two(place: str) -> Try:
 
 def terminate_one_of_two(bench: Bench, workdir: Path) -> None:
     whole = workdir.with_name(workdir.name + "_whole")
-    assert two(bench, whole) == [0, 0], log_of(whole)[-2000:]
+    finish_two(bench, whole)
     assert two(bench, workdir, at="step:5:terminate") == [75, 75], log_of(workdir)[-2000:]
-    assert two(bench, workdir) == [0, 0], log_of(workdir)[-2000:]
+    finish_two(bench, workdir)
     found, wanted = outcome(workdir), outcome(whole)
     assert_equal(found.pop("state"), wanted.pop("state"))
     assert found == wanted
@@ -176,7 +186,7 @@ def elastic(*legs: tuple[str, int]) -> Try:
         for topology, steps in legs:
             options = (*sgd, f"--set=steps={steps}")
             if topology == "2x4 processes":
-                assert two(bench, workdir, *options) == [0, 0], log_of(workdir)[-2000:]
+                finish_two(bench, workdir, *options)
             else:
                 data, fsdp = map(int, topology.split("x"))
                 bench.run(workdir, f"--devices={data * fsdp}", f"--set=mesh__fsdp={fsdp}", *options)
