@@ -38,13 +38,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxmap.convert.torch import DERIVED, from_torch
-from maxmap.evaluate import count_parameters
+from maxmap.evaluate import cost
 from maxmap.heads.map import MAPHead
 from maxmap.models import Classifier, create_model, list_models
 from tests.reference import fill, fill_state_dict, import_timm, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ("name", "parameters", "against", "logits", "features", "tolerance", "ok", "seconds", "gigabytes", "note")
+COLUMNS = (
+    "name",
+    "parameters",
+    "gflops",
+    "against",
+    "logits",
+    "features",
+    "tolerance",
+    "ok",
+    "seconds",
+    "gigabytes",
+    "note",
+)
 TOLERANCE = 1e-9
 ROUNDINGS = 10  # times what nudging the input changes
 FASTERVIT_TOLERANCE = (
@@ -225,11 +237,9 @@ def compare(name: str, goldens: Path, limit: float) -> dict[str, Any]:
         return features
 
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    features, variables = jax.eval_shape(
-        lambda images: model.init_with_output(jax.random.key(0), images, method=trace), images
-    )
-    parameters = count_parameters(variables["params"])
-    row: dict[str, Any] = {"name": name, "parameters": parameters}
+    features, _ = jax.eval_shape(lambda images: model.init_with_output(jax.random.key(0), images, method=trace), images)
+    parameters, operations = cost(model)
+    row: dict[str, Any] = {"name": name, "parameters": parameters, "gflops": f"{operations / 1e9:.2f}"}
     estimate = gigabytes(parameters, batch, features)
     if name in WITHOUT_REFERENCE:
         return row | {"note": WITHOUT_REFERENCE[name]}

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from PIL import Image
@@ -19,7 +17,7 @@ from PIL import Image
 from maxmap import checkpoint, evaluate
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, call, nearest
-from maxmap.evaluate import count_parameters, multiply_adds
+from maxmap.evaluate import cost
 from maxmap.labels import LABEL_SETS
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
 from maxmap.predict import predict
@@ -30,7 +28,7 @@ PARITY = resources.files("maxmap") / "parity.csv"  # what `make parity` measured
 
 
 def list_command(pattern: str, family: str | None, head: str | None) -> None:
-    """Prints the models that match, one after another: each takes about a second to trace, and none is computed."""
+    """Prints the models that match; their costs as `make parity` wrote them down, since tracing takes a second each."""
     family_of = {backbone: name for name, variants in FAMILIES.items() for backbone in variants}
     rows = [(name, family_of[MODELS[name].backbone], MODELS[name].head["name"]) for name in list_models(pattern)]
     if not rows:
@@ -39,18 +37,21 @@ def list_command(pattern: str, family: str | None, head: str | None) -> None:
     if not rows:
         raise UserError(f"no model that matches '{pattern}' has family {family or '*'} and head {head or '*'}.")
     with PARITY.open(encoding="utf-8") as file:
-        proven = {row["name"]: row["against"] for row in csv.DictReader(file) if row["ok"] == "yes"}
+        measured = {row["name"]: row for row in csv.DictReader(file)}
     longest = max(len(name) for name, _, _ in rows)
-    print(f"{'model':{longest}}  {'family':10}  {'head':8}  {'parameters':>13}  {'GMACs':>7}  {'image':>7}  parity")
+    print(f"{'model':{longest}}  {'family':10}  {'head':8}  {'parameters':>13}  {'GFLOPs':>7}  {'image':>7}  parity")
     for name, its_family, its_head in rows:
-        model = create_model(name)
+        model, row = create_model(name), measured.get(name, {})
         size = model.backbone.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-        run, (_, variables) = jax.make_jaxpr(model.init_with_output, return_shape=True)(jax.random.key(0), images)
+        if row:
+            parameters, billions = int(row["parameters"]), float(row["gflops"])
+        else:
+            parameters, operations = cost(model)
+            billions = operations / 1e9
         print(
-            f"{name:{longest}}  {its_family:10}  {its_head:8}  {count_parameters(variables['params']):13,}  "
-            f"{multiply_adds(run) / 1e9:7.2f}  {f'{height}x{width}':>7}  {proven.get(name, '-')}",
+            f"{name:{longest}}  {its_family:10}  {its_head:8}  {parameters:13,}  {billions:7.2f}  "
+            f"{f'{height}x{width}':>7}  {row['against'] if row.get('ok') == 'yes' else '-'}",
             flush=True,
         )
 

@@ -220,6 +220,15 @@ def multiply_adds(jaxpr: Any) -> int:
     return total
 
 
+def cost(model: Classifier) -> tuple[int, int]:
+    """Returns a model's parameters and the multiply-adds of one image of its own size; traces, and computes nothing."""
+    size = model.backbone.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    run, (_, variables) = jax.make_jaxpr(model.init_with_output, return_shape=True)(jax.random.key(0), images)
+    return count_parameters(variables["params"]), multiply_adds(run)
+
+
 def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> dict[str, Any]:
     """Adds to a result what it belongs to: the content of `eval.json`."""
     about = {key: value for key, value in info["preprocessing"].items() if key not in ("mean", "std")}

@@ -27,7 +27,7 @@ def mistake(capsys, *argv: object) -> str:
 def test_list_names_parameters_and_sizes(capsys):
     assert commands.main(["list", "*maxvit_mini*"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["model", "family", "head", "parameters", "GMACs", "image", "parity"]
+    assert header.split() == ["model", "family", "head", "parameters", "GFLOPs", "image", "parity"]
     assert [line.split()[0] for line in lines] == ["map_maxvit_mini_32", "maxvit_mini_32"]
     model = create_model("maxvit_mini_32")
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]

@@ -8,7 +8,7 @@ import pytest
 
 from maxmap import layers
 from maxmap.__main__ import PARITY, main
-from maxmap.evaluate import multiply_adds
+from maxmap.evaluate import cost, multiply_adds
 from maxmap.models import create_model, list_models
 
 
@@ -55,10 +55,23 @@ def test_the_parity_table_has_no_row_above_its_tolerance():
     """What `make parity` wrote last; a row that could not be run says why."""
     with PARITY.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert {row["name"] for row in rows} <= set(list_models())
     for row in rows:
         if row["against"]:
             assert row["ok"] == "yes", row
-            assert max(float(row["logits"]), float(row["features"])) <= float(row["tolerance"]) <= 1e-7, row
+            assert max(float(row["logits"]), float(row["features"])) <= float(row["tolerance"]), row
+            assert float(row["tolerance"]) <= 1e-7 or row["note"].startswith("chaotic"), row
         else:
             assert row["note"] and not row["ok"], row
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "test_maxvit", "map_maxvit_mini_32", "randformer_s12"])
+def test_the_table_has_the_costs_of_the_models(name):
+    with PARITY.open(encoding="utf-8") as file:
+        row = next(row for row in csv.DictReader(file) if row["name"] == name)
+    parameters, operations = cost(create_model(name))
+    assert (int(row["parameters"]), row["gflops"]) == (parameters, f"{operations / 1e9:.2f}")
+
+
+def test_the_table_has_every_model():
+    with PARITY.open(encoding="utf-8") as file:
+        assert {row["name"] for row in csv.DictReader(file)} == set(list_models())
