@@ -1,4 +1,4 @@
-"""The commands beside training: python -m maxmap list | predict | samples | show-batch | average | evaluate | plan."""
+"""The commands beside training: python -m maxmap list, predict, convert, export, evaluate and more."""
 
 import argparse
 import ast
@@ -6,18 +6,23 @@ import csv
 import re
 import runpy
 import sys
+import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
 from PIL import Image
 
 from maxmap import checkpoint, evaluate
+from maxmap.convert.adapt import RESIZES
+from maxmap.convert.dialects import DIALECTS
+from maxmap.convert.load import convert, export
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, call, nearest
-from maxmap.evaluate import cost
+from maxmap.evaluate import cost, count_parameters
 from maxmap.labels import LABEL_SETS
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
 from maxmap.predict import predict
@@ -61,6 +66,47 @@ def predict_command(workdir: Path, images: list[Path], top: int) -> None:
     for path, classes in zip(images, predict(workdir, images, top=top), strict=True):
         named = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in classes)
         print(f"{path}: {named}")
+
+
+def convert_command(source: str, dest: Path, class_map: Path | None, classes: Path | None, **options: Any) -> None:
+    """Writes a checkpoint of others as one of ours, and prints what was done to its entries."""
+    began = time.perf_counter()
+    loaded = convert(
+        source,
+        dest,
+        class_map=None if class_map is None else _numbers(class_map),
+        classes=None if classes is None else _lines(classes),
+        **options,
+    )
+    about, model = loaded.info["source"], loaded.info["model"]
+    count = count_parameters(loaded.variables["params"])
+    print(
+        f"{model['name']}, {count:,} parameters, {model['num_classes']} classes, from {about['kind']} "
+        f"({about['dialect']} names, {loaded.info['weights']} weights)"
+    )
+    print(loaded.changes)
+    pre = ", ".join(f"{key} {value}" for key, value in loaded.info["preprocessing"].items())
+    print(f"preprocessing: {pre}")
+    print(f"written to {dest} in {time.perf_counter() - began:.1f} s")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}): give a text file with one line for each class.") from None
+
+
+def _numbers(path: Path) -> list[int]:
+    try:
+        return [int(line) for line in _lines(path)]
+    except ValueError as error:
+        raise UserError(f"{path} is no class map ({error}): give a whole number in every line.") from None
+
+
+def export_command(source: Path, file: Path, **options: Any) -> None:
+    """Writes a checkpoint of ours for others."""
+    print(export(source, file, **options))
 
 
 def samples_command(config: str, folder: Path, count: int) -> None:
@@ -128,6 +174,12 @@ def _load_config(path: str, changes: Sequence[str] = ()) -> dict:
     return config.to_dict()
 
 
+def _add_ema(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights, or raw ones (default: what is usual)"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 2, after one sentence, for a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="python -m maxmap", description=__doc__)
@@ -146,6 +198,28 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("images", type=Path, nargs="+", help="image files")
     command.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
     command.set_defaults(run=predict_command)
+
+    command = commands.add_parser("convert", help="turn a checkpoint of PyTorch or TensorFlow into one of ours")
+    command.add_argument("source", help="file, folder or published name, for example timm/maxvit_tiny_tf_224.in1k")
+    command.add_argument("dest", type=Path, help="folder to write; init_from, --mode=eval and predict take it")
+    command.add_argument("--model", dest="name", help="name of 'list', where the source does not say it")
+    _add_ema(command)
+    command.add_argument("--num-classes", type=int, help="classes of the model (default: those of the source)")
+    command.add_argument("--image-size", type=int, help="pixels that the model is for (default: those of its name)")
+    command.add_argument("--in-channels", type=int, help="channels of the images (default: those of the source)")
+    command.add_argument("--resize", choices=RESIZES, help="of position tables (default: bilinear from TensorFlow)")
+    command.add_argument("--class-map", type=Path, help="file: for every new class the old one's number, -1 the mean")
+    command.add_argument("--classes", type=Path, help="file with the name of a class in every line")
+    command.add_argument("--overwrite", action="store_true", help="replace what is there")
+    command.set_defaults(run=convert_command)
+
+    command = commands.add_parser("export", help="write a checkpoint for PyTorch, under the reference's names")
+    command.add_argument("source", type=Path, help="folder of a run or of a converted checkpoint")
+    command.add_argument("file", type=Path, help=".safetensors or .pth to write")
+    command.add_argument("--dialect", choices=DIALECTS, help="whose names (default: timm's or the author's)")
+    _add_ema(command)
+    command.add_argument("--overwrite", action="store_true", help="replace what is there")
+    command.set_defaults(run=export_command)
 
     command = commands.add_parser("samples", help="write some evaluation images of a config's data as files")
     command.add_argument("config", help="config file")

@@ -260,13 +260,34 @@ def average(
 def write_variables(workdir: str | Path, variables: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Writes a checkpoint that holds a model alone.
 
+    Without compression, which takes longer than the disk, and without copies: the arrays may lie in a mapped file that
+    is as large as the memory.
+
+    Args:
+      workdir: to write into.
+      variables: arrays.
+      info: what JSON can hold, with 'step'.
+
     Raises:
-      UserError: there is a checkpoint in `workdir` already.
+      UserError: there is a checkpoint in `workdir` already, or it cannot be written to.
     """
     if finished_steps(workdir):
         raise UserError(f"{workdir} holds a checkpoint already: give another folder.")
-    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-        checkpoints.save(int(info["step"]), {"variables": dict(variables)}, info, info.get("score"))
+    types = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    )
+    handlers = {
+        "variables": ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=types),
+        "info": ocp.JsonCheckpointHandler(),
+    }
+    trees = jax.tree.map(lambda leaf: np.asarray(leaf) if np.isscalar(leaf) else leaf, dict(variables))
+    items = {"variables": ocp.args.PyTreeSave(trees), "info": ocp.args.JsonSave(dict(info))}
+    path = folder(workdir) / str(info["step"])
+    with disk_errors(workdir, "be written to"):
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
+            writer.save(os.fspath(path), args=ocp.args.Composite(**items))
+        write_text(path / SUMS, "".join(f"{sum}  {name}\n" for name, sum in _sums(path).items()))
 
 
 def write_text(path: str | Path | epath.Path, text: str) -> None:

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from maxmap import checkpoint
+from maxmap.convert.load import read_model
 from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError, call, nearest
@@ -268,7 +269,7 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     kwargs = model_kwargs(config, len(data.classes))
     own = checkpoint.read_info(workdir) is not None
     path = workdir if own or config["init_from"] is None else config["init_from"]
-    variables, info = checkpoint.read_variables(path)
+    variables, info = read_model(path)
     check_same_model(kwargs, info["model"], path)
     model: Classifier = call(create_model, "model", kwargs)
     check_image_size(model, variables, data.preprocessing["image_size"])
@@ -362,8 +363,18 @@ def check_same_model(wanted: Mapping[str, Any], found: Mapping[str, Any], where:
         for key in keys
         if wanted.get(key) != found.get(key)
     ]
-    if differences:
+    if differences and not _same_model(wanted, found):
         raise UserError(
             f"the checkpoint in {where} holds another model ({'; '.join(differences)}): give another folder, or the "
             "config that it was made with."
         )
+
+
+def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two descriptions build the same model, whatever they spell out; what only training sees apart."""
+    descriptions = ({key: value for key, value in fields.items() if key != "drop_path"} for fields in (one, other))
+    try:
+        models = [create_model(**description) for description in descriptions]
+    except (UserError, TypeError):
+        return False
+    return one["name"] == other["name"] and models[0] == models[1]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxmap import checkpoint
+from maxmap.convert.load import read_model
 from maxmap.data.augment import normalize
 from maxmap.data.pipeline import preprocess
 from maxmap.errors import UserError
@@ -19,7 +19,8 @@ def load(path: str | Path) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
     """Loads a checkpoint.
 
     Args:
-      path: folder of a run (`--workdir`) or of a converted checkpoint.
+      path: folder of a run (`--workdir`) or of a converted checkpoint, or the name of a published one; see
+        `maxmap.convert.load.read_model`.
 
     Returns:
       The model; its variables, the averaged ones where there are any; and the info: 'model' (name and fields),
@@ -28,7 +29,7 @@ def load(path: str | Path) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: there is no checkpoint.
     """
-    variables, info = checkpoint.read_variables(path)
+    variables, info = read_model(path)
     return create_model(**info["model"]), variables, info
 
 

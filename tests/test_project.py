@@ -20,8 +20,8 @@ FLOORS = (
     {"maxmap.layers"},
     {"maxmap.backbones", "maxmap.heads"},
     {"maxmap.models"},
-    {"maxmap.evaluate", "maxmap.predict"},
     {"maxmap.convert"},
+    {"maxmap.evaluate", "maxmap.predict"},
     {"maxmap.train"},
     {"maxmap"},  # the public API: names of every room, used by none of them
     {"maxmap.__main__"},

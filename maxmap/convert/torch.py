@@ -81,6 +81,7 @@ def from_torch(state_dict: Mapping[str, Any], model: Classifier) -> dict[str, An
     """
     template = make_template(model)
     entries, faults = read_entries(state_dict, model, template)
+    faults += [f"missing: {torch_name(path, model)}" for path in template if path not in entries]
     stem = image_kernel(template)
     for path, value in entries.items():
         shape = template[path].shape
@@ -120,6 +121,11 @@ def canonical_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
     return {key: names.to_canonical(short) for key, short in keys.items()}
 
 
+def dialect_of(state_dict: Mapping[str, Any]) -> str:
+    """Returns whose names a state dict has."""
+    return recognise(strip_prefixes(key for key in state_dict if not DERIVED.fullmatch(key)).values()).dialect
+
+
 def read_entries(
     state_dict: Mapping[str, Any], model: Classifier, template: Template
 ) -> tuple[dict[Path, np.ndarray], list[str]]:
@@ -131,8 +137,8 @@ def read_entries(
       template: of `make_template`.
 
     Returns:
-      The leaves by path in Flax's layout, as views of the source in its own type; and the faults, a phrase each:
-      entries that are missing, left over, twice there or no finite numbers.
+      The leaves that are there by path, in Flax's layout, as views of the source in its own type; and the faults, a
+      phrase each: entries that are left over, twice there or no finite numbers.
     """
     faults = []
     sources: dict[str, str] = {}  # keys by canonical name
@@ -144,7 +150,6 @@ def read_entries(
             if not (aliased and np.array_equal(as_array(state_dict[other]), as_array(state_dict[key]))):
                 faults.append(f"twice there: {name}, as {other} and as {key}")
     wanted = {torch_name(path, model): path for path in template}
-    faults += [f"missing: {name}" for name in wanted if name not in sources]
     faults += [f"left over: {name}" for name in sources if name not in wanted]
     entries = {}
     for name, path in wanted.items():
@@ -153,7 +158,7 @@ def read_entries(
         value = as_array(state_dict[sources[name]])
         if not jnp.issubdtype(value.dtype, jnp.floating):
             faults.append(f"no floating-point numbers: {name} is of type {value.dtype}")
-            continue
+            value = np.broadcast_to(np.float32(0), value.shape)
         if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
             faults.append(f"not finite: {name} holds NaN or infinity")
         entries[path] = _from_torch_layout(value, path, len(template[path].shape))

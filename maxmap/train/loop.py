@@ -12,14 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from flax.errors import FlaxError
 
 from maxmap import checkpoint, evaluate
 from maxmap.checkpoint import Checkpoints
+from maxmap.convert.adapt import adapt
+from maxmap.convert.load import read_model
 from maxmap.data import augment, mix
 from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError, call
-from maxmap.models import create_model
+from maxmap.models import Classifier, create_model
 from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, to_devices
 from maxmap.train.losses import total_loss
 from maxmap.train.optim import make_optimizer
@@ -102,12 +105,14 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
         evaluate.check_image_size(model, like.variables(), data.preprocessing["image_size"])
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
 
+    given, fitted = None, ""
     if found is not None:
         start = found["step"]
         state = _restore(workdir, start, like)
     else:
         start = 0
-        given = _read_variables(config["init_from"], like) if config["init_from"] else None
+        if config["init_from"]:
+            given, fitted = _read_variables(config["init_from"], model, like, config["seed"])
         state = jax.jit(create_state, out_shardings=state_sharding)(init_key)
         if given is not None:
             state = jax.device_put(_with_variables(state, given), state_sharding)
@@ -168,6 +173,8 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
         )
         for change in changes:
             report.tell(f"changed since the checkpoint: {change}")
+        if fitted:
+            report.tell(f"from {config['init_from']}: {fitted}")
         if start >= total_steps:  # nothing is left to train
             return evaluate_now(start)
         batches = stack.enter_context(
@@ -335,22 +342,18 @@ def _restore(workdir: str | Path, step: int, like: TrainState) -> TrainState:
             ) from error
 
 
-def _read_variables(path: str, like: TrainState) -> dict[str, Any]:
-    """Reads the model of a checkpoint to start from; it has to have the shapes of `like`."""
-    variables, _ = checkpoint.read_variables(path)
-    flat = dict(jax.tree_util.tree_leaves_with_path(variables))
-    faults = []
-    for where, leaf in jax.tree_util.tree_leaves_with_path(like.variables()):
-        shape = np.shape(flat.pop(where)) if where in flat else None
-        if shape != leaf.shape:
-            faults.append(f"{jax.tree_util.keystr(where)} is {shape} there and {leaf.shape} here")
-    faults += [f"{jax.tree_util.keystr(where)} is only there" for where in flat]
-    if faults:
-        raise UserError(
-            f"the checkpoint in {path} does not fit the model ({'; '.join(faults[:5])}; {len(faults)} in all): give "
-            "the model, number of classes and image size that it was made with."
-        )
-    return variables
+def _read_variables(path: str, model: Classifier, like: TrainState, seed: int) -> tuple[dict[str, Any], str]:
+    """Reads a model to start from, and fits it to the one of the run; returns what was changed, too."""
+    variables, _ = read_model(path)
+    wanted = like.variables()
+    if jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, wanted):
+        return variables, f"loaded {len(jax.tree.leaves(variables))} entries as they were"
+    try:
+        flat = traverse_util.flatten_dict(variables)
+        leaves, changes = adapt(flat, model, in_channels=3, other_head=True, seed=seed)
+    except UserError as error:
+        raise UserError(f"the checkpoint in {path} cannot be started from: {error}") from None
+    return traverse_util.unflatten_dict(leaves), str(changes)
 
 
 def _with_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainState:

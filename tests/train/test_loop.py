@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from maxmap import checkpoint, evaluate
+from maxmap.convert.torch import abstract_variables
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.labels import count
@@ -287,15 +288,51 @@ def sentence(settings: dict, workdir: Path) -> str:
     return str(error.value)
 
 
-def test_init_from_that_does_not_fit(finished, images, tmp_path):
-    settings = config(images, init_from=str(finished.workdir), model__branches=3)
+REAL = {"name": "maxvit_mini_32", "embed_dim": (16, 16), "depths": (1, 1), "transformer": {"head_dim": 8}}
+
+
+def test_init_from_that_does_not_fit(images, tmp_path, monkeypatch):
+    from maxmap.models import create_model
+
+    for room in rooms():
+        monkeypatch.setattr(room, "create_model", create_model)
+    other = create_model(**{**REAL, "embed_dim": (16, 32)}, num_classes=3)
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_variables(other))
+    checkpoint.write_variables(tmp_path / "other", variables, {"model": {}, "step": 0})
+    settings = config(images, model=REAL, data__image_size=32, init_from=str(tmp_path / "other"))
     message = sentence(settings, tmp_path / "run")
-    assert "does not fit the model" in message and "head_2" in message and str(finished.workdir) in message
-    folder = write_folder(tmp_path / "two", classes=("blue", "green"))
-    message = sentence(config(folder, init_from=str(finished.workdir)), tmp_path / "run")
-    assert "(8, 3) there and (8, 2) here" in message
-    message = sentence(config(images, init_from=str(tmp_path / "nothing")), tmp_path / "run")
+    assert str(tmp_path / "other") in message and "does not fit the model" in message
+    assert "misshapen: stages.1." in message and "is (96,), the model has (48,)" in message
+    message = sentence({**settings, "init_from": str(tmp_path / "nothing")}, tmp_path / "run")
     assert f"no checkpoint in {tmp_path / 'nothing'}" in message
+
+
+def test_init_from_fits_a_model_to_new_classes(tmp_path, monkeypatch, capfd):
+    """Everything but the classifier is the other model's; the log says so."""
+    from maxmap.models import create_model
+
+    for room in rooms():
+        monkeypatch.setattr(room, "create_model", create_model)
+    model = create_model(**REAL, num_classes=5)
+    shapes = abstract_variables(model)
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
+    checkpoint.write_variables(tmp_path / "other", variables, {"model": {**REAL, "num_classes": 5}, "step": 0})
+    settings = config(
+        write_folder(tmp_path / "images", classes=("blue", "green")),
+        model=REAL,
+        data__image_size=32,
+        init_from=str(tmp_path / "other"),
+        optim={"name": "sgd"},
+        schedule={"name": "constant", "lr": 1e-30},
+        steps=1,
+    )
+    _, saved = run(settings, tmp_path / "run")
+    params = saved[1]["variables"]["params"]
+    assert_equal(params["backbone"], variables["params"]["backbone"])
+    assert params["head"]["fc"]["kernel"].shape == (16, 2)
+    assert 0 < np.abs(params["head"]["fc"]["kernel"]).max() < 0.5
+    log = capfd.readouterr().err
+    assert "dropped 2: head.fc.bias, head.fc.weight" in log and "initialised 2: head.fc.bias, head.fc.weight" in log
 
 
 def test_a_workdir_of_another_run_is_left_alone(finished, images, tmp_path):
@@ -408,7 +445,7 @@ def test_images_that_the_windows_do_not_divide(tmp_path, images, monkeypatch):
 
     for room in rooms():
         monkeypatch.setattr(room, "create_model", create_model)
-    model = {"name": "maxvit_mini_32", "embed_dim": (16, 16), "depths": (1, 1), "transformer": {"head_dim": 8}}
+    model = REAL
     for changes in (
         {"data__image_size": 36},  # the data's size is not the model's
         {"data__image_size": 32, "data__eval_image_size": 36},  # found before training, not after an epoch of it

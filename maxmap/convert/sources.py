@@ -1,0 +1,268 @@
+"""Checkpoint files as dicts of arrays, without running anything that is in them.
+
+Safetensors are read here, not by their library, so that arrays stay in the mapped file (a large model would be in
+memory twice) and bfloat16 needs no torch. Pickles go through torch's restricted loader.
+"""
+
+import argparse
+import json
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from maxmap.convert import tensorflow
+from maxmap.errors import UserError
+
+RAW = ("state_dict", "model", "model_state_dict", "module", "params", "network", "net", "weights")
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+_TYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a checkpoint holds.
+
+    Attributes:
+      tensors: by name; arrays in the mapped file where that can be.
+      weights: "raw" or "ema".
+      kind: "safetensors", "torch" or "tensorflow".
+      config: of a Hugging Face repository, else empty.
+    """
+
+    tensors: Mapping[str, Any]
+    weights: str
+    kind: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_source(path: str | Path, *, ema: bool | None = None) -> Source:
+    """Reads a checkpoint file, or a folder of the Hugging Face hub or of TensorFlow.
+
+    Args:
+      path: of the file or folder; what it is shows from its content.
+      ema: averaged weights, True or False; None for what is usual: raw ones of PyTorch where there are any, averaged
+        ones of TensorFlow.
+
+    Raises:
+      UserError: there is no such file, it is damaged, or it holds something other than numbers.
+    """
+    path = Path(path)
+    if tensorflow.is_checkpoint(path):
+        return Source(*tensorflow.read_checkpoint(path, ema=ema), kind="tensorflow")
+    if path.is_dir():
+        return _read_repository(path, ema)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: give a file, a folder or the name of a published one.")
+    if path.name.endswith(".index.json"):
+        return _read_shards(path, ema)
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return Source(*_pick(_read_torch(path), ema, path), kind="torch")
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        return Source(*_pick(_read_safetensors(path), ema, path), kind="safetensors")
+    raise UserError(f"{path} is no checkpoint: it is neither safetensors nor a file of torch.save, or it is damaged.")
+
+
+def _read_repository(folder: Path, ema: bool | None) -> Source:
+    reference = folder / "refs" / "main"
+    if reference.is_file():  # an entry of the cache; its snapshots are the folders
+        folder = folder / "snapshots" / reference.read_text().strip()
+    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        found = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pth", ".bin", ".tar")]
+        if len(found) > 1:
+            raise UserError(f"{folder} has {len(found)} files of weights: name one of them.")
+        if not found:
+            raise UserError(f"there is no checkpoint in {folder}: give the folder of a run, or a file of weights.")
+        weights = found[0]
+    source = read_source(weights, ema=ema)
+    return Source(source.tensors, source.weights, source.kind, config)
+
+
+def _read_shards(index: Path, ema: bool | None) -> Source:
+    """Reads the files that an index names; each entry has to be in the file that the index says, and no other."""
+    names = shards_of(index)
+    tensors: dict[str, Any] = {}
+    kind = ""
+    for file in sorted(set(names.values())):
+        shard = read_source(index.parent / file, ema=ema)
+        kind = shard.kind
+        wanted = {name for name, its_file in names.items() if its_file == file}
+        if set(shard.tensors) != wanted:
+            differing = sorted(wanted ^ set(shard.tensors))
+            raise UserError(
+                f"the shard {file} and the index {index} do not agree on {len(differing)} entries, the first of them "
+                f"{differing[0]}."
+            )
+        tensors |= shard.tensors
+    return Source(tensors, "ema" if ema else "raw", kind)
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """Returns which file each entry is in, as an index says."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{index} is no index of shards: it has no 'weight_map' of entries to files.")
+    elsewhere = next((file for file in names.values() if Path(file).name != file), None)
+    if elsewhere is not None:
+        raise UserError(f"{index} names the shard {elsewhere}, which is not beside it.")
+    return names
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON file ({error}).") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object.")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Reads the format: length of the header, header in JSON, and the bytes of all entries one after another."""
+
+    def damaged(why: str) -> UserError:
+        return UserError(f"{path} is damaged or no safetensors file, {why}: get it again.")
+
+    def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        pairs = list(pairs)
+        keys = [key for key, _ in pairs]
+        twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+        if twice is not None:
+            raise damaged(f"it has the entry {twice} twice")
+        return dict(pairs)
+
+    size = path.stat().st_size
+    if size < 8:
+        raise damaged(f"it has {size} bytes")
+    memory = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(memory[:8].tobytes(), "little")
+    if start > min(size, _LONGEST_HEADER):
+        raise damaged(f"its header would end at byte {start} of {size}")
+    try:
+        header = json.loads(memory[8:start].tobytes(), object_pairs_hook=once)
+        header.pop("__metadata__", None)
+        entries = {key: (_TYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for key, e in header.items()}
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise damaged(f"its header cannot be read ({type(error).__name__} {error})") from None
+    tensors, end_of_last = {}, 0
+    for key, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) or begin != end_of_last:
+            raise damaged(f"its entry {key} does not follow on the one before")
+        count = int(np.prod(np.array(shape, object)))  # Python's integers: no overflow
+        if end - begin != count * np.dtype(dtype).itemsize or end > size - start:
+            raise damaged(f"its entry {key} is cut off or of another size than its shape")
+        tensors[key] = np.asarray(memory[start + begin : start + end]).view(dtype).reshape(shape)
+        end_of_last = end
+    if end_of_last != size - start:
+        raise damaged(f"it has {size - start - end_of_last} bytes that belong to no entry")
+    return tensors
+
+
+def _read_torch(path: Path) -> Any:
+    """Reads a file of torch.save by the loader that runs nothing of it."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} is a pickle, which only PyTorch reads: install the extra 'torch', or give .safetensors."
+        ) from None
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _check_zip(path)
+    scalar = np.float64(0).__reduce__()[0]
+    types = [np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD")]
+    allowed: list[Any] = [argparse.Namespace, OrderedDict, scalar, (scalar, "numpy.core.multiarray.scalar"), *types]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler lets whatever a crafted file provokes through
+        text = " ".join(str(error).split())
+        unsafe = re.search(
+            r"(?:Unsupported global: )?GLOBAL ([\w.]+)|Unsupported (?:class|operand|global)[: ]+([\w.]+)", text
+        )
+        if unsafe:
+            raise UserError(
+                f"{path} is refused: it would run or build {unsafe[1] or unsafe[2]}, and only numbers and plain "
+                "settings are read from a pickle."
+            ) from None
+        raise UserError(f"{path} is damaged or no file of torch.save ({text[:200] or type(error).__name__}).") from None
+
+
+def _check_zip(path: Path) -> None:
+    """torch.save never compresses: whatever is larger than its bytes in the file is no checkpoint."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again.") from None
+    size = path.stat().st_size
+    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
+        raise UserError(
+            f"{path} is refused: it is compressed, which torch.save does not do, and may unpack to anything."
+        )
+    if sum(m.file_size for m in members) > size:
+        raise UserError(f"{path} is refused: its parts overlap, together they are larger than the file.")
+    names = [m.filename for m in members]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} is refused: it has a part twice.")
+
+
+def _pick(loaded: Any, ema: bool | None, path: Path) -> tuple[Mapping[str, Any], str]:
+    """Finds the state dict in what was loaded, through containers, and says whether it is averaged."""
+    weights = "raw"
+    while isinstance(loaded, Mapping):
+        inside = {key for key, value in loaded.items() if isinstance(value, Mapping)}
+        averaged, raw = (next((key for key in keys if key in inside), None) for keys in (AVERAGED, RAW))
+        if ema and averaged is None and weights == "raw" and (raw is None or not _holds(loaded[raw], AVERAGED)):
+            raise UserError(f"{path} has no averaged weights: leave --ema out.")
+        key = averaged if (ema and weights == "raw") or (raw is None and ema is not False) else raw
+        if key is None:
+            break
+        weights = "ema" if key in AVERAGED else weights
+        loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not any(hasattr(value, "shape") for value in loaded.values()):
+        what = f"{', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise UserError(
+            f"{path} holds no state dict but {what or 'nothing'}: give a file with 'state_dict' or 'model'."
+        )
+    if not all(isinstance(key, str) for key in loaded):
+        raise UserError(f"{path} has entries without a name.")
+    return loaded, weights
+
+
+def _holds(value: Any, keys: Iterable[str]) -> bool:
+    return isinstance(value, Mapping) and any(key in value for key in keys)

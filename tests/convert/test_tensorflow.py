@@ -1,0 +1,114 @@
+"""A checkpoint that the official TensorFlow code wrote: every variable, the logits, and what is damaged."""
+
+import shutil
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+
+from maxmap import __main__ as commands
+from maxmap.convert import tensorflow
+from maxmap.convert.load import read_foreign
+from maxmap.errors import UserError
+from maxmap.models import create_model
+from tests.tiny import compile_quickly
+
+FIELDS = {"embed_dim": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "stem_width": (4, 8), "transformer": {"head_dim": 8}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, goldens):
+    path = tmp_path_factory.mktemp("tensorflow")
+    with tarfile.open(goldens / "maxvit_mini.tar.xz") as tar:
+        tar.extractall(path, filter="data")
+    return path / "maxvit_mini"
+
+
+@pytest.fixture
+def mini(monkeypatch):
+    """A model of MaxViT-T's kind in the checkpoint's widths; its fields are changed by the test."""
+    fields = dict(FIELDS)
+
+    def create(name, **others):
+        return create_model("maxvit_tiny_tf_224", **{"image_size": 64} | fields | others)
+
+    monkeypatch.setattr("maxmap.convert.load.create_model", create)
+    return fields
+
+
+def test_variables_are_told_apart(folder):
+    variables = tensorflow.read_variables(folder / "model.ckpt-92002")
+    assert len(variables) == 1089 and variables["global_step"] == 92002
+    kernel = "maxvit/stem/conv_0/kernel"
+    assert variables[kernel].shape == (3, 3, 3, 4) and variables[f"{kernel}/adam_m"].min() == 7
+    averaged, which = tensorflow.read_checkpoint(folder)
+    raw, other = tensorflow.read_checkpoint(folder, ema=False)
+    assert (which, other) == ("ema", "raw") and set(averaged) == set(raw) and len(raw) == 248
+    for key, value in averaged.items():
+        assert np.array_equal(raw[key], np.float32(0.75) * value), key
+
+
+@pytest.mark.parametrize("path", ["model.ckpt-92002", "model.ckpt-92002.index", "model.ckpt-92002.data-00000-of-00001"])
+def test_any_of_its_files_names_a_checkpoint(folder, path):
+    assert tensorflow.read_checkpoint(folder / path)[0].keys() == tensorflow.read_checkpoint(folder)[0].keys()
+
+
+@pytest.mark.parametrize(
+    "key, size, window, ema",
+    [("logits", 64, 2, None), ("logits_raw", 64, 2, False), ("logits_96_w3_scale", 96, 3, True)],
+)
+def test_logits_are_those_of_the_official_code(key, size, window, ema, folder, goldens, mini, x64):
+    """With windows of 3 the stored tables are resized, as the official graph does at 384 and 512 pixels."""
+    mini |= {"image_size": size, "window_size": window}
+    loaded = read_foreign(folder, name="maxvit_tiny_tf_224", ema=ema)
+    assert bool(loaded.changes.changed) == (window == 3)
+    images = np.random.RandomState(0).standard_normal((2, size, size, 3)).astype(np.float32).astype(np.float64)
+    variables = jax.tree.map(lambda leaf: leaf.astype(np.float64), loaded.variables)
+    with compile_quickly():
+        logits = jax.jit(loaded.model.apply)(variables, images)["logits"][0]
+    with np.load(goldens / "maxvit_mini.npz") as golden:
+        wanted = golden[key]
+    assert np.abs(logits - wanted).max() < 2e-6 * wanted.std()
+
+
+def test_the_stored_table_at_384_and_512():
+    """Of the official size, 13 x 13, against linear interpolation at half-pixel centres, point by point."""
+    from maxmap.convert.adapt import _resize_table
+
+    table = np.random.default_rng(0).standard_normal((2, 13, 13)).astype(np.float32)
+    for size in (23, 31):
+        resized = _resize_table(table, "relative_position_bias_table", (2, size, size), "bilinear")
+        at = np.clip((np.arange(size) + 0.5) * 13 / size - 0.5, 0, 12)
+        rows = np.stack([[np.interp(at, range(13), column) for column in head.T] for head in table])  # [2, 13, size]
+        wanted = np.stack([[np.interp(at, range(13), row) for row in head] for head in rows.transpose(0, 2, 1)])
+        assert np.abs(resized - wanted).max() < 1e-6
+
+
+def test_damaged_checkpoints_are_refused(folder, tmp_path, capsys, mini):
+    prefix = "model.ckpt-92002"
+
+    def refused(why):
+        copy, dest = tmp_path / "copy", tmp_path / "dest"
+        assert commands.main(["convert", str(copy), str(dest), "--model", "maxvit_tiny_tf_224"]) == 2
+        message = capsys.readouterr().err
+        assert why in message and message.count("\n") == 1 and not dest.exists()
+        shutil.rmtree(copy)
+
+    for file, part, why in (
+        (f"{prefix}.data-00000-of-00001", slice(-1000), "is cut off"),
+        (f"{prefix}.index", slice(-1000), "does not end as one does"),
+        (f"{prefix}.index", slice(1000, None), "damaged or not complete"),
+    ):
+        shutil.copytree(folder, tmp_path / "copy")
+        path = tmp_path / "copy" / file
+        path.write_bytes(path.read_bytes()[part])
+        refused(why)
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / f"{prefix}.data-00000-of-00001").unlink()
+    refused("damaged or not complete")
+
+
+def test_another_model_is_refused(folder):
+    with pytest.raises(UserError, match="does not fit the model"):
+        read_foreign(folder, name="maxvit_tiny_tf_224")
