@@ -1,0 +1,313 @@
+"""Files of all kinds in, with everything that surrounds a state dict; what is damaged or dangerous is one sentence."""
+
+import argparse
+import collections
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from maxmap import __main__ as commands
+from maxmap.convert.load import convert, export, read_model
+from maxmap.convert.sources import read_source
+from maxmap.convert.torch import from_torch, to_torch
+from maxmap.errors import UserError
+from maxmap.models import create_model
+from tests.convert.test_torch import assert_equal, random_variables
+
+torch = pytest.importorskip("torch")
+
+MODEL = {"name": "test_maxvit", "num_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return create_model(**MODEL)
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return random_variables(model)
+
+
+@pytest.fixture(scope="module")
+def arrays(model, variables):
+    return {key: np.ascontiguousarray(value) for key, value in to_torch(variables, model).items()}
+
+
+def tensors(arrays):
+    return {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
+
+
+def equal(source, arrays):
+    assert set(source.tensors) == set(arrays)
+    return all(np.array_equal(np.asarray(source.tensors[key]), value) for key, value in arrays.items())
+
+
+def refused(path, tmp_path, capsys, *options):
+    """Converts a bad file: one sentence, and nothing is written."""
+    dest = tmp_path / "dest"
+    before = sorted(tmp_path.iterdir())
+    assert commands.main(["convert", str(path), str(dest), "--model", "test_maxvit", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("maxmap: ") and captured.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+    return captured.err
+
+
+def test_safetensors(arrays, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(arrays, path, metadata={"format": "pt"})
+    source = read_source(path)
+    assert equal(source, arrays) and source.kind == "safetensors"
+    assert all(not value.flags.owndata for value in source.tensors.values())  # they lie in the mapped file
+
+
+def test_half_precision_without_torch(arrays, tmp_path):
+    """bfloat16 and float16 keep their values, exactly widened."""
+    from safetensors.torch import save_file as save
+
+    for dtype in (torch.bfloat16, torch.float16):
+        path = tmp_path / "half.safetensors"
+        save({key: value.to(dtype) for key, value in tensors(arrays).items()}, path)
+        source = read_source(path)
+        assert {value.dtype for value in source.tensors.values()} <= {
+            np.dtype(np.float16),
+            np.dtype(ml_dtypes.bfloat16),
+        }
+        for key, value in tensors(arrays).items():
+            assert np.array_equal(source.tensors[key].astype(np.float32), value.to(dtype).float().numpy())
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("container", [None, "state_dict", "model", "params"])
+def test_containers(container, legacy, arrays, tmp_path):
+    content = tensors(arrays)
+    if container:
+        content = {
+            "epoch": 3,
+            "args": argparse.Namespace(lr=1e-3, opt="adamw", metric=np.float64(81.2)),
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]},
+            "best": np.float32(0.5),
+            container: collections.OrderedDict(content),
+        }
+    path = tmp_path / "model.pth.tar"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    source = read_source(path)
+    assert equal(source, arrays) and (source.kind, source.weights) == ("torch", "raw")
+
+
+@pytest.mark.parametrize("container", ["state_dict_ema", "model_ema"])
+def test_averaged_weights_are_picked(container, arrays, tmp_path):
+    doubled = {key: 2 * value for key, value in arrays.items()}
+    path = tmp_path / "model.pth"
+    torch.save({"model": tensors(arrays), container: {"module": tensors(doubled)}}, path)
+    assert equal(read_source(path), arrays) and equal(read_source(path, ema=False), arrays)
+    source = read_source(path, ema=True)
+    assert equal(source, doubled) and source.weights == "ema"
+    torch.save({container: tensors(doubled)}, path)
+    assert read_source(path).weights == "ema"
+    torch.save({"state_dict": tensors(arrays)}, path)
+    with pytest.raises(UserError, match="no averaged weights: leave --ema out"):
+        read_source(path, ema=True)
+
+
+def shards(folder, arrays, kind="safetensors"):
+    names = sorted(arrays)
+    parts = {f"model-0000{i + 1}-of-00002.{kind}": names[i::2] for i in range(2)}
+    for file, keys in parts.items():
+        save_file({key: arrays[key] for key in keys}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: file for file, keys in parts.items() for key in keys}}))
+    return index
+
+
+def test_shards(arrays, tmp_path):
+    index = shards(tmp_path, arrays)
+    assert equal(read_source(index), arrays) and equal(read_source(tmp_path), arrays)
+    content = json.loads(index.read_text())
+    key = sorted(arrays)[0]
+    for changed, why in (
+        ({key: "../elsewhere.safetensors"}, "which is not beside it"),
+        ({"more": "model-00001-of-00002.safetensors"}, "do not agree on 1 entries"),
+        (dict.fromkeys(arrays, "model-00003-of-00002.safetensors"), "there is no checkpoint"),
+    ):
+        index.write_text(json.dumps({"weight_map": content["weight_map"] | changed}))
+        with pytest.raises(UserError, match=why):
+            read_source(index)
+
+
+def test_a_repository_says_its_model_classes_and_preprocessing(arrays, variables, tmp_path):
+    config = {
+        "architecture": "test_maxvit",
+        "num_classes": 3,
+        "label_names": ["cat", "dog", "emu"],
+        "pretrained_cfg": {
+            "input_size": [3, 192, 192],
+            "mean": [0.1, 0.2, 0.3],
+            "std": [0.4, 0.5, 0.6],
+            "crop_pct": 0.9,
+            "crop_mode": "squash",
+            "interpolation": "bilinear",
+        },
+    }
+    snapshot = tmp_path / "models--me--mine" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(config))
+    save_file(arrays, snapshot / "model.safetensors")
+    (tmp_path / "models--me--mine" / "refs").mkdir()
+    (tmp_path / "models--me--mine" / "refs" / "main").write_text("abc")
+    for source in (snapshot, tmp_path / "models--me--mine"):
+        dest = tmp_path / f"dest-{source.name}"
+        loaded = convert(source, dest)
+        assert loaded.changes.changed  # tables, from 160 to 192 pixels
+        back, info = read_model(dest)
+        assert info["model"] == {"name": "test_maxvit", "image_size": 192, "num_classes": 3}
+        assert info["classes"] == ["cat", "dog", "emu"]
+        assert info["preprocessing"] == {
+            "image_size": 192,
+            "crop_pct": 0.9,
+            "crop_mode": "squash",
+            "interpolation": "bilinear",
+            "mean": [0.1, 0.2, 0.3],
+            "std": [0.4, 0.5, 0.6],
+        }
+        assert np.array_equal(
+            back["params"]["backbone"]["stem"]["conv1"]["kernel"],
+            variables["params"]["backbone"]["stem"]["conv1"]["kernel"],
+        )
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pth"])
+def test_there_and_back(name, arrays, variables, model, tmp_path, capsys):
+    """What convert writes is read by everything that reads checkpoints; export gives the same bits back."""
+    save_file(arrays, tmp_path / "in.safetensors")
+    dest = tmp_path / "dest"
+    assert commands.main(["convert", str(tmp_path / "in.safetensors"), str(dest), "--model", "test_maxvit"]) == 0
+    assert "loaded 176 entries as they were" in capsys.readouterr().out.replace(str(len(arrays)), "176")
+    back, info = read_model(dest)
+    assert_equal(back, variables)
+    assert info["model"] == MODEL and info["weights"] == "raw" and info["step"] == 0
+    assert commands.main(["export", str(dest), str(tmp_path / name)]) == 0
+    assert equal(read_source(tmp_path / name), arrays)
+    assert_equal(from_torch(read_source(tmp_path / name).tensors, model), variables)
+    for command in (
+        ["convert", str(tmp_path / "in.safetensors"), str(dest), "--model", "test_maxvit"],
+        ["export", str(dest), str(tmp_path / name)],
+    ):
+        assert commands.main(command) == 2 and "is there already" in capsys.readouterr().err
+        assert commands.main([*command, "--overwrite"]) == 0
+    with pytest.raises(UserError, match="which are the formats there are"):
+        export(dest, tmp_path / "out.onnx")
+
+
+def test_a_folder_of_other_things_is_never_replaced(arrays, tmp_path):
+    save_file(arrays, tmp_path / "in.safetensors")
+    (tmp_path / "dest").mkdir()
+    (tmp_path / "dest" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="holds something other than a checkpoint"):
+        convert(tmp_path / "in.safetensors", tmp_path / "dest", name="test_maxvit", overwrite=True)
+    assert (tmp_path / "dest" / "thesis.tex").read_text() == "mine"
+
+
+class Runs:
+    """A pickle that runs a command as it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_nothing_in_a_pickle_is_run(arrays, tmp_path, capsys):
+    bomb, path = tmp_path / "ran", tmp_path / "evil.pth"
+    for save in (
+        lambda content: torch.save(content, path),
+        lambda content: torch.save(content, path, _use_new_zipfile_serialization=False),
+        lambda content: path.write_bytes(pickle.dumps(content)),
+    ):
+        save({"state_dict": tensors(arrays), "args": Runs(bomb)})
+        message = refused(path, tmp_path, capsys)
+        assert ("is refused: it would run or build" in message and "system" in message) or "no file of" in message
+        assert not bomb.exists()
+
+
+def test_damaged_and_swollen_files(arrays, tmp_path, capsys):
+    path = tmp_path / "file.pth"
+    torch.save(tensors(arrays), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "is damaged" in refused(path, tmp_path, capsys)
+    path.write_bytes(b"")
+    assert "is no checkpoint" in refused(path, tmp_path, capsys)
+    path.write_bytes(b"<html>not found</html>")
+    assert "is no checkpoint" in refused(path, tmp_path, capsys)
+    # A zip bomb: the same archive, compressed, with a part that unpacks to 100 MB.
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        new.writestr("archive/data/999", bytes(100_000_000))
+    assert "is refused: it is compressed" in refused(path, tmp_path, capsys)
+    torch.save([1, 2, 3], path)
+    assert "holds no state dict but list" in refused(path, tmp_path, capsys)
+
+
+def test_damaged_safetensors(arrays, tmp_path, capsys):
+    path = tmp_path / "file.safetensors"
+    save_file(arrays, path)
+    whole = path.read_bytes()
+
+    def header(content, data=b""):
+        text = content if isinstance(content, bytes) else json.dumps(content).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+        return refused(path, tmp_path, capsys)
+
+    path.write_bytes(whole[:-5])
+    assert "is cut off" in refused(path, tmp_path, capsys)
+    path.write_bytes(whole + b"more")
+    assert "4 bytes that belong to no entry" in refused(path, tmp_path, capsys)
+    path.write_bytes(struct.pack("<Q", 1 << 60) + whole[8:])
+    assert "its header would end at byte" in refused(path, tmp_path, capsys)
+    path.write_bytes(whole[:4])
+    assert "it has 4 bytes" in refused(path, tmp_path, capsys)
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    assert "the entry a twice" in header(f'{{"a": {json.dumps(entry)}, "a": {json.dumps(entry)}}}'.encode(), bytes(4))
+    assert "does not follow" in header({"a": entry, "b": entry}, bytes(4))
+    assert "of another size than its shape" in header({"a": entry | {"shape": [1 << 40, 1 << 40]}}, bytes(4))
+    assert "header cannot be read" in header({"a": {"dtype": "PICKLE"}})
+    assert "header cannot be read" in header(b"[1]")
+    assert "holds no state dict" in header({})
+
+
+def test_values_that_are_no_weights(arrays, tmp_path, capsys):
+    path = tmp_path / "file.safetensors"
+    for value, why in ((np.nan, "not finite"), (np.inf, "not finite"), (-np.inf, "not finite")):
+        changed = arrays | {"stem.conv1.weight": arrays["stem.conv1.weight"].copy()}
+        changed["stem.conv1.weight"][0, 0, 0, 0] = value
+        save_file(changed, path)
+        assert f"{why}: stem.conv1.weight" in refused(path, tmp_path, capsys)
+    save_file(arrays | {"stem.conv1.weight": arrays["stem.conv1.weight"].astype(np.int32)}, path)
+    assert "no floating-point numbers: stem.conv1.weight is of type int32" in refused(path, tmp_path, capsys)
+    save_file({key: value for key, value in arrays.items() if key != "stem.conv1.weight"}, path)
+    assert "missing: stem.conv1.weight" in refused(path, tmp_path, capsys)
+    assert "missing" in refused(path, tmp_path, capsys, "--num-classes", "5", "--image-size", "192")
+
+
+def test_what_is_missing_is_said(arrays, tmp_path, capsys):
+    save_file(arrays, tmp_path / "in.safetensors")
+    assert "there is no checkpoint" in refused(tmp_path / "nothing.pth", tmp_path, capsys)
+    assert commands.main(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "dest")]) == 2
+    assert "does not say which model it is of: give --model" in capsys.readouterr().err
+    (tmp_path / "names").write_text("cat\ndog\n")
+    message = refused(tmp_path / "in.safetensors", tmp_path, capsys, "--classes", str(tmp_path / "names"))
+    assert "there are 2 names of 3 classes" in message
+    message = refused(tmp_path / "in.safetensors", tmp_path, capsys, "--class-map", str(tmp_path / "names"))
+    assert "is no class map" in message
