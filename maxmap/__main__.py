@@ -20,6 +20,7 @@ from maxmap import checkpoint, evaluate
 from maxmap.convert.adapt import RESIZES
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export
+from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, call, nearest
 from maxmap.evaluate import cost, count_parameters
@@ -107,6 +108,24 @@ def _numbers(path: Path) -> list[int]:
 def export_command(source: Path, file: Path, **options: Any) -> None:
     """Writes a checkpoint of ours for others."""
     print(export(source, file, **options))
+
+
+def verify_command(path: Path, against: str, tolerance: float | None, ema: bool | None) -> int:
+    """Prints how far a checkpoint is from its source; returns 1 past the tolerance."""
+    report = verify(path, against, tolerance=tolerance, ema=ema)
+    print(f"{report['identical']} of {report['entries']} entries have the same bits as {against}")
+    for dtype in TOLERANCES if report["reference"] else ():
+        row = report[dtype]
+        maps = ", ".join(f"{value:.1e}" for value in row["features"])
+        print(
+            f"{dtype} against {report['reference']}: logits {row['logits']:.1e} of their std ({row['logits_max']:.1e}"
+            f" at most), gradient {row['gradient']:.1e}, top-1 the same for {100 * row['top1']:.0f} %, "
+            f"feature maps {maps}; tolerance {row['tolerance']:.0e}"
+        )
+    if not report["reference"]:
+        print("no installed reference implementation has this model, so the values alone were compared")
+    print(f"{'ok' if report['ok'] else 'NOT THE SAME'}; the report is {Path(path) / REPORT}")
+    return 0 if report["ok"] else 1
 
 
 def samples_command(config: str, folder: Path, count: int) -> None:
@@ -221,6 +240,13 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.set_defaults(run=export_command)
 
+    command = commands.add_parser("verify", help="compare a converted checkpoint with its source, both running")
+    command.add_argument("path", type=Path, help="folder of the checkpoint")
+    command.add_argument("--against", required=True, help="the source that it was converted from")
+    command.add_argument("--tolerance", type=float, help="largest relative difference in float64 (default: 1e-9)")
+    _add_ema(command)
+    command.set_defaults(run=verify_command)
+
     command = commands.add_parser("samples", help="write some evaluation images of a config's data as files")
     command.add_argument("config", help="config file")
     command.add_argument("folder", type=Path, help="where to")
@@ -267,11 +293,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(changes)}")
     logging.set_verbosity(logging.ERROR)
     try:
-        arguments.pop("run")(**arguments)
+        return arguments.pop("run")(**arguments) or 0
     except UserError as error:
         print(f"maxmap: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

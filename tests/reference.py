@@ -1,6 +1,5 @@
 """What the parity tests compare with: the reference implementation (timm) and the weights of the golden files."""
 
-import importlib.util
 import json
 import zlib
 from collections.abc import Sequence
@@ -10,42 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from maxmap.convert import verify
+
 POSITIONS = ("relative_position", "pos_embed", "cls_token", "x_cls", "rel_pos")
 
 
 def import_timm() -> ModuleType:
-    """Returns the module timm, importable whether or not torchvision's compiled operators load beside this torch."""
+    """Returns the module timm."""
     import torch
 
     torch.set_num_threads(1)  # one test worker per core: more threads only get in each other's way
-    if not _torchvision_operators_load(torch):
-        # torchvision from the package index is built for CUDA and its operators do not load beside a CPU build of
-        # torch; importing it then fails on the two that it describes without asking. No model here calls them.
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARIES.append(library)
-    import timm
-
-    return timm
-
-
-_LIBRARIES: list[Any] = []  # a torch library undefines its operators when it is collected
-
-
-def _torchvision_operators_load(torch: ModuleType) -> bool:
-    if hasattr(torch.ops.torchvision, "nms"):
-        return True
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("torchvision is not installed; make setup installs what the tests need")
-    for path in Path(spec.origin).parent.glob("_C*.so"):
-        try:
-            torch.ops.load_library(path)
-        except OSError:
-            return False
-        return True
-    return False
+    return verify.import_timm()
 
 
 def fill(key: str, shape: Sequence[int], prefix: str = "") -> np.ndarray:

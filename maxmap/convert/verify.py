@@ -1,0 +1,230 @@
+"""Proof of a conversion: the reference implementation with the source, beside our model with the checkpoint."""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from maxmap import checkpoint
+from maxmap.convert import hub
+from maxmap.convert.load import read_model
+from maxmap.convert.sources import read_source
+from maxmap.convert.torch import as_array, canonical_names, image_kernel, make_template, to_torch
+from maxmap.errors import UserError
+from maxmap.models import Classifier, create_model
+
+REPORT = "verify.json"
+TOLERANCES = {"float32": 1e-3, "float64": 1e-9}
+
+Array = np.ndarray
+
+
+def verify(
+    path: str | Path, against: str | Path, *, ema: bool | None = None, tolerance: float | None = None, images: int = 2
+) -> dict[str, Any]:
+    """Compares a checkpoint with the source that it was converted from, and writes the report beside it.
+
+    Where timm (or, for maxvit_t, torchvision) has the model, both run on the same noise, in float32 and float64, and
+    logits, feature maps and the gradient of every parameter are compared. Elsewhere only the values are, bit by bit.
+
+    Args:
+      path: of the checkpoint.
+      against: the source; see `read_source`.
+      ema: which weights of the source; None for those that the checkpoint was made from.
+      tolerance: largest difference in float64; None for `TOLERANCES`. Logits count relative to their standard
+        deviation, feature maps and gradients to their largest value.
+      images: in the batch.
+
+    Returns:
+      The report: 'model', 'reference', 'identical' (entries with the same bits), 'entries', 'ok', and for each type
+      'logits', 'logits_max', 'features' (a list), 'top1', 'gradient'.
+
+    Raises:
+      UserError: there is no checkpoint or source, or they are of different models.
+    """
+    variables, info = read_model(path)
+    model = create_model(**info["model"])
+    where = hub.download(str(against)) if hub.is_name(against) and not Path(against).exists() else Path(against)
+    source = read_source(where, ema=info["weights"] == "ema" if ema is None else ema)
+    names = canonical_names(source.tensors)
+    theirs = {name: as_array(source.tensors[key]) for key, name in names.items()}
+    ours = to_torch(variables, model)
+    identical = sum(_identical(value, theirs.get(name)) for name, value in ours.items())
+    report: dict[str, Any] = {
+        "model": info["model"],
+        "source": str(against),
+        "reference": None,
+        "entries": len(ours),
+        "identical": identical,
+        "ok": identical == len(ours),
+    }
+    reference = _reference(model, info["model"], theirs)
+    if reference is not None:
+        report["reference"] = type(reference).__module__.partition(".")[0]
+        stem = image_kernel(make_template(model))
+        channels = 3 if stem is None else traverse_util.flatten_dict(variables)[stem].shape[2]
+        size = model.backbone.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        x = np.random.default_rng(0).standard_normal((images, height, width, channels))
+        tolerances = TOLERANCES if tolerance is None else {**TOLERANCES, "float64": tolerance}
+        for dtype, allowed in tolerances.items():
+            with jax.enable_x64(dtype == "float64"):
+                row = _compare(model, variables, reference, x.astype(dtype))
+            report[dtype] = {**row, "tolerance": allowed}
+            worst = max(row["logits"], row["gradient"], *row["features"])
+            report["ok"] = report["ok"] and bool(worst <= allowed)
+    if (Path(path) / checkpoint.FOLDER).is_dir():
+        checkpoint.write_text(Path(path) / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def import_timm() -> ModuleType:
+    """Returns the module timm, importable whether or not torchvision's compiled operators load beside this torch."""
+    import torch
+
+    if not _torchvision_operators_load(torch):
+        # torchvision from the package index is built for CUDA and its operators do not load beside a CPU build of
+        # torch; importing it then fails on the two that it describes without asking. No model here calls them.
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)
+    import timm
+
+    return timm
+
+
+_LIBRARIES: list[Any] = []  # a torch library undefines its operators when it is collected
+
+
+def _torchvision_operators_load(torch: ModuleType) -> bool:
+    if hasattr(torch.ops.torchvision, "nms"):
+        return True
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("torchvision is not installed; make setup installs what the tests need")
+    for path in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(path)
+        except OSError:
+            return False
+        return True
+    return False
+
+
+def _identical(ours: Array, theirs: Array | None) -> bool:
+    if theirs is None or ours.size != theirs.size:
+        return False
+    return np.array_equal(ours, theirs.astype(np.float32).reshape(ours.shape))
+
+
+def _reference(model: Classifier, fields: Mapping[str, Any], weights: Mapping[str, Array]) -> Any:
+    """The reference implementation with the source's weights, None where there is none here."""
+    try:
+        timm = import_timm()
+    except ModuleNotFoundError:
+        return None
+    import torch
+
+    name, classes = fields["name"], fields["num_classes"]
+    if set(fields) - {"name", "num_classes", "image_size"}:
+        return None  # shrunken or otherwise changed: timm has no such model
+    state_dict = {key: torch.from_numpy(value.astype(np.float64)) for key, value in weights.items()}
+    if name == "maxvit_t":
+        import torchvision
+
+        from maxmap.convert.dialects import TORCHVISION
+
+        reference = torchvision.models.maxvit_t(num_classes=classes)
+        state_dict = {TORCHVISION.from_canonical(key): value for key, value in state_dict.items()}
+        buffers = {key: value for key, value in reference.state_dict().items() if key.endswith("position_index")}
+        state_dict |= buffers
+    elif (known := name if name in timm.list_models() else name.removesuffix("_384")) in timm.list_models():
+        sized = {"img_size": fields["image_size"]} if "image_size" in fields else {}
+        try:
+            reference = timm.create_model(known, num_classes=classes, **sized)
+        except TypeError:  # models that take any size have no such argument
+            reference = timm.create_model(known, num_classes=classes)
+        if getattr(model.head, "hidden_epsilon", None) is not None:
+            # timm has 1e-6 where the authors, whose weights it has, have 1e-5.
+            reference.head.fc.norm.eps = model.head.hidden_epsilon
+    else:
+        return None
+    shapes = reference.state_dict()
+    state_dict = {
+        key: value.reshape(shapes[key].shape) if key in shapes and value.numel() == shapes[key].numel() else value
+        for key, value in state_dict.items()
+    }
+    try:
+        reference.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise UserError(
+            f"the reference does not take the source as it is ({' '.join(str(error).split())[:200]}): verify compares "
+            "what was converted without changes to classes, image size or channels."
+        ) from None
+    return reference.eval()
+
+
+def _compare(model: Classifier, variables: Any, reference: Any, x: Array) -> dict[str, Any]:
+    """Runs both in the type of the images; every difference but 'logits_max' is relative."""
+    import torch
+
+    dtype = x.dtype
+    reference = reference.to(torch.float64 if dtype == np.float64 else torch.float32)
+    for parameter in reference.parameters():
+        parameter.grad = None
+    images = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    direction = np.random.default_rng(1).standard_normal((len(x), model.head.num_classes)).astype(dtype)
+    logits = reference(images)
+    (logits * torch.from_numpy(direction)).sum().backward()
+    wanted_logits = logits.detach().numpy()
+    wanted_gradient = {key: p.grad.numpy() for key, p in reference.named_parameters() if p.grad is not None}
+    wanted_maps: list[Array] = []
+    if hasattr(reference, "forward_intermediates"):
+        with torch.no_grad():
+            _, maps = reference.forward_intermediates(images)
+        wanted_maps = [np.asarray(m.permute(0, 2, 3, 1)) for m in maps if m.ndim == 4]
+    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
+
+    def run(module: Classifier, images: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        features = module.backbone(images)
+        return features, jnp.mean(module.head(features)["logits"], axis=0)
+
+    def loss(params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+        features, logits = model.apply({**variables, "params": params}, images, method=run)
+        return jnp.sum(logits * direction), (features, logits)
+
+    with jax.default_matmul_precision("highest"):
+        gradient, (features, ours) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"], jnp.asarray(x))
+    ours = np.asarray(ours)
+    pairs = list(zip(reversed(features), reversed(wanted_maps), strict=False))
+    maps = [_relative(a, b, np.abs(b).max()) for a, b in reversed(pairs) if a.shape == b.shape]
+    named = to_torch({"params": gradient}, model, "torchvision" if _is_torchvision(reference) else None)
+    norm = max(np.abs(value).max() for value in wanted_gradient.values())
+    difference = np.abs(ours - wanted_logits).max()
+    return {
+        "logits": float(difference / wanted_logits.std()),
+        "logits_max": float(difference),
+        "features": maps,
+        "top1": float(np.mean(ours.argmax(-1) == wanted_logits.argmax(-1))),
+        "gradient": max(
+            _relative(value, wanted_gradient[key].reshape(value.shape), norm)
+            for key, value in named.items()
+            if key in wanted_gradient
+        ),
+    }
+
+
+def _is_torchvision(reference: Any) -> bool:
+    return type(reference).__module__.startswith("torchvision")
+
+
+def _relative(ours: Any, wanted: Array, scale: float) -> float:
+    return float(np.abs(np.asarray(ours) - wanted).max() / scale)
