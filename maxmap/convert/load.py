@@ -52,7 +52,9 @@ def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], d
     Raises:
       UserError: there is no such checkpoint, or it does not fit the model that it is said to be of.
     """
-    if checkpoint.read_info(path) is not None or not (Path(path).exists() or hub.is_name(path)):
+    there = Path(path).exists()
+    # What names a repository is no path, though hf:// looks like the scheme of one.
+    if (there or not hub.is_name(path)) and (not there or checkpoint.read_info(path) is not None):
         return checkpoint.read_variables(path, ema=ema)
     loaded = read_foreign(path)
     return loaded.variables, {**loaded.info, "step": 0}

@@ -83,10 +83,11 @@ def read_source(path: str | Path, *, ema: bool | None = None) -> Source:
         return _read_shards(path, ema)
     with path.open("rb") as file:
         start = file.read(9)
+    # First safetensors: the length of their header may begin with the byte that pickles begin with.
+    if path.suffix == ".safetensors" or start[5:] == b"\0\0\0{":
+        return Source(*_pick(_read_safetensors(path), ema, path), kind="safetensors")
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return Source(*_pick(_read_torch(path), ema, path), kind="torch")
-    if path.suffix == ".safetensors" or start[8:] == b"{":
-        return Source(*_pick(_read_safetensors(path), ema, path), kind="safetensors")
     raise UserError(f"{path} is no checkpoint: it is neither safetensors nor a file of torch.save, or it is damaged.")
 
 

@@ -311,3 +311,12 @@ def test_what_is_missing_is_said(arrays, tmp_path, capsys):
     assert "there are 2 names of 3 classes" in message
     message = refused(tmp_path / "in.safetensors", tmp_path, capsys, "--class-map", str(tmp_path / "names"))
     assert "is no class map" in message
+
+
+def test_safetensors_are_told_by_their_content(tmp_path):
+    """A header of 128 bytes begins with the byte that pickles begin with."""
+    path = tmp_path / "weights.bin"
+    text = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(128)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    source = read_source(path)
+    assert source.kind == "safetensors" and source.tensors["a"].shape == (2,)

@@ -1,0 +1,129 @@
+"""Published names: their table, the hub, and its cache."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import maxmap
+from maxmap.convert import hub
+from maxmap.convert.load import read_foreign
+from maxmap.convert.torch import abstract_variables, to_torch
+from maxmap.errors import UserError
+from maxmap.models import create_model
+from tests.reference import fill
+
+NAME = "test_maxvit"  # of timm, 160 pixels
+
+
+@pytest.fixture(scope="module")
+def state_dict():
+    """A small model, every entry random."""
+    model = create_model(NAME)
+    return {key: fill(key, value.shape) for key, value in to_torch(zeros(abstract_variables(model)), model).items()}
+
+
+def zeros(shapes):
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def source(state_dict, tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "model.safetensors"
+    save_file(state_dict, path)
+    return path
+
+
+def test_every_published_checkpoint_is_of_a_model_that_there_is():
+    rows = hub.published()
+    assert len(rows) > 200
+    assert {row["model"] for row in rows.values()} <= set(maxmap.list_models())
+    for name, row in rows.items():
+        if name.startswith("timm/"):
+            assert row["model"].removesuffix("_384") == name.removeprefix("timm/").partition(".")[0].removesuffix(
+                "_384"
+            )
+
+
+CONFIG = {
+    "architecture": NAME,
+    "num_classes": 1000,
+    "pretrained_cfg": {
+        "input_size": [3, 160, 160],
+        "crop_pct": 0.95,
+        "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    },
+}
+
+
+@pytest.fixture
+def server(source, monkeypatch, tmp_path):
+    """A server of one repository, as the hub answers for the files of a model."""
+    files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": source.read_bytes()}
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def answer(self, body: bool) -> None:
+            asked.append((self.command, self.path))
+            *_, repository, _, _, file = ["", *self.path.strip("/").split("/")]
+            if repository != "maxvit_small" or file not in files:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound" if repository == "maxvit_small" else "RepoNotFound")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(files[file])))
+            self.send_header("ETag", f'"{len(files[file])}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+            if body:
+                self.wfile.write(files[file])
+
+        def do_GET(self) -> None:
+            self.answer(True)
+
+        def do_HEAD(self) -> None:
+            self.answer(False)
+
+        def log_message(self, *args) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{running.server_port}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        yield asked
+        running.shutdown()
+        thread.join()
+
+
+def test_a_repository_of_the_hub_and_then_its_cache(server, state_dict, monkeypatch):
+    loaded = read_foreign("hf://somebody/maxvit_small")
+    assert loaded.info["model"]["name"] == NAME and loaded.info["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    np.testing.assert_array_equal(
+        loaded.variables["params"]["backbone"]["stem"]["conv1"]["kernel"],
+        state_dict["stem.conv1.weight"].transpose(2, 3, 1, 0),
+    )
+    # Offline the cache is enough, and nobody is asked.
+    server.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model, _, info = maxmap.load("hf://somebody/maxvit_small")
+    assert not server and info["model"]["name"] == NAME
+    assert model.backbone == create_model(NAME).backbone
+    with pytest.raises(UserError, match="is not in the cache and the hub cannot be reached"):
+        maxmap.load("hf://somebody/else")
+
+
+def test_names_that_nobody_has(server):
+    with pytest.raises(UserError, match="the hub has no repository somebody/nothing"):
+        maxmap.load("hf://somebody/nothing")
+    with pytest.raises(UserError, match=r"the nearest are timm/maxvit_tiny_tf_224\.in1k"):
+        maxmap.load("timm/maxvit_tiny_tf_224.in2k")
+    assert not [path for _, path in server if "maxvit_tiny" in path]
