@@ -19,6 +19,7 @@ from maxmap.models import Classifier
 RESIZES = ("bicubic", "bilinear", "geometric")
 _TABLES = ("relative_position_bias_table", "pos_embed")
 _MARK = 10_007  # a number of classes that is no other size in any model
+_TRACED: dict[str, Template] = {}  # the last one: a conversion needs it for the source and for the model
 _SHOWN = 4  # names of a kind that the summary shows
 
 
@@ -139,7 +140,12 @@ def adapt(
 def trace(model: Classifier) -> tuple[Template, set[Path]]:
     """Returns the shapes of a model's leaves, and which of them the number of classes decides on."""
     classes = model.head.num_classes
-    marked = make_template(with_classes(model, _MARK))
+    with_mark = with_classes(model, _MARK)
+    key = repr(with_mark)  # Flax modules have no hash
+    if key not in _TRACED:
+        _TRACED.clear()
+        _TRACED[key] = make_template(with_mark)
+    marked = _TRACED[key]
     if not classes:
         template = make_template(model)
         return template, marked.keys() - template.keys()

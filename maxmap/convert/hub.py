@@ -15,8 +15,6 @@ import huggingface_hub
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -109,7 +107,9 @@ def download(name: str) -> Path:
             f"{name} is not in the cache and the hub cannot be reached (HF_HUB_OFFLINE, or no network): get it where "
             "there is a network, or name a file."
         ) from None
-    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the hub, or of whatever it reaches the network with
         raise UserError(f"{name} cannot be had ({type(error).__name__}: {error}).") from None
 
 

@@ -127,3 +127,61 @@ def test_names_that_nobody_has(server):
     with pytest.raises(UserError, match=r"the nearest are timm/maxvit_tiny_tf_224\.in1k"):
         maxmap.load("timm/maxvit_tiny_tf_224.in2k")
     assert not [path for _, path in server if "maxvit_tiny" in path]
+
+
+@pytest.mark.parametrize(
+    "name, size, mean, crop, mode",
+    [
+        ("timm/maxvit_tiny_tf_224.in1k", 224, 0.485, 0.95, "center"),
+        ("timm/maxvit_tiny_tf_384.in1k", 384, 0.5, 1.0, "squash"),
+        ("timm/convnext_tiny.fb_in22k_ft_in1k_384", 384, 0.485, 1.0, "squash"),
+        ("map_convnext_tiny", 224, 0.485, 0.875, "center"),
+    ],
+)
+def test_preprocessing_of_some(name, size, mean, crop, mode):
+    pre = hub.published()[name]["preprocessing"]
+    assert (pre["image_size"], pre["mean"][0], pre["crop_pct"], pre["crop_mode"]) == (size, mean, crop, mode)
+
+
+def test_the_table_is_that_of_timm():
+    """Every tag with weights of the families that both have, in each of its columns."""
+    from tests.reference import import_timm
+
+    timm = import_timm()
+    for name, row in hub.published().items():
+        if name.startswith("timm/"):
+            config = timm.models.get_pretrained_cfg(name.removeprefix("timm/"))
+            pre = row["preprocessing"]
+            assert config.num_classes == row["classes"] and config.input_size[-1] == pre["image_size"], name
+            assert (config.crop_pct, config.interpolation) == (pre["crop_pct"], pre["interpolation"]), name
+            assert (config.crop_mode or "center", list(config.mean), list(config.std)) == (
+                pre["crop_mode"],
+                pre["mean"],
+                pre["std"],
+            ), name
+
+
+def test_releases_come_from_their_address(tmp_path, monkeypatch):
+    """Whole or not at all, and only once."""
+    source = tmp_path / "map_pit_s.pth.tar"
+    source.write_bytes(b"weights")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    row = hub.published()["map_pit_s"]
+    monkeypatch.setitem(hub.published(), "map_pit_s", {**row, "url": source.as_uri()})
+    path = hub.download("map_pit_s")
+    assert path == tmp_path / "cache/maxmap/map_pit_s.pth.tar" and path.read_bytes() == source.read_bytes()
+    source.unlink()
+    assert hub.download("map_pit_s") == path
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be had"):
+        hub.download("map_pit_s")
+    assert list((tmp_path / "cache/maxmap").iterdir()) == []
+
+
+def test_what_the_network_says_is_a_sentence(monkeypatch):
+    def fail(repository, file):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(hub, "_get", fail)
+    with pytest.raises(UserError, match=r"somebody/else cannot be had \(ConnectionError: no route\)"):
+        hub.download("hf://somebody/else")
