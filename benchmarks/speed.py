@@ -7,14 +7,20 @@ over the rate of a large matrix product, and the bytes that the compiled program
 rate of a large copy, both measured first.
 
     make bench                                                    the models below, forward pass and training step
-    make bench ARGS="maxvit_tiny_tf_224 --contenders maxmap timm 'timm compiled' --batch 256"
+    make bench ARGS="maxvit_tiny_tf_224 --contenders maxmap timm 'timm compiled' --batch best"
 
 Images have the model's own size. On a CPU it computes in float32, elsewhere in bfloat16. The training step is forward,
-backward and AdamW. The plain models beside `map_*` and `ga_*`, which timm lacks, are those of their backbones.
+backward and AdamW. The plain models beside `map_*` and `ga_*`, which timm lacks, are those of their backbones. Batch 1
+is for the latency of the forward pass; "best" doubles the batch until that gains nothing more or memory ends, with
+every contender alone on the machine. No compiled program is taken from a cache.
+
+By default timm with torch.compile is left out on a CPU: for the forward pass of MaxViT-T alone it compiles more than a
+hundred C++ files, some minutes on two cores; max-autotune tries out variants of them besides. Both can be asked for.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import statistics
@@ -30,9 +36,27 @@ MODELS = (
     *("maxvit_tiny_tf_224", "map_maxvit_tiny_tf_224", "maxvit_base_tf_224", "coatnet_1_rw_224", "caformer_s18"),
     *("convnext_tiny", "map_convnext_tiny", "map_resnet50", "ga_convnext_tiny_688"),
 )
-CONTENDERS = ("maxmap", "timm", "timm compiled", "timm max-autotune")
+CONTENDERS = ("maxmap", "maxmap pallas", "timm", "timm compiled", "timm max-autotune")
+# What is compared where nothing else is asked for: contenders and batches.
+DEFAULTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "cpu": (("maxmap", "timm"), ("1", "8")),
+    "gpu": (CONTENDERS, ("1", "256")),
+}
+LARGEST_BATCH = 4096  # at which the search for the best one ends
+GAIN = 1.03  # in images per second, below which it ends too
 COLUMNS = (
-    *("model", "task", "batch", "dtype", "contender", "milliseconds", "images_per_second", "ratio", "ratio_low"),
+    *(
+        "model",
+        "task",
+        "batch",
+        "search",
+        "dtype",
+        "contender",
+        "milliseconds",
+        "images_per_second",
+        "ratio",
+        "ratio_low",
+    ),
     *("ratio_high", "first_seconds", "peak_gigabytes", "gflop", "flop_limit_ms", "gigabytes", "byte_limit_ms"),
     *("version", "device", "note"),
 )
@@ -46,6 +70,7 @@ class Contender:
         environment = {
             **os.environ,
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # contenders share the memory of the device
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",  # the first result is timed as for a new program, like JAX's
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
         self.error = log
@@ -103,16 +128,52 @@ def compare(job: dict[str, Any], contenders: list[str], rounds: int, seconds: fl
         rows[name] |= {
             "milliseconds": 1000 * median,
             "images_per_second": job["batch"] / median,
+            "rounds": [job["batch"] / seconds for seconds in rounds_of[name]],
             "first_seconds": each.facts.pop("first"),
             "peak_gigabytes": 1e-9 * each.close(),
             **each.facts,
         }
-        if "timm" in running:
-            ratios = [theirs / ours for theirs, ours in zip(rounds_of["timm"], rounds_of[name], strict=True)]
-            rows[name] |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-            if job["model"] in PLAIN and name == "maxmap":
-                rows[name]["note"] = f"timm: {PLAIN[job['model']]}, without this head"
     return list(rows.values())
+
+
+def find_best(
+    job: dict[str, Any], contenders: list[str], rounds: int, seconds: float, out: Path
+) -> list[dict[str, Any]]:
+    """Measures one task of one model at the batch that is best for each contender; returns a row for every one."""
+    rows = []
+    for name in contenders:
+        batch, (best,) = 1, compare({**job, "batch": 1}, [name], rounds, seconds, out)
+        while "rounds" in best and batch < LARGEST_BATCH:
+            batch *= 2
+            (row,) = compare({**job, "batch": batch}, [name], rounds, seconds, out)
+            gain = row.get("images_per_second", 0) / best["images_per_second"]
+            best = row if gain > 1 else best
+            if not gain or (gain < GAIN and batch > 8):
+                break
+        rows.append(best)
+    return rows
+
+
+def relate(rows: list[dict[str, Any]], limits: dict[str, float]) -> None:
+    """Adds to the rows of one task of one model the ratios to timm and the machine's limits."""
+    of = {row["contender"]: row for row in rows}
+    plain = PLAIN.get(rows[0]["model"])
+    for name, row in of.items():
+        if "rounds" not in row:
+            continue
+        if "rounds" in of.get("timm", {}):
+            ratios = [ours / theirs for ours, theirs in zip(row["rounds"], of["timm"]["rounds"], strict=True)]
+            row |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+        if plain and not name.startswith("maxmap"):
+            row["note"] = f"{plain}, without this head"
+            continue
+        # The same work, counted in our program; a program that moves fewer bytes than ours has a lower limit of bytes.
+        counted = row if "gflop" in row else next((other for other in rows if "gflop" in other), None)
+        if counted:
+            images = row["batch"] / counted["batch"]
+            row["gflop"], row["gigabytes"] = images * counted["gflop"], images * counted["gigabytes"]
+            row["flop_limit_ms"] = row["gflop"] / limits["tflops"]
+            row["byte_limit_ms"] = 1000 * row["gigabytes"] / limits["gigabytes_per_second"]
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -120,7 +181,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     columns = {
         "model": "{model}",
         "task": "{task}",
-        "batch": "{batch}",
+        "batch": "{batch} {search}",
         "contender": "{contender}",
         "ms": "{milliseconds:.1f}",
         "images/s": "{images_per_second:.1f}",
@@ -150,12 +211,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = list(dict.fromkeys((row["model"], row["task"], row["batch"]) for row in rows))
+    def group(row: dict[str, Any]) -> tuple[str, str, str]:
+        return row["model"], row["task"], row["search"] or f"{row['batch']}"
+
+    groups = list(dict.fromkeys(map(group, rows)))
     names = list(dict.fromkeys(row["contender"] for row in rows))
     figure, axes = plt.subplots(figsize=(9, 0.3 * (len(names) + 1) * len(groups) + 1))
     for i, name in enumerate(names):
-        own = {(row["model"], row["task"], row["batch"]): row for row in rows if row["contender"] == name}
-        speeds = [own.get(group, {}).get("ratio", 0.0) for group in groups]
+        own = {group(row): row.get("ratio", 0.0) for row in rows if row["contender"] == name}
+        speeds = [own.get(each, 0.0) for each in groups]
         heights = [g * (len(names) + 1) + i for g in range(len(groups))]
         axes.barh(heights, speeds, label=name)
     axes.set_yticks(
@@ -171,6 +235,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def _batch(text: str) -> str:
+    if text != "best" and int(text) < 1:
+        raise ValueError
+    return text
+
+
 def main() -> int:
     """Runs what the command line asks for; prints and writes the table."""
     parser = argparse.ArgumentParser(
@@ -178,8 +248,18 @@ def main() -> int:
     )
     parser.add_argument("models", nargs="*", default=MODELS, help="(default: the nine of the README's table)")
     parser.add_argument("--tasks", nargs="+", choices=("forward", "train"), default=("forward", "train"))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=("maxmap", "timm"))
-    parser.add_argument("--batch", type=int, nargs="+", default=[8], help="images at a time (default: 8)")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, help="(default: maxmap and timm on a CPU, all on a GPU)"
+    )
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=_batch,
+        help="images at a time, or 'best' (default: 1 and 8 on a CPU, 1 and 256 on a GPU)",
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="no turns: for batches that do not fit beside each other on a device"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on a CPU, else bfloat16)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contender (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a turn, about (default: 1.5)")
@@ -193,26 +273,35 @@ def main() -> int:
     busy = f"this machine was busy: {load:.1f} processes per core before the first measurement" if load > BUSY else ""
     if busy:
         print(f"warning: {busy}", flush=True)
-    dtype = arguments.dtype or ("bfloat16" if Path("/dev/nvidia0").exists() else "float32")
+    kind = "gpu" if Path("/dev/nvidia0").exists() else "cpu"
+    dtype = arguments.dtype or {"cpu": "float32", "gpu": "bfloat16"}[kind]
+    contenders = arguments.contenders or DEFAULTS[kind][0]
+    batches = arguments.batch or DEFAULTS[kind][1]
     limits = Contender({"contender": "limits", "dtype": dtype}, arguments.out / "contender.log").facts
     print(f"limits: {limits['tflops']:.2f} TFLOP/s, {limits['gigabytes_per_second']:.1f} GB/s", flush=True)
 
     rows = []
-    for model in arguments.models:
-        for task in arguments.tasks:
-            for batch in arguments.batch:
-                job = {"model": model, "task": task, "batch": batch, "dtype": dtype}
-                new = compare(job, arguments.contenders, arguments.rounds, arguments.seconds, arguments.out)
-                for row in new:
-                    if "gflop" in row:
-                        row["flop_limit_ms"] = row["gflop"] / limits["tflops"]
-                        row["byte_limit_ms"] = 1000 * row["gigabytes"] / limits["gigabytes_per_second"]
-                rows += new
-                with (arguments.out / "speed.csv").open("w", newline="", encoding="utf-8") as file:
-                    writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows)
-                print(show(new), flush=True)
+    work = itertools.product(arguments.models, arguments.tasks, batches)
+    for model, task, batch in work:
+        if task == "train" and batch == "1" and len(batches) > 1:
+            continue
+        job = {"model": model, "task": task, "dtype": dtype}
+        how = (arguments.rounds, arguments.seconds, arguments.out)
+        if batch == "best":
+            new = find_best(job, contenders, *how)
+        elif arguments.alone:
+            new = [row for name in contenders for row in compare({**job, "batch": int(batch)}, [name], *how)]
+        else:
+            new = compare({**job, "batch": int(batch)}, contenders, *how)
+        for row in new:
+            row["search"] = batch if batch == "best" else ""
+        relate(new, limits)
+        rows += new
+        with (arguments.out / "speed.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        print(show(new), flush=True)
     head = f"{time.strftime('%Y-%m-%d')}, {dtype}, {limits['tflops']:.2f} TFLOP/s, "
     head += f"{limits['gigabytes_per_second']:.1f} GB/s. {busy}\n\n"
     (arguments.out / "speed.md").write_text(head + show(rows), encoding="utf-8")
