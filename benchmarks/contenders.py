@@ -34,13 +34,14 @@ def host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def maxmap(model: str, task: str, batch: int, dtype: str) -> Work:
+def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None) -> Work:
     """Ours: the model as `evaluate` applies it, or the training step as `main.py` takes it."""
     import jax
     import jax.numpy as jnp
 
     from maxmap.data.augment import normalize
     from maxmap.evaluate import multiply_adds
+    from maxmap.layers import IMPLEMENTATIONS
     from maxmap.models import average, create_model
     from maxmap.train.losses import total_loss
     from maxmap.train.optim import make_optimizer
@@ -59,6 +60,9 @@ def maxmap(model: str, task: str, batch: int, dtype: str) -> Work:
 
     shapes = jax.eval_shape(built.init, key, one)
     macs = multiply_adds(jax.make_jaxpr(forward)(shapes, one).jaxpr)
+    if attention:
+        for kinds in IMPLEMENTATIONS.values():
+            kinds["attention"] = attention
     if task == "forward":
         variables = jax.tree.map(lambda leaf: _random(leaf.shape), shapes)
         variables["params"] = jax.tree.map(lambda leaf: leaf.astype(kind), variables["params"])
@@ -211,8 +215,8 @@ def main() -> None:
     if contender == "limits":
         print(json.dumps(limits(**job)), flush=True)
         return
-    if contender == "maxmap":
-        work = maxmap(**job)
+    if contender.startswith("maxmap"):
+        work = maxmap(**job, attention=contender.removeprefix("maxmap").strip() or None)
     else:
         mode = {"timm": None, "timm compiled": "default", "timm max-autotune": "max-autotune-no-cudagraphs"}[contender]
         work = timm(**job, compile=mode)

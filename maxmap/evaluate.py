@@ -212,6 +212,8 @@ def multiply_adds(jaxpr: Any) -> int:
         elif kind == "conv_general_dilated":
             out_channels = shapes[1][parameters["dimension_numbers"].rhs_spec[0]]
             total += outputs * math.prod(shapes[1]) // out_channels
+        elif kind == "pallas_call":  # of kernels.py: queries with keys, weights with values
+            total += 2 * math.prod(shapes[0]) * shapes[1][-2]
         elif kind == "custom_vjp_call":  # of layers.py: a convolution, perhaps by shifted products
             inner = parameters["call_jaxpr"]
             total += multiply_adds(inner)

@@ -33,18 +33,22 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
-# How a convolution of each kind is computed, by platform; platforms that are not listed use "default".
+# How convolutions of each kind and attention are computed, by platform; platforms that are not listed use "default".
 # XLA's CPU backend runs a 1x1 convolution about 6 times slower than the same matrix product, a depthwise one about 17
 # times slower than a sum of shifted products, and the kernel's gradient of any other up to 3 times slower than products
 # of patches.
 IMPLEMENTATIONS = {
-    "cpu": {"pointwise": "matmul", "depthwise": "shifts", "dense": "patches"},
-    "default": {"pointwise": "lax", "depthwise": "lax", "dense": "lax"},
+    "cpu": {"pointwise": "matmul", "depthwise": "shifts", "dense": "patches", "attention": "plain"},
+    "default": {"pointwise": "lax", "depthwise": "lax", "dense": "lax", "attention": "plain"},
 }
 
 
 def implementation(kind: str) -> str:
-    """Returns how convolutions of `kind` ("pointwise", "depthwise" or "dense") are computed on this platform."""
+    """Returns how convolutions of `kind` ("pointwise", "depthwise" or "dense"), or "attention", are computed here.
+
+    To choose another way, set `IMPLEMENTATIONS["cpu" or "default"][kind]` before the model is traced: "lax" or what the
+    CPU has for convolutions, "plain" or "pallas" (one GPU; see maxmap/kernels.py) for attention.
+    """
     return IMPLEMENTATIONS.get(jax.default_backend(), IMPLEMENTATIONS["default"])[kind]
 
 
@@ -117,13 +121,42 @@ def softmax(logits: Array) -> Array:
     return nn.softmax(wide(logits), axis=-1).astype(logits.dtype)
 
 
-def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] = lambda weights: weights) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, bias: Array | None = None, dropout: Callable[[Array], Array] | None = None
+) -> Array:
+    """Multi-head attention, computed in the way that `implementation` names for the platform.
+
+    The kernel takes at most 128 tokens and no dropout; what does not fit it is computed plainly.
+
+    Args:
+      q: queries `[..., H, Q, D]`, scaled.
+      k: keys `[..., H, K, D]`.
+      v: values `[..., H, K, D]`.
+      bias: of the logits, `[H, Q, K]`.
+      dropout: of the weights; None for none.
+
+    Returns:
+      `[..., H, Q, D]`.
+    """
+    if dropout is None and implementation("attention") == "pallas":
+        from maxmap import kernels  # takes half a second to import
+
+        if max(q.shape[-2], k.shape[-2]) <= kernels.LARGEST_WINDOW:
+            windows = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+            return kernels.window_attention(*windows, bias).reshape(q.shape)
+    logits = jnp.einsum("...qd,...kd->...qk", q, k)
+    if bias is not None:
+        logits = logits + bias.reshape((1,) * (logits.ndim - 3) + bias.shape).astype(logits.dtype)
+    return attend(logits, v, dropout)
+
+
+def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] | None = None) -> Array:
     """Averages values with the softmax of logits as weights; divides after the product, where there is less to divide.
 
     Args:
       logits: `[..., queries, keys]`.
       values: `[..., keys, D]`.
-      dropout: of the weights.
+      dropout: of the weights; None for none.
 
     Returns:
       `[..., queries, D]`, in the type of `values`; the softmax is computed in float32 or wider.
@@ -131,7 +164,10 @@ def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] = lam
     logits = wide(logits)
     weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return (wide(dropout(weights.astype(values.dtype)) @ values) / total).astype(values.dtype)
+    weights = weights.astype(values.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
+    return (wide(weights @ values) / total).astype(values.dtype)
 
 
 def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
@@ -503,11 +539,12 @@ class SelfAttention(nn.Module):
         channels = x.shape[-1]
         qkv = Linear(3 * channels, name="qkv", **self.inits)(x)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k)
-        if self.position_bias is not None:
-            logits = logits + self.position_bias()()[None].astype(logits.dtype)
-        dropout = functools.partial(nn.Dropout(self.attn_drop), deterministic=not train)
-        x = rearrange(attend(logits, v, dropout), "b h n d -> b n (h d)")
+        bias = None if self.position_bias is None else self.position_bias()()
+        dropout = nn.Dropout(self.attn_drop, deterministic=False)
+        x = rearrange(
+            attention(q * q.shape[-1] ** -0.5, k, v, bias, dropout if train and self.attn_drop else None),
+            "b h n d -> b n (h d)",
+        )
         x = Linear(channels, name="proj", **self.inits)(x)
         return nn.Dropout(self.proj_drop)(x, deterministic=not train)
 
@@ -693,7 +730,7 @@ class StripeAttention(nn.Module):
         q, k, v = (
             rearrange(part, "b (i h) (j w) (n d) -> (b i j) n (h w) d", n=self.heads, **sizes) for part in (q, k, v)
         )
-        out = attend(jnp.einsum("bnqd,bnkd->bnqk", q * q.shape[-1] ** -0.5, k), v)
+        out = attention(q * q.shape[-1] ** -0.5, k, v)
         out = rearrange(out, "b n (h w) d -> b h w (n d)", **sizes)
         return rearrange(out + position, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
 

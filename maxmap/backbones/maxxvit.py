@@ -25,7 +25,7 @@ from maxmap.layers import (
     LayerNorm,
     Linear,
     Mlp,
-    attend,
+    attention,
     average_pool,
     drop_path_rates,
     he_fan_out,
@@ -333,10 +333,10 @@ class Attention(nn.Module):
             self.window, heads, self.rel_pos_type, self.rel_pos_dim, self.init_scheme, name="rel_pos"
         )(train=train)
         scale = (self.width if self.scale_by_width else self.head_dim) ** -0.5
-        logits = jnp.einsum("bwhqd,bwhkd->bwhqk", q * scale, k)
-        logits = logits + bias[None, None].astype(logits.dtype)
-        dropout = functools.partial(nn.Dropout(self.attn_drop), deterministic=not train)
-        x = rearrange(attend(logits, v, dropout), "b w h n d -> b w n (h d)")
+        dropout = nn.Dropout(self.attn_drop, deterministic=False)
+        x = rearrange(
+            attention(q * scale, k, v, bias, dropout if train and self.attn_drop else None), "b w h n d -> b w n (h d)"
+        )
         x = self.layer(self.channels, name="proj", **inits)(x)
         return nn.Dropout(self.proj_drop)(x, deterministic=not train)
 

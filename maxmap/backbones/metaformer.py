@@ -22,7 +22,7 @@ from maxmap.layers import (
     DropPath,
     LayerNorm,
     Linear,
-    attend,
+    attention,
     average_pool,
     drop_path_rates,
     pair,
@@ -115,7 +115,7 @@ class AttentionMixing(nn.Module):
         linear = functools.partial(Linear, bias=False, **TRUNC_NORMAL)
         qkv = linear(3 * channels, name="qkv")(x)
         q, k, v = rearrange(qkv, "b h w (three n d) -> three b n (h w) d", three=3, d=HEAD_DIM)
-        out = attend(jnp.einsum("bnqd,bnkd->bnqk", q * HEAD_DIM**-0.5, k), v)
+        out = attention(q * HEAD_DIM**-0.5, k, v)
         return linear(channels, name="proj")(rearrange(out, "b n (h w) d -> b h w (n d)", h=height))
 
 

@@ -25,7 +25,7 @@ from maxmap.layers import (
     LayerNorm,
     Linear,
     adaptive_average,
-    attend,
+    attention,
     bilinear,
     gram_values,
     require_divisor,
@@ -140,7 +140,7 @@ class ClassAttention(nn.Module):
         linear = functools.partial(Linear, self.width, bias=False, **LINEAR_INITS[self.init_scheme])
         q, k, v = linear(name="q")(token), linear(name="k")(both), linear(name="v")(both)
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (q, k, v))
-        out = attend(jnp.einsum("bhqd,bhnd->bhqn", q * q.shape[-1] ** -0.5, k), v)
+        out = attention(q * q.shape[-1] ** -0.5, k, v)
         out = rearrange(out, "b h q d -> b q (h d)")
         return Linear(x.shape[-1], name="proj", **LINEAR_INITS[self.init_scheme])(out)
 
