@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from maxmap import evaluate, train
+from maxmap import allocator, evaluate, train
 from maxmap.errors import UserError, nearest
 from maxmap.sharding import connect
 
@@ -90,4 +90,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()
     app.run(main, flags_parser=parse)

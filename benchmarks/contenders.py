@@ -39,6 +39,7 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
     import jax
     import jax.numpy as jnp
 
+    from maxmap import allocator
     from maxmap.data.augment import normalize
     from maxmap.evaluate import multiply_adds
     from maxmap.layers import IMPLEMENTATIONS
@@ -48,6 +49,7 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
     from maxmap.train.state import create
     from maxmap.train.step import make_train_step
 
+    allocator.keep_freed_memory()  # as main.py does
     built = create_model(model)
     size = built.backbone.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)

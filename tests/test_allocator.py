@@ -1,0 +1,44 @@
+"""Memory that is freed stays with the process, where JAX computes on the CPU and only there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from maxmap import allocator
+
+PROGRAM = """
+import resource, sys
+import jax, jax.numpy as jnp
+from maxmap import allocator
+
+if sys.argv[1] == "keep":
+    assert allocator.keep_freed_memory()
+
+@jax.jit
+def product(x):
+    return jnp.sin(jnp.outer(x, x)) @ x  # the left side fills 64 MB, 16,384 pages
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    product(x).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+x = jnp.ones(4096)
+print(sum([faults() for _ in range(25)][20:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.parametrize("memory", ["keep", "return"])
+def test_program_that_ran_before_takes_no_pages_from_the_kernel(memory: str) -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", PROGRAM, memory]
+    faults = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert faults < 16384 if memory == "keep" else faults >= 5 * 16384
+
+
+def test_nothing_is_kept_where_an_accelerator_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert not allocator.keep_freed_memory()
