@@ -27,6 +27,8 @@ def faults():
 
 x = jnp.ones(4096)
 print(sum([faults() for _ in range(25)][20:]))
+allocator.trim()
+print(faults())
 """
 
 
@@ -35,8 +37,10 @@ print(sum([faults() for _ in range(25)][20:]))
 def test_program_that_ran_before_takes_no_pages_from_the_kernel(memory: str) -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", PROGRAM, memory]
-    faults = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    faults, after_trim = map(int, output.split())
     assert faults < 16384 if memory == "keep" else faults >= 5 * 16384
+    assert after_trim >= 16384  # trimmed or never kept: the pages are taken anew
 
 
 def test_nothing_is_kept_where_an_accelerator_computes(monkeypatch: pytest.MonkeyPatch) -> None:

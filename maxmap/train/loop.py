@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 from flax.errors import FlaxError
 
-from maxmap import checkpoint, evaluate
+from maxmap import allocator, checkpoint, evaluate
 from maxmap.checkpoint import Checkpoints
 from maxmap.convert.adapt import adapt
 from maxmap.convert.load import read_model
@@ -206,6 +206,7 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
             stopping = watch.look(done, metrics, batch["index"])
             if not watch.skips and (done % log_every == 0 or done in (1, total_steps)):
                 report.train(done, done / steps_per_epoch, _fetch({**metrics, "learning_rate": schedule(done - 1)}))
+                allocator.trim()
             if stopping:
                 diagnose = jax.jit(make_diagnosis(model, loss, prepare, mesh=mesh, dtype=dtype))
                 key = jax.random.fold_in(train_key, done - 1)
