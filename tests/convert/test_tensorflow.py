@@ -1,15 +1,24 @@
-"""A checkpoint that the official TensorFlow code wrote: every variable, the logits, and what is damaged."""
+"""A checkpoint that the official TensorFlow code wrote: every variable, the logits, and what is damaged.
 
+TensorFlow itself runs in a process of its own: what it writes, our readers have to read, and find what it finds.
+"""
+
+import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from maxmap import __main__ as commands
 from maxmap.convert import tensorflow
 from maxmap.convert.load import read_foreign
+from maxmap.data.archives import parse_example, record_positions
 from maxmap.errors import UserError
 from maxmap.models import create_model
 from tests.tiny import compile_quickly
@@ -35,6 +44,88 @@ def mini(monkeypatch):
 
     monkeypatch.setattr("maxmap.convert.load.create_model", create)
     return fields
+
+
+# Argument 1 is the prefix of the official checkpoint, 2 a folder for what TensorFlow reads in it and writes anew.
+BY_TENSORFLOW = """
+import sys
+import numpy as np
+import tensorflow as tf
+
+official, folder = sys.argv[1:]
+reader = tf.train.load_checkpoint(official)
+names = sorted(reader.get_variable_to_shape_map())
+values = {name: reader.get_tensor(name) for name in names}
+np.savez(f"{folder}/official.npz", **values)
+
+# In three shards, with the types that a half-precision run would leave, a scalar and an array without numbers.
+random = np.random.default_rng(0)
+types = ("float32", "float64", "float16", "int32", "int64", "int16", "int8", "uint8", "bool")
+values |= {f"kinds/{kind}": np.asarray(random.standard_normal((3, 5)) * 9, kind) for kind in types}
+values |= {"kinds/scalar": np.float32(7), "kinds/empty": np.zeros((0, 4), np.float32)}
+np.savez(f"{folder}/written.npz", **values)
+tensors = {name: tf.constant(value) for name, value in values.items()}
+tensors["kinds/bfloat16"] = tf.cast(tensors["kinds/float32"], tf.bfloat16)
+parts = []
+for shard in range(3):
+    own = {name: tensor for i, (name, tensor) in enumerate(sorted(tensors.items())) if i % 3 == shard}
+    parts.append(f"{folder}/part{shard}")
+    slices = [""] * len(own)
+    tf.raw_ops.SaveV2(prefix=parts[-1], tensor_names=list(own), shape_and_slices=slices, tensors=list(own.values()))
+tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=f"{folder}/sharded")
+
+with tf.io.TFRecordWriter(f"{folder}/records") as writer:
+    for i in range(3):
+        feature = {
+            "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[bytes(300 * i)])),
+            "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[2**40 + i, i])),
+            "box": tf.train.Feature(float_list=tf.train.FloatList(value=[0.5, i])),
+        }
+        writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+"""
+
+
+@pytest.fixture(scope="module")
+def by_tensorflow(folder, tmp_path_factory):
+    """The folder of what TensorFlow, run in a process of its own, has read and written."""
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("TensorFlow has no wheel for this system (requirements-test.txt)")
+    path = tmp_path_factory.mktemp("by_tensorflow")
+    command = [sys.executable, "-c", BY_TENSORFLOW, folder / "model.ckpt-92002", path]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return path
+
+
+def test_every_variable_is_what_tensorflow_reads(folder, by_tensorflow):
+    ours = tensorflow.read_variables(folder / "model.ckpt-92002")
+    with np.load(by_tensorflow / "official.npz") as wanted:
+        assert ours.keys() == set(wanted.files)
+        for name, value in ours.items():
+            assert value.dtype == wanted[name].dtype and np.array_equal(value, wanted[name]), name
+
+
+def test_shards_and_types_that_tensorflow_writes(by_tensorflow):
+    assert len(list(by_tensorflow.glob("sharded.data-*-of-00003"))) == 3
+    ours = tensorflow.read_variables(by_tensorflow / "sharded")
+    with np.load(by_tensorflow / "written.npz") as wanted:
+        assert ours.keys() == {*wanted.files, "kinds/bfloat16"}
+        for name in wanted.files:
+            value = wanted[name]
+            assert ours[name].dtype == value.dtype and ours[name].shape == value.shape, name
+            assert np.array_equal(ours[name], value), name
+    # TensorFlow rounds to the nearest bfloat16, as ml_dtypes does.
+    half = ours["kinds/bfloat16"].astype(np.float32)
+    assert np.array_equal(half, ours["kinds/float32"].astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_records_that_tensorflow_writes(by_tensorflow):
+    path = by_tensorflow / "records"
+    positions = record_positions(str(path))
+    data = path.read_bytes()
+    examples = [parse_example(data[start : start + length]) for start, length in positions]
+    assert examples == [{"image": [bytes(300 * i)], "label": [2**40 + i, i]} for i in range(3)]
 
 
 def test_variables_are_told_apart(folder):
