@@ -42,8 +42,8 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
     from maxmap import allocator
     from maxmap.data.augment import normalize
     from maxmap.evaluate import multiply_adds
-    from maxmap.layers import IMPLEMENTATIONS
     from maxmap.models import average, create_model
+    from maxmap.operations import IMPLEMENTATIONS
     from maxmap.train.losses import total_loss
     from maxmap.train.optim import make_optimizer
     from maxmap.train.state import create

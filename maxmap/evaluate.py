@@ -21,8 +21,8 @@ from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError, call, nearest
 from maxmap.labels import LABEL_SETS, as_csv, count, read_real, real_labels, rows_of
-from maxmap.layers import wide
 from maxmap.models import Classifier, average, create_model
+from maxmap.operations import wide
 from maxmap.sharding import gather, make_mesh, replicated, split_batch, to_devices
 
 Array = jax.Array
@@ -214,7 +214,7 @@ def multiply_adds(jaxpr: Any) -> int:
             total += outputs * math.prod(shapes[1]) // out_channels
         elif kind == "pallas_call":  # of kernels.py: queries with keys, weights with values
             total += 2 * math.prod(shapes[0]) * shapes[1][-2]
-        elif kind == "custom_vjp_call":  # of layers.py: a convolution, perhaps by shifted products
+        elif kind == "custom_vjp_call":  # of operations.py: a convolution, perhaps by shifted products
             inner = parameters["call_jaxpr"]
             total += multiply_adds(inner)
             total += sum(math.prod(e.outvars[0].aval.shape) for e in inner.eqns if e.primitive.name == "mul")

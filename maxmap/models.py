@@ -16,7 +16,7 @@ from maxmap.errors import UserError, nearest
 from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
-from maxmap.layers import wide
+from maxmap.operations import wide
 
 Array = jax.Array
 

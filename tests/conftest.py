@@ -19,7 +19,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import pytest
 
-from maxmap import layers
+from maxmap import operations
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -68,7 +68,7 @@ def x64() -> Iterator[None]:
 @pytest.fixture
 def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """XLA's own convolutions, which trace and compile faster; tests/test_layers.py shows that the others equal them."""
-    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["default"])
+    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS["default"])
 
 
 @pytest.fixture(scope="session")

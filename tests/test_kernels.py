@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxmap import kernels, layers
+from maxmap import kernels, operations
 from maxmap.backbones.maxxvit import Attention
 from maxmap.evaluate import multiply_adds
-from maxmap.layers import Linear, SelfAttention, StripeAttention, attention
+from maxmap.layers import Linear, SelfAttention, StripeAttention
+from maxmap.operations import attention
 
 
 @pytest.fixture
 def pallas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS["cpu"] | {"attention": "pallas"})
+    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS["cpu"] | {"attention": "pallas"})
 
 
 def numbers(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -89,7 +90,7 @@ def test_layers_take_the_kernel_where_it_is_chosen(name, x64, pallas, monkeypatc
     like, tree = jax.tree.flatten(jax.eval_shape(lambda: layer.init(jax.random.key(0), *inputs, **options)))
     variables = tree.unflatten(numbers("float64", *(leaf.shape for leaf in like)))
     ours = jax.jit(lambda *inputs: layer.apply(variables, *inputs, **options)).trace(*inputs)
-    monkeypatch.setitem(layers.IMPLEMENTATIONS["cpu"], "attention", "plain")
+    monkeypatch.setitem(operations.IMPLEMENTATIONS["cpu"], "attention", "plain")
     wanted = jax.jit(lambda *inputs: layer.apply(variables, *inputs, **options)).trace(*inputs)
     assert "pallas_call" in str(ours.jaxpr) and "pallas_call" not in str(wanted.jaxpr)
     assert multiply_adds(ours.jaxpr) == multiply_adds(wanted.jaxpr)

@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from maxmap import layers
-from maxmap.layers import (
-    BatchNorm,
-    Conv,
-    DropPath,
-    LayerNorm,
-    Linear,
-    attend,
-    convolve,
-    convolve_by_patches,
-    depthwise_shifts,
-)
+from maxmap import layers, operations
+from maxmap.layers import BatchNorm, Conv, DropPath, LayerNorm, Linear
+from maxmap.operations import attend, convolve, convolve_by_patches, depthwise_shifts
 
 
 def numbers(seed, *shape):
@@ -123,12 +114,12 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("implementation", layers.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", operations.IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolutions_equal_torch(case, implementation, x64, monkeypatch):
     from torch.nn.functional import conv2d
 
-    monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS[implementation])
+    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS[implementation])
     kernel_size, stride, padding, groups, channels, out_channels = CONVOLUTIONS[case]
     x, kernel = numbers(0, 2, 9, 8, channels), numbers(1, kernel_size, kernel_size, channels // groups, out_channels)
     images, weights = nchw(x).requires_grad_(), tensor(kernel.transpose(3, 2, 0, 1)).requires_grad_()
@@ -164,7 +155,7 @@ def test_same_padding_is_tensorflows(size, kernel_size, stride, groups, x64):
 
 def test_platforms_without_an_entry_use_the_default(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "abacus")
-    assert layers.implementation("depthwise") == layers.IMPLEMENTATIONS["default"]["depthwise"]
+    assert operations.implementation("depthwise") == operations.IMPLEMENTATIONS["default"]["depthwise"]
 
 
 def test_convolution_names_groups_that_do_not_divide():
@@ -250,8 +241,8 @@ def test_layer_norm_does_not_cancel(x64):
 def test_softmax_is_computed_in_float32():
     logits = jnp.asarray(8 * numbers(0, 3, 50), jnp.bfloat16)
     exact = jax.nn.softmax(logits.astype(jnp.float32))
-    assert layers.softmax(logits).dtype == jnp.bfloat16
-    assert np.array_equal(layers.softmax(logits), exact.astype(jnp.bfloat16))
+    assert operations.softmax(logits).dtype == jnp.bfloat16
+    assert np.array_equal(operations.softmax(logits), exact.astype(jnp.bfloat16))
 
 
 def test_drop_path_drops_whole_samples_and_is_unbiased():

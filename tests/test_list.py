@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from maxmap import layers
+from maxmap import operations
 from maxmap.__main__ import PARITY, main
 from maxmap.evaluate import cost, multiply_adds
 from maxmap.models import create_model, list_models
@@ -30,14 +30,14 @@ def test_multiply_adds_are_the_published_ones(name, billions):
 def test_multiply_adds_do_not_depend_on_how_convolutions_are_computed(monkeypatch):
     counts = []
     for way in ("cpu", "default"):
-        monkeypatch.setitem(layers.IMPLEMENTATIONS, "cpu", layers.IMPLEMENTATIONS[way])
+        monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS[way])
         counts.append(multiply_adds(traced("mobilenet_v1", 64)))
     assert counts[0] == counts[1]
 
 
 def test_multiply_adds_by_hand():
     def two_layers(x, kernel, weights):
-        y = jax.nn.relu(layers.convolve(x, kernel, padding=1))  # 4 * 4 * 3 * 3 * 2 * 5
+        y = jax.nn.relu(operations.convolve(x, kernel, padding=1))  # 4 * 4 * 3 * 3 * 2 * 5
         return jnp.einsum("bhwc,ck->bhwk", y, weights)  # 4 * 4 * 5 * 7
 
     shapes = [(1, 4, 4, 2), (3, 3, 2, 5), (5, 7)]

@@ -31,8 +31,8 @@ from maxmap.layers import (
     pair,
     relative_index,
     require_divisor,
-    wide,
 )
+from maxmap.operations import wide
 
 Array = jax.Array
 

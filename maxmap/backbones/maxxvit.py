@@ -25,7 +25,6 @@ from maxmap.layers import (
     LayerNorm,
     Linear,
     Mlp,
-    attention,
     average_pool,
     drop_path_rates,
     he_fan_out,
@@ -36,6 +35,7 @@ from maxmap.layers import (
     trunc_normal_02,
     xavier_uniform,
 )
+from maxmap.operations import attention
 
 Array = jax.Array
 

@@ -22,12 +22,12 @@ from maxmap.layers import (
     DropPath,
     LayerNorm,
     Linear,
-    attention,
     average_pool,
     drop_path_rates,
     pair,
     require_one_of,
 )
+from maxmap.operations import attention
 
 Array = jax.Array
 

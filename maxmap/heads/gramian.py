@@ -25,12 +25,12 @@ from maxmap.layers import (
     LayerNorm,
     Linear,
     adaptive_average,
-    attention,
     bilinear,
     gram_values,
     require_divisor,
     require_one_of,
 )
+from maxmap.operations import attention
 
 Array = jax.Array
 

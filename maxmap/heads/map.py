@@ -28,8 +28,8 @@ from maxmap.layers import (
     gram_values,
     require_divisor,
     require_one_of,
-    softmax,
 )
+from maxmap.operations import softmax
 
 Array = jax.Array
 
