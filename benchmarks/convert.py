@@ -2,21 +2,25 @@
 
     python -m benchmarks.convert                        maxvit_xlarge_tf_224, 1.9 GB
     python -m benchmarks.convert convnext_tiny pit_s    other models
-    python -m benchmarks.convert --table                a row for one model of every family: docs/conversion.md
+    python -m benchmarks.convert --table                a row for every family's files: docs/conversion.md
 
-The source is a safetensors file of random weights under the reference's names, made first and not counted. Reading and
+The source is a file of random weights under the reference's names, made first and not counted. Reading and
 writing is a file read in pieces and written to another, with fsync. Conversion is the whole command, in a process of
 its own, whose memory is the largest resident set that the system reports; it starts Python and imports JAX too.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -24,28 +28,58 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import maxmap
+from maxmap.convert import tensorflow
 from maxmap.convert.torch import abstract_variables
 
-FAMILIES = {
-    "maxvit_tiny_tf_224": None,
-    "maxvit_t": "torchvision",
-    "coatnet_0_rw_224": None,
-    "caformer_s18": "sail-sg",
-    "convnext_tiny": "fair",
-    "CSWin_64_12211_tiny_224": "microsoft",
-    "faster_vit_0_224": "nvlabs",
-    "pit_s": "lab-lvm",
-    "pit_s_224": None,
-    "vit_small_patch16_224": None,
-    "resnet50": None,
-    "mobilenet_v1": "lab-lvm",
-    "map_convnext_tiny": "lab-lvm",
-    "ga_convnext_tiny_688": "lab-lvm",
-}
+# Every family as its authors publish it: whose names, the kind of file, and the key that the weights lie under.
+FAMILIES = (
+    ("maxvit_tiny_tf_224", "google-research", "tensorflow", ""),
+    ("maxvit_tiny_tf_224", "timm", ".safetensors", ""),
+    ("maxvit_t", "torchvision", ".pth", ""),
+    ("coatnet_0_rw_224", "timm", ".safetensors", ""),
+    ("coatnext_nano_rw_224", "timm", ".safetensors", ""),
+    ("maxxvit_rmlp_nano_rw_256", "timm", ".safetensors", ""),
+    ("maxxvitv2_nano_rw_256", "timm", ".safetensors", ""),
+    ("caformer_s18", "sail-sg", ".pth", ""),
+    ("poolformerv2_s12", "sail-sg", ".pth", ""),
+    ("convnext_tiny", "fair", ".pth", "model"),
+    ("CSWin_64_12211_tiny_224", "microsoft", ".pth", "state_dict_ema"),
+    ("faster_vit_0_224", "nvlabs", ".pth.tar", "state_dict"),
+    ("pit_s_224", "timm", ".safetensors", ""),
+    ("vit_small_patch16_224", "timm", ".safetensors", ""),
+    ("resnet50", "timm", ".pth", ""),
+    ("mobilenet_v1", "lab-lvm", ".pth.tar", "state_dict"),
+    ("map_pit_s", "lab-lvm", ".pth.tar", "state_dict"),
+    ("map_convnext_tiny", "lab-lvm", ".pth.tar", "state_dict"),
+    ("map_maxvit_tiny_tf_224", "lab-lvm", ".pth.tar", "state_dict"),
+    ("ga_convnext_tiny_688", "lab-lvm", ".pth.tar", "state_dict"),
+    ("ga_cswin_tiny_p42", "lab-lvm", ".pth.tar", "state_dict"),
+)
+
+# In a process of its own: what the arrays of a file are, as a checkpoint of TensorFlow, raw and averaged.
+TO_TENSORFLOW = """
+import sys
+import numpy as np
+import tensorflow as tf
+
+arrays = dict(np.load(sys.argv[1]))
+average = {f"{name}/ExponentialMovingAverage": value for name, value in arrays.items()}
+tensors = {**{name: value * 0.5 for name, value in arrays.items()}, **average}
+names = sorted(tensors)
+values = [tf.constant(tensors[name]) for name in names]
+tf.raw_ops.SaveV2(prefix=sys.argv[2], tensor_names=names, shape_and_slices=[""] * len(names), tensors=values)
+"""
 
 
-def make_source(name: str, path: Path, dialect: str | None = None) -> int:
-    """Writes a file of random weights; returns the number of parameters."""
+def make_source(name: str, path: Path, dialect: str | None = None, key: str = "") -> int:
+    """Writes a file of random weights; returns the number of parameters.
+
+    Args:
+      name: of the model.
+      path: of the file; its suffix says of which kind, none for the prefix of a TensorFlow checkpoint.
+      dialect: whose names the entries have; None for the canonical ones.
+      key: that the weights lie under, beside what training leaves there; empty for the weights alone.
+    """
     model = maxmap.create_model(name)
     random = np.random.default_rng(0)
 
@@ -57,9 +91,55 @@ def make_source(name: str, path: Path, dialect: str | None = None) -> int:
         )
 
     variables = jax.tree.map(draw, abstract_variables(model))
-    state_dict = maxmap.to_torch(variables, model, dialect)
-    save_file({key: np.ascontiguousarray(value) for key, value in state_dict.items()}, path)
+    in_tensorflow = not path.suffix
+    state_dict = maxmap.to_torch(variables, model, None if in_tensorflow else dialect)
+    state_dict = {name: np.ascontiguousarray(value) for name, value in state_dict.items()}
+    if in_tensorflow:
+        arrays = path.with_name("arrays.npz")
+        np.savez(arrays, **dict(official(state_dict)))
+        subprocess.run([sys.executable, "-c", TO_TENSORFLOW, arrays, path], check=True, capture_output=True)
+    elif path.suffix == ".safetensors":
+        save_file(state_dict, path)
+    else:
+        import torch
+
+        tensors = {name: torch.from_numpy(value) for name, value in state_dict.items()}
+        settings = argparse.Namespace(model=name, lr=1e-3)
+        torch.save({key: tensors, "epoch": 300, "args": settings} if key else tensors, path)
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def official(state_dict: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and lays out timm's state dict of a MaxViT as the official variables: `from_tensorflow` backwards."""
+    modules = [pattern.replace("([qkv])", letter) for pattern, _ in tensorflow.MODULES for letter in "qkv"]
+    modules = sorted({pattern.replace("(_1)?", grid) for pattern in modules for grid in ("", "_1")})
+    blocks = {tuple(key.split(".")[1:4:2]) for key in state_dict if key.startswith("stages.")}
+    places = ["", *(f"block_{int(stage):02}_{int(block):02}/" for stage, block in sorted(blocks))]
+    for place, module in itertools.product(places, modules):
+        leaves = ("bias", "weight")
+        if "norm" in module:
+            leaves = ("gamma", "beta", "moving_mean", "moving_variance")
+        elif "conv" in module:
+            leaves = ("bias", "depthwise_kernel" if "depthwise" in module else "kernel")
+        elif re.fullmatch(r"attention(_1)?", module):
+            leaves = ("relative_bias",)
+        for leaf in leaves:
+            name = f"maxvit/{place}{module}/{leaf}"
+            key = tensorflow.timm_name(name)
+            assert key is not None
+            which = re.fullmatch(r"(.*\.attn\.)([qkv])(\.\w+)", key)
+            value = state_dict.get(f"{which[1]}qkv{which[3]}" if which else key)
+            if value is None:
+                continue
+            if which:
+                value = np.split(value, 3)["qkv".index(which[2])]
+            if leaf == "weight" and ".attn." in key:
+                heads = len(state_dict[f"{key.rpartition('.attn.')[0]}.attn.rel_pos.relative_position_bias_table"])
+                shape = (heads, -1, value.shape[0]) if module.endswith("o") else (value.shape[1], heads, -1)
+                yield name, value.T.reshape(shape)
+            else:
+                order = {"kernel": (2, 3, 1, 0), "depthwise_kernel": (2, 3, 0, 1), "weight": (1, 0)}.get(leaf)
+                yield name, value if order is None else value.transpose(order)
 
 
 def copy(source: Path, dest: Path) -> float:
@@ -110,15 +190,18 @@ def measure(name: str, folder: Path) -> None:
 
 def table(folder: Path) -> None:
     """Prints a Markdown table: every family through convert and verify."""
-    print("| model | names | parameters | reference | float32 | float64 | gradient, float64 | seconds | GB |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, dialect in FAMILIES.items():
-        source, dest = folder / "source.safetensors", folder / name
+    print("| model | names | file | parameters | reference | float32 | float64 | gradient, float64 | seconds | GB |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for name, dialect, kind, key in FAMILIES:
+        within = folder / name
+        within.mkdir(exist_ok=True)
+        source, dest = within / ("source" if kind == "tensorflow" else f"source{kind}"), within / "dest"
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            parameters = pool.apply(make_source, (name, source, dialect))
-        seconds, memory, status = run("convert", source, dest, "--model", name, "--overwrite")
-        assert status == 0
-        _, _, status = run("verify", dest, "--against", source)
+            parameters = pool.apply(make_source, (name, source, dialect, key))
+        where = within / "source.index" if kind == "tensorflow" else source
+        seconds, memory, status = run("convert", where, dest, "--model", name, "--overwrite")
+        assert status == 0, name
+        _, _, status = run("verify", dest, "--against", where)
         report = json.loads((dest / "verify.json").read_text())
         assert report["ok"] == (status == 0)
         if report["reference"]:
@@ -126,8 +209,10 @@ def table(folder: Path) -> None:
             shown.append(f"{report['float64']['gradient']:.0e}")
         else:
             shown = ["same bits" if report["identical"] == report["entries"] else "DIFFERENT", "", ""]
-        columns = [name, dialect or "timm", f"{parameters:,}", report["reference"] or "-", *shown]
+        file = f"`{kind}`, `{key}`" if key else "checkpoint, averaged" if kind == "tensorflow" else f"`{kind}`"
+        columns = [f"`{name}`", dialect, file, f"{parameters:,}", report["reference"] or "-", *shown]
         print(f"| {' | '.join([*columns, f'{seconds:.1f}', f'{memory:.2f}'])} |", flush=True)
+        shutil.rmtree(within)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ _TYPES: dict[int, Any] = {
 _AVERAGE = "/ExponentialMovingAverage"
 
 # Official names to timm's; attention in windows has no number, attention in the grid has "_1".
-_MODULES = (
+MODULES = (
     (r"stem/conv_0", "stem.conv1"),
     (r"stem/norm_0", "stem.norm1"),
     (r"stem/conv_1", "stem.conv2"),
@@ -135,12 +135,12 @@ def timm_name(name: str) -> str | None:
     if match is None or match[4] not in _LEAVES:
         return None
     stage, block, module, leaf = match.groups()
-    for pattern, replacement in _MODULES:
+    for pattern, replacement in MODULES:
         found = re.fullmatch(pattern, module)
         if found:
             partition = ""
             if stage is not None and not module.startswith("mbconv"):
-                partition = "attn_grid." if found[1] else "attn_block."
+                partition = "attn_grid." if "_1" in found.groups() else "attn_block."
             where = "" if stage is None else f"stages.{int(stage)}.blocks.{int(block)}."
             return f"{where}{partition}{found.expand(replacement)}.{_LEAVES[leaf]}"
     return None
