@@ -4,7 +4,6 @@ Any value of the config can be set on the command line, for example --config.bat
 """
 
 import json
-import os
 import re
 import runpy
 import sys
@@ -14,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from maxmap import allocator, evaluate, train
+from maxmap import allocator, compiled, evaluate, train
 from maxmap.errors import UserError, nearest
 from maxmap.sharding import connect
 
@@ -71,9 +70,6 @@ def stop(error: Exception) -> int:
 def main(argv: list[str]) -> int:
     del argv
     logging.set_verbosity(logging.ERROR)  # orbax tells about every file that it writes
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second run, or a resumed one, then starts at once
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "maxmap", "xla")
-        jax.config.update("jax_compilation_cache_dir", str(cache))
     workdir = WORKDIR.value or f"runs/{Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem}"
     try:
         connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
@@ -91,4 +87,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     allocator.keep_freed_memory()
+    compiled.keep()
     app.run(main, flags_parser=parse)
