@@ -9,6 +9,7 @@ end of its input it prints the peak of its memory.
 """
 
 import importlib.metadata
+import inspect
 import json
 import resource
 import sys
@@ -34,20 +35,23 @@ def host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def jax_peak() -> int:
+    """Returns the peak of the memory of JAX's device in bytes."""
+    import jax
+
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else host_peak()
+
+
 def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None) -> Work:
     """Ours: the model as `evaluate` applies it, or the training step as `main.py` takes it."""
     import jax
     import jax.numpy as jnp
 
     from maxmap import allocator
-    from maxmap.data.augment import normalize
     from maxmap.evaluate import multiply_adds
     from maxmap.models import average, create_model
     from maxmap.operations import IMPLEMENTATIONS
-    from maxmap.train.losses import total_loss
-    from maxmap.train.optim import make_optimizer
-    from maxmap.train.state import create
-    from maxmap.train.step import make_train_step
 
     allocator.keep_freed_memory()  # as main.py does
     built = create_model(model)
@@ -78,15 +82,7 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
             result.block_until_ready()
 
     else:
-        optimizer = make_optimizer(1e-4, name="adamw", weight_decay=0.05)
-        step = make_train_step(
-            built,
-            optimizer,
-            total_loss,
-            lambda key, images, labels: (normalize(images, (0.5,) * 3, (0.5,) * 3), jax.nn.one_hot(labels, 1000)),
-            dtype=kind,
-        )
-        like = jax.eval_shape(lambda key: create(built, optimizer, key, one, ema=False), key)
+        step, like = training(built, size, kind)
         state = jax.device_put(jax.tree.map(lambda leaf: _random(leaf.shape, leaf.dtype), like))
         images = jax.random.randint(key, (batch, *size, 3), 0, 256).astype(jnp.uint8)
         inputs = {"image": images, "label": jax.random.randint(key, (batch,), 0, 1000)}
@@ -98,10 +94,6 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
                 state, metrics = program(state, inputs, key)
             metrics["loss"].block_until_ready()
 
-    def peak() -> int:
-        stats = jax.devices()[0].memory_stats()
-        return stats["peak_bytes_in_use"] if stats else host_peak()
-
     run(1)
     cost = program.cost_analysis() or {}
     facts = {
@@ -110,7 +102,30 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
         "gflop": 2e-9 * macs * batch * (1 if task == "forward" else 3),
         "gigabytes": 1e-9 * cost.get("bytes accessed", 0.0),
     }
-    return run, peak, facts
+    return run, jax_peak, facts
+
+
+def training(model: Any, size: tuple[int, int], dtype: Any) -> tuple[Callable[..., Any], Any]:
+    """Returns the training step with AdamW, without augmentation, and the shapes of the state that it takes."""
+    import jax
+    import jax.numpy as jnp
+
+    from maxmap.data.augment import normalize
+    from maxmap.train.losses import total_loss
+    from maxmap.train.optim import make_optimizer
+    from maxmap.train.state import create
+    from maxmap.train.step import make_train_step
+
+    optimizer = make_optimizer(1e-4, name="adamw", weight_decay=0.05)
+    step = make_train_step(
+        model,
+        optimizer,
+        total_loss,
+        lambda key, images, labels: (normalize(images, (0.5,) * 3, (0.5,) * 3), jax.nn.one_hot(labels, 1000)),
+        dtype=dtype,
+    )
+    one = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    return step, jax.eval_shape(lambda key: create(model, optimizer, key, one, ema=False), jax.random.key(0))
 
 
 def _random(shape: tuple[int, ...], dtype: Any = "float32") -> Any:
@@ -176,6 +191,81 @@ def timm(model: str, task: str, batch: int, dtype: str, compile: str | None) -> 
     return run, (torch.cuda.max_memory_allocated if device == "cuda" else host_peak), facts
 
 
+FLAIM = {"maxvit_tiny_tf_224": "maxvit_tiny_224", "maxvit_base_tf_224": "maxvit_base_224"}  # the others by timm's name
+
+
+def flaim(model: str, task: str, batch: int, dtype: str) -> Work:
+    """flaim's model under `jax.jit` as it was published; its training step is that of timm's."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from maxmap import allocator
+
+    allocator.keep_freed_memory()
+    jax.random.KeyArray = jax.Array  # flaim 0.0.5 names the type of JAX before 0.4.24 in its annotations
+    from flaim.models.factory import CONFIGS
+
+    name = PLAIN.get(model, model)
+    fields = dict(CONFIGS[FLAIM.get(name, name)], n_classes=1000)
+    fields.pop("norm_stats", None)
+    built = fields.pop("model_cls")(**fields)
+    takes_training = "training" in inspect.signature(type(built).__call__).parameters
+    kind, key = jnp.dtype(dtype), jax.random.key(0)
+    images = jax.random.normal(key, (batch, 224, 224, 3)).astype(kind)
+
+    def apply(variables: Any, images: jax.Array, training: bool) -> tuple[jax.Array, Any]:
+        mode = {"training": training} if takes_training else {}
+        return built.apply(variables, images, **mode, mutable=["batch_stats"], rngs={"dropout": key})
+
+    def cast(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(kind), params)
+
+    mode = {"training": False} if takes_training else {}
+    shapes = jax.eval_shape(lambda key: built.init(key, jnp.zeros((1, 224, 224, 3)), **mode), key)
+    variables = jax.device_put(jax.tree.map(lambda leaf: _random(leaf.shape, leaf.dtype), dict(shapes)))
+    params, others = variables.pop("params"), variables
+    if task == "forward":
+        params = cast(params)
+        program = jax.jit(lambda params, others, images: apply({"params": params, **others}, images, False)[0])
+        program = program.lower(params, others, images).compile()
+
+        def run(times: int) -> None:
+            for _ in range(times):
+                result = program(params, others, images)
+            result.block_until_ready()
+
+    else:
+        optimizer = optax.adamw(1e-4, weight_decay=0.05)
+        labels = jax.random.randint(key, (batch,), 0, 1000)
+
+        def step(params: Any, others: Any, state: Any, images: jax.Array) -> Any:
+            def loss(params: Any) -> Any:
+                logits, mutated = apply({"params": cast(params), **others}, images, True)
+                logits = logits.astype(jnp.float32)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), mutated
+
+            (value, mutated), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), {**others, **mutated}, state, value
+
+        state = optimizer.init(params)
+        program = jax.jit(step, donate_argnums=(0, 1, 2)).lower(params, others, state, images).compile()
+
+        def run(times: int) -> None:
+            nonlocal params, others, state
+            for _ in range(times):
+                params, others, state, value = program(params, others, state, images)
+            value.block_until_ready()
+
+    run(1)
+    facts = {
+        "version": f"flaim {importlib.metadata.version('flaim')}, jax {jax.__version__}",
+        "device": jax.devices()[0].device_kind,
+    }
+    return run, jax_peak, facts
+
+
 def _cores() -> list[int]:
     import os
 
@@ -219,6 +309,8 @@ def main() -> None:
         return
     if contender.startswith("maxmap"):
         work = maxmap(**job, attention=contender.removeprefix("maxmap").strip() or None)
+    elif contender == "flaim":
+        work = flaim(**job)
     else:
         mode = {"timm": None, "timm compiled": "default", "timm max-autotune": "max-autotune-no-cudagraphs"}[contender]
         work = timm(**job, compile=mode)

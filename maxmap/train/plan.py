@@ -60,8 +60,8 @@ def plan(config: Mapping[str, Any], devices: int, hardware: str, utilisation: fl
 
     Returns:
       Bytes per device by what they are for ('memory'), bytes that a device sends per step by what for ('sent'),
-      'flops' of a step on a device, 'compute_seconds', 'network_seconds', 'efficiency' (where nothing overlaps) and
-      'fits'.
+      'flops' of a step on a device, 'compute_seconds', 'network_seconds', 'efficiency' (where nothing overlaps), 'fits'
+      and 'largest_batch', images at a time on a device.
     """
     check_config(config)
     machine = HARDWARE[hardware]
@@ -109,6 +109,7 @@ def plan(config: Mapping[str, Any], devices: int, hardware: str, utilisation: fl
         "activations, at most": _bytes(kept) - whole,
         "images": local * size * size * 3 * (1 + dtype.itemsize),
     }
+    growing = memory["activations, at most"] + memory["images"]
     sent = {
         "parameters gathered": _bytes(split) * (fsdp - 1) / fsdp,
         "gradients summed over fsdp": accumulate * (_bytes(split) * (fsdp - 1) / fsdp),
@@ -129,7 +130,13 @@ def plan(config: Mapping[str, Any], devices: int, hardware: str, utilisation: fl
         "network_seconds": network,
         "efficiency": compute / (compute + network),
         "fits": sum(memory.values()) <= machine.memory,
+        "largest_batch": largest_batch(machine.memory, sum(memory.values()) - growing, growing / local),
     }
+
+
+def largest_batch(memory: float, fixed: float, per_image: float) -> int:
+    """Returns how many images fit into so many bytes beside what is there whatever the batch; 0: none."""
+    return max(0, int((memory - fixed) // per_image))
 
 
 def describe(found: Mapping[str, Any], devices: int, hardware: str, utilisation: float) -> str:
@@ -144,6 +151,7 @@ def describe(found: Mapping[str, Any], devices: int, hardware: str, utilisation:
         f"memory per device: {total / 1e9:.2f} of {machine.memory / 1e9:.0f} GB"
         + ("" if found["fits"] else ": DOES NOT FIT; raise fsdp or accumulate, or set model.remat"),
         *(f"  {size / 1e9:8.3f} GB  {name}" for name, size in found["memory"].items()),
+        f"at least {found['largest_batch']} images at a time would fit on a device",
         "",
         f"sent per device and step: {sum(found['sent'].values()) / 1e9:.3f} GB",
         *(f"  {size / 1e9:8.3f} GB  {name}" for name, size in found["sent"].items()),
