@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -31,7 +32,7 @@ from maxmap.errors import UserError
 
 FOLDER = "checkpoints"
 SUMS = "SHA256SUMS"
-_AT_A_TIME = 200_000_000  # bytes
+_AT_A_TIME = 100_000_000  # bytes
 
 # What tensorstore says, which has no error numbers: the disk is full, or nobody may write.
 _DISK = re.compile(r"No space left|Disk quota|File too large|Read-only|Permission denied|Input/output error", re.I)
@@ -294,42 +295,52 @@ def write_variables(workdir: str | Path, variables: Mapping[str, Any], info: Map
 
 
 class _InTurn(ocp.type_handlers.NumpyHandler):
-    """Writes a few arrays at a time: all at once, what waits for the disk would be in memory a second time."""
+    """Writes a few arrays while it lays out the next: all at once, they would be in memory a second time."""
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
         args = args or [ocp.SaveArgs()] * len(values)
-        start = 0
-        while start < len(values):
-            stop, size = start + 1, values[start].nbytes
-            while stop < len(values) and size + values[stop].nbytes <= _AT_A_TIME:
-                size, stop = size + values[stop].nbytes, stop + 1
-            for value in values:
-                _unmap(value)
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                part = list(pool.map(_contiguous, values[start:stop]))
-            for future in await super().serialize(part, infos[start:stop], args[start:stop]):
-                future.result()
-            start = stop
+        parts, size = [0], 0
+        for i, value in enumerate(values):
+            if size and size + value.nbytes > _AT_A_TIME:
+                parts.append(i)
+                size = 0
+            size += value.nbytes
+        ranges = [slice(*ends) for ends in itertools.pairwise([*parts, len(values)])]
+        with concurrent.futures.ThreadPoolExecutor(1) as other_thread:
+            laid_out = other_thread.submit(_contiguous, values[ranges[0]])
+            for now, then in itertools.zip_longest(ranges, ranges[1:]):
+                part = laid_out.result()
+                if then:
+                    laid_out = other_thread.submit(_contiguous, values[then])
+                for future in await super().serialize(part, infos[now], args[now]):
+                    future.result()
         return []
 
 
-def _contiguous(value: np.ndarray) -> np.ndarray:
+def _contiguous(values: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns arrays in C order, and lets go of the pages of a mapped file that they were read from."""
+    result = [_in_order(value) for value in values]
+    # They would count as memory, and come back when they are read again.
+    for file in {id(file): file for file in map(_mapped_file, values) if file is not None}.values():
+        file.madvise(mmap.MADV_DONTNEED)
+    return result
+
+
+def _in_order(value: np.ndarray) -> np.ndarray:
     """Returns an array in C order; a transposed matrix in stripes that the cache holds, several times as fast."""
     matrix = value.squeeze()
     if matrix.ndim != 2 or not matrix.T.flags.c_contiguous:
-        return np.asarray(value, order="C")
+        return np.array(value, order="C")
     result = np.empty(matrix.shape, value.dtype)
     for start in range(0, matrix.shape[1], 32):
         result[:, start : start + 32] = matrix[:, start : start + 32]
     return result.reshape(value.shape)
 
 
-def _unmap(value: Any) -> None:
-    """Lets go of the pages of a mapped file, which would count as memory; they come back when they are read again."""
+def _mapped_file(value: Any) -> mmap.mmap | None:
     while isinstance(value, np.ndarray):
         value = value.base
-    if isinstance(value, mmap.mmap) and hasattr(value, "madvise"):
-        value.madvise(mmap.MADV_DONTNEED)
+    return value if isinstance(value, mmap.mmap) and hasattr(value, "madvise") else None
 
 
 def write_text(path: str | Path | epath.Path, text: str) -> None:
