@@ -62,14 +62,14 @@ def list_command(pattern: str, family: str | None, head: str | None) -> None:
         )
 
 
-def predict_command(workdir: Path, images: list[Path], top: int) -> None:
+def predict_command(workdir: str, images: list[Path], top: int) -> None:
     """Prints the likeliest classes of every image."""
     for path, classes in zip(images, predict(workdir, images, top=top), strict=True):
         named = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in classes)
         print(f"{path}: {named}")
 
 
-def convert_command(source: str, dest: Path, class_map: Path | None, classes: Path | None, **options: Any) -> None:
+def convert_command(source: str, dest: str, class_map: Path | None, classes: Path | None, **options: Any) -> None:
     """Writes a checkpoint of others as one of ours, and prints what was done to its entries."""
     began = time.perf_counter()
     loaded = convert(
@@ -105,12 +105,12 @@ def _numbers(path: Path) -> list[int]:
         raise UserError(f"{path} is no class map ({error}): give a whole number in every line.") from None
 
 
-def export_command(source: Path, file: Path, **options: Any) -> None:
+def export_command(source: str, file: Path, **options: Any) -> None:
     """Writes a checkpoint of ours for others."""
     print(export(source, file, **options))
 
 
-def verify_command(path: Path, against: str, tolerance: float | None, ema: bool | None) -> int:
+def verify_command(path: str, against: str, tolerance: float | None, ema: bool | None) -> int:
     """Prints how far a checkpoint is from its source; returns 1 past the tolerance."""
     report = verify(path, against, tolerance=tolerance, ema=ema)
     print(f"{report['identical']} of {report['entries']} entries have the same bits as {against}")
@@ -124,7 +124,7 @@ def verify_command(path: Path, against: str, tolerance: float | None, ema: bool 
         )
     if not report["reference"]:
         print("no installed reference implementation has this model, so the values alone were compared")
-    print(f"{'ok' if report['ok'] else 'NOT THE SAME'}; the report is {Path(path) / REPORT}")
+    print(f"{'ok' if report['ok'] else 'NOT THE SAME'}; the report is {path}/{REPORT}")
     return 0 if report["ok"] else 1
 
 
@@ -145,7 +145,7 @@ def samples_command(config: str, folder: Path, count: int) -> None:
         print(path)
 
 
-def evaluate_command(workdir: Path, images: Path, labels: str, file: Path | None, batch_size: int) -> None:
+def evaluate_command(workdir: str, images: Path, labels: str, file: Path | None, batch_size: int) -> None:
     """Prints what a checkpoint reaches on ReaL's labels, ImageNet-V2, -A, -R or -Sketch."""
     result = evaluate.run_on(workdir, images, labels, file, batch_size)
     print(f"{labels}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']} images")
@@ -157,7 +157,7 @@ def plan_command(config: str, devices: int, hardware: str, utilisation: float, c
     print(describe(plan(values, devices, hardware, utilisation), devices, hardware, utilisation))
 
 
-def average_command(workdirs: list[Path], out: Path, last: int, raw: bool) -> None:
+def average_command(workdirs: list[str], out: str, last: int, raw: bool) -> None:
     """Writes the mean of checkpoints as a checkpoint of the model alone."""
     variables, info = checkpoint.average(workdirs, last=last, ema=not raw)
     checkpoint.write_variables(out, variables, info)
@@ -213,14 +213,14 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=list_command)
 
     command = commands.add_parser("predict", help="name what images show, with the preprocessing of the checkpoint")
-    command.add_argument("workdir", type=Path, help="folder of a run")
+    command.add_argument("workdir", help="folder of a run")
     command.add_argument("images", type=Path, nargs="+", help="image files")
     command.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
     command.set_defaults(run=predict_command)
 
     command = commands.add_parser("convert", help="turn a checkpoint of PyTorch or TensorFlow into one of ours")
     command.add_argument("source", help="file, folder or published name, for example timm/maxvit_tiny_tf_224.in1k")
-    command.add_argument("dest", type=Path, help="folder to write; init_from, --mode=eval and predict take it")
+    command.add_argument("dest", help="folder to write; init_from, --mode=eval and predict take it")
     command.add_argument("--model", dest="name", help="name of 'list', where the source does not say it")
     _add_ema(command)
     command.add_argument("--num-classes", type=int, help="classes of the model (default: those of the source)")
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=convert_command)
 
     command = commands.add_parser("export", help="write a checkpoint for PyTorch, under the reference's names")
-    command.add_argument("source", type=Path, help="folder of a run or of a converted checkpoint")
+    command.add_argument("source", help="folder of a run or of a converted checkpoint")
     command.add_argument("file", type=Path, help=".safetensors or .pth to write")
     command.add_argument("--dialect", choices=DIALECTS, help="whose names (default: timm's or the author's)")
     _add_ema(command)
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=export_command)
 
     command = commands.add_parser("verify", help="compare a converted checkpoint with its source, both running")
-    command.add_argument("path", type=Path, help="folder of the checkpoint")
+    command.add_argument("path", help="folder of the checkpoint")
     command.add_argument("--against", required=True, help="the source that it was converted from")
     command.add_argument("--tolerance", type=float, help="largest relative difference in float64 (default: 1e-9)")
     _add_ema(command)
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=samples_command)
 
     command = commands.add_parser("evaluate", help="ImageNet-ReaL, V2, A, R or Sketch, from files that you have")
-    command.add_argument("workdir", type=Path, help="folder of a run")
+    command.add_argument("workdir", help="folder of a run")
     command.add_argument("images", type=Path, help="folder with a folder of images per class")
     command.add_argument("--labels", choices=LABEL_SETS, required=True)
     command.add_argument("--file", type=Path, help="of ReaL: its real.json")
@@ -271,8 +271,8 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=plan_command)
 
     command = commands.add_parser("average", help="average checkpoints; of a single one, keep the EMA weights alone")
-    command.add_argument("workdirs", type=Path, nargs="+", help="folders of runs of the same model")
-    command.add_argument("--out", type=Path, required=True, help="folder for the new checkpoint")
+    command.add_argument("workdirs", nargs="+", help="folders of runs of the same model")
+    command.add_argument("--out", required=True, help="folder for the new checkpoint")
     command.add_argument("--last", type=int, default=1, help="newest checkpoints of each run (default: 1)")
     command.add_argument("--raw", action="store_true", help="the raw weights, not their moving averages")
     command.set_defaults(run=average_command)

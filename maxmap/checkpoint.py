@@ -5,13 +5,14 @@ without averaging), 'training' (what only training needs) and 'info' (JSON: the 
 preprocessing), so that whoever only wants the model reads one item. The file SHA256SUMS, which `sha256sum -c` reads,
 comes last: without it a step is unfinished and does not count, and what differs from it is damaged and is not used.
 
-A folder may be a remote one (gs://bucket/run): all files go through etils.epath, all arrays through tensorstore.
+A folder may lie in a bucket (gs://bucket/run): all files go through etils.epath, all arrays through tensorstore.
 """
 
 import concurrent.futures
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import itertools
 import json
 import mmap
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -32,12 +34,21 @@ from maxmap.errors import UserError
 
 FOLDER = "checkpoints"
 SUMS = "SHA256SUMS"
+BUCKETS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # by scheme: the extra of pyproject.toml, what it installs
 _AT_A_TIME = 100_000_000  # bytes
 
 # What tensorstore says, which has no error numbers: the disk is full, or nobody may write.
 _DISK = re.compile(r"No space left|Disk quota|File too large|Read-only|Permission denied|Input/output error", re.I)
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.EEXIST, errno.ENOTDIR)
 _ORBAX_CHANGES = "_CHECKPOINT_METADATA"  # at its very end orbax notes the time in it
+_BUCKET = re.compile(r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|FAILED_PRECONDITION|NOT_FOUND")  # by tensorstore
+_NETWORK = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}  # whose errors say what a bucket refuses
+
+# Also where TensorFlow is installed, which etils would rather load: seconds, a gigabyte, and rules of its own.
+os.environ.setdefault("EPATH_USE_TF", "false")
+for _extra, _ in BUCKETS.values():  # each is fsspec's name of the file system, too
+    # What tensorstore writes into a bucket does not pass through fsspec, whose listings from before would hide it.
+    fsspec.config.conf.setdefault(_extra, {})["use_listings_cache"] = False
 
 
 class Checkpoints:
@@ -136,18 +147,36 @@ def folder(workdir: str | Path) -> epath.Path:
     return place(workdir) / FOLDER
 
 
+def in_bucket(path: str | Path) -> bool:
+    """Whether a path is one in a bucket, gs://bucket/run or s3://bucket/run."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in BUCKETS))
+
+
 def place(path: str | Path) -> epath.Path:
-    """Returns a path as orbax takes it: absolute, or remote with its scheme."""
+    """Returns a path as orbax takes it: absolute, or in a bucket.
+
+    Raises:
+      UserError: it is a URL of something else, or the package that talks to such buckets is not installed.
+    """
     path = os.fspath(path)
-    return epath.Path(path if "://" in path else os.path.abspath(path))
+    if "://" not in path:
+        return epath.Path(os.path.abspath(path))
+    if not in_bucket(path):
+        raise UserError(f"{path} is neither a folder nor in a bucket: write a path, gs://BUCKET/FOLDER or s3://...")
+    extra, package = BUCKETS[path.partition("://")[0]]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{path} needs the package {package}: pip install {package}, or install maxmap with [{extra}].")
+    return epath.Path(path)
 
 
 def finished_steps(workdir: str | Path) -> list[int]:
     """Returns the steps that were written to their end, in order."""
-    where = folder(workdir)
-    if not where.is_dir():
-        return []
-    return sorted(int(p.name) for p in where.iterdir() if p.name.isdecimal() and (p / SUMS).exists())
+    with _bucket_errors(workdir, "be read"):
+        try:  # not is_dir(), which takes a bucket that does not answer for an empty one: the run would begin anew
+            entries = list(folder(workdir).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return sorted(int(p.name) for p in entries if p.name.isdecimal() and (p / SUMS).exists())
 
 
 def damage(path: epath.Path) -> str | None:
@@ -345,8 +374,8 @@ def _mapped_file(value: Any) -> mmap.mmap | None:
 
 def write_text(path: str | Path | epath.Path, text: str) -> None:
     """Writes a file so that whoever reads it, also after a crash, finds the old text or the new one, never a part."""
-    if "://" in os.fspath(path):
-        epath.Path(path).write_text(text)  # an object in a bucket appears as a whole
+    if in_bucket(path):
+        place(path).write_text(text)  # an object in a bucket appears as a whole
         return
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -400,17 +429,19 @@ def _read(path: epath.Path, args: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def disk_errors(workdir: str | Path, what: str) -> Iterator[None]:
-    """Turns what the disk of a workdir refuses into a sentence; other errors are bugs and stay what they are.
+    """Turns what the disk or bucket of a workdir refuses into a sentence; other errors are bugs and stay what they are.
 
     Args:
       workdir: of the run.
       what: that cannot be done, such as "take step 3".
 
     Raises:
-      UserError: the disk is full, read-only, broken, or not the user's.
+      UserError: the disk is full, read-only, broken, or not the user's; the bucket is not there, not open to the user,
+        or cannot be reached.
     """
     try:
-        yield
+        with _bucket_errors(workdir, what):
+            yield
     except Exception as error:
         reason = _DISK.search(str(error))
         if isinstance(error, UserError) or (reason is None and getattr(error, "errno", None) not in _REFUSALS):
@@ -420,4 +451,19 @@ def disk_errors(workdir: str | Path, what: str) -> Iterator[None]:
         raise UserError(
             f"{workdir} cannot {what} ({reason[0] if reason else error}); {last}: make room, or the folder writable, "
             "and start again."
+        ) from error
+
+
+@contextlib.contextmanager
+def _bucket_errors(workdir: str | Path, what: str) -> Iterator[None]:
+    """Turns what a bucket refuses into a sentence."""
+    try:
+        yield
+    except Exception as error:
+        refused = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK
+        if not in_bucket(workdir) or isinstance(error, UserError) or not (refused or _BUCKET.search(str(error))):
+            raise
+        raise UserError(
+            f"{workdir} cannot {what} ({' '.join(str(error).split()) or type(error).__name__}): look at the bucket's "
+            "name, your rights and the network, and start again."
         ) from error

@@ -284,7 +284,8 @@ def run(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
         rows["raw"] = []
         found = evaluate(eval_step, jax.device_put(raw[0], replicated(mesh)), data, batch_size, mesh, rows["raw"])
         result["raw"] = {key: found[key] for key in ("top1", "top5", "branch_top1", "loss")}
-    checkpoint.place(workdir).mkdir(parents=True, exist_ok=True)
+    if not checkpoint.in_bucket(workdir):
+        Path(workdir).mkdir(parents=True, exist_ok=True)
     write(result, workdir)
     if jax.process_index() == 0:
         checkpoint.write_text(checkpoint.place(workdir) / "predictions.csv", as_csv(rows))

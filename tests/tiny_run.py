@@ -4,7 +4,7 @@
   [--coordinator HOST:PORT --num_processes N --process_id I]
 
 At the N-th time that it comes to WHERE, one of the keys of PLACES, WHAT happens, one of the keys of EVENTS. The samples
-of every step are appended to `order.jsonl` in the workdir.
+of every step are appended to `order.jsonl` in the workdir, unless that is in a bucket.
 """
 
 import argparse
@@ -114,13 +114,17 @@ def note_order(workdir: Path) -> None:
 
 
 def start(
-    images: Path, workdir: Path, *options: str, environment: Mapping[str, str] | None = None
+    images: Path,
+    workdir: str | Path,
+    *options: str,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> subprocess.Popen[str]:
-    """Starts a run; what it prints goes to `workdir.log`, where its last lines explain a failure."""
+    """Starts a run; what it prints goes to `workdir.log` or `log`, where its last lines explain a failure."""
     command = [sys.executable, "-m", "tests.tiny_run", f"--images={images}", f"--workdir={workdir}", *options]
-    with workdir.with_name(workdir.name + ".log").open("a") as log:
+    with (log or Path(f"{workdir}.log")).open("a") as file:
         env = {**os.environ, "NPROC": "16", **(environment or {})}
-        return subprocess.Popen(command, cwd=tiny.ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(command, cwd=tiny.ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, text=True)
 
 
 def log_of(workdir: Path) -> str:
@@ -128,9 +132,9 @@ def log_of(workdir: Path) -> str:
     return workdir.with_name(workdir.name + ".log").read_text()
 
 
-def outcome(workdir: Path) -> dict[str, Any]:
+def outcome(workdir: str | Path) -> dict[str, Any]:
     """All that a finished run stands for: the whole state, the metrics, the evaluation, the samples of every step."""
-    step = checkpoint.newest(workdir)
+    step, workdir = checkpoint.newest(workdir), checkpoint.place(workdir)
     state, one = {}, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with contextlib.closing(ocp.StandardCheckpointer()) as reader:
         for item in ("variables", "ema", "training"):
@@ -160,7 +164,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", required=True)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--at", action="append", default=[])
@@ -177,7 +181,8 @@ def main() -> int:
     connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
     for room in tiny.rooms():
         room.create_model = tiny.create_tiny  # type: ignore[attr-defined]
-    note_order(arguments.workdir)
+    if not checkpoint.in_bucket(arguments.workdir):
+        note_order(Path(arguments.workdir))
     first_image = min((arguments.images / "train").rglob("*.png"))
     for planned in arguments.at:
         place, count, event = planned.split(":")

@@ -52,6 +52,8 @@ def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], d
     Raises:
       UserError: there is no such checkpoint, or it does not fit the model that it is said to be of.
     """
+    if checkpoint.in_bucket(path):
+        return checkpoint.read_variables(path, ema=ema)
     there = Path(path).exists()
     # What names a repository is no path, though hf:// looks like the scheme of one.
     if (there or not hub.is_name(path)) and (not there or checkpoint.read_info(path) is not None):
@@ -148,6 +150,8 @@ def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **
     Raises:
       UserError: the source does not fit, or `dest` is there; nothing was written.
     """
+    if checkpoint.in_bucket(dest):
+        raise UserError(f"{dest} is in a bucket, which has no folders to rename: convert to a folder, and copy that.")
     dest = Path(dest).absolute()
     if dest.exists() and not overwrite:
         raise UserError(f"{dest} is there already: give another folder, or --overwrite.")

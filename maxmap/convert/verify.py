@@ -80,8 +80,8 @@ def verify(
             report[dtype] = {**row, "tolerance": allowed}
             worst = max(row["logits"], row["gradient"], *row["features"])
             report["ok"] = report["ok"] and bool(worst <= allowed)
-    if (Path(path) / checkpoint.FOLDER).is_dir():
-        checkpoint.write_text(Path(path) / REPORT, json.dumps(report, indent=2) + "\n")
+    if checkpoint.in_bucket(path) or (Path(path) / checkpoint.FOLDER).is_dir():
+        checkpoint.write_text(checkpoint.place(path) / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 

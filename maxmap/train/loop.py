@@ -55,8 +55,6 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
     """
     evaluate.check_config(config)
     _check_numbers(config)
-    if "://" in os.fspath(workdir):
-        raise UserError(f"{workdir} is no folder, which a run's logs need: mount the bucket, for example with gcsfuse.")
     eval_batch, eval_every = call(evaluate.settings, "evaluate", config["evaluate"])
     save_every, keep = call(_saving, "checkpoint", config["checkpoint"])
     log_every, max_skips, hang_minutes = call(_logging, "log", config["log"])
@@ -123,10 +121,11 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
         "devices": mesh.size,
         "config": json.loads(json.dumps(config)),
     }
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {workdir} ({error.strerror}): give another --workdir.") from error
+    if not checkpoint.in_bucket(workdir):  # which has no folders, only names
+        try:
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {workdir} ({error.strerror}): give another --workdir.") from error
     dtype = jnp.dtype(config["dtype"])
     same, split = replicated(mesh), split_batch(mesh)
     train_step = jax.jit(
@@ -160,11 +159,11 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(checkpoint.disk_errors(workdir, "be written to"))
-        stack.enter_context(only_run(workdir))
+        look = stack.enter_context(only_run(workdir))
         if jax.process_index() == 0:
-            checkpoint.write_text(Path(workdir, "config.json"), json.dumps(info["config"], indent=2) + "\n")
+            checkpoint.write_text(checkpoint.place(workdir) / "config.json", json.dumps(info["config"], indent=2) + "\n")
         report = stack.enter_context(
-            contextlib.closing(Report(workdir, step=start, total_steps=total_steps, batch_size=batch_size))
+            contextlib.closing(Report(workdir, step=start, total_steps=total_steps, batch_size=batch_size, look=look))
         )
         report.tell(
             f"{kwargs['name']}: {evaluate.count_parameters(state.params):,} parameters, {data.num_train} training and "
@@ -193,7 +192,7 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
         interrupts = stack.enter_context(Interrupts())
         watch = Watch(workdir, report, step=start, max_skips=max_skips)
         process = jax.process_index()
-        dog = stack.enter_context(Watchdog(Path(workdir, f"hang{process or ''}.txt"), 60 * hang_minutes))
+        dog = stack.enter_context(Watchdog(checkpoint.place(workdir) / f"hang{process or ''}.txt", 60 * hang_minutes))
         last, skipped = None, 0
 
         def settle() -> None:
@@ -219,10 +218,13 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
             saving = stop or (step > start and (step % save_every == 0 or end))
             if evaluating or saving:
                 settle()  # what a checkpoint follows has to be in the log: a resumed run does not take the step again
+                look()
             began = time.perf_counter()
             if evaluating:
                 dog.enter(f"step {step} is evaluated")
                 result = evaluate_now(step)
+            if evaluating or saving:
+                report.keep()
             if saving:
                 dog.enter(f"step {step} is saved")
                 checkpoints.save(step, state.items(), info, result["top1"] if evaluating else None)

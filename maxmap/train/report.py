@@ -1,12 +1,14 @@
 """What a run tells: the terminal, `metrics.jsonl`, TensorBoard and `curves.png`."""
 
+import contextlib
 import json
 import os
 import socket
 import struct
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,19 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
-from maxmap.checkpoint import write_text
+from maxmap.checkpoint import in_bucket, place, write_text
 
+LOGS = ("metrics.jsonl", "events.jsonl")  # what a run that goes on adds to
 INPUT_BOUND = 0.1  # share of the time spent waiting for data above which the log says so
 
 
 class Report:
     """Writes metrics; on all processes but the first it does nothing.
+
+    An object in a bucket is only ever written as a whole. There `metrics.jsonl`, `events.jsonl` and TensorBoard's file
+    grow in a temporary folder, and `keep` copies them: after every evaluation, before every checkpoint, at the end. So
+    the bucket has every line up to the newest checkpoint, and what a killed run did not copy is of steps that the next
+    one takes again.
 
     Args:
       workdir: of the run.
@@ -30,20 +38,41 @@ class Report:
         is evaluated at this very step was evaluated before: it is told, not written twice.
       total_steps: of the whole run.
       batch_size: images per step.
+      look: is called before anything is copied to a bucket; see `maxmap.train.resume.only_run`.
+
+    Attributes:
+      folder: where the files grow, on the first process: the workdir itself unless that is in a bucket.
     """
 
-    def __init__(self, workdir: str | Path, *, step: int, total_steps: int, batch_size: int):
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        step: int,
+        total_steps: int,
+        batch_size: int,
+        look: Callable[[], None] = lambda: None,
+    ):
         self._main = jax.process_index() == 0
-        self._path = Path(workdir) / "metrics.jsonl"
+        self._workdir, self._look = workdir, look
         self._batch_size = batch_size
         self._first, self._total = step, total_steps
         self._time, self._step, self._waited = time.perf_counter(), step, 0.0
         self._told_input_bound = False
         if not self._main:
             return
+        self.folder = Path(workdir)
+        self._copied: dict[Path, int] = {}
+        self._temporary = contextlib.ExitStack()
+        if in_bucket(workdir):
+            self.folder = Path(self._temporary.enter_context(tempfile.TemporaryDirectory(prefix="maxmap-")))
+            for name in LOGS:
+                if (place(workdir) / name).exists():
+                    (self.folder / name).write_bytes((place(workdir) / name).read_bytes())
+        self._path = self.folder / LOGS[0]
         drop_after(self._path, step)
         self._file = self._path.open("ab", buffering=0)
-        self._board = _Board(Path(workdir) / "tensorboard", step + 1)
+        self._board = _Board(self.folder / "tensorboard", step + 1)
         self._bar = tqdm(
             total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
@@ -98,13 +127,26 @@ class Report:
         """Prints a line on this process, be it the first or not: each reads files of its own."""
         tqdm.write(text, file=sys.stderr)
 
+    def keep(self) -> None:
+        """Copies what has grown to the bucket, if the workdir is in one."""
+        if not self._main or not in_bucket(self._workdir):
+            return
+        self._look()
+        for file in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            if self._copied.get(file) != (size := file.stat().st_size):  # they only grow
+                data = file.read_bytes()
+                (place(self._workdir) / file.relative_to(self.folder).as_posix()).write_bytes(data)
+                self._copied[file] = size
+
     def close(self) -> None:
         """Ends the bar and the files, and draws `curves.png`."""
         if self._main:
-            self._bar.close()
-            self._file.close()
-            self._board.close()
-            draw_curves(self._path, self._path.with_name("curves.png"))
+            with self._temporary:
+                self._bar.close()
+                self._file.close()
+                self._board.close()
+                draw_curves(self._path, self._path.with_name("curves.png"))
+                self.keep()
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._main:

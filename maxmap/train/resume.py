@@ -5,12 +5,14 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from maxmap.checkpoint import in_bucket, place
 from maxmap.errors import UserError
 
 LOCK = "lock"
@@ -23,16 +25,32 @@ HARMLESS = (
 
 
 @contextlib.contextmanager
-def only_run(workdir: str | Path) -> Iterator[None]:
-    """Holds the lock of a run's folder, which the operating system drops when the process ends, however it ends.
+def only_run(workdir: str | Path) -> Iterator[Callable[[], None]]:
+    """Keeps a second run out of a run's folder.
 
-    A remote folder (gs://...) has no locks.
+    A folder has a lock, which the operating system drops when the process ends, however it ends: the second run is
+    refused. A bucket has none, and what a killed run leaves there must not stop the next one. So there the second run
+    takes over: it writes itself into the object `lock`, and the first one ends when it looks there the next time, which
+    it does before it evaluates, saves or copies its logs. What it is writing at that moment, it still writes.
+
+    Yields:
+      What to call before anything is written; it raises UserError where another run has taken over.
 
     Raises:
-      UserError: another run holds it.
+      UserError: another run holds the lock.
     """
-    if jax.process_index() > 0 or "://" in os.fspath(workdir):
-        yield
+    if jax.process_index() > 0:
+        yield lambda: None
+        return
+    if in_bucket(workdir):
+        lock, own = place(workdir) / LOCK, f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4()}\n"
+        lock.write_text(own)
+
+        def look() -> None:
+            if (holder := lock.read_text()) != own:
+                raise UserError(f"another run ({holder.strip()}) has taken over {workdir}: this one ends.")
+
+        yield look
         return
     path = Path(workdir) / LOCK
     try:
@@ -51,7 +69,7 @@ def only_run(workdir: str | Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        yield lambda: None
 
 
 def check_changes(there: Mapping[str, Any], here: Mapping[str, Any], workdir: str | Path, *, allow: bool) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from maxmap.checkpoint import place, write_text
 from maxmap.errors import UserError
 from maxmap.train.report import Report, drop_after
 
@@ -40,11 +42,11 @@ class Watch:
     """
 
     def __init__(self, workdir: str | Path, report: Report, *, step: int, max_skips: int):
-        self._path, self._report, self._max = Path(workdir) / "events.jsonl", report, max_skips
+        self._workdir, self._report, self._max = workdir, report, max_skips
         self._mean, self._variance, self._seen = 0.0, 0.0, 0
         self.skips = 0  # in a row
         if jax.process_index() == 0:
-            drop_after(self._path, step)
+            drop_after(report.folder / "events.jsonl", step)
 
     def look(self, step: int, metrics: Mapping[str, Any], samples: np.ndarray) -> bool:
         """Looks at the metrics of step number `step`; returns whether the run has to stop."""
@@ -84,7 +86,7 @@ class Watch:
           layers: tree of the numbers that `maxmap.train.step.make_diagnosis` returns.
         """
         samples = _of_all_processes(samples)
-        path = self._path.with_name("not_finite.json")
+        path = place(self._workdir) / "not_finite.json"
         if jax.process_index() == 0:
             flat = jax.tree_util.tree_leaves_with_path(jax.device_get(layers), is_leaf=lambda x: "not_finite" in x)
             table = [
@@ -101,7 +103,7 @@ class Watch:
                 "samples": [{"index": int(i), "name": names(int(i))} for i in samples],
                 "layers": table,
             }
-            path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            write_text(path, json.dumps(found, indent=1) + "\n")
         return UserError(
             f"loss or gradients were not finite in {self.skips} steps in a row, up to step {step}: {path} names the "
             "samples and every layer's numbers; the newest checkpoint is from before, go on from it with a lower rate."
@@ -111,7 +113,7 @@ class Watch:
         samples = _of_all_processes(samples)
         if jax.process_index() == 0:
             row = {"kind": kind, "step": step, "loss": str(loss), "grad_norm": str(norm), "samples": samples.tolist()}
-            with self._path.open("a") as file:
+            with (self._report.folder / "events.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
 
@@ -125,11 +127,11 @@ class Watchdog:
     """Says where the run stands, and prints the stack of every thread, when nothing has moved for too long.
 
     Args:
-      path: file that it writes beside stderr.
+      path: file that it adds to, beside stderr; it may be in a bucket.
       seconds: that a phase may take.
     """
 
-    def __init__(self, path: Path, seconds: float):
+    def __init__(self, path: str | Path, seconds: float):
         self._path, self._seconds = path, seconds
         self._phase, self._since, self._told = "starting", time.monotonic(), False
         self._ended = threading.Event()
@@ -152,10 +154,12 @@ class Watchdog:
                     f"nothing has moved for {stood:.0f} s while {self._phase}; where every thread stands: {self._path}"
                 )
                 print(f"maxmap: {text}", file=sys.stderr, flush=True)
-                with self._path.open("a") as file:
-                    file.write(text + "\n")
-                    file.flush()
+                with tempfile.TemporaryFile("w+") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
+                    file.seek(0)
+                    path = place(self._path)
+                    before = path.read_text() if path.exists() else ""
+                    write_text(path, f"{before}{text}\n{file.read()}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -428,9 +428,9 @@ def test_a_key_that_is_missing(images, tmp_path):
         evaluate.run(settings, tmp_path)
 
 
-def test_a_workdir_in_a_bucket(images):
-    with pytest.raises(UserError, match=r"gs://bucket/run is no folder, .* mount the bucket"):
-        loop.run(config(images), "gs://bucket/run")
+def test_a_workdir_that_is_some_url(images):
+    with pytest.raises(UserError, match=r"http://bucket/run is neither a folder nor in a bucket: write a path, gs://"):
+        loop.run(config(images), "http://bucket/run")
 
 
 def test_a_workdir_that_is_a_file(images, tmp_path):

@@ -1,0 +1,173 @@
+"""A run in a bucket, from a server on this machine that speaks as Google's: killed, resumed, evaluated, used."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from maxmap import checkpoint, evaluate, predict
+from maxmap.__main__ import main
+from maxmap.errors import UserError
+from maxmap.train import loop
+from maxmap.train.report import Report
+from maxmap.train.resume import only_run
+from maxmap.train.watch import Watchdog
+from tests.tiny import assert_equal, compile_quickly, config, create_tiny, rooms, write_folder
+from tests.tiny_run import outcome, start
+
+TIMEOUT = 240  # seconds, for a process that takes ten on an idle machine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_models():
+    with compile_quickly(), pytest.MonkeyPatch.context() as patch:
+        for room in rooms():
+            patch.setattr(room, "create_model", create_tiny)
+        yield
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An empty bucket; etils (by gcsfs) and tensorstore find its server by the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ("--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=bucket")
+    server = subprocess.Popen([sys.executable, "-m", "gcp_storage_emulator", "start", "--quiet", *where])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{url}/storage/v1/b/bucket").close()
+                break
+            except urllib.error.URLError:
+                assert server.poll() is None, "the server ended"
+                time.sleep(0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STORAGE_EMULATOR_HOST", url)
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+            yield "gs://bucket"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def runs(bucket, images, tmp_path_factory) -> tuple[str, Path]:
+    """The workdirs of a run in the bucket, which was killed twice, and of one in a folder, which was not."""
+    logs = tmp_path_factory.mktemp("runs")
+    workdir, local = f"{bucket}/runs/one", logs / "local"
+    whole = start(images, local)
+    # Before the line of step 4; while step 8 is being looked through, after its log was copied.
+    for options, code in ((["--at=log:4:die"], -9), (["--at=sums:2:die"], -9), ([], 0)):
+        process = start(images, workdir, *options, log=logs / "bucket.log")
+        assert process.wait(TIMEOUT) == code, (logs / "bucket.log").read_text()[-3000:]
+    assert whole.wait(TIMEOUT) == 0
+    return workdir, local
+
+
+def test_a_killed_run_in_a_bucket_ends_as_one_in_a_folder(runs):
+    found, wanted = outcome(runs[0]), outcome(runs[1])
+    assert_equal(found.pop("state"), wanted.pop("state"))
+    del wanted["order"], found["order"]
+    assert found == wanted and found["step"] == 9
+
+
+def test_what_a_run_leaves_in_a_bucket(runs):
+    remote, local = checkpoint.place(runs[0]), runs[1]
+    names = {path.name for path in remote.iterdir()}
+    assert names == {path.name for path in local.iterdir() if not path.name.startswith("order")}
+    assert json.loads((remote / "config.json").read_text()) == json.loads((local / "config.json").read_text())
+    assert (remote / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (remote / "checkpoints").iterdir()} == {"8", "9"}
+    # A board for every start, but for those that died before anything was copied.
+    assert 2 <= len(list((remote / "tensorboard").iterdir())) <= 3
+
+
+def test_what_is_used_from_a_bucket(runs, images, tmp_path, capsys):
+    workdir, local = runs
+    settings = config(images, mesh__data=1)
+    (tmp_path / "checkpoints").symlink_to(local / "checkpoints")
+    assert evaluate.run(settings, workdir) == evaluate.run(settings, tmp_path)
+    for name in ("eval.json", "predictions.csv"):
+        assert (checkpoint.place(workdir) / name).read_text() == (tmp_path / name).read_text()
+    image = str(next((images / "val").rglob("*.png")))
+    assert predict.predict(workdir, [image]) == predict.predict(local, [image])
+    assert main(["predict", workdir, image]) == 0 and image in capsys.readouterr().out
+    assert_equal(predict.load(workdir)[1], predict.load(local)[1])
+    assert main(["average", workdir, "--last=2", f"--out={workdir}-mean"]) == 0
+    assert_equal(predict.load(f"{workdir}-mean")[1], checkpoint.average([local], last=2)[0])
+    result = loop.run(config(images, init_from=workdir, steps=1), tmp_path / "next")
+    assert result["step"] == 1
+
+
+def test_a_checkpoint_in_a_bucket_that_is_damaged(runs, bucket, capsys):
+    workdir, copy = checkpoint.place(runs[0]), checkpoint.place(f"{bucket}/copy")
+    for file in checkpoint._files(workdir / "checkpoints"):
+        (copy / file.relative_to(workdir)).write_bytes(file.read_bytes())
+    part = next(f for f in checkpoint._files(copy / "checkpoints" / "9") if f.stat().length > 1000)
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    assert checkpoint.newest(copy) == 8
+    assert "step 9 in gs://bucket/copy is damaged" in capsys.readouterr().err
+
+
+def test_the_newer_of_two_runs_in_a_bucket_goes_on(bucket):
+    with only_run(f"{bucket}/two") as first:
+        first()
+        with only_run(f"{bucket}/two") as second:
+            with pytest.raises(UserError, match=r"another run \(process .*\) has taken over gs://bucket/two: this one"):
+                first()
+            second()
+
+
+def test_the_older_run_copies_nothing_any_more(bucket, tmp_path):
+    workdir = f"{bucket}/older"
+    metrics = checkpoint.place(workdir) / "metrics.jsonl"
+    with only_run(workdir) as look:
+        report = Report(workdir, step=0, total_steps=9, batch_size=8, look=look)
+        report.train(1, 0.1, {"loss": 2.0, "learning_rate": 0.1})
+        report.keep()
+        written = metrics.read_text()
+        report.train(2, 0.2, {"loss": 2.0, "learning_rate": 0.1})
+        folder = report.folder
+        with only_run(workdir), pytest.raises(UserError, match="has taken over"):
+            report.close()
+    assert written.count("\n") == 1 and metrics.read_text() == written
+    assert not folder.exists()
+
+
+def test_a_hang_is_told_in_the_bucket(bucket):
+    path = checkpoint.place(bucket) / "hang.txt"
+    path.write_text("before\n")
+    with Watchdog(path, 0.1) as dog:
+        dog.enter("step 7 waits for its data")
+        for _ in range(200):
+            if path.read_text() != "before\n":
+                break
+            time.sleep(0.05)
+    assert path.read_text().startswith("before\nnothing has moved for") and "step 7 waits" in path.read_text()
+
+
+def test_a_bucket_that_is_not_there(bucket, images):
+    with pytest.raises(UserError, match=r"gs://nowhere/run cannot be written to \(.*\): look at the bucket's name"):
+        loop.run(config(images), "gs://nowhere/run")
+    with pytest.raises(UserError, match="there is no checkpoint in gs://nowhere/run"):
+        evaluate.run(config(images), "gs://nowhere/run")
+
+
+def test_buckets_need_a_package(monkeypatch):
+    monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"gs://bucket/run needs the package gcsfs: pip install gcsfs, or .*\[gcs\]"):
+        predict.load("gs://bucket/run")
