@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -161,7 +160,9 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
         stack.enter_context(checkpoint.disk_errors(workdir, "be written to"))
         look = stack.enter_context(only_run(workdir))
         if jax.process_index() == 0:
-            checkpoint.write_text(checkpoint.place(workdir) / "config.json", json.dumps(info["config"], indent=2) + "\n")
+            checkpoint.write_text(
+                checkpoint.place(workdir) / "config.json", json.dumps(info["config"], indent=2) + "\n"
+            )
         report = stack.enter_context(
             contextlib.closing(Report(workdir, step=start, total_steps=total_steps, batch_size=batch_size, look=look))
         )
