@@ -460,8 +460,12 @@ def _bucket_errors(workdir: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refused = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK
-        if not in_bucket(workdir) or isinstance(error, UserError) or not (refused or _BUCKET.search(str(error))):
+        refused = isinstance(error, ConnectionError | TimeoutError) or _BUCKET.search(str(error))
+        refused = refused or type(error).__module__.partition(".")[0] in _NETWORK
+        refused = refused or (
+            isinstance(error, OSError) and error.errno is None
+        )  # with a number it is the machine's own
+        if not in_bucket(workdir) or isinstance(error, UserError) or not refused:
             raise
         raise UserError(
             f"{workdir} cannot {what} ({' '.join(str(error).split()) or type(error).__name__}): look at the bucket's "

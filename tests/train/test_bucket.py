@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from maxmap import checkpoint, evaluate, predict
+from maxmap import checkpoint, evaluate
 from maxmap.__main__ import main
 from maxmap.errors import UserError
+from maxmap.predict import load, predict
 from maxmap.train import loop
 from maxmap.train.report import Report
 from maxmap.train.resume import only_run
@@ -104,11 +105,11 @@ def test_what_is_used_from_a_bucket(runs, images, tmp_path, capsys):
     for name in ("eval.json", "predictions.csv"):
         assert (checkpoint.place(workdir) / name).read_text() == (tmp_path / name).read_text()
     image = str(next((images / "val").rglob("*.png")))
-    assert predict.predict(workdir, [image]) == predict.predict(local, [image])
+    assert predict(workdir, [image]) == predict(local, [image])
     assert main(["predict", workdir, image]) == 0 and image in capsys.readouterr().out
-    assert_equal(predict.load(workdir)[1], predict.load(local)[1])
+    assert_equal(load(workdir)[1], load(local)[1])
     assert main(["average", workdir, "--last=2", f"--out={workdir}-mean"]) == 0
-    assert_equal(predict.load(f"{workdir}-mean")[1], checkpoint.average([local], last=2)[0])
+    assert_equal(load(f"{workdir}-mean")[1], checkpoint.average([local], last=2)[0])
     result = loop.run(config(images, init_from=workdir, steps=1), tmp_path / "next")
     assert result["step"] == 1
 
@@ -170,4 +171,4 @@ def test_a_bucket_that_is_not_there(bucket, images):
 def test_buckets_need_a_package(monkeypatch):
     monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"gs://bucket/run needs the package gcsfs: pip install gcsfs, or .*\[gcs\]"):
-        predict.load("gs://bucket/run")
+        load("gs://bucket/run")
