@@ -460,11 +460,12 @@ def _bucket_errors(workdir: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refused = isinstance(error, ConnectionError | TimeoutError) or _BUCKET.search(str(error))
-        refused = refused or type(error).__module__.partition(".")[0] in _NETWORK
-        refused = refused or (
-            isinstance(error, OSError) and error.errno is None
-        )  # with a number it is the machine's own
+        refused = (
+            isinstance(error, ConnectionError | TimeoutError)
+            or (isinstance(error, OSError) and error.errno is None)  # with a number it is of this machine
+            or type(error).__module__.partition(".")[0] in _NETWORK
+            or _BUCKET.search(str(error)) is not None
+        )
         if not in_bucket(workdir) or isinstance(error, UserError) or not refused:
             raise
         raise UserError(
