@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from maxmap.data import decode as room
 from maxmap.data.decode import FILTERS, check_filter, check_images, decode, eval_crop, random_box, train_crop
 from maxmap.data.sources import FolderSource
 from maxmap.errors import UserError
@@ -116,7 +117,13 @@ def test_random_box_is_torchvisions_for_the_same_draws(monkeypatch):
         assert not replay.uniform and not replay.drawn
 
 
-def test_train_crop_is_the_box_resized():
+@pytest.fixture
+def pil_resizes(monkeypatch):
+    """PIL resizes, as where there is no wheel of the faster resizer."""
+    monkeypatch.setattr(room, "SIMD_FILTERS", {})
+
+
+def test_train_crop_is_the_box_resized(pil_resizes):
     image = PHOTOS[0]
     left, top, width, height = random_box(640, 427, np.random.default_rng(5), (0.08, 1.0), (3 / 4, 4 / 3))
     box = (left, top, left + width, top + height)
@@ -126,6 +133,77 @@ def test_train_crop_is_the_box_resized():
     # torchvision crops first: the same but for the pixels at the edge.
     cropped = np.asarray(Image.fromarray(image).crop(box).resize((48, 48), Image.Resampling.BILINEAR), np.int32)
     assert np.array_equal(crop[4:-4, 4:-4], cropped[4:-4, 4:-4])
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("size", [31, 224, 300])
+def test_the_faster_resizer_is_pils_but_for_rounding(interpolation, size, request):
+    """Filters without negative weights differ by one grey level; the others clip their overshoot in another order."""
+    options = {"size": size, "interpolation": interpolation, "draft": False}
+    images = [*PHOTOS, *(save(Image.fromarray(image), "JPEG", quality=95) for image in PHOTOS), *IMAGES[2:6]]
+    fast = [train_crop(image, np.random.default_rng(seed), **options) for seed, image in enumerate(images)]
+    request.getfixturevalue("pil_resizes")
+    for seed, (image, crop) in enumerate(zip(images, fast, strict=True)):
+        wanted = train_crop(image, np.random.default_rng(seed), **options)
+        away = np.abs(crop.astype(int) - wanted)
+        if interpolation in ("bicubic", "lanczos"):
+            assert (away > 1).mean() < 0.01 and away.max() <= 24, (seed, (away > 1).mean(), away.max())
+        else:
+            assert away.max() <= 1, (seed, away.max())
+
+
+JPEGS = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 3},
+    "poor": {"quality": 3},
+}
+
+
+@pytest.mark.parametrize("kind", [*JPEGS, "grey", "rgb", "cmyk"])
+def test_training_decodes_jpegs_as_pil_does(kind):
+    """Pixel for pixel, at every size that libjpeg decodes to, for odd sides too."""
+    for image in (*PHOTOS, *(noise(*shape) for shape in [(57, 91), (8, 9), (1, 1), (3, 200)])):
+        photo = Image.fromarray(image)
+        photo = {"grey": photo.convert("L"), "cmyk": photo.convert("CMYK")}.get(kind, photo)
+        file = save(photo, "JPEG", **({"keep_rgb": True} if kind == "rgb" else JPEGS.get(kind, {})))
+        for most in (1, 2, 3, 7, 8, 40):
+            size, load = room._train_pixels(file)
+            assert size == photo.size
+            assert (load.func is room._load) == (kind == "cmyk")
+            (pixels, shrink), (wanted, expected) = load(most), room._load(room._open(file), most)
+            assert shrink == expected <= most
+            assert np.array_equal(np.asarray(pixels)[..., :3], np.asarray(wanted))
+
+
+def test_a_crop_of_a_file_is_that_of_its_pixels():
+    """Whatever decodes it: orientation is not applied, and colours become RGB, as `decode` has them."""
+    photo = Image.fromarray(PHOTOS[0]).resize((120, 80))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg = save(photo, "JPEG")
+    surplus = jpeg[:-2] + bytes(9) + jpeg[-2:]  # bytes that no decoder needs: simplejpeg refuses them, PIL does not
+    files = [
+        jpeg,
+        surplus,
+        save(photo, "JPEG", exif=exif),
+        *(save(photo.convert(mode), "JPEG") for mode in ("L", "CMYK")),
+        *(save(photo.convert(mode), "PNG") for mode in ("RGB", "RGBA", "L", "1")),
+        save(photo.quantize(16), "PNG"),
+        save(photo, "MPO", save_all=True, append_images=[photo.rotate(180)]),
+    ]
+    for file in files:
+        crop = train_crop(file, np.random.default_rng(3), size=16, draft=False)
+        assert np.array_equal(crop, train_crop(np.asarray(decode(file)), np.random.default_rng(3), size=16))
+
+
+def test_a_jpeg_so_large_that_pil_takes_it_for_an_attack_is_broken(monkeypatch):
+    file = save(Image.new("RGB", (64, 64)), "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 32 - 1)
+    with pytest.raises(OSError, match="attack"):
+        train_crop(file, np.random.default_rng(0), size=8)
 
 
 def test_random_interpolation_draws_bilinear_and_bicubic_alike():
@@ -143,13 +221,13 @@ def test_random_interpolation_draws_bilinear_and_bicubic_alike():
 def test_draft_never_decodes_fewer_pixels_than_the_output(size, monkeypatch):
     file = save(Image.fromarray(PHOTOS[1]), "JPEG", quality=95)
     resized = []
-    resize = Image.Image.resize
+    resize = room._resized
 
-    def spy(self, size, resample, box):
-        resized.append((self.width, box))
-        return resize(self, size, resample, box)
+    def spy(image, size, resample, box):
+        resized.append((image.width, box))
+        return resize(image, size, resample, box)
 
-    monkeypatch.setattr(Image.Image, "resize", spy)
+    monkeypatch.setattr(room, "_resized", spy)
     shrinks = []
     for seed in range(40):
         train_crop(file, np.random.default_rng(seed), size=size)
