@@ -104,7 +104,7 @@ def train_crop(
             resample = FILTERS[interpolation]
         pixels, shrink = load(min(width, height) // size if draft else 1)
         box = (left / shrink, top / shrink, (left + width) / shrink, (top + height) / shrink)
-        return np.asarray(_resized(pixels, size, resample, box))[..., :3]
+        return np.asarray(_resized(pixels, size, resample, box))
 
 
 def random_box(
@@ -272,29 +272,33 @@ def _load(opened: Image.Image, most: int) -> tuple[Image.Image, int]:
 
 
 def _load_jpeg(file: bytes, size: tuple[int, int], most: int) -> tuple[Image.Image, int]:
-    """Decodes a JPEG of this (width, height) as PIL does; the image has a fourth channel, which means nothing."""
+    """Decodes a JPEG of this (width, height) to PIL's pixels; a fourth channel, which means nothing, saves a copy."""
     shrink = _shrink(size, most)
     width, height = (-(-side // shrink) for side in size)
     try:
         pixels = simplejpeg.decode_jpeg(file, "RGBX", min_width=width, min_height=height)
     except ValueError:  # PIL forgives some faults
         return _load(_open(file), most)
-    # Taken for CMYK: the only kind of four equal channels that PIL holds without a copy and the resizer knows.
+    # Not CMYK, but of the modes with four equal channels the one that both PIL and the resizer take as it is.
     return Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK", 0, 1), shrink
 
 
 def _resized(
     image: Image.Image, size: int, resample: Image.Resampling, box: tuple[float, float, float, float]
 ) -> Image.Image:
-    if resample not in SIMD_FILTERS:
-        return image.resize((size, size), resample, box=box)
-    if not hasattr(_OF_THREAD, "resizer"):
-        _OF_THREAD.resizer = simd.Resizer()
-    left, top, right, bottom = box
-    resized = Image.new(image.mode, (size, size), None)
-    options = simd.ResizeOptions(SIMD_FILTERS[resample], crop_box=simd.CropBox(left, top, right - left, bottom - top))
-    _OF_THREAD.resizer.resize_pil(image, resized, options)
-    return resized
+    """Resizes what `_load` or `_load_jpeg` returns; the result is RGB."""
+    if resample in SIMD_FILTERS:
+        if not hasattr(_OF_THREAD, "resizer"):
+            _OF_THREAD.resizer = simd.Resizer()
+        left, top, right, bottom = box
+        crop = simd.CropBox(left, top, right - left, bottom - top)
+        resized = Image.new(image.mode, (size, size), None)
+        _OF_THREAD.resizer.resize_pil(image, resized, simd.ResizeOptions(SIMD_FILTERS[resample], crop_box=crop))
+    else:
+        resized = image.resize((size, size), resample, box=box)
+    if resized.mode == "RGB":
+        return resized
+    return Image.frombytes("RGB", (size, size), resized.tobytes(), "raw", "RGBX")
 
 
 def _eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]:
