@@ -4,15 +4,16 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from flax.errors import FlaxError
+from jax.sharding import Mesh
 
 from maxmap import allocator, checkpoint, evaluate
 from maxmap.checkpoint import Checkpoints
@@ -27,7 +28,7 @@ from maxmap.train.losses import total_loss
 from maxmap.train.optim import make_optimizer
 from maxmap.train.report import Report
 from maxmap.train.resume import check_changes, only_run
-from maxmap.train.schedule import make_schedule
+from maxmap.train.schedule import Schedule, make_schedule
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import BATCH_NORMS, Loss, Prepare, make_diagnosis, make_train_step
 from maxmap.train.watch import Interrupts, Watch, Watchdog
@@ -36,13 +37,59 @@ Array = jax.Array
 Config = Mapping[str, Any]
 
 
+class Numbers(NamedTuple):
+    """What the sections `evaluate`, `checkpoint` and `log` say, looked through."""
+
+    eval_batch: int
+    eval_epochs: int
+    save_every: int
+    keep: int
+    log_every: int
+    max_skips: int
+    hang_minutes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """All that a config describes, built; nothing of it changes while the run goes on.
+
+    Attributes:
+      create_state: function of a key that makes a fresh state.
+      like: the shapes and shardings of a state.
+      train_step: jitted function of state, batch and key.
+      diagnose: the same arguments; see `maxmap.train.step.make_diagnosis`.
+      info: what a checkpoint says of itself.
+    """
+
+    numbers: Numbers
+    batch_size: int
+    seed: int
+    mesh: Mesh
+    data: Data
+    model: Classifier
+    schedule: Schedule
+    steps_per_epoch: int
+    total_steps: int
+    create_state: Callable[[Array], TrainState]
+    like: TrainState
+    train_step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    diagnose: Callable[..., Any]
+    eval_step: evaluate.EvalStep
+    info: dict[str, Any]
+
+    def keys(self) -> tuple[Array, Array]:
+        """Returns the keys of the fresh state and of the steps."""
+        init, train = jax.random.split(jax.random.key(self.seed))
+        return init, train
+
+
 def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> dict[str, Any]:
     """Trains, or goes on where the newest checkpoint of `workdir` stands.
 
     Args:
       config: as the files in `configs/` make it; each section is the keyword arguments of one function.
-      workdir: folder of the run: `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/`, `curves.png` and
-        `eval.json`.
+      workdir: folder of the run, perhaps in a bucket: `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/`,
+        `curves.png` and `eval.json`.
       allow_changes: go on with a run although the config changed in what it computes.
 
     Returns:
@@ -53,26 +100,214 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
       SystemExit: after Ctrl-C (130) or SIGTERM (`RESTART`), when the state is saved.
     """
     evaluate.check_config(config)
+    numbers = _numbers(config)
+    mesh, data = _open(config)
+    kwargs = evaluate.model_kwargs(config, len(data.classes))
+    found, changes = _own_checkpoint(config, workdir, kwargs, mesh, allow_changes)
+    parts = _build(config, numbers, kwargs, mesh, data)
+    state, fitted = _first_state(parts, workdir, found, config["init_from"])
+    start = 0 if found is None else found["step"]
+    if not checkpoint.in_bucket(workdir):  # which has no folders, only names
+        try:
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {workdir} ({error.strerror}): give another --workdir.") from error
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(checkpoint.disk_errors(workdir, "be written to"))
+        look = stack.enter_context(only_run(workdir))
+        if jax.process_index() == 0:
+            text = json.dumps(parts.info["config"], indent=2) + "\n"
+            checkpoint.write_text(checkpoint.place(workdir) / "config.json", text)
+        report = Report(workdir, step=start, total_steps=parts.total_steps, batch_size=parts.batch_size, look=look)
+        stack.enter_context(contextlib.closing(report))
+        report.tell(
+            f"{kwargs['name']}: {evaluate.count_parameters(state.params):,} parameters, {data.num_train} training and "
+            f"{data.num_eval} evaluation images, {mesh.devices.size} {jax.default_backend()} device(s), steps {start} "
+            f"to {parts.total_steps}; writing to {workdir}"
+        )
+        for change in changes:
+            report.tell(f"changed since the checkpoint: {change}")
+        if fitted:
+            report.tell(f"from {config['init_from']}: {fitted}")
+        loop = Loop(parts, workdir, report, look, state, start)
+        return loop.train() if start < parts.total_steps else loop.evaluate()
+
+
+class Loop:
+    """The steps of a run, with what happens between them.
+
+    Args:
+      parts: of the run.
+      workdir: of the run.
+      report: where it is told.
+      look: is called before anything is written; see `maxmap.train.resume.only_run`.
+      state: to go on from.
+      step: that it stands at.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        workdir: str | Path,
+        report: Report,
+        look: Callable[[], None],
+        state: TrainState,
+        step: int,
+    ):
+        self._parts, self._workdir, self._report, self._look = parts, workdir, report, look
+        self._state, self._step, self._first = state, step, step
+        self._watch = Watch(workdir, report, step=step, max_skips=parts.numbers.max_skips)
+        hang = checkpoint.place(workdir) / f"hang{jax.process_index() or ''}.txt"
+        self._dog = Watchdog(hang, 60 * parts.numbers.hang_minutes)
+        self._key = parts.keys()[1]
+        self._last: tuple[Mapping[str, Any], Mapping[str, Array]] | None = None  # batch and metrics, not yet looked at
+        self._result: dict[str, Any] = {}
+        self._undecoded = 0
+
+    def train(self) -> dict[str, Any]:
+        """Takes all steps that are left; returns the last evaluation."""
+        parts, report = self._parts, self._report
+        total, batch_size = parts.total_steps, parts.batch_size
+        with contextlib.ExitStack() as stack:
+            batches = stack.enter_context(
+                contextlib.closing(
+                    parts.data.train_batches(
+                        batch_size,
+                        seed=parts.seed,
+                        start_step=self._step,
+                        num_steps=total - self._step,
+                        process_index=jax.process_index(),
+                        process_count=jax.process_count(),
+                    )
+                )
+            )
+            checkpoints = Checkpoints(self._workdir, keep=parts.numbers.keep)
+            stack.enter_context(contextlib.closing(checkpoints))
+            interrupts = stack.enter_context(Interrupts())
+            stack.enter_context(self._dog)
+            while True:
+                stop = interrupts.reached(self._step)
+                self._between(checkpoints, stop)
+                if self._step == total:
+                    return self._result
+                if stop:
+                    checkpoints.wait()
+                    report.tell(f"stopped after step {self._step}, which is saved: the same command goes on from there")
+                    raise SystemExit(interrupts.exit_code())
+                checkpoints.check()
+                self._advance(batches)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluates the averaged weights where there are any, and writes `eval.json`; returns its content."""
+        parts, state, step = self._parts, self._state, self._step
+        variables, weights = (state.variables(), "raw") if state.ema is None else (state.ema, "ema")
+        result = evaluate.evaluate(parts.eval_step, variables, parts.data, parts.numbers.eval_batch, parts.mesh)
+        self._report.evaluation(step, step / parts.steps_per_epoch, result)
+        for name in result["skipped"]:
+            self._report.tell(f"skipped, cannot be decoded: {name}")
+        result = evaluate.report(result, state.params, {**parts.info, "step": step, "weights": weights})
+        evaluate.write(result, self._workdir)
+        return result
+
+    def _between(self, checkpoints: Checkpoints, stop: bool) -> None:
+        """Evaluates and saves, where it is time for that."""
+        step, numbers, end = self._step, self._parts.numbers, self._step == self._parts.total_steps
+        moved = step > self._first
+        evaluating = moved and (step % (numbers.eval_epochs * self._parts.steps_per_epoch) == 0 or end)
+        saving = stop or (moved and (step % numbers.save_every == 0 or end))
+        if not evaluating and not saving:
+            return
+        self._settle()  # what a checkpoint follows has to be in the log: a resumed run does not take the step again
+        began = time.perf_counter()
+        self._look()
+        if evaluating:
+            self._dog.enter(f"step {step} is evaluated")
+            self._result = self.evaluate()
+        self._report.keep()
+        if saving:
+            self._dog.enter(f"step {step} is saved")
+            score = self._result["top1"] if evaluating else None
+            checkpoints.save(step, self._state.items(), self._parts.info, score)
+        self._report.left_out(time.perf_counter() - began)
+
+    def _advance(self, batches: Iterator[dict[str, Any]]) -> None:
+        """Sends a step on its way, then looks at the one before, so that the device does not wait for that."""
+        began = time.perf_counter()
+        self._dog.enter(f"step {self._step + 1} waits for its data")
+        batch = next(batches)
+        self._report.waited(time.perf_counter() - began)
+        for index in batch["skipped"][batch["skipped"] >= 0]:
+            self._undecoded += 1
+            name = self._train_name(int(index))
+            self._report.warn(f"skipped ({self._undecoded} so far), cannot be decoded: {name}")
+        on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
+        self._state, metrics = self._parts.train_step(self._state, on_devices, self._key)
+        self._report.advanced()
+        self._settle()
+        self._step, self._last = self._step + 1, (batch, metrics)
+        if self._watch.skips:
+            self._settle()  # at once, while the state is what that step saw
+
+    def _settle(self) -> None:
+        """Looks at the numbers of the newest step that was not looked at yet, if there is one."""
+        if self._last is None:
+            return
+        parts, step = self._parts, self._step
+        (batch, metrics), self._last = self._last, None
+        self._dog.enter(f"step {step} computes")
+        stopping = self._watch.look(step, metrics, batch["index"])
+        if not self._watch.skips and (step % parts.numbers.log_every == 0 or step in (1, parts.total_steps)):
+            numbers = _fetch({**metrics, "learning_rate": parts.schedule(step - 1)})
+            self._report.train(step, step / parts.steps_per_epoch, numbers)
+            allocator.trim()
+        if stopping:
+            on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, parts.mesh)
+            layers = parts.diagnose(self._state, on_devices, jax.random.fold_in(self._key, step - 1))
+            raise self._watch.stop(step, metrics, batch["index"], self._train_name, layers)
+
+    def _train_name(self, index: int) -> str:
+        assert self._parts.data.train is not None
+        return self._parts.data.train.name(index)
+
+
+def _numbers(config: Config) -> Numbers:
+    """Looks through all numbers that the loop itself needs."""
     _check_numbers(config)
-    eval_batch, eval_every = call(evaluate.settings, "evaluate", config["evaluate"])
+    eval_batch, eval_epochs = call(evaluate.settings, "evaluate", config["evaluate"])
     save_every, keep = call(_saving, "checkpoint", config["checkpoint"])
     log_every, max_skips, hang_minutes = call(_logging, "log", config["log"])
+    return Numbers(eval_batch, eval_epochs, save_every, keep, log_every, max_skips, hang_minutes)
+
+
+def _open(config: Config) -> tuple[Mesh, Data]:
+    """Makes the mesh, and opens the data."""
     mesh = call(make_mesh, "mesh", config["mesh"])
     data = call(open_data, "data", config["data"])
     if data.train is None:
         raise UserError("there is no training data: set --config.data.train_split.")
     if data.val is None:
         raise UserError("there is no evaluation data: set --config.data.val_split.")
-    kwargs = evaluate.model_kwargs(config, len(data.classes))
-    found, changes = checkpoint.read_info(workdir), []
-    if found is not None:
-        evaluate.check_same_model(kwargs, found["model"], workdir)
-        before, now = found.get("config", config), {**config}
-        if config["batch_norm"] != "sync":  # which counts over the devices
-            before, now = {**before, "devices": found.get("devices", mesh.size)}, {**now, "devices": mesh.size}
-        changes = check_changes(before, now, workdir, allow=allow_changes)
-    model = call(create_model, "model", kwargs)
+    return mesh, data
 
+
+def _own_checkpoint(
+    config: Config, workdir: str | Path, kwargs: Mapping[str, Any], mesh: Mesh, allow: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Returns the info of the checkpoint to go on from, if there is one, and the changes of the config since then."""
+    found = checkpoint.read_info(workdir)
+    if found is None:
+        return None, []
+    evaluate.check_same_model(kwargs, found["model"], workdir)
+    before, now = found.get("config", config), {**config}
+    if config["batch_norm"] != "sync":  # which counts over the devices
+        before, now = {**before, "devices": found.get("devices", mesh.size)}, {**now, "devices": mesh.size}
+    return found, check_changes(before, now, workdir, allow=allow)
+
+
+def _build(config: Config, numbers: Numbers, kwargs: dict[str, Any], mesh: Mesh, data: Data) -> Parts:
+    """Builds model, optimizer and steps, and tries out what can be traced before anything is written."""
+    model: Classifier = call(create_model, "model", kwargs)
     batch_size, accumulate = config["batch_size"], config["accumulate"]
     if batch_size % accumulate:
         raise UserError(f"config.accumulate is {accumulate}, which does not divide config.batch_size {batch_size}.")
@@ -81,13 +316,10 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
     schedule = call(
         make_schedule, "schedule", config["schedule"], steps_per_epoch=steps_per_epoch, epochs=config["epochs"]
     )
-    total_steps = min(schedule.total_steps, config["steps"] or schedule.total_steps)
     optimizer = call(make_optimizer, "optim", config["optim"], schedule)
     prepare, loss = make_prepare(config, data), _make_loss(config)
     images = jax.ShapeDtypeStruct((batch_size, data.image_size, data.image_size, 3), jnp.uint8)
     _try_out(prepare, loss, images, len(data.classes))
-
-    init_key, train_key = jax.random.split(jax.random.key(config["seed"]))
     ema_decay = config["ema_decay"]
 
     def create_state(key: Array) -> TrainState:
@@ -95,163 +327,72 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
         return create(model, optimizer, key, one, ema=ema_decay is not None)
 
     try:
-        like = abstract(jax.eval_shape(create_state, init_key), mesh)
+        like = abstract(jax.eval_shape(create_state, jax.random.key(0)), mesh)
     except (ValueError, TypeError, FlaxError) as error:
         raise UserError(f"{kwargs['name']} with images of {data.image_size} pixels: {error}.") from None
     if data.preprocessing["image_size"] != data.image_size:
         evaluate.check_image_size(model, like.variables(), data.preprocessing["image_size"])
-    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
 
-    given, fitted = None, ""
-    if found is not None:
-        start = found["step"]
-        state = _restore(workdir, start, like)
-    else:
-        start = 0
-        if config["init_from"]:
-            given, fitted = _read_variables(config["init_from"], model, like, config["seed"])
-        state = jax.jit(create_state, out_shardings=state_sharding)(init_key)
-        if given is not None:
-            state = jax.device_put(_with_variables(state, given), state_sharding)
-    info = {
-        "model": kwargs,
-        "classes": list(data.classes),
-        "preprocessing": data.preprocessing,
-        "devices": mesh.size,
-        "config": json.loads(json.dumps(config)),
-    }
-    if not checkpoint.in_bucket(workdir):  # which has no folders, only names
-        try:
-            Path(workdir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {workdir} ({error.strerror}): give another --workdir.") from error
     dtype = jnp.dtype(config["dtype"])
     same, split = replicated(mesh), split_batch(mesh)
-    train_step = jax.jit(
-        make_train_step(
-            model,
-            optimizer,
-            loss,
-            prepare,
-            mesh=mesh,
-            dtype=dtype,
-            ema_decay=ema_decay,
-            accumulate=accumulate,
-            batch_norm=config["batch_norm"],
-        ),
-        in_shardings=(state_sharding, {"image": split, "label": split}, same),
-        out_shardings=(state_sharding, same),
-        donate_argnums=0,
+    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        loss,
+        prepare,
+        mesh=mesh,
+        dtype=dtype,
+        ema_decay=ema_decay,
+        accumulate=accumulate,
+        batch_norm=config["batch_norm"],
     )
-    eval_step = evaluate.make_eval_step(model, data.preprocessing, mesh, dtype)
+    return Parts(
+        numbers=numbers,
+        batch_size=batch_size,
+        seed=config["seed"],
+        mesh=mesh,
+        data=data,
+        model=model,
+        schedule=schedule,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=min(schedule.total_steps, config["steps"] or schedule.total_steps),
+        create_state=create_state,
+        like=like,
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(state_sharding, {"image": split, "label": split}, same),
+            out_shardings=(state_sharding, same),
+            donate_argnums=0,
+        ),
+        diagnose=jax.jit(make_diagnosis(model, loss, prepare, mesh=mesh, dtype=dtype)),
+        eval_step=evaluate.make_eval_step(model, data.preprocessing, mesh, dtype),
+        info={
+            "model": kwargs,
+            "classes": list(data.classes),
+            "preprocessing": data.preprocessing,
+            "devices": mesh.size,
+            "config": json.loads(json.dumps(config)),
+        },
+    )
 
-    def evaluate_now(step: int) -> dict[str, Any]:
-        variables = state.variables() if state.ema is None else state.ema
-        result = evaluate.evaluate(eval_step, variables, data, eval_batch, mesh)
-        report.evaluation(step, step / steps_per_epoch, result)
-        for name in result["skipped"]:
-            report.tell(f"skipped, cannot be decoded: {name}")
-        weights = "raw" if state.ema is None else "ema"
-        result = evaluate.report(result, state.params, {**info, "step": step, "weights": weights})
-        evaluate.write(result, workdir)
-        return result
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(checkpoint.disk_errors(workdir, "be written to"))
-        look = stack.enter_context(only_run(workdir))
-        if jax.process_index() == 0:
-            checkpoint.write_text(
-                checkpoint.place(workdir) / "config.json", json.dumps(info["config"], indent=2) + "\n"
-            )
-        report = stack.enter_context(
-            contextlib.closing(Report(workdir, step=start, total_steps=total_steps, batch_size=batch_size, look=look))
-        )
-        report.tell(
-            f"{kwargs['name']}: {evaluate.count_parameters(state.params):,} parameters, {data.num_train} training and "
-            f"{data.num_eval} evaluation images, {mesh.devices.size} {jax.default_backend()} device(s), steps {start} "
-            f"to {total_steps}; writing to {workdir}"
-        )
-        for change in changes:
-            report.tell(f"changed since the checkpoint: {change}")
-        if fitted:
-            report.tell(f"from {config['init_from']}: {fitted}")
-        if start >= total_steps:  # nothing is left to train
-            return evaluate_now(start)
-        batches = stack.enter_context(
-            contextlib.closing(
-                data.train_batches(
-                    batch_size,
-                    seed=config["seed"],
-                    start_step=start,
-                    num_steps=total_steps - start,
-                    process_index=jax.process_index(),
-                    process_count=jax.process_count(),
-                )
-            )
-        )
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=keep)))
-        interrupts = stack.enter_context(Interrupts())
-        watch = Watch(workdir, report, step=start, max_skips=max_skips)
-        process = jax.process_index()
-        dog = stack.enter_context(Watchdog(checkpoint.place(workdir) / f"hang{process or ''}.txt", 60 * hang_minutes))
-        last, skipped = None, 0
+def _first_state(
+    parts: Parts, workdir: str | Path, found: Mapping[str, Any] | None, init_from: str | None
+) -> tuple[TrainState, str]:
+    """Reads the run's own checkpoint, else starts from the model that `init_from` names, else from scratch.
 
-        def settle() -> None:
-            """Looks at the step before, when the next one is on its way, so that the device does not wait for it."""
-            nonlocal last
-            if last is None:
-                return
-            (done, batch, metrics), last = last, None
-            dog.enter(f"step {done} computes")
-            stopping = watch.look(done, metrics, batch["index"])
-            if not watch.skips and (done % log_every == 0 or done in (1, total_steps)):
-                report.train(done, done / steps_per_epoch, _fetch({**metrics, "learning_rate": schedule(done - 1)}))
-                allocator.trim()
-            if stopping:
-                diagnose = jax.jit(make_diagnosis(model, loss, prepare, mesh=mesh, dtype=dtype))
-                key = jax.random.fold_in(train_key, done - 1)
-                layers = diagnose(state, to_devices({"image": batch["image"], "label": batch["label"]}, mesh), key)
-                raise watch.stop(done, metrics, batch["index"], data.train.name, layers)
-
-        for step in range(start, total_steps + 1):
-            stop, end = interrupts.reached(step), step == total_steps
-            evaluating = step > start and (step % (eval_every * steps_per_epoch) == 0 or end)
-            saving = stop or (step > start and (step % save_every == 0 or end))
-            if evaluating or saving:
-                settle()  # what a checkpoint follows has to be in the log: a resumed run does not take the step again
-                look()
-            began = time.perf_counter()
-            if evaluating:
-                dog.enter(f"step {step} is evaluated")
-                result = evaluate_now(step)
-            if evaluating or saving:
-                report.keep()
-            if saving:
-                dog.enter(f"step {step} is saved")
-                checkpoints.save(step, state.items(), info, result["top1"] if evaluating else None)
-            report.left_out(time.perf_counter() - began)
-            if end:
-                break
-            if stop:
-                checkpoints.wait()
-                report.tell(f"stopped after step {step}, which is saved: the same command goes on from there")
-                raise SystemExit(interrupts.exit_code())
-            began = time.perf_counter()
-            checkpoints.check()
-            dog.enter(f"step {step + 1} waits for its data")
-            batch = next(batches)
-            report.waited(time.perf_counter() - began)
-            for index in batch["skipped"][batch["skipped"] >= 0]:
-                skipped += 1
-                report.warn(f"skipped ({skipped} so far), cannot be decoded: {data.train.name(int(index))}")
-            on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, mesh)
-            state, metrics = train_step(state, on_devices, train_key)
-            report.advanced()
-            settle()
-            last = (step + 1, batch, metrics)
-            if watch.skips:
-                settle()  # at once, while the state is what that step saw
-    return result
+    Returns:
+      The state, and what had to be done to the model of `init_from`.
+    """
+    if found is not None:
+        return _restore(workdir, found["step"], parts.like), ""
+    given, fitted = None, ""
+    if init_from:
+        given, fitted = _read_variables(init_from, parts.model, parts.like, parts.seed)
+    sharding = jax.tree.map(lambda leaf: leaf.sharding, parts.like)
+    state = jax.jit(parts.create_state, out_shardings=sharding)(parts.keys()[0])
+    return (state if given is None else jax.device_put(_with_variables(state, given), sharding)), fitted
 
 
 def _fetch(metrics: Mapping[str, Array]) -> dict[str, float]:
