@@ -1,8 +1,8 @@
 """Does a recipe fit, and what does it cost? Counted from shapes, before any machine is rented.
 
 State and traffic are exact counts of what the step does (maxmap.sharding). Activations are what the forward pass keeps
-for the backward pass before XLA fuses anything, so an upper bound: by a factor of 1.0 to 1.9 where XLA compiles for a
-CPU (`python -m benchmarks.memory`, docs/performance.md). Times come from the stated figures of the hardware, and are as
+for the backward pass before XLA fuses anything, so an upper bound: by a factor of 1.1 to 1.9 in float32, as XLA
+compiles for a CPU (`python -m benchmarks.memory`, docs/performance.md). Times come from the stated figures of the hardware, and are as
 good as these.
 """
 
