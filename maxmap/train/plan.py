@@ -2,8 +2,8 @@
 
 State and traffic are exact counts of what the step does (maxmap.sharding). Activations are what the forward pass keeps
 for the backward pass before XLA fuses anything, so an upper bound: by a factor of 1.1 to 1.9 in float32, as XLA
-compiles for a CPU (`python -m benchmarks.memory`, docs/performance.md). Times come from the stated figures of the hardware, and are as
-good as these.
+compiles for a CPU (`python -m benchmarks.memory`, docs/performance.md). Times come from the stated figures of the
+hardware, and are as good as these.
 """
 
 import math
