@@ -16,9 +16,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers fill the cores already: n
 # threads on two cores can all wait for a ninth until XLA aborts (jaxlib 0.10.2); sixteen do not.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# XLA's older emitters compile in about half the time, and compiling is what the tests wait for. What a test starts
-# inherits them, so that both sides of a bitwise comparison compile alike. XLA aborts at a flag that it does not know,
-# and after jaxlib 0.10 it does not know this one.
+# XLA's older emitters compile gradients in about half the time, and compiling is what the tests wait for. What a test
+# starts inherits them, so that both sides of a bitwise comparison compile alike. XLA aborts at a flag that it does not
+# know, and after jaxlib 0.10 it does not know this one.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
