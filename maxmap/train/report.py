@@ -2,9 +2,6 @@
 
 import contextlib
 import json
-import os
-import socket
-import struct
 import sys
 import tempfile
 import time
@@ -13,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from maxmap.checkpoint import in_bucket, place, write_text
@@ -72,7 +66,9 @@ class Report:
         self._path = self.folder / LOGS[0]
         drop_after(self._path, step)
         self._file = self._path.open("ab", buffering=0)
-        self._board = _Board(self.folder / "tensorboard", step + 1)
+        from maxmap.train.board import Board  # it imports PyTorch where that is installed, which takes a second
+
+        self._board = Board(self.folder / "tensorboard", step + 1)
         self._bar = tqdm(
             total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
@@ -154,35 +150,6 @@ class Report:
         self._file.write((json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
         for key, value in values.items():
             self._board.scalar(f"{kind}/{key}", value, step)
-
-
-class _Board:
-    """TensorBoard's file, written at once: the library's thread dies where the disk is full, and its queue then blocks.
-
-    Args:
-      folder: for the file.
-      step: from which on what an earlier run wrote does not count.
-    """
-
-    def __init__(self, folder: Path, step: int):
-        folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / name).open("ab", buffering=0)
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
-
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        self._write(Event(wall_time=time.time(), step=step, summary=summary))
-
-    def _write(self, event: Event) -> None:
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
-        self._file.write(length + sums[0] + data + sums[1])
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def drop_after(path: Path, step: int) -> None:
