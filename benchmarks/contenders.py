@@ -95,6 +95,7 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
             metrics["loss"].block_until_ready()
 
     run(1)
+    allocator.trim()  # as a run does after its first step
     cost = program.cost_analysis() or {}
     facts = {
         "version": f"jax {jax.__version__}",

@@ -13,8 +13,8 @@ Images have the model's own size. On a CPU it computes in float32, elsewhere in 
 backward and AdamW. The plain models beside `map_*` and `ga_*`, which timm lacks, are those of their backbones. Batch 1
 is for the latency of the forward pass; "best" doubles the batch until that gains nothing more or memory ends, with
 every contender alone on the machine. "first s" is from the start of a process to its first result, with nothing
-compiled before; of maxmap's training step the time of a second process is beside it, which finds the programs of the
-first one, as the commands do (`maxmap.compiled`).
+compiled before; of the first model's training step the time of a second process is beside it, which finds the programs
+of the first one, as the commands do (`maxmap.compiled`).
 
 flaim (`pip install --no-deps flaim`) has some of the models; it was written for an older JAX and is given the one name
 that it misses. By default it is left out on a CPU, and so is timm with torch.compile: for the forward pass of MaxViT-T
@@ -23,6 +23,7 @@ besides. All can be asked for.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,8 @@ class Contender:
         for line in self.process.stdout:
             if line.startswith("{"):  # compilers print to the same stream
                 return json.loads(line)
+        if self.process.wait() < 0:
+            raise RuntimeError(f"killed by signal {-self.process.returncode}, which is 9 where memory ends")
         lines = [line for line in self.error.read_text(errors="replace").splitlines() if line.strip()]
         raise RuntimeError(lines[-1][:200] if lines else "ended without a word")
 
@@ -116,39 +120,59 @@ class Contender:
         return peak
 
 
-def compare(job: dict[str, Any], contenders: list[str], rounds: int, seconds: float, out: Path) -> list[dict[str, Any]]:
-    """Measures one task of one model; returns a row for every contender."""
+def compare(
+    job: dict[str, Any], contenders: list[str], rounds: int, seconds: float, out: Path, *, again: bool = False
+) -> list[dict[str, Any]]:
+    """Measures one task of one model; returns a row for every contender, with a note for one that fails.
+
+    Args:
+      job: what contenders are given, but for their name.
+      contenders: their names.
+      rounds: turns of each.
+      seconds: of a turn, about.
+      out: folder for their errors.
+      again: also time a second process of maxmap's, which finds the programs of the first.
+    """
     running: dict[str, Contender] = {}
     rows = {name: {**job, "contender": name} for name in contenders}
     caches = {name: tempfile.TemporaryDirectory() for name in contenders}
+    times: dict[str, int] = {}
+    rounds_of: dict[str, list[float]] = {name: [] for name in contenders}
 
     def start(name: str) -> Contender:
         return Contender({**job, "contender": name}, out / "contender.log", caches[name].name)
 
-    for name in contenders:
+    @contextlib.contextmanager
+    def noted(name: str) -> Iterator[None]:
         try:
-            running[name] = start(name)
-        except RuntimeError as error:
+            yield
+        except (RuntimeError, OSError) as error:
             rows[name]["note"] = f"does not run: {error}"
-    times = {name: max(1, round(seconds / max(each.seconds(1), 1e-4))) for name, each in running.items()}
-    rounds_of: dict[str, list[float]] = {name: [] for name in running}
+            running.pop(name, None)
+
+    for name in contenders:
+        with noted(name):
+            running[name] = start(name)
+            times[name] = max(1, round(seconds / max(running[name].seconds(1), 1e-4)))
     for _ in range(rounds):
-        for name, each in running.items():
-            rounds_of[name].append(each.seconds(times[name]) / times[name])
-    for name, each in running.items():
-        median = statistics.median(rounds_of[name])
-        rows[name] |= {
-            "milliseconds": 1000 * median,
-            "images_per_second": job["batch"] / median,
-            "rounds": [job["batch"] / seconds for seconds in rounds_of[name]],
-            "first_seconds": each.facts.pop("first"),
-            "peak_gigabytes": 1e-9 * each.close(),
-            **each.facts,
-        }
-        if job["task"] == "train" and name.startswith("maxmap"):
-            again = start(name)
-            rows[name]["first_again_seconds"] = again.facts["first"]
-            again.close()
+        for name, each in list(running.items()):
+            with noted(name):
+                rounds_of[name].append(each.seconds(times[name]) / times[name])
+    for name, each in list(running.items()):
+        with noted(name):
+            median = statistics.median(rounds_of[name])
+            rows[name] |= {
+                "milliseconds": 1000 * median,
+                "images_per_second": job["batch"] / median,
+                "rounds": [job["batch"] / seconds for seconds in rounds_of[name]],
+                "first_seconds": each.facts.pop("first"),
+                "peak_gigabytes": 1e-9 * each.close(),
+                **each.facts,
+            }
+            if again and name.startswith("maxmap"):
+                second = start(name)
+                rows[name]["first_again_seconds"] = second.facts["first"]
+                second.close()
     for cache in caches.values():
         cache.cleanup()
     return list(rows.values())
@@ -280,7 +304,7 @@ def main() -> int:
         "--alone", action="store_true", help="no turns: for batches that do not fit beside each other on a device"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on a CPU, else bfloat16)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of every contender (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every contender (default: 3)")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a turn, about (default: 1.5)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the table (default: runs/bench)"
@@ -312,7 +336,8 @@ def main() -> int:
         elif arguments.alone:
             new = [row for name in contenders for row in compare({**job, "batch": int(batch)}, [name], *how)]
         else:
-            new = compare({**job, "batch": int(batch)}, contenders, *how)
+            again = task == "train" and model == arguments.models[0]
+            new = compare({**job, "batch": int(batch)}, contenders, *how, again=again)
         for row in new:
             row["search"] = batch if batch == "best" else ""
         relate(new, limits)
