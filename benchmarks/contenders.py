@@ -93,9 +93,9 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
             for _ in range(times):
                 state, metrics = program(state, inputs, key)
             metrics["loss"].block_until_ready()
+            allocator.relieve()  # as a run does
 
     run(1)
-    allocator.trim()  # as a run does after its first step
     cost = program.cost_analysis() or {}
     facts = {
         "version": f"jax {jax.__version__}",

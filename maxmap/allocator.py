@@ -10,19 +10,24 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
-# Parameters of glibc's mallopt(3).
+# Parameters of glibc's mallopt(3), and what they are where nobody sets them.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+_MMAP_MAX, _TRIM_THRESHOLD = 65536, 128 * 1024
+GROWTH = 1.5  # of the process's size since its last trim, after which the gaps are given back
+SHARE = 0.5  # of the machine's memory, above which nothing is kept any more
 
 _keeping = False
+_size_after_trim = 0
 
 
 def keep_freed_memory() -> bool:
     """Lets the process keep the memory that it frees, for the next allocation; returns whether it does.
 
-    Call it before JAX computes anything: threads that have allocated keep the pools that they have. It does nothing
-    where JAX will use an accelerator (`JAX_PLATFORMS` names one, or one's plugin is installed and it is unset), nor
-    where the C library is not glibc. The process's size then stays at its peak, and `trim` has to be called.
+    Call it before JAX computes anything: threads that have allocated keep the pools that they have; and call `relieve`
+    after every step. It does nothing where JAX will use an accelerator (`JAX_PLATFORMS` names one, or one's plugin is
+    installed and it is unset), nor where the C library is not glibc.
     """
     global _keeping
     if not sys.platform.startswith("linux") or not _computes_on_cpu():
@@ -36,14 +41,38 @@ def keep_freed_memory() -> bool:
     return _keeping
 
 
-def trim() -> None:
-    """Gives back what is free now, if it is kept: call it now and then in a long run.
+def relieve() -> None:
+    """Gives back what is free, where keeping it has let the process grow; call it after every step.
 
-    Blocks of different sizes leave gaps that no later one fits, so that a process that returns nothing grows: a run of
-    the small model in `configs/cifar10.py` from 1.9 to 3.6 GB in 1,100 steps. The next step takes its pages anew.
+    A block may miss the gap that its predecessor left by some bytes, so that a process which returns nothing grows by
+    its largest block again and again. Where it has come to hold half of the machine's memory, it stops keeping.
     """
-    if _keeping:
-        ctypes.CDLL(None).malloc_trim(0)
+    global _keeping, _size_after_trim
+    if not _keeping:
+        return
+    size = _resident()
+    if size <= GROWTH * _size_after_trim and size <= SHARE * memory():
+        return
+    libc = ctypes.CDLL(None)
+    if size > SHARE * memory():
+        libc.mallopt(M_MMAP_MAX, _MMAP_MAX)
+        libc.mallopt(M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+        _keeping = False
+    libc.malloc_trim(0)
+    _size_after_trim = _resident()
+
+
+def memory() -> int:
+    """Returns the bytes of memory that this process may use: the machine's, or its control group's if that is less."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # there is no such group, or it says "max"
+        return machine
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _computes_on_cpu() -> bool:

@@ -244,6 +244,9 @@ class Loop:
         on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
         self._state, metrics = self._parts.train_step(self._state, on_devices, self._key)
         self._report.advanced()
+        if self._step == self._first:
+            jax.block_until_ready(self._state)  # what the process holds then is what a step takes
+        allocator.relieve()
         self._settle()
         self._step, self._last = self._step + 1, (batch, metrics)
         if self._watch.skips:
@@ -260,7 +263,6 @@ class Loop:
         if not self._watch.skips and (step % parts.numbers.log_every == 0 or step in (1, parts.total_steps)):
             numbers = _fetch({**metrics, "learning_rate": parts.schedule(step - 1)})
             self._report.train(step, step / parts.steps_per_epoch, numbers)
-            allocator.trim()
         if stopping:
             on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, parts.mesh)
             layers = parts.diagnose(self._state, on_devices, jax.random.fold_in(self._key, step - 1))
