@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 
 # Parameters of glibc's mallopt(3), and what they are where nobody sets them.
@@ -53,6 +54,7 @@ def relieve() -> None:
     size = _resident()
     if size <= GROWTH * _size_after_trim and size <= SHARE * memory():
         return
+    time.sleep(0.2)  # XLA frees the buffers of a program just after its results are ready, on a thread of its own
     libc = ctypes.CDLL(None)
     if size > SHARE * memory():
         libc.mallopt(M_MMAP_MAX, _MMAP_MAX)
