@@ -52,11 +52,12 @@ def relieve() -> None:
     if not _keeping:
         return
     size = _resident()
-    if size <= GROWTH * _size_after_trim and size <= SHARE * memory():
+    full = size > SHARE * memory()
+    if size <= GROWTH * _size_after_trim and not full:
         return
     time.sleep(0.2)  # XLA frees the buffers of a program just after its results are ready, on a thread of its own
     libc = ctypes.CDLL(None)
-    if size > SHARE * memory():
+    if full:
         libc.mallopt(M_MMAP_MAX, _MMAP_MAX)
         libc.mallopt(M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
         _keeping = False
