@@ -16,11 +16,11 @@ from pathlib import Path
 # Parameters of glibc's mallopt(3), and what they are where nobody sets them.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 _MMAP_MAX, _TRIM_THRESHOLD = 65536, 128 * 1024
-GROWTH = 1.5  # of the process's size since its last trim, after which the gaps are given back
+GROWTH = 1.5  # of the process beyond what a step left behind, at which the gaps are given back
 SHARE = 0.5  # of the machine's memory, above which nothing is kept any more
 
 _keeping = False
-_size_after_trim = 0
+_usual = 0  # bytes of the process after a step; 0 until there was one since the last trim
 
 
 def keep_freed_memory() -> bool:
@@ -48,12 +48,13 @@ def relieve() -> None:
     A block may miss the gap that its predecessor left by some bytes, so that a process which returns nothing grows by
     its largest block again and again. Where it has come to hold half of the machine's memory, it stops keeping.
     """
-    global _keeping, _size_after_trim
+    global _keeping, _usual
     if not _keeping:
         return
     size = _resident()
     full = size > SHARE * memory()
-    if size <= GROWTH * _size_after_trim and not full:
+    if size <= GROWTH * (_usual or size) and not full:
+        _usual = _usual or size
         return
     time.sleep(0.2)  # XLA frees the buffers of a program just after its results are ready, on a thread of its own
     libc = ctypes.CDLL(None)
@@ -62,7 +63,7 @@ def relieve() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
         _keeping = False
     libc.malloc_trim(0)
-    _size_after_trim = _resident()
+    _usual = 0
 
 
 def memory() -> int:

@@ -18,17 +18,32 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax import lax
 
-from maxmap.operations import Padding, attention, convolve, linear, wide
+from maxmap.operations import Padding, attention, convolve, layer_norm, linear, spread, wide
 from maxmap.operations import implementation as implementation  # where users look for it
 
 Array = jax.Array
 Initializer = Callable[..., Array]
 
 
+@jax.custom_vjp
 def gelu(x: Array) -> Array:
     """The exact GELU, x * Phi(x), in float32 or wider; by erf, for erfc (as flax) takes 3 times as long on a CPU."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * (0.5 + 0.5 * lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    y = wide(x)
+    return (y * (0.5 + 0.5 * lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Array, grad: Array) -> tuple[Array]:
+    # By erf(-x), which XLA does not take for the forward pass's erf(x): to compute it is cheaper than to keep it.
+    y = wide(x)
+    phi, density = 0.5 - 0.5 * lax.erf(-y * math.sqrt(0.5)), jnp.exp(-0.5 * jnp.square(y)) / math.sqrt(2 * math.pi)
+    return ((wide(grad) * (phi + y * density)).astype(grad.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -136,7 +151,7 @@ class Conv(nn.Module):
             bias = self.param("bias", self.bias_init or torch_bias(math.prod(shape[:3])), (self.channels,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
         x = convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
-        return x if bias is None else x + bias[None, None, None]
+        return x if bias is None else x + spread(bias, x.shape)
 
 
 class Linear(nn.Module):
@@ -229,9 +244,22 @@ class BatchNorm(nn.Module):
         return (y * multiplier + shift).reshape(x.shape).astype(x.dtype)
 
 
-def LayerNorm(epsilon: float = 1e-6, *, use_bias: bool = True, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm over the last axis; the variance in two passes, because the one-pass form cancels in float32."""
-    return nn.LayerNorm(epsilon=epsilon, use_bias=use_bias, use_fast_variance=False, name=name)
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016), in float32 or wider.
+
+    Attributes:
+      epsilon: added to the variance.
+      use_bias: adds one per channel after the scale.
+    """
+
+    epsilon: float = 1e-6
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.use_bias else jnp.zeros_like(scale)
+        return layer_norm(x, scale, bias, self.epsilon)
 
 
 class DropPath(nn.Module):
@@ -400,8 +428,20 @@ def bilinear(x: Array, size: Sequence[int]) -> Array:
 
 def _resample(x: Array, size: Sequence[int], weights: Callable[[int, int], np.ndarray]) -> Array:
     """Applies the matrices `weights(n_in, n_out)` along height and width."""
-    rows, columns = (jnp.asarray(weights(n, m), x.dtype) for n, m in zip(x.shape[1:3], size, strict=True))
-    return jnp.einsum("oh,bhwc,pw->bopc", rows, x, columns)
+    for axis, n_out in zip((1, 2), size, strict=True):
+        n_in = x.shape[axis]
+        matrix = weights(n_in, n_out)
+        stride = n_in // n_out
+        if stride > 1 and all(np.array_equal(row, np.roll(matrix[0], i * stride)) for i, row in enumerate(matrix)):
+            # The same few pixels of every stretch of the map: strided views, instead of products that are mostly zero.
+            taps = (
+                lax.slice_in_dim(x, tap, tap + stride * (n_out - 1) + 1, stride, axis) * matrix[0, tap].astype(x.dtype)
+                for tap in np.flatnonzero(matrix[0])
+            )
+            x = functools.reduce(jnp.add, taps)
+        else:
+            x = jnp.einsum("oh,bhwc->bowc" if axis == 1 else "pw,bowc->bopc", jnp.asarray(matrix, x.dtype), x)
+    return x
 
 
 def gram_values(x: Array) -> Array:
@@ -467,7 +507,7 @@ class ConvNeXtBlock(nn.Module):
         y = LayerNorm(1e-6, name="norm")(y)
         y = Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")(y, train=train)
         gamma = self.param("gamma", nn.initializers.constant(self.init_values), (channels,))
-        y = y * gamma[None, None, None].astype(y.dtype)
+        y = y * spread(gamma.astype(y.dtype), y.shape)
         return x + DropPath(self.drop_path)(y, train=train)
 
 

@@ -22,16 +22,17 @@ Pads = tuple[tuple[int, int], ...]
 # times slower than a sum of shifted products, and the kernel's gradient of any other up to 3 times slower than products
 # of patches.
 IMPLEMENTATIONS = {
-    "cpu": {"pointwise": "matmul", "depthwise": "shifts", "dense": "patches", "attention": "plain"},
-    "default": {"pointwise": "lax", "depthwise": "lax", "dense": "lax", "attention": "plain"},
+    "cpu": {"pointwise": "matmul", "depthwise": "shifts", "dense": "patches", "sum": "matmul", "attention": "plain"},
+    "default": {"pointwise": "lax", "depthwise": "lax", "dense": "lax", "sum": "lax", "attention": "plain"},
 }
 
 
 def implementation(kind: str) -> str:
-    """Returns how convolutions of `kind` ("pointwise", "depthwise" or "dense"), or "attention", are computed here.
+    """Returns how convolutions of `kind` ("pointwise", "depthwise" or "dense"), "sum" or "attention" are computed here.
 
-    To choose another way, set `IMPLEMENTATIONS["cpu" or "default"][kind]` before the model is traced: "lax" or what the
-    CPU has for convolutions, "plain" or "pallas" (one GPU; see maxmap/kernels.py) for attention.
+    "sum" is of the sums in layer norms and in the gradients of parameters that every position shares. To choose another
+    way, set `IMPLEMENTATIONS["cpu" or "default"][kind]` before the model is traced: "lax" or what the CPU has, and for
+    attention "plain" or "pallas" (one GPU; see maxmap/kernels.py).
     """
     return IMPLEMENTATIONS.get(jax.default_backend(), IMPLEMENTATIONS["default"])[kind]
 
@@ -95,11 +96,82 @@ def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] | Non
     return (wide(weights @ values) / total).astype(values.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def spread(x: Array, shape: tuple[int, ...]) -> Array:
+    """A parameter of every channel, `[C]`, at every position of `shape`, `[..., C]`.
+
+    Its gradient is a sum over the positions, in float32 or wider. As a sum, XLA's CPU backend merges it with all that
+    leads to its terms and computes that again for every parameter: in deep networks what the residuals add up to, block
+    after block. As a matrix product it takes what is there.
+    """
+    return jnp.broadcast_to(x[(None,) * (len(shape) - 1)], shape)
+
+
+def _spread_forward(x: Array, shape: tuple[int, ...]) -> tuple[Array, None]:
+    return spread(x, shape), None
+
+
+def _spread_backward(shape: tuple[int, ...], _: None, grad: Array) -> tuple[Array]:
+    return (_sum_of_rows(grad.reshape(-1, shape[-1])).astype(grad.dtype),)
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+
+
+def _sum_of_rows(x: Array) -> Array:
+    """Sums `[N, C]` over N, in float32 or wider."""
+    dtype = wide(x[:0]).dtype
+    if implementation("sum") == "lax":
+        return jnp.sum(x, axis=0, dtype=dtype)
+    return jnp.matmul(jnp.ones((1, x.shape[0]), x.dtype), x, preferred_element_type=dtype)[0]
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """Normalises `[..., C]` over C, with the variance in two passes, because the one-pass form cancels in float32.
+
+    The result is in the type of `x`, computed in float32 or wider. Where sums are matrix products (see `spread`), so
+    are its backward pass's.
+    """
+    rows, scale, bias = wide(x).reshape(-1, x.shape[-1]), wide(scale), wide(bias)
+    if implementation("sum") == "matmul":
+        return _layer_norm(rows, scale, bias, epsilon).reshape(x.shape).astype(x.dtype)
+    centred = rows - jnp.mean(rows, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    y = centred * (lax.rsqrt(variance + epsilon) * scale[None]) + bias[None]
+    return y.reshape(x.shape).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
+    weights = jnp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)
+    mean = x @ weights
+    inverse = lax.rsqrt(jnp.square(x - mean) @ weights + epsilon)
+    return (x - mean) * inverse * scale[None] + bias[None], (x, mean, inverse, scale)
+
+
+def _layer_norm_backward(
+    epsilon: float, residuals: tuple[Array, Array, Array, Array], grad: Array
+) -> tuple[Array, Array, Array]:
+    x, mean, inverse, scale = residuals
+    normalised = (x - mean) * inverse
+    product = grad * normalised
+    weights = scale[:, None] / x.shape[1]
+    grad_x = inverse * (grad * scale[None] - grad @ weights - normalised * (product @ weights))
+    return grad_x, _sum_of_rows(product), _sum_of_rows(grad)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
 def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
     """Linear map of the last axis; on two axes, because XLA's CPU backend is much faster on those than on more."""
     y = x.reshape(-1, x.shape[-1]) @ kernel
     if bias is not None:
-        y = y + bias[None]
+        y = y + spread(bias, y.shape)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -126,45 +198,65 @@ def _shift_sum(x: Array, kernel: Array, stride: int) -> Array:
     return functools.reduce(jnp.add, products)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def depthwise_shifts(x: Array, kernel: Array, stride: int) -> Array:
-    """Valid depthwise convolution as a sum of shifted products, with its own backward pass.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise_shifts(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
+    """Depthwise convolution as a sum of shifted products, with its own backward pass.
 
     Args:
-      x: padded map `[B, H, W, C]`.
+      x: `[B, H, W, C]`.
       kernel: `[kh, kw, C]`.
       stride: of both axes.
+      pads: zeros before and after, for height and width.
 
     Returns:
-      `[B, (H - kh) // stride + 1, (W - kw) // stride + 1, C]`.
+      `[B, H', W', C]`.
     """
-    return _shift_sum(x, kernel, stride)
+    return _shift_sum(jnp.pad(x, [(0, 0), *pads, (0, 0)]), kernel, stride)
 
 
-def _depthwise_forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return _shift_sum(x, kernel, stride), (x, kernel)
+def _rows_at_a_time(height: int) -> int:
+    """Four to eight rows, of which the fewest have to be added to a map of `height`."""
+    return min(range(min(8, height), min(4, height) - 1, -1), key=lambda rows: -height % rows)
 
 
-def _depthwise_backward(stride: int, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+def _depthwise_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[Array, tuple[Array, Array]]:
+    return depthwise_shifts(x, kernel, stride, pads), (x, kernel)
+
+
+def _depthwise_backward(stride: int, pads: Pads, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     kh, kw, channels = kernel.shape
     batch, height, width, _ = grad.shape
-    # What the forward pass did not read at the far edge gets a zero gradient.
-    rest = [x.shape[1 + a] - (stride * (n - 1) + k) for a, (n, k) in enumerate(((height, kh), (width, kw)))]
-    spread = [(0, 0, 0), *((k - 1, k - 1 + r, stride - 1) for k, r in zip((kh, kw), rest, strict=True)), (0, 0, 0)]
-    grad_x = _shift_sum(lax.pad(grad, jnp.zeros((), grad.dtype), spread), kernel[::-1, ::-1], 1)
+    # What the forward pass did not read at the far edge gets a zero gradient, and of the zeros around none is computed.
+    around = [(0, 0, 0)]
+    for axis, (n, k, (before, after)) in enumerate(zip((height, width), (kh, kw), pads, strict=True)):
+        rest = x.shape[1 + axis] + before + after - (stride * (n - 1) + k)
+        around.append((k - 1 - before, k - 1 + rest - after, stride - 1))
+    spread_grad = lax.pad(grad, jnp.zeros((), grad.dtype), [*around, (0, 0, 0)])
+    grad_x = _shift_sum(spread_grad, kernel[::-1, ::-1], 1)
 
-    # Row by row, and a sum of products for every column: XLA's CPU reduction over (batch, height, width) at once is
-    # four times slower. The batch stays whole, since it may lie on several devices.
-    def add_row(row: Array, totals: list[Array]) -> list[Array]:
-        g = lax.dynamic_slice_in_dim(grad, row, 1, axis=1)
-        rows = lax.dynamic_slice_in_dim(x, row * stride, kh, axis=1)
-        taps = (_shifted(rows, i, j, stride, (1, width)) for i in range(kh) for j in range(kw))
-        return [total + wide(tap * g) for total, tap in zip(totals, taps, strict=True)]
+    # Some rows at a time, and a sum of products for every column: XLA's CPU reduction over (batch, height, width) at
+    # once is ten times slower, and so is an operation for each tap of each row. The batch stays whole, since it may lie
+    # on several devices.
+    rows = _rows_at_a_time(height)
+    missing = -height % rows
+    grad = jnp.pad(grad, [(0, 0), (0, missing), (0, 0), (0, 0)])
+    (above, below), sides = pads
+    x = jnp.pad(x, [(0, 0), (above, below + missing * stride), sides, (0, 0)])
 
-    zeros = jnp.zeros((batch, 1, width, channels), jnp.promote_types(kernel.dtype, jnp.float32))
-    totals = lax.fori_loop(0, height, add_row, [zeros] * (kh * kw))
-    grad_kernel = jnp.stack([jnp.sum(total, axis=(0, 1, 2)) for total in totals])
+    def add_rows(step: Array, totals: list[Array]) -> list[Array]:
+        g = lax.dynamic_slice_in_dim(grad, step * rows, rows, axis=1)
+        lines = lax.dynamic_slice_in_dim(x, step * rows * stride, (rows - 1) * stride + kh, axis=1)
+
+        def tap(i: int, j: int) -> Array:
+            columns = lines[:, :, j : j + stride * (width - 1) + 1 : stride]
+            return functools.reduce(jnp.add, (wide(columns[:, i + r * stride] * g[:, r]) for r in range(rows)))
+
+        return [total + jnp.stack([tap(i, j) for j in range(kw)]) for i, total in enumerate(totals)]
+
+    zeros = jnp.zeros((kw, batch, width, channels), jnp.promote_types(kernel.dtype, jnp.float32))
+    totals = lax.fori_loop(0, (height + missing) // rows, add_rows, [zeros] * kh)
+    grad_kernel = jnp.stack([jnp.sum(total, axis=(1, 2)) for total in totals])
     return grad_x, grad_kernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
@@ -244,18 +336,23 @@ def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, 
     """
     kh, kw, _, out_channels = kernel.shape
     channels = x.shape[-1]
+    if kh == kw == stride > 1 and padding == 0 and groups == 1 and implementation("pointwise") == "matmul":
+        height, width = (n // stride * stride for n in x.shape[1:3])  # what is over is not read
+        x = rearrange(x[:, :height, :width], "b (h i) (w j) c -> b h w (i j c)", i=stride, j=stride)
+        return linear(x, kernel.reshape(-1, out_channels))
     if (kh, kw) == (1, 1) and padding in (0, "same") and implementation("pointwise") == "matmul":
         x = x[:, ::stride, ::stride]
         if groups == 1:
             return linear(x, kernel[0, 0])
-        x = rearrange(x, "b h w (g i) -> b h w g i", g=groups)
-        y = jnp.einsum("bhwgi,igo->bhwgo", x, rearrange(kernel[0, 0], "i (g o) -> i g o", g=groups))
-        return rearrange(y, "b h w g o -> b h w (g o)")
+        # Groups in front, as `matmul` wants them: left to itself, XLA transposes the kernel pixel by pixel.
+        batch, height, width, _ = x.shape
+        x = rearrange(x, "b h w (g i) -> g (b h w) i", g=groups)
+        y = x @ rearrange(kernel[0, 0], "i (g o) -> g i o", g=groups)
+        return rearrange(y, "g (b h w) o -> b h w (g o)", b=batch, h=height, w=width)
     pads = _explicit_padding(padding, x.shape[1:3], kh, stride)
     if groups == channels and out_channels % channels == 0 and implementation("depthwise") == "shifts":
         x = jnp.repeat(x, out_channels // channels, axis=-1)  # output channel o reads input channel o // multiplier
-        x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
-        return depthwise_shifts(x, kernel[:, :, 0], stride)
+        return depthwise_shifts(x, kernel[:, :, 0], stride, pads)
     if groups == 1 and implementation("dense") == "patches":
         return convolve_by_patches(x, kernel, stride, pads)
     return _lax_convolution(x, kernel, stride, pads, groups)

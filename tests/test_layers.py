@@ -44,10 +44,12 @@ def nhwc(x):
 
 
 # The window does not divide what stride 2 walks over: (10 - 3) % 2 and (12 - 7) % 2 leave a row or column unread.
+# Some padded maps have 9 or 11 rows, which no number of rows that is taken at a time divides.
+@pytest.mark.parametrize("pads", [((0, 0), (0, 0)), ((1, 2), (3, 0))])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(9, 10), (12, 11)])
 @pytest.mark.parametrize("kernel_size", [3, 7])
-def test_shifted_products_equal_a_depthwise_convolution(kernel_size, size, stride, x64):
+def test_shifted_products_equal_a_depthwise_convolution(kernel_size, size, stride, pads, x64):
     x, kernel = numbers(0, 2, *size, 3), numbers(1, kernel_size, kernel_size, 3)
 
     def reference(x, kernel):
@@ -55,7 +57,7 @@ def test_shifted_products_equal_a_depthwise_convolution(kernel_size, size, strid
             x,
             kernel[:, :, None],
             (stride, stride),
-            "VALID",
+            pads,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=3,
         )
@@ -64,7 +66,7 @@ def test_shifted_products_equal_a_depthwise_convolution(kernel_size, size, strid
     direction = numbers(2, *wanted.shape)
 
     def run(x, kernel):
-        y, vjp = jax.vjp(lambda x, kernel: depthwise_shifts(x, kernel, stride), x, kernel)
+        y, vjp = jax.vjp(lambda x, kernel: depthwise_shifts(x, kernel, stride, pads), x, kernel)
         return y, vjp(direction)
 
     ours, gradients = quick(run, x, kernel)
@@ -76,7 +78,9 @@ def test_shifted_products_equal_a_depthwise_convolution(kernel_size, size, strid
 def test_depthwise_kernel_gradient_accumulates_in_float32():
     """A kernel in bfloat16: ten thousand ones add up to more than its eight bits can count one by one."""
     x, kernel = jnp.ones((1, 100, 100, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
-    gradient = jax.grad(lambda kernel: jnp.sum(depthwise_shifts(x, kernel, 1).astype(jnp.float32)))(kernel)
+    gradient = jax.grad(lambda kernel: jnp.sum(depthwise_shifts(x, kernel, 1, ((0, 0), (0, 0))).astype(jnp.float32)))(
+        kernel
+    )
     assert gradient.dtype == jnp.bfloat16
     assert float(gradient[0, 0, 0]) == pytest.approx(10_000, rel=2**-8)
 
@@ -236,6 +240,55 @@ def test_layer_norm_does_not_cancel(x64):
     single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)
     assert_close(exact, (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6))
     assert_close(norm.apply(single, jnp.asarray(x, jnp.float32)), exact, 1e-4)
+
+
+@pytest.mark.parametrize("implementation", operations.IMPLEMENTATIONS)
+def test_layer_norm_equals_torch(implementation, x64, monkeypatch):
+    from torch.nn.functional import layer_norm
+
+    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS[implementation])
+    x, scale, bias, direction = 3 + numbers(0, 2, 3, 5), numbers(1, 5), numbers(2, 5), numbers(3, 2, 3, 5)
+    leaves = [tensor(value).requires_grad_() for value in (x, scale, bias)]
+    wanted = layer_norm(leaves[0], (5,), *leaves[1:], eps=0.1)
+    wanted.backward(tensor(direction))
+
+    def run(*leaves):
+        y, vjp = jax.vjp(lambda *leaves: operations.layer_norm(*leaves, 0.1), *leaves)
+        return y, vjp(direction)
+
+    ours, gradients = quick(run, x, scale, bias)
+    assert_close(ours, wanted.detach())
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("implementation", operations.IMPLEMENTATIONS)
+def test_a_parameter_at_every_position_gets_the_sum_of_the_gradients(implementation, x64, monkeypatch):
+    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS[implementation])
+    direction = numbers(0, 2, 3, 4, 5)
+    y, vjp = jax.vjp(lambda x: operations.spread(x, (2, 3, 4, 5)), jnp.asarray(numbers(1, 5)))
+    assert_close(y, np.broadcast_to(numbers(1, 5), (2, 3, 4, 5)))
+    assert_close(vjp(jnp.asarray(direction))[0], direction.sum((0, 1, 2)))
+
+
+@pytest.mark.parametrize("implementation", operations.IMPLEMENTATIONS)
+def test_sums_over_positions_are_of_float32(implementation, monkeypatch):
+    """Ten thousand ones in bfloat16 are more than its eight bits can count one by one."""
+    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS[implementation])
+    gradient = jax.grad(lambda x: jnp.sum(operations.spread(x, (100, 100, 2)).astype(jnp.float32)))
+    assert_close(gradient(jnp.ones(2, jnp.bfloat16)).astype(jnp.float32), [10_000.0, 10_000.0], 2**-8)
+
+
+def test_gelu_equals_torch(x64):
+    from torch.nn.functional import gelu
+
+    x, direction = 3 * numbers(0, 100), numbers(1, 100)
+    leaf = tensor(x).requires_grad_()
+    wanted = gelu(leaf)
+    wanted.backward(tensor(direction))
+    ours, vjp = jax.vjp(layers.gelu, jnp.asarray(x))
+    assert_close(ours, wanted.detach())
+    assert_close(vjp(jnp.asarray(direction))[0], leaf.grad)
 
 
 def test_softmax_is_computed_in_float32():

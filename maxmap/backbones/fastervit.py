@@ -32,7 +32,7 @@ from maxmap.layers import (
     relative_index,
     require_divisor,
 )
-from maxmap.operations import wide
+from maxmap.operations import spread, wide
 
 Array = jax.Array
 
@@ -183,7 +183,7 @@ class AttentionBlock(nn.Module):
                 gammas[i] = self.param(f"gamma{i}", initial, (channels,))
 
         def scaled(y: Array, gamma: int) -> Array:
-            return y * gammas[gamma][None, None].astype(y.dtype) if gammas else y
+            return y * spread(gammas[gamma].astype(y.dtype), y.shape) if gammas else y
 
         def transform(x: Array, prefix: str, side: int, carriers: int, gamma: int) -> Array:
             """A transformer block on `carriers` tokens and the `side * side` of a square."""
@@ -211,9 +211,9 @@ class AttentionBlock(nn.Module):
         tokens, x = x[:, :count], x[:, count:]
         if self.propagate:
             nearest = np.arange(self.window) * self.carriers // self.window
-            spread = rearrange(wide(tokens), "b (s u) c -> b s u c", s=self.carriers)[:, nearest][:, :, nearest]
+            carried = rearrange(wide(tokens), "b (s u) c -> b s u c", s=self.carriers)[:, nearest][:, :, nearest]
             # The first factor is the carrier attention's; the released weights were trained with it here too.
-            x = (wide(x) + scaled(rearrange(spread, "b p q c -> b (p q) c"), gamma=1)).astype(x.dtype)
+            x = (wide(x) + scaled(rearrange(carried, "b p q c -> b (p q) c"), gamma=1)).astype(x.dtype)
         return x, rearrange(tokens, "(b i j) (s u) c -> b (i s j u) c", **axes)
 
 

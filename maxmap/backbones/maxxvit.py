@@ -35,7 +35,7 @@ from maxmap.layers import (
     trunc_normal_02,
     xavier_uniform,
 )
-from maxmap.operations import attention
+from maxmap.operations import attention, spread
 
 Array = jax.Array
 
@@ -136,7 +136,7 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
-        return x * gamma.reshape((1,) * (x.ndim - 1) + (-1,)).astype(x.dtype)
+        return x * spread(gamma.astype(x.dtype), x.shape)
 
 
 def _scaled(x: Array, initial: float | None, name: str) -> Array:

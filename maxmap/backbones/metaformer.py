@@ -27,7 +27,7 @@ from maxmap.layers import (
     pair,
     require_one_of,
 )
-from maxmap.operations import attention
+from maxmap.operations import attention, spread
 
 Array = jax.Array
 
@@ -53,8 +53,10 @@ class StarReLU(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (1,))
         bias = self.param("bias", nn.initializers.zeros, (1,))
-        shape = (1,) * x.ndim
-        return scale.reshape(shape).astype(x.dtype) * jnp.square(nn.relu(x)) + bias.reshape(shape).astype(x.dtype)
+        scale, bias = (
+            spread(jnp.broadcast_to(value.astype(x.dtype), x.shape[-1:]), x.shape) for value in (scale, bias)
+        )
+        return scale * jnp.square(nn.relu(x)) + bias
 
 
 class Scale(nn.Module):
@@ -63,7 +65,7 @@ class Scale(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return x * scale.reshape((1,) * (x.ndim - 1) + (-1,)).astype(x.dtype)
+        return x * spread(scale.astype(x.dtype), x.shape)
 
 
 class RandomMixing(nn.Module):

@@ -30,7 +30,7 @@ from maxmap.layers import (
     require_divisor,
     require_one_of,
 )
-from maxmap.operations import attention
+from maxmap.operations import attention, spread
 
 Array = jax.Array
 
@@ -167,7 +167,7 @@ class ClassAttentionBlock(nn.Module):
 
         def scale(name: str, y: Array) -> Array:
             gamma = self.param(name, nn.initializers.constant(1e-4), (y.shape[-1],))
-            return y * gamma[None, None].astype(y.dtype)
+            return y * spread(gamma.astype(y.dtype), y.shape)
 
         norm = LayerNorm(1e-5, name="norm1")
         attention = ClassAttention(self.width, self.heads, self.init_scheme, name="attn")
