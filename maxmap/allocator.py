@@ -16,11 +16,12 @@ from pathlib import Path
 # Parameters of glibc's mallopt(3), and what they are where nobody sets them.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 _MMAP_MAX, _TRIM_THRESHOLD = 65536, 128 * 1024
-GROWTH = 1.5  # of the process beyond what a step left behind, at which the gaps are given back
+SETTLE = 10  # steps after which the process has the size that its steps need
+GROWTH = 1.5  # of the process beyond that size, at which the gaps are given back
 SHARE = 0.5  # of the machine's memory, above which nothing is kept any more
 
 _keeping = False
-_usual = 0  # bytes of the process after a step; 0 until there was one since the last trim
+_steps, _usual = 0, 0  # since the last trim: calls, and the largest size in bytes while it settled
 
 
 def keep_freed_memory() -> bool:
@@ -48,13 +49,14 @@ def relieve() -> None:
     A block may miss the gap that its predecessor left by some bytes, so that a process which returns nothing grows by
     its largest block again and again. Where it has come to hold half of the machine's memory, it stops keeping.
     """
-    global _keeping, _usual
+    global _keeping, _steps, _usual
     if not _keeping:
         return
-    size = _resident()
+    size, _steps = _resident(), _steps + 1
     full = size > SHARE * memory()
-    if size <= GROWTH * (_usual or size) and not full:
-        _usual = _usual or size
+    if _steps <= SETTLE:
+        _usual = max(size, _usual)
+    if size <= GROWTH * _usual and not full:
         return
     time.sleep(0.2)  # XLA frees the buffers of a program just after its results are ready, on a thread of its own
     libc = ctypes.CDLL(None)
@@ -63,7 +65,7 @@ def relieve() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
         _keeping = False
     libc.malloc_trim(0)
-    _usual = 0
+    _steps, _usual = 0, 0
 
 
 def memory() -> int:

@@ -72,7 +72,8 @@ def attention(
             return kernels.window_attention(*windows, bias).reshape(q.shape)
     logits = jnp.einsum("...qd,...kd->...qk", q, k)
     if bias is not None:
-        logits = logits + bias.reshape((1,) * (logits.ndim - 3) + bias.shape).astype(logits.dtype)
+        windows = spread(bias.reshape(-1).astype(logits.dtype), (logits.size // bias.size, bias.size))
+        logits = logits + windows.reshape(logits.shape)
     return attend(logits, v, dropout)
 
 
@@ -261,6 +262,46 @@ def _depthwise_backward(stride: int, pads: Pads, residuals: tuple[Array, Array],
 
 
 depthwise_shifts.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
+    """Largest value of every window of `[B, H, W, C]`; the first of several such gets the gradient, as in PyTorch.
+
+    The backward pass is its own: XLA's CPU backend carries the index of every pixel along.
+    """
+    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1), around)
+
+
+def _max_pool_forward(x: Array, size: int, stride: int, padding: int) -> tuple[Array, tuple[Array, Array]]:
+    y = max_pool(x, size, stride, padding)
+    return y, (x, y)
+
+
+def _max_pool_backward(
+    size: int, stride: int, padding: int, residuals: tuple[Array, Array], grad: Array
+) -> tuple[Array]:
+    x, y = residuals
+    around = [(0, 0), (padding, padding), (padding, padding), (0, 0)]
+    padded = jnp.pad(x, around, constant_values=-jnp.inf)
+    zero, found = jnp.zeros((), grad.dtype), jnp.zeros(y.shape, bool)
+    parts = []
+    for i in range(size):
+        for j in range(size):
+            largest = (_shifted(padded, i, j, stride, y.shape[1:3]) == y) & ~found
+            found |= largest
+            rest = (
+                n - tap - stride * (m - 1) - 1
+                for n, m, tap in zip(padded.shape[1:3], y.shape[1:3], (i, j), strict=True)
+            )
+            spots = [(0, 0, 0), *((tap, r, stride - 1) for tap, r in zip((i, j), rest, strict=True)), (0, 0, 0)]
+            parts.append(lax.pad(jnp.where(largest, grad, zero), zero, spots))
+    inside = [slice(before, n - after) for n, (before, after) in zip(padded.shape, around, strict=True)]
+    return (functools.reduce(jnp.add, parts)[tuple(inside)],)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _lax_convolution(x: Array, kernel: Array, stride: int, pads: Pads, groups: int = 1) -> Array:

@@ -71,6 +71,17 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def tiny_models() -> Iterator[None]:
+    """`create_model` makes the small network of tests/tiny.py for every room that calls it."""
+    from tests.tiny import compile_quickly, create_tiny, rooms  # imports JAX's users, after JAX is configured
+
+    with compile_quickly(), pytest.MonkeyPatch.context() as patch:
+        for room in rooms():
+            patch.setattr(room, "create_model", create_tiny)
+        yield
+
+
 @pytest.fixture
 def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """XLA's own convolutions, which trace and compile faster; tests/test_layers.py shows that the others equal them."""

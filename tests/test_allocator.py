@@ -9,7 +9,7 @@ import pytest
 from maxmap import allocator
 
 PROGRAM = """
-import resource, sys
+import resource, sys, time
 import jax, jax.numpy as jnp
 from maxmap import allocator
 
@@ -23,15 +23,16 @@ if sys.argv[1] == "full":
 def product(x):
     return jnp.sin(jnp.outer(x, x)) @ x  # the left side fills 64 MB, 16,384 pages
 
-def faults(size):
+def faults(size, wait=0):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     product(jnp.ones(size)).block_until_ready()
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    time.sleep(wait)
     allocator.relieve()
     return faults
 
 print(sum([faults(4096) for _ in range(25)][20:]))
-faults(12288)  # the process grows by 576 MB
+faults(12288, wait=2)  # the process grows by 576 MB, which XLA frees soon after
 print(faults(4096))
 """
 

@@ -11,17 +11,11 @@ from maxmap import checkpoint
 from maxmap.__main__ import main
 from maxmap.errors import UserError
 from maxmap.labels import as_csv, count, read_real, real_labels, rows_of
-from tests.tiny import compile_quickly, create_tiny, rooms, write_image
+from tests.tiny import create_tiny, write_image
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 WORDNET = [f"n{number:08}" for number in range(1000)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_models():
-    with compile_quickly(), pytest.MonkeyPatch.context() as patch:
-        for room in rooms():
-            patch.setattr(room, "create_model", create_tiny)
-        yield
 
 
 # Three images that count, two branches: the label's ranks among the averaged logits are 1, 3 and 6.

@@ -1,5 +1,6 @@
 """The shared layers against lax, torch and their own definitions."""
 
+import functools
 import math
 
 import jax
@@ -242,6 +243,26 @@ def test_layer_norm_does_not_cancel(x64):
     assert_close(norm.apply(single, jnp.asarray(x, jnp.float32)), exact, 1e-4)
 
 
+@pytest.mark.parametrize("size, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+def test_max_pool_equals_torch(size, stride, padding, x64):
+    """Whole numbers, so that windows have several largest values, of which the first gets the gradient."""
+    from torch.nn.functional import max_pool2d
+
+    x = np.round(numbers(0, 2, 9, 8, 3))
+    images = nchw(x).requires_grad_()
+    wanted = max_pool2d(images, size, stride, padding)
+    direction = numbers(1, *nhwc(wanted).shape)
+    wanted.backward(nchw(direction))
+
+    def run(x):
+        y, vjp = jax.vjp(lambda x: operations.max_pool(x, size, stride, padding), x)
+        return y, vjp(direction)
+
+    ours, (gradient,) = quick(run, x)
+    assert_close(ours, nhwc(wanted))
+    assert_close(gradient, nhwc(images.grad))
+
+
 @pytest.mark.parametrize("implementation", operations.IMPLEMENTATIONS)
 def test_layer_norm_equals_torch(implementation, x64, monkeypatch):
     from torch.nn.functional import layer_norm
@@ -279,14 +300,16 @@ def test_sums_over_positions_are_of_float32(implementation, monkeypatch):
     assert_close(gradient(jnp.ones(2, jnp.bfloat16)).astype(jnp.float32), [10_000.0, 10_000.0], 2**-8)
 
 
-def test_gelu_equals_torch(x64):
-    from torch.nn.functional import gelu
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+def test_activations_equal_torch(name, x64):
+    from torch.nn.functional import gelu, silu
 
+    theirs = {"silu": silu, "gelu": gelu, "gelu_tanh": functools.partial(gelu, approximate="tanh")}
     x, direction = 3 * numbers(0, 100), numbers(1, 100)
     leaf = tensor(x).requires_grad_()
-    wanted = gelu(leaf)
+    wanted = theirs[name](leaf)
     wanted.backward(tensor(direction))
-    ours, vjp = jax.vjp(layers.gelu, jnp.asarray(x))
+    ours, vjp = jax.vjp(layers.ACTIVATIONS[name], jnp.asarray(x))
     assert_close(ours, wanted.detach())
     assert_close(vjp(jnp.asarray(direction))[0], leaf.grad)
 

@@ -12,7 +12,9 @@ from PIL import Image
 from maxmap import checkpoint
 from maxmap.errors import UserError
 from maxmap.predict import load, predict
-from tests.tiny import CLASSES, assert_equal, compile_quickly, copied, create_tiny, rooms, write_image
+from tests.tiny import CLASSES, assert_equal, copied, create_tiny, write_image
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 PREPROCESSING = {
     "image_size": 8,
@@ -22,14 +24,6 @@ PREPROCESSING = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.25, 0.25, 0.25],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_models():
-    with compile_quickly(), pytest.MonkeyPatch.context() as patch:
-        for room in rooms():
-            patch.setattr(room, "create_model", create_tiny)
-        yield
 
 
 @pytest.fixture(scope="module")

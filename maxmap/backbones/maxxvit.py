@@ -35,7 +35,7 @@ from maxmap.layers import (
     trunc_normal_02,
     xavier_uniform,
 )
-from maxmap.operations import attention, spread
+from maxmap.operations import attention, max_pool, spread
 
 Array = jax.Array
 
@@ -62,7 +62,7 @@ def pool(x: Array, kind: str) -> Array:
     if kind == "avg3":
         return nn.avg_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
     if kind == "max":
-        return nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+        return max_pool(x, 3, 2, 1)
     raise ValueError(f"there is no pooling '{kind}', only 'avg2', 'avg3' and 'max'")
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from maxmap.layers import ACTIVATIONS, BatchNorm, Conv, DropPath, Initializer, drop_path_rates, he_fan_out
+from maxmap.operations import max_pool
 
 Array = jax.Array
 
@@ -114,7 +115,7 @@ class ResNet(nn.Module):
         else:
             x = nn.relu(_conv_norm(x, ("conv1", "bn1"), 64, 7, 2, train=train))
         features = [x]
-        x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+        x = max_pool(x, 3, 2, 1)
         rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=not self.squeeze))
         for stage, (channels, depth) in enumerate(zip(self.embed_dim, self.depths, strict=True)):
             for i in range(depth):

@@ -244,8 +244,6 @@ class Loop:
         on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
         self._state, metrics = self._parts.train_step(self._state, on_devices, self._key)
         self._report.advanced()
-        if self._step == self._first:
-            jax.block_until_ready(self._state)  # what the process holds then is what a step takes
         allocator.relieve()
         self._settle()
         self._step, self._last = self._step + 1, (batch, metrics)

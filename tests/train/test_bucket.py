@@ -20,18 +20,12 @@ from maxmap.train import loop
 from maxmap.train.report import Report
 from maxmap.train.resume import only_run
 from maxmap.train.watch import Watchdog
-from tests.tiny import ROOT, assert_equal, compile_quickly, config, create_tiny, rooms, write_folder
+from tests.tiny import ROOT, assert_equal, config, write_folder
 from tests.tiny_run import outcome, start
 
+pytestmark = pytest.mark.usefixtures("tiny_models")
+
 TIMEOUT = 240  # seconds, for a process that takes ten on an idle machine
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_models():
-    with compile_quickly(), pytest.MonkeyPatch.context() as patch:
-        for room in rooms():
-            patch.setattr(room, "create_model", create_tiny)
-        yield
 
 
 @pytest.fixture(scope="module")

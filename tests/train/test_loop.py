@@ -21,7 +21,6 @@ from maxmap.train import loop
 from maxmap.train.schedule import make_schedule
 from tests.tiny import (
     assert_equal,
-    compile_quickly,
     config,
     copied,
     create_tiny,
@@ -32,14 +31,7 @@ from tests.tiny import (
     write_image,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_models():
-    """`create_model` makes the small network for every room that calls it."""
-    with compile_quickly(), pytest.MonkeyPatch.context() as patch:
-        for room in rooms():
-            patch.setattr(room, "create_model", create_tiny)
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 
 @pytest.fixture(scope="module")

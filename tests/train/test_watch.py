@@ -11,15 +11,9 @@ from maxmap.errors import UserError
 from maxmap.train import loop
 from maxmap.train.report import Report
 from maxmap.train.watch import CALM, Watch, Watchdog
-from tests.tiny import assert_equal, compile_quickly, config, copied, create_tiny, rooms, write_folder
+from tests.tiny import assert_equal, config, copied, write_folder
 
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_models():
-    with compile_quickly(), pytest.MonkeyPatch.context() as patch:
-        for room in rooms():
-            patch.setattr(room, "create_model", create_tiny)
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 
 @pytest.fixture(scope="module")
