@@ -11,10 +11,11 @@ rate of a large copy, both measured first.
 
 Images have the model's own size. On a CPU it computes in float32, elsewhere in bfloat16. The training step is forward,
 backward and AdamW. The plain models beside `map_*` and `ga_*`, which timm lacks, are those of their backbones. Batch 1
-is for the latency of the forward pass; "best" doubles the batch until that gains nothing more or memory ends, with
+is for the latency of the forward pass; contenders that do not fit in memory together are measured one after another,
+which the note says; "best" doubles the batch until that gains nothing more or memory ends, with
 every contender alone on the machine. "first s" is from the start of a process to its first result, with nothing
-compiled before; of the first model's training step the time of a second process is beside it, which finds the programs
-of the first one, as the commands do (`maxmap.compiled`).
+compiled before; on a CPU the contenders start side by side. The first model's training step starts alone, and the time
+of a second process is beside it, which finds the programs of the first one, as the commands do (`maxmap.compiled`).
 
 flaim (`pip install --no-deps flaim`) has some of the models; it was written for an older JAX and is given the one name
 that it misses. By default it is left out on a CPU, and so is timm with torch.compile: for the forward pass of MaxViT-T
@@ -34,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,14 @@ class Contender:
 
 
 def compare(
-    job: dict[str, Any], contenders: list[str], rounds: int, seconds: float, out: Path, *, again: bool = False
+    job: dict[str, Any],
+    contenders: list[str],
+    rounds: int,
+    seconds: float,
+    out: Path,
+    *,
+    again: bool = False,
+    together: bool = False,
 ) -> list[dict[str, Any]]:
     """Measures one task of one model; returns a row for every contender, with a note for one that fails.
 
@@ -132,6 +141,7 @@ def compare(
       seconds: of a turn, about.
       out: folder for their errors.
       again: also time a second process of maxmap's, which finds the programs of the first.
+      together: start all contenders at once, unless `again`: on a CPU, where none of them chooses by measuring.
     """
     running: dict[str, Contender] = {}
     rows = {name: {**job, "contender": name} for name in contenders}
@@ -140,7 +150,7 @@ def compare(
     rounds_of: dict[str, list[float]] = {name: [] for name in contenders}
 
     def start(name: str) -> Contender:
-        return Contender({**job, "contender": name}, out / "contender.log", caches[name].name)
+        return Contender({**job, "contender": name}, out / f"{name}.log", caches[name].name)
 
     @contextlib.contextmanager
     def noted(name: str) -> Iterator[None]:
@@ -150,9 +160,11 @@ def compare(
             rows[name]["note"] = f"does not run: {error}"
             running.pop(name, None)
 
+    with ThreadPoolExecutor(len(contenders) if together and not again else 1) as pool:
+        started = {name: pool.submit(start, name) for name in contenders}
     for name in contenders:
         with noted(name):
-            running[name] = start(name)
+            running[name] = started[name].result()
             times[name] = max(1, round(seconds / max(running[name].seconds(1), 1e-4)))
     for _ in range(rounds):
         for name, each in list(running.items()):
@@ -331,13 +343,17 @@ def main() -> int:
             continue
         job = {"model": model, "task": task, "dtype": dtype}
         how = (arguments.rounds, arguments.seconds, arguments.out)
+        alone = arguments.alone
         if batch == "best":
-            new = find_best(job, contenders, *how)
-        elif arguments.alone:
-            new = [row for name in contenders for row in compare({**job, "batch": int(batch)}, [name], *how)]
-        else:
+            new, alone = find_best(job, contenders, *how), False
+        elif not alone:
             again = task == "train" and model == arguments.models[0]
-            new = compare({**job, "batch": int(batch)}, contenders, *how, again=again)
+            new = compare({**job, "batch": int(batch)}, contenders, *how, again=again, together=kind == "cpu")
+            alone = any("killed" in row.get("note", "") for row in new)  # what fits alone may not fit beside another
+        if alone:
+            new = [row for name in contenders for row in compare({**job, "batch": int(batch)}, [name], *how)]
+            for row in new:
+                row.setdefault("note", "alone, without turns")
         for row in new:
             row["search"] = batch if batch == "best" else ""
         relate(new, limits)
