@@ -19,6 +19,7 @@ _MMAP_MAX, _TRIM_THRESHOLD = 65536, 128 * 1024
 SETTLE = 10  # steps after which the process has the size that its steps need
 GROWTH = 1.5  # of the process beyond that size, at which the gaps are given back
 SHARE = 0.5  # of the machine's memory, above which nothing is kept any more
+FIRST_SHARE = 0.3  # the same after the first steps: a process that keeps may still double
 
 _keeping = False
 _steps, _usual = 0, 0  # since the last trim: calls, and the largest size in bytes while it settled
@@ -47,13 +48,13 @@ def relieve() -> None:
     """Gives back what is free, where keeping it has let the process grow; call it after every step.
 
     A block may miss the gap that its predecessor left by some bytes, so that a process which returns nothing grows by
-    its largest block again and again. Where it has come to hold half of the machine's memory, it stops keeping.
+    its largest block again and again. Where it comes to hold half of the machine's memory, it stops keeping.
     """
     global _keeping, _steps, _usual
     if not _keeping:
         return
     size, _steps = _resident(), _steps + 1
-    full = size > SHARE * memory()
+    full = size > (FIRST_SHARE if _steps <= 2 else SHARE) * memory()
     if _steps <= SETTLE:
         _usual = max(size, _usual)
     if size <= GROWTH * _usual and not full:

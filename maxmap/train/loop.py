@@ -244,8 +244,8 @@ class Loop:
         on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
         self._state, metrics = self._parts.train_step(self._state, on_devices, self._key)
         self._report.advanced()
-        allocator.relieve()
         self._settle()
+        allocator.relieve()
         self._step, self._last = self._step + 1, (batch, metrics)
         if self._watch.skips:
             self._settle()  # at once, while the state is what that step saw
