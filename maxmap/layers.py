@@ -452,13 +452,13 @@ def _resample(x: Array, size: Sequence[int], weights: Callable[[int, int], np.nd
         n_in = x.shape[axis]
         matrix = weights(n_in, n_out)
         stride = n_in // n_out
-        if stride > 1 and all(np.array_equal(row, np.roll(matrix[0], i * stride)) for i, row in enumerate(matrix)):
+        taps = {int(tap): matrix[0, tap].astype(x.dtype) for tap in np.flatnonzero(matrix[0])}
+        same = all(np.array_equal(row, np.roll(matrix[0], i * stride)) for i, row in enumerate(matrix))
+        if stride > 1 and same and len(taps) <= 4:
             # The same few pixels of every stretch of the map: strided views, instead of products that are mostly zero.
-            taps = (
-                lax.slice_in_dim(x, tap, tap + stride * (n_out - 1) + 1, stride, axis) * matrix[0, tap].astype(x.dtype)
-                for tap in np.flatnonzero(matrix[0])
-            )
-            x = functools.reduce(jnp.add, taps)
+            last = stride * (n_out - 1) + 1
+            views = (lax.slice_in_dim(x, tap, tap + last, stride, axis) * weight for tap, weight in taps.items())
+            x = functools.reduce(jnp.add, views)
         else:
             x = jnp.einsum("oh,bhwc->bowc" if axis == 1 else "pw,bowc->bopc", jnp.asarray(matrix, x.dtype), x)
     return x

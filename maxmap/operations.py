@@ -72,8 +72,8 @@ def attention(
             return kernels.window_attention(*windows, bias).reshape(q.shape)
     logits = jnp.einsum("...qd,...kd->...qk", q, k)
     if bias is not None:
-        windows = spread(bias.reshape(-1).astype(logits.dtype), (logits.size // bias.size, bias.size))
-        logits = logits + windows.reshape(logits.shape)
+        everywhere = spread(bias.reshape(-1).astype(logits.dtype), (logits.size // bias.size, bias.size))
+        logits = logits + everywhere.reshape(logits.shape)
     return attend(logits, v, dropout)
 
 
@@ -283,17 +283,17 @@ def _max_pool_backward(
     size: int, stride: int, padding: int, residuals: tuple[Array, Array], grad: Array
 ) -> tuple[Array]:
     x, y = residuals
+    windows = (y.shape[1], y.shape[2])
     around = [(0, 0), (padding, padding), (padding, padding), (0, 0)]
     padded = jnp.pad(x, around, constant_values=-jnp.inf)
     zero, found = jnp.zeros((), grad.dtype), jnp.zeros(y.shape, bool)
     parts = []
     for i in range(size):
         for j in range(size):
-            largest = (_shifted(padded, i, j, stride, y.shape[1:3]) == y) & ~found
+            largest = (_shifted(padded, i, j, stride, windows) == y) & ~found
             found |= largest
             rest = (
-                n - tap - stride * (m - 1) - 1
-                for n, m, tap in zip(padded.shape[1:3], y.shape[1:3], (i, j), strict=True)
+                n - tap - stride * (m - 1) - 1 for n, m, tap in zip(padded.shape[1:3], windows, (i, j), strict=True)
             )
             spots = [(0, 0, 0), *((tap, r, stride - 1) for tap, r in zip((i, j), rest, strict=True)), (0, 0, 0)]
             parts.append(lax.pad(jnp.where(largest, grad, zero), zero, spots))
