@@ -65,7 +65,7 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
         return average(built.apply(variables, images))
 
     shapes = jax.eval_shape(built.init, key, one)
-    macs = multiply_adds(jax.make_jaxpr(forward)(shapes, one).jaxpr)
+    macs = multiply_adds(forward, shapes, one)
     if attention:
         for kinds in IMPLEMENTATIONS.values():
             kinds["attention"] = attention

@@ -4,8 +4,10 @@ Where a platform has a faster way than XLA's own, `IMPLEMENTATIONS` names it; ev
 tests/test_layers.py shows in float64. Nothing here has parameters: `maxmap.layers` has the modules.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +19,28 @@ Array = jax.Array
 Padding = int | str
 Pads = tuple[tuple[int, int], ...]
 
+PLAIN = {"pointwise": "lax", "depthwise": "lax", "dense": "lax", "sum": "lax", "attention": "plain"}
+
 # How convolutions of each kind and attention are computed, by platform; platforms that are not listed use "default".
 # XLA's CPU backend runs a 1x1 convolution about 6 times slower than the same matrix product, a depthwise one about 17
 # times slower than a sum of shifted products, and the kernel's gradient of any other up to 3 times slower than products
 # of patches.
 IMPLEMENTATIONS = {
     "cpu": {"pointwise": "matmul", "depthwise": "shifts", "dense": "patches", "sum": "matmul", "attention": "plain"},
-    "default": {"pointwise": "lax", "depthwise": "lax", "dense": "lax", "sum": "lax", "attention": "plain"},
+    "default": dict(PLAIN),
 }
+
+_plainly = ContextVar("plainly", default=False)
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """What is traced inside is computed as in `PLAIN` on every platform: the form in which operations are counted."""
+    token = _plainly.set(True)
+    try:
+        yield
+    finally:
+        _plainly.reset(token)
 
 
 def implementation(kind: str) -> str:
@@ -34,6 +50,8 @@ def implementation(kind: str) -> str:
     way, set `IMPLEMENTATIONS["cpu" or "default"][kind]` before the model is traced: "lax" or what the CPU has, and for
     attention "plain" or "pallas" (one GPU; see maxmap/kernels.py).
     """
+    if _plainly.get():
+        return PLAIN[kind]
     return IMPLEMENTATIONS.get(jax.default_backend(), IMPLEMENTATIONS["default"])[kind]
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from maxmap import kernels, operations
 from maxmap.backbones.maxxvit import Attention
-from maxmap.evaluate import multiply_adds
 from maxmap.layers import Linear, SelfAttention, StripeAttention
 from maxmap.operations import attention
 
@@ -93,7 +92,6 @@ def test_layers_take_the_kernel_where_it_is_chosen(name, x64, pallas, monkeypatc
     monkeypatch.setitem(operations.IMPLEMENTATIONS["cpu"], "attention", "plain")
     wanted = jax.jit(lambda *inputs: layer.apply(variables, *inputs, **options)).trace(*inputs)
     assert "pallas_call" in str(ours.jaxpr) and "pallas_call" not in str(wanted.jaxpr)
-    assert multiply_adds(ours.jaxpr) == multiply_adds(wanted.jaxpr)
     results = (traced.lower().compile()(*inputs) for traced in (ours, wanted))
     np.testing.assert_allclose(*results, atol=1e-10)
 

@@ -94,7 +94,7 @@ def plan(config: Mapping[str, Any], devices: int, hardware: str, utilisation: fl
         return jax.vjp(lambda params: forward(params, others, images), params)[1]
 
     kept = jax.eval_shape(backward, params, state.model_state, images)
-    flops = 2 * accumulate * multiply_adds(jax.make_jaxpr(forward)(params, state.model_state, images))
+    flops = 2 * accumulate * multiply_adds(forward, params, state.model_state, images)
     flops *= 4 if kwargs.get("remat") else 3  # backward: twice the forward pass, and blocks once more
 
     split = [leaf for leaf in jax.tree.leaves(params) if not by_shape(leaf.shape, mesh).is_fully_replicated]
