@@ -31,7 +31,7 @@ def faults(size, wait=0):
     allocator.relieve()
     return faults
 
-print(sum([faults(4096) for _ in range(25)][20:]))
+print(sum([faults(4096) for _ in range(40)][20:]))
 faults(12288, wait=2)  # the process grows by 576 MB, which XLA frees soon after
 print(faults(4096))
 """
@@ -44,7 +44,8 @@ def test_steps_take_no_pages_from_the_kernel_until_the_process_has_grown(memory:
     command = [sys.executable, "-c", PROGRAM, memory]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     faults, relieved = map(int, output.split())
-    assert faults < 16384 if memory == "keep" else faults >= 5 * 16384
+    # On a busy machine XLA may free a step's memory after the next one has begun, which then takes its own, once.
+    assert faults < 5 * 16384 if memory == "keep" else faults >= 20 * 16384
     assert relieved >= 16384  # given back, or never kept: the pages are taken anew
 
 

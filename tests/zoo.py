@@ -17,9 +17,9 @@ from tests.reference import fill
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def quick(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function under jit, compiled with little optimisation."""
-    return jax.jit(function, compiler_options=QUICK)(*args)
+def quick(function: Callable[..., Any], *args: Any, level: int = 0) -> Any:
+    """Calls a function under jit, compiled with little optimisation; `level` 1 where it computes for long."""
+    return jax.jit(function, compiler_options=QUICK | {"xla_backend_optimization_level": level})(*args)
 
 
 def named(family: str, head: str = "linear|map") -> set[str]:
