@@ -55,6 +55,17 @@ def implementation(kind: str) -> str:
     return IMPLEMENTATIONS.get(jax.default_backend(), IMPLEMENTATIONS["default"])[kind]
 
 
+def computed_once(function: Callable[..., Array], *operands: Array) -> Array:
+    """Returns `function(*operands)`, which XLA's CPU compiler will neither merge with what reads it nor repeat there.
+
+    It merges a sum of shifted products into every operation that reads the sum, each of which then computes it anew.
+    Nothing is merged across the border of a branch, and the barrier hides that this one is always taken for as long as
+    conditionals are simplified.
+    """
+    like = jax.eval_shape(function, *operands)
+    return lax.cond(lax.optimization_barrier(True), function, lambda *_: jnp.zeros(like.shape, like.dtype), *operands)
+
+
 def wide(x: Array) -> Array:
     """Casts to float32, or leaves float64: the island in which statistics, softmax and Gram products are computed."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -230,7 +241,8 @@ def depthwise_shifts(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     Returns:
       `[B, H', W', C]`.
     """
-    return _shift_sum(jnp.pad(x, [(0, 0), *pads, (0, 0)]), kernel, stride)
+    padded = jnp.pad(x, [(0, 0), *pads, (0, 0)])  # not within: it may be merged with what computes x
+    return computed_once(functools.partial(_shift_sum, stride=stride), padded, kernel)
 
 
 def _rows_at_a_time(height: int) -> int:
@@ -252,7 +264,7 @@ def _depthwise_backward(stride: int, pads: Pads, residuals: tuple[Array, Array],
         rest = x.shape[1 + axis] + before + after - (stride * (n - 1) + k)
         around.append((k - 1 - before, k - 1 + rest - after, stride - 1))
     spread_grad = lax.pad(grad, jnp.zeros((), grad.dtype), [*around, (0, 0, 0)])
-    grad_x = _shift_sum(spread_grad, kernel[::-1, ::-1], 1)
+    grad_x = computed_once(functools.partial(_shift_sum, stride=1), spread_grad, kernel[::-1, ::-1])
 
     # Some rows at a time, and a sum of products for every column: XLA's CPU reduction over (batch, height, width) at
     # once is ten times slower, and so is an operation for each tap of each row. The batch stays whole, since it may lie
