@@ -45,7 +45,7 @@ def test_steps_take_no_pages_from_the_kernel_until_the_process_has_grown(memory:
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     faults, relieved = map(int, output.split())
     # On a busy machine XLA may free a step's memory after the next one has begun, which then takes its own, once.
-    assert faults < 5 * 16384 if memory == "keep" else faults >= 20 * 16384
+    assert faults < 4 * 16384 if memory == "keep" else faults >= 20 * 16384
     assert relieved >= 16384  # given back, or never kept: the pages are taken anew
 
 
