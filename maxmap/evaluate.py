@@ -202,9 +202,14 @@ def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
     This is what papers call FLOPs and timm GMACs. Activations, norms, additions and pooling do not count, and neither
     does how this platform computes a convolution.
     """
+    return _multiply_adds(_trace(function, *arguments)[0])
+
+
+def _trace(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
+    """Returns the program of a function in its plain form, and the shapes of its results."""
     with plainly():
         # Another function each time: JAX would return what it traced before, perhaps with other implementations.
-        return _multiply_adds(jax.make_jaxpr(lambda *arguments: function(*arguments))(*arguments))
+        return jax.make_jaxpr(lambda *arguments: function(*arguments), return_shape=True)(*arguments)
 
 
 def _multiply_adds(jaxpr: Any) -> int:
@@ -229,8 +234,8 @@ def cost(model: Classifier) -> tuple[int, int]:
     size = model.backbone.image_size
     height, width = (size, size) if isinstance(size, int) else size
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    return count_parameters(variables["params"]), multiply_adds(model.apply, variables, images)
+    run, (_, variables) = _trace(model.init_with_output, jax.random.key(0), images)
+    return count_parameters(variables["params"]), _multiply_adds(run)
 
 
 def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> dict[str, Any]:

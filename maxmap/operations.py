@@ -19,6 +19,7 @@ Array = jax.Array
 Padding = int | str
 Pads = tuple[tuple[int, int], ...]
 
+# XLA's own way for everything.
 PLAIN = {"pointwise": "lax", "depthwise": "lax", "dense": "lax", "sum": "lax", "attention": "plain"}
 
 # How convolutions of each kind and attention are computed, by platform; platforms that are not listed use "default".

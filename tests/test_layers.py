@@ -12,22 +12,13 @@ from jax import lax
 from maxmap import layers, operations
 from maxmap.layers import BatchNorm, Conv, DropPath, LayerNorm, Linear
 from maxmap.operations import attend, convolve, convolve_by_patches, depthwise_shifts
-
-
-def numbers(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
+from tests.zoo import numbers, quick
 
 
 def assert_close(ours, wanted, tolerance=1e-12):
     ours, wanted = np.asarray(ours), np.asarray(wanted)
     assert ours.shape == wanted.shape
     assert np.abs(ours - wanted).max() <= tolerance * np.abs(wanted).max()
-
-
-def quick(function, *args):
-    """Calls a function under jit, compiled with little optimisation."""
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(function, compiler_options=options)(*args)
 
 
 def tensor(x):

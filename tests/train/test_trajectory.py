@@ -20,6 +20,7 @@ from maxmap.train.losses import total_loss
 from maxmap.train.optim import decay_mask, make_optimizer
 from maxmap.train.step import _average
 from tests.reference import fill_state_dict, read_manifest
+from tests.zoo import QUICK
 
 # What another order of the same sums changes, step by step, by the reference's own measurement: the losses, then the
 # parameters. A hundred times as much is still the same computation; ReLU and the first steps, which are nearly signs,
@@ -45,7 +46,6 @@ OPTIMIZERS = {
     "b_adamw": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05},
     "c_lamb_clip_ema": LAMB | {"clip_norm": 1.0},
 }
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module")
