@@ -220,6 +220,7 @@ def _shifted(x: Array, i: int, j: int, stride: int, size: tuple[int, int]) -> Ar
     return x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
 
 
+@functools.partial(jax.jit, static_argnames="stride")  # traced once for all layers of a shape; so are those below
 def _shift_sum(x: Array, kernel: Array, stride: int) -> Array:
     """Valid depthwise convolution of `x` [B, H, W, C] with `kernel` [kh, kw, C] as a sum of shifted products."""
     kh, kw, _ = kernel.shape
@@ -255,6 +256,7 @@ def _depthwise_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tupl
     return depthwise_shifts(x, kernel, stride, pads), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _depthwise_backward(stride: int, pads: Pads, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     kh, kw, channels = kernel.shape
@@ -369,6 +371,7 @@ def _patches_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[
     return _lax_convolution(x, kernel, stride, pads), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _patches_backward(stride: int, pads: Pads, residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     (grad_x,) = jax.linear_transpose(lambda x: _lax_convolution(x, kernel, stride, pads), x)(grad)

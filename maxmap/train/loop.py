@@ -164,6 +164,8 @@ class Loop:
         self._last: tuple[Mapping[str, Any], Mapping[str, Array]] | None = None  # batch and metrics, not yet looked at
         self._result: dict[str, Any] = {}
         self._undecoded = 0
+        # On a CPU a step takes memory of its own as it is sent, and what is done meanwhile needs the same cores.
+        self._ahead = jax.default_backend() != "cpu"
 
     def train(self) -> dict[str, Any]:
         """Takes all steps that are left; returns the last evaluation."""
@@ -232,7 +234,7 @@ class Loop:
         self._report.left_out(time.perf_counter() - began)
 
     def _advance(self, batches: Iterator[dict[str, Any]]) -> None:
-        """Sends a step on its way, then looks at the one before, so that the device does not wait for that."""
+        """Sends a step on its way; an accelerator computes it while the numbers of the one before are looked at."""
         began = time.perf_counter()
         self._dog.enter(f"step {self._step + 1} waits for its data")
         batch = next(batches)
@@ -245,10 +247,10 @@ class Loop:
         self._state, metrics = self._parts.train_step(self._state, on_devices, self._key)
         self._report.advanced()
         self._settle()
-        allocator.relieve()
         self._step, self._last = self._step + 1, (batch, metrics)
-        if self._watch.skips:
-            self._settle()  # at once, while the state is what that step saw
+        if self._watch.skips or not self._ahead:
+            self._settle()  # at once; after a skip, because the state still is what that step saw
+        allocator.relieve()
 
     def _settle(self) -> None:
         """Looks at the numbers of the newest step that was not looked at yet, if there is one."""
