@@ -19,10 +19,11 @@ _MMAP_MAX, _TRIM_THRESHOLD = 65536, 128 * 1024
 SETTLE = 10  # steps after which the process has the size that its steps need
 GROWTH = 1.5  # of the process beyond that size, at which the gaps are given back
 SHARE = 0.5  # of the machine's memory, above which nothing is kept any more
-FIRST_SHARE = 0.3  # the same after the first steps: a process that keeps may still double
+FIRST_SHARE = 0.3  # the same in the steps after a trim: a process that keeps may still double
 
 _keeping = False
-_steps, _usual = 0, 0  # since the last trim: calls, and the largest size in bytes while it settled
+_steps: int | None = None  # since the last trim, None before the first
+_usual = 0  # the largest size in bytes while they settled
 
 
 def keep_freed_memory() -> bool:
@@ -48,24 +49,32 @@ def relieve() -> None:
     """Gives back what is free, where keeping it has let the process grow; call it after every step.
 
     A block may miss the gap that its predecessor left by some bytes, so that a process which returns nothing grows by
-    its largest block again and again. Where it comes to hold half of the machine's memory, it stops keeping.
+    its largest block again and again. Where it comes to hold half of the machine's memory, it stops keeping. What the
+    first step leaves is not judged but given back: most of it is what the compiler used.
     """
     global _keeping, _steps, _usual
     if not _keeping:
+        return
+    if _steps is None:
+        _trim()
         return
     size, _steps = _resident(), _steps + 1
     full = size > (FIRST_SHARE if _steps <= 2 else SHARE) * memory()
     if _steps <= SETTLE:
         _usual = max(size, _usual)
-    if size <= GROWTH * _usual and not full:
-        return
-    time.sleep(0.2)  # XLA frees the buffers of a program just after its results are ready, on a thread of its own
-    libc = ctypes.CDLL(None)
     if full:
+        libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, _MMAP_MAX)
         libc.mallopt(M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
         _keeping = False
-    libc.malloc_trim(0)
+    if full or size > GROWTH * _usual:
+        _trim()
+
+
+def _trim() -> None:
+    global _steps, _usual
+    time.sleep(0.2)  # XLA frees the buffers of a program just after its results are ready, on a thread of its own
+    ctypes.CDLL(None).malloc_trim(0)
     _steps, _usual = 0, 0
 
 
