@@ -18,9 +18,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 _MMAP_MAX, _TRIM_THRESHOLD = 65536, 128 * 1024
 SETTLE = 10  # steps after which the process has the size that its steps need
 GROWTH = 1.5  # of the process beyond that size, at which the gaps are given back
-SHARE = 0.5  # of the machine's memory, above which nothing is kept any more
-FIRST_SHARE = 0.3  # the same in the steps after a trim: a process that keeps may still double
 
+_GROUP = Path("/sys/fs/cgroup")
 _keeping = False
 _steps: int | None = None  # since the last trim, None before the first
 _usual = 0  # the largest size in bytes while they settled
@@ -49,8 +48,9 @@ def relieve() -> None:
     """Gives back what is free, where keeping it has let the process grow; call it after every step.
 
     A block may miss the gap that its predecessor left by some bytes, so that a process which returns nothing grows by
-    its largest block again and again. Where it comes to hold half of the machine's memory, it stops keeping. What the
-    first step leaves is not judged but given back: most of it is what the compiler used.
+    its largest block again and again. So there always has to be room for the process a second time: where there is not,
+    it gives back, and if its steps alone take that much, it stops keeping. What the first step leaves is not judged
+    but given back, because most of it is what the compiler used.
     """
     global _keeping, _steps, _usual
     if not _keeping:
@@ -59,15 +59,15 @@ def relieve() -> None:
         _trim()
         return
     size, _steps = _resident(), _steps + 1
-    full = size > (FIRST_SHARE if _steps <= 2 else SHARE) * memory()
     if _steps <= SETTLE:
         _usual = max(size, _usual)
-    if full:
+    short = available() < _usual
+    if short and _steps == 1:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, _MMAP_MAX)
         libc.mallopt(M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
         _keeping = False
-    if full or size > GROWTH * _usual:
+    if short or size > GROWTH * _usual:
         _trim()
 
 
@@ -78,13 +78,19 @@ def _trim() -> None:
     _steps, _usual = 0, 0
 
 
-def memory() -> int:
-    """Returns the bytes of memory that this process may use: the machine's, or its control group's if that is less."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def available() -> int:
+    """Returns the bytes of memory that could still be taken: the machine's, or its control group's if that is less."""
+    free = _numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024
     try:
-        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # there is no such group, or it says "max"
-        return machine
+        taken = int((_GROUP / "memory.current").read_text()) - _numbers(_GROUP / "memory.stat")["inactive_file"]
+        return min(free, int((_GROUP / "memory.max").read_text()) - taken)
+    except (OSError, ValueError):  # there is no such group, or its limit is "max"
+        return free
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Reads lines of a name and a number."""
+    return {name: int(number) for name, number, *_ in map(str.split, path.read_text().splitlines())}
 
 
 def _resident() -> int:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +17,10 @@ from maxmap import allocator
 if sys.argv[1] != "return":
     assert allocator.keep_freed_memory()
 if sys.argv[1] == "full":
-    allocator.memory = lambda: 1
+    allocator.available = lambda: 1
 if sys.argv[1] == "compiled":
-    allocator.memory = lambda: 4 << 30
-    np.ones(1 << 28)  # 2 GB, more than what may be kept, and free before the first step
+    allocator.available = lambda: 1 << 30
+    np.ones(1 << 28)  # 2 GB, for which there is no room a second time, and free before the first step
 
 @jax.jit
 def product(x):
@@ -49,6 +50,17 @@ def test_steps_take_no_pages_from_the_kernel_until_the_process_has_grown(memory:
     # On a busy machine XLA may free a step's memory after the next one has begun, which then takes its own, once.
     assert faults < 4 * 16384 if memory in ("keep", "compiled") else faults >= 20 * 16384
     assert relieved >= 16384  # given back, or never kept: the pages are taken anew
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's control groups")
+def test_a_control_group_leaves_what_it_has_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(allocator, "_GROUP", tmp_path)
+    machine = allocator.available()  # there is no group
+    for name, text in {"max": "1000000", "current": "600000", "stat": "anon 500000\ninactive_file 70000\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert allocator.available() == 470_000  # files that were read can be dropped
+    (tmp_path / "memory.max").write_text("max")
+    assert allocator.available() == pytest.approx(machine, rel=0.5)
 
 
 def test_nothing_is_kept_where_an_accelerator_computes(monkeypatch: pytest.MonkeyPatch) -> None:
