@@ -19,8 +19,7 @@ from typing import Any
 
 START = time.perf_counter()  # before the frameworks are imported: that time counts
 
-# Compute n times and wait; peak bytes; facts, which may take a while to count.
-Work = tuple[Callable[[int], None], Callable[[], int], Callable[[], dict[str, Any]]]
+Work = tuple[Callable[[int], None], Callable[[], int], dict[str, Any]]  # compute n times and wait; peak bytes; facts
 
 # Models that only maxmap has are set beside the plain model that their backbone was taken from.
 PLAIN = {
@@ -50,7 +49,6 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
     import jax.numpy as jnp
 
     from maxmap import allocator
-    from maxmap.evaluate import multiply_adds
     from maxmap.models import average, create_model
     from maxmap.operations import IMPLEMENTATIONS
 
@@ -100,16 +98,13 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
                     allocator.relieve()
             metrics["loss"].block_until_ready()
 
-    def facts() -> dict[str, Any]:
-        cost = program.cost_analysis() or {}
-        return {
-            "version": f"jax {jax.__version__}",
-            "device": jax.devices()[0].device_kind,
-            "gflop": 2e-9 * multiply_adds(forward, shapes, one) * batch * (1 if task == "forward" else 3),
-            "gigabytes": 1e-9 * cost.get("bytes accessed", 0.0),
-        }
-
     run(1)
+    cost = program.cost_analysis() or {}
+    facts = {
+        "version": f"jax {jax.__version__}",
+        "device": jax.devices()[0].device_kind,
+        "gigabytes": 1e-9 * cost.get("bytes accessed", 0.0),
+    }
     return run, jax_peak, facts
 
 
@@ -196,7 +191,7 @@ def timm(model: str, task: str, batch: int, dtype: str, compile: str | None) -> 
         "version": f"timm {importlib.metadata.version('timm')}, torch {torch.__version__}",
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{threads} threads",
     }
-    return run, (torch.cuda.max_memory_allocated if device == "cuda" else host_peak), lambda: facts
+    return run, (torch.cuda.max_memory_allocated if device == "cuda" else host_peak), facts
 
 
 FLAIM = {"maxvit_tiny_tf_224": "maxvit_tiny_224", "maxvit_base_tf_224": "maxvit_base_224"}  # the others by timm's name
@@ -271,7 +266,7 @@ def flaim(model: str, task: str, batch: int, dtype: str) -> Work:
         "version": f"flaim {importlib.metadata.version('flaim')}, jax {jax.__version__}",
         "device": jax.devices()[0].device_kind,
     }
-    return run, jax_peak, lambda: facts
+    return run, jax_peak, facts
 
 
 def _cores() -> list[int]:
@@ -323,8 +318,7 @@ def main() -> None:
         mode = {"timm": None, "timm compiled": "default", "timm max-autotune": "max-autotune-no-cudagraphs"}[contender]
         work = timm(**job, compile=mode)
     run, peak, facts = work
-    first = time.perf_counter() - START
-    print(json.dumps({"first": first, **facts()}), flush=True)
+    print(json.dumps({"first": time.perf_counter() - START, **facts}), flush=True)
     for line in sys.stdin:
         start = time.perf_counter()
         run(int(line))

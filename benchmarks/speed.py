@@ -34,8 +34,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +209,17 @@ def find_best(
     return rows
 
 
-def relate(rows: list[dict[str, Any]], limits: dict[str, float]) -> None:
-    """Adds to the rows of one task of one model the ratios to timm and the machine's limits."""
+def relate(rows: list[dict[str, Any]], limits: dict[str, float], gflops: Mapping[str, float]) -> None:
+    """Adds to the rows of one task of one model the ratios to timm and the machine's limits.
+
+    Args:
+      rows: of its contenders.
+      limits: of the machine: 'tflops' and 'gigabytes_per_second'.
+      gflops: multiply-adds of an image in the forward pass, in billions, by model.
+    """
     of = {row["contender"]: row for row in rows}
-    plain = PLAIN.get(rows[0]["model"])
+    model = rows[0]["model"]
+    plain = PLAIN.get(model)
     for name, row in of.items():
         if "rounds" not in row:
             continue
@@ -221,12 +229,13 @@ def relate(rows: list[dict[str, Any]], limits: dict[str, float]) -> None:
         if plain and not name.startswith("maxmap"):
             row["note"] = f"{plain}, without this head"
             continue
-        # The same work, counted in our program; a program that moves fewer bytes than ours has a lower limit of bytes.
-        counted = row if "gflop" in row else next((other for other in rows if "gflop" in other), None)
-        if counted:
-            images = row["batch"] / counted["batch"]
-            row["gflop"], row["gigabytes"] = images * counted["gflop"], images * counted["gigabytes"]
+        if model in gflops:  # the backward pass has two products for each of the forward pass
+            row["gflop"] = 2 * gflops[model] * row["batch"] * (1 if row["task"] == "forward" else 3)
             row["flop_limit_ms"] = row["gflop"] / limits["tflops"]
+        # The bytes of our program; one that moves fewer has a lower limit.
+        counted = row if "gigabytes" in row else next((other for other in rows if "gigabytes" in other), None)
+        if counted:
+            row["gigabytes"] = row["batch"] / counted["batch"] * counted["gigabytes"]
             row["byte_limit_ms"] = 1000 * row["gigabytes"] / limits["gigabytes_per_second"]
 
 
@@ -317,7 +326,7 @@ def main() -> int:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on a CPU, else bfloat16)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contender (default: 3)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of a turn, about (default: 1.5)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, about (default: 1)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the table (default: runs/bench)"
     )
@@ -336,6 +345,8 @@ def main() -> int:
         limits = Contender({"contender": "limits", "dtype": dtype}, arguments.out / "contender.log", cache).facts
     print(f"limits: {limits['tflops']:.2f} TFLOP/s, {limits['gigabytes_per_second']:.1f} GB/s", flush=True)
 
+    with (resources.files("maxmap") / "parity.csv").open(encoding="utf-8") as file:  # where `make parity` counted them
+        gflops = {row["name"]: float(row["gflops"]) for row in csv.DictReader(file)}
     rows = []
     work = itertools.product(arguments.models, arguments.tasks, batches)
     for model, task, batch in work:
@@ -356,7 +367,7 @@ def main() -> int:
                 row.setdefault("note", "alone, without turns")
         for row in new:
             row["search"] = batch if batch == "best" else ""
-        relate(new, limits)
+        relate(new, limits, gflops)
         rows += new
         with (arguments.out / "speed.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
