@@ -59,7 +59,6 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
     one = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     kind = jnp.dtype(dtype)
     key = jax.random.key(0)
-    on_cpu = jax.default_backend() == "cpu"  # where a run waits for each step, and keeps its memory within bounds
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
         return average(built.apply(variables, images))
@@ -74,14 +73,7 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
         variables = jax.device_put(variables)
         images = jax.random.normal(key, (batch, *size, 3)).astype(kind)
         program = jax.jit(forward).lower(variables, images).compile()
-
-        def run(times: int) -> None:
-            for _ in range(times):
-                result = program(variables, images)
-                if on_cpu:
-                    result.block_until_ready()
-            result.block_until_ready()
-
+        run = _repeated(lambda: program(variables, images))
     else:
         step, like = training(built, size, kind)
         state = jax.device_put(jax.tree.map(lambda leaf: _random(leaf.shape, leaf.dtype), like))
@@ -89,15 +81,12 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
         inputs = {"image": images, "label": jax.random.randint(key, (batch,), 0, 1000)}
         program = jax.jit(step, donate_argnums=0).lower(state, inputs, key).compile()
 
-        def run(times: int) -> None:
+        def once() -> jax.Array:
             nonlocal state
-            for _ in range(times):
-                state, metrics = program(state, inputs, key)
-                if on_cpu:
-                    metrics["loss"].block_until_ready()
-                    allocator.relieve()
-            metrics["loss"].block_until_ready()
+            state, metrics = program(state, inputs, key)
+            return metrics["loss"]
 
+        run = _repeated(once, allocator.relieve)
     run(1)
     cost = program.cost_analysis() or {}
     facts = {
@@ -106,6 +95,23 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
         "gigabytes": 1e-9 * cost.get("bytes accessed", 0.0),
     }
     return run, jax_peak, facts
+
+
+def _repeated(once: Callable[[], Any], after: Callable[[], None] = lambda: None) -> Callable[[int], None]:
+    """Returns what computes `once` so many times and waits; on a CPU as a run does, for each time, and then `after`."""
+    import jax
+
+    on_cpu = jax.default_backend() == "cpu"
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            result = once()
+            if on_cpu:
+                result.block_until_ready()
+                after()
+        result.block_until_ready()
+
+    return run
 
 
 def training(model: Any, size: tuple[int, int], dtype: Any) -> tuple[Callable[..., Any], Any]:
@@ -232,12 +238,7 @@ def flaim(model: str, task: str, batch: int, dtype: str) -> Work:
         params = cast(params)
         program = jax.jit(lambda params, others, images: apply({"params": params, **others}, images, False)[0])
         program = program.lower(params, others, images).compile()
-
-        def run(times: int) -> None:
-            for _ in range(times):
-                result = program(params, others, images)
-            result.block_until_ready()
-
+        run = _repeated(lambda: program(params, others, images))
     else:
         optimizer = optax.adamw(1e-4, weight_decay=0.05)
         labels = jax.random.randint(key, (batch,), 0, 1000)
@@ -255,12 +256,12 @@ def flaim(model: str, task: str, batch: int, dtype: str) -> Work:
         state = optimizer.init(params)
         program = jax.jit(step, donate_argnums=(0, 1, 2)).lower(params, others, state, images).compile()
 
-        def run(times: int) -> None:
+        def once() -> jax.Array:
             nonlocal params, others, state
-            for _ in range(times):
-                params, others, state, value = program(params, others, state, images)
-            value.block_until_ready()
+            params, others, state, value = program(params, others, state, images)
+            return value
 
+        run = _repeated(once, allocator.relieve)
     run(1)
     facts = {
         "version": f"flaim {importlib.metadata.version('flaim')}, jax {jax.__version__}",
