@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+
 # Parameters of glibc's mallopt(3), and what they are where nobody sets them.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 _MMAP_MAX, _TRIM_THRESHOLD = 65536, 128 * 1024
 SETTLE = 10  # steps after which the process has the size that its steps need
 GROWTH = 1.5  # of the process beyond that size, at which the gaps are given back
@@ -28,9 +30,10 @@ _usual = 0  # the largest size in bytes while they settled
 def keep_freed_memory() -> bool:
     """Lets the process keep the memory that it frees, for the next allocation; returns whether it does.
 
-    Call it before JAX computes anything: threads that have allocated keep the pools that they have; and call `relieve`
-    after every step. It does nothing where JAX will use an accelerator (`JAX_PLATFORMS` names one, or one's plugin is
-    installed and it is unset), nor where the C library is not glibc.
+    Call it before JAX computes anything, and `relieve` after every step, both in the main thread, because only that
+    thread's pool holds blocks of any size. So programs are computed by the thread that calls them, and a call returns
+    when its program is done. It does nothing where JAX will use an accelerator (`JAX_PLATFORMS` names one, or one's
+    plugin is installed and it is unset), nor where the C library is not glibc.
     """
     global _keeping
     if not sys.platform.startswith("linux") or not _computes_on_cpu():
@@ -38,8 +41,9 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    # One pool for all threads, because only the first can hold blocks of any size; and nothing beside it.
-    settings = ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
+    # One pool for all threads would do it as well, but then those that compile and those that compute wait for it.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
     _keeping = all([libc.mallopt(parameter, value) == 1 for parameter, value in settings])
     return _keeping
 

@@ -243,6 +243,7 @@ class Loop:
             self._undecoded += 1
             name = self._train_name(int(index))
             self._report.warn(f"skipped ({self._undecoded} so far), cannot be decoded: {name}")
+        self._dog.enter(f"step {self._step + 1} computes")  # or compiles, or is only sent
         on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
         self._state, metrics = self._parts.train_step(self._state, on_devices, self._key)
         self._report.advanced()
