@@ -25,6 +25,7 @@ _GROUP = Path("/sys/fs/cgroup")
 _keeping = False
 _steps: int | None = None  # since the last trim, None before the first
 _usual = 0  # the largest size in bytes while they settled
+_floor = 0  # the size after the last trim: what steps leave alone
 
 
 def keep_freed_memory() -> bool:
@@ -52,8 +53,8 @@ def relieve() -> None:
     """Gives back what is free, where keeping it has let the process grow; call it after every step.
 
     A block may miss the gap that its predecessor left by some bytes, so that a process which returns nothing grows by
-    its largest block again and again. So there always has to be room for the process a second time: where there is not,
-    it gives back, and if its steps alone take that much, it stops keeping. What the first step leaves is not judged
+    its largest block again and again. So there always has to be room for what a step takes a second time: where there
+    is not, it gives back, and if that is so from the start, it stops keeping. What the first step leaves is not judged
     but given back, because most of it is what the compiler used.
     """
     global _keeping, _steps, _usual
@@ -65,7 +66,7 @@ def relieve() -> None:
     size, _steps = _resident(), _steps + 1
     if _steps <= SETTLE:
         _usual = max(size, _usual)
-    short = available() < _usual
+    short = available() < _usual - _floor
     if short and _steps == 1:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, _MMAP_MAX)
@@ -76,10 +77,10 @@ def relieve() -> None:
 
 
 def _trim() -> None:
-    global _steps, _usual
+    global _steps, _usual, _floor
     time.sleep(0.2)  # XLA frees the buffers of a program just after its results are ready, on a thread of its own
     ctypes.CDLL(None).malloc_trim(0)
-    _steps, _usual = 0, 0
+    _steps, _usual, _floor = 0, 0, _resident()
 
 
 def available() -> int:
