@@ -2,7 +2,8 @@
 
 XLA allocates the temporary buffers of a program when it runs and frees them when it ends. The C library takes blocks of
 that size from the kernel and returns them every time, and the kernel clears every page again as it is first written: a
-fifth to a quarter of a training step. On an accelerator the memory of the device is pooled, so nothing is done there.
+fifth of a training step, or more than half of it in a virtual machine whose host takes the pages back as well. On an
+accelerator the memory of the device is pooled, so nothing is done there.
 """
 
 import ctypes
