@@ -56,23 +56,19 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
     built = create_model(model)
     size = built.backbone.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
-    one = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     kind = jnp.dtype(dtype)
     key = jax.random.key(0)
-
-    def forward(variables: Any, images: jax.Array) -> jax.Array:
-        return average(built.apply(variables, images))
-
-    shapes = jax.eval_shape(built.init, key, one)
     if attention:
         for kinds in IMPLEMENTATIONS.values():
             kinds["attention"] = attention
     if task == "forward":
+        shapes = jax.eval_shape(built.init, key, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
         variables = jax.tree.map(lambda leaf: _random(leaf.shape), shapes)
         variables["params"] = jax.tree.map(lambda leaf: leaf.astype(kind), variables["params"])
         variables = jax.device_put(variables)
         images = jax.random.normal(key, (batch, *size, 3)).astype(kind)
-        program = jax.jit(forward).lower(variables, images).compile()
+        program = jax.jit(lambda variables, images: average(built.apply(variables, images)))
+        program = program.lower(variables, images).compile()
         run = _repeated(lambda: program(variables, images))
     else:
         step, like = training(built, size, kind)
