@@ -116,8 +116,8 @@ def training(model: Any, size: tuple[int, int], dtype: Any) -> tuple[Callable[..
     import jax.numpy as jnp
 
     from maxmap.data.augment import normalize
-    from maxmap.train.losses import total_loss
-    from maxmap.train.optim import make_optimizer
+    from maxmap.losses import total_loss
+    from maxmap.optim import make_optimizer
     from maxmap.train.state import create
     from maxmap.train.step import make_train_step
 

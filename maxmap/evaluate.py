@@ -22,7 +22,7 @@ from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError, call, nearest
 from maxmap.labels import LABEL_SETS, as_csv, count, read_real, real_labels, rows_of
 from maxmap.models import Classifier, average, create_model
-from maxmap.operations import plainly, wide
+from maxmap.operations import plainly, upcast
 from maxmap.sharding import gather, make_mesh, replicated, split_batch, to_devices
 
 Array = jax.Array
@@ -96,7 +96,7 @@ def make_eval_step(
         images = normalize(batch["image"], preprocessing["mean"], preprocessing["std"], dtype)
         params = gather(jax.tree.map(lambda p: p.astype(dtype), variables["params"]), mesh)
         outputs = model.apply({**variables, "params": params}, images)
-        logits, branches = average(outputs), wide(outputs["logits"])
+        logits, branches = average(outputs), upcast(outputs["logits"])
         if among is not None:
             candidate = jnp.zeros(logits.shape[-1], bool).at[jnp.array(among)].set(True)
             logits = jnp.where(candidate[None], logits, -jnp.inf)

@@ -16,7 +16,7 @@ from maxmap.errors import UserError, nearest
 from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
-from maxmap.operations import wide
+from maxmap.operations import upcast
 
 Array = jax.Array
 
@@ -91,7 +91,7 @@ def _rematerialise(
 
 def average(outputs: Mapping[str, Array]) -> Array:
     """Returns the prediction `[B, K]`: the mean of the branches' logits (not of their probabilities)."""
-    return jnp.mean(wide(outputs["logits"]), axis=0)
+    return jnp.mean(upcast(outputs["logits"]), axis=0)
 
 
 @dataclass(frozen=True)

@@ -67,14 +67,14 @@ def computed_once(function: Callable[..., Array], *operands: Array) -> Array:
     return lax.cond(lax.optimization_barrier(True), function, lambda *_: jnp.zeros(like.shape, like.dtype), *operands)
 
 
-def wide(x: Array) -> Array:
+def upcast(x: Array) -> Array:
     """Casts to float32, or leaves float64: the island in which statistics, softmax and Gram products are computed."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def softmax(logits: Array) -> Array:
     """Softmax over the last axis, computed in float32 or wider, returned in the type of `logits`."""
-    return nn.softmax(wide(logits), axis=-1).astype(logits.dtype)
+    return nn.softmax(upcast(logits), axis=-1).astype(logits.dtype)
 
 
 def attention(
@@ -102,7 +102,7 @@ def attention(
             return kernels.window_attention(*windows, bias).reshape(q.shape)
     logits = jnp.einsum("...qd,...kd->...qk", q, k)
     if bias is not None:
-        everywhere = spread(bias.reshape(-1).astype(logits.dtype), (logits.size // bias.size, bias.size))
+        everywhere = broadcast(bias.reshape(-1).astype(logits.dtype), (logits.size // bias.size, bias.size))
         logits = logits + everywhere.reshape(logits.shape)
     return attend(logits, v, dropout)
 
@@ -118,17 +118,17 @@ def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] | Non
     Returns:
       `[..., queries, D]`, in the type of `values`; the softmax is computed in float32 or wider.
     """
-    logits = wide(logits)
+    logits = upcast(logits)
     weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(values.dtype)
     if dropout is not None:
         weights = dropout(weights)
-    return (wide(weights @ values) / total).astype(values.dtype)
+    return (upcast(weights @ values) / total).astype(values.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def spread(x: Array, shape: tuple[int, ...]) -> Array:
+def broadcast(x: Array, shape: tuple[int, ...]) -> Array:
     """A parameter of every channel, `[C]`, at every position of `shape`, `[..., C]`.
 
     Its gradient is a sum over the positions, in float32 or wider. As a sum, XLA's CPU backend merges it with all that
@@ -138,20 +138,20 @@ def spread(x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(x[(None,) * (len(shape) - 1)], shape)
 
 
-def _spread_forward(x: Array, shape: tuple[int, ...]) -> tuple[Array, None]:
-    return spread(x, shape), None
+def _broadcast_forward(x: Array, shape: tuple[int, ...]) -> tuple[Array, None]:
+    return broadcast(x, shape), None
 
 
-def _spread_backward(shape: tuple[int, ...], _: None, grad: Array) -> tuple[Array]:
+def _broadcast_backward(shape: tuple[int, ...], _: None, grad: Array) -> tuple[Array]:
     return (_sum_of_rows(grad.reshape(-1, shape[-1])).astype(grad.dtype),)
 
 
-spread.defvjp(_spread_forward, _spread_backward)
+broadcast.defvjp(_broadcast_forward, _broadcast_backward)
 
 
 def _sum_of_rows(x: Array) -> Array:
     """Sums `[N, C]` over N, in float32 or wider."""
-    dtype = wide(x[:0]).dtype
+    dtype = upcast(x[:0]).dtype
     if implementation("sum") == "lax":
         return jnp.sum(x, axis=0, dtype=dtype)
     return jnp.matmul(jnp.ones((1, x.shape[0]), x.dtype), x, preferred_element_type=dtype)[0]
@@ -160,10 +160,10 @@ def _sum_of_rows(x: Array) -> Array:
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """Normalises `[..., C]` over C, with the variance in two passes, because the one-pass form cancels in float32.
 
-    The result is in the type of `x`, computed in float32 or wider. Where sums are matrix products (see `spread`), so
+    The result is in the type of `x`, computed in float32 or wider. Where sums are matrix products (see `broadcast`), so
     are its backward pass's.
     """
-    rows, scale, bias = wide(x).reshape(-1, x.shape[-1]), wide(scale), wide(bias)
+    rows, scale, bias = upcast(x).reshape(-1, x.shape[-1]), upcast(scale), upcast(bias)
     if implementation("sum") == "matmul":
         return _layer_norm(rows, scale, bias, epsilon).reshape(x.shape).astype(x.dtype)
     centred = rows - jnp.mean(rows, axis=-1, keepdims=True)
@@ -202,7 +202,7 @@ def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
     """Linear map of the last axis; on two axes, because XLA's CPU backend is much faster on those than on more."""
     y = x.reshape(-1, x.shape[-1]) @ kernel
     if bias is not None:
-        y = y + spread(bias, y.shape)
+        y = y + broadcast(bias, y.shape)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -266,8 +266,8 @@ def _depthwise_backward(stride: int, pads: Pads, residuals: tuple[Array, Array],
     for axis, (n, k, (before, after)) in enumerate(zip((height, width), (kh, kw), pads, strict=True)):
         rest = x.shape[1 + axis] + before + after - (stride * (n - 1) + k)
         around.append((k - 1 - before, k - 1 + rest - after, stride - 1))
-    spread_grad = lax.pad(grad, jnp.zeros((), grad.dtype), [*around, (0, 0, 0)])
-    grad_x = computed_once(functools.partial(_shift_sum, stride=1), spread_grad, kernel[::-1, ::-1])
+    dilated_grad = lax.pad(grad, jnp.zeros((), grad.dtype), [*around, (0, 0, 0)])
+    grad_x = computed_once(functools.partial(_shift_sum, stride=1), dilated_grad, kernel[::-1, ::-1])
 
     # Some rows at a time, and a sum of products for every column: XLA's CPU reduction over (batch, height, width) at
     # once is ten times slower, and so is an operation for each tap of each row. The batch stays whole, since it may lie
@@ -284,7 +284,7 @@ def _depthwise_backward(stride: int, pads: Pads, residuals: tuple[Array, Array],
 
         def tap(i: int, j: int) -> Array:
             columns = lines[:, :, j : j + stride * (width - 1) + 1 : stride]
-            return functools.reduce(jnp.add, (wide(columns[:, i + r * stride] * g[:, r]) for r in range(rows)))
+            return functools.reduce(jnp.add, (upcast(columns[:, i + r * stride] * g[:, r]) for r in range(rows)))
 
         return [total + jnp.stack([tap(i, j) for j in range(kw)]) for i, total in enumerate(totals)]
 
@@ -386,7 +386,7 @@ def _patches_backward(stride: int, pads: Pads, residuals: tuple[Array, Array], g
         lines = lax.dynamic_slice_in_dim(x, step * rows * stride, (rows - 1) * stride + kh, axis=1)
         taps = [_shifted(lines, i, j, stride, (rows, width)) for i in range(kh) for j in range(kw)]
         patches = jnp.concatenate(taps, axis=-1).reshape(-1, kh * kw * channels)
-        return total + wide(patches.T @ g.reshape(-1, out_channels))
+        return total + upcast(patches.T @ g.reshape(-1, out_channels))
 
     total = jnp.zeros((kh * kw * channels, out_channels), jnp.promote_types(kernel.dtype, jnp.float32))
     total = lax.fori_loop(0, height // rows, add_rows, total)

@@ -12,12 +12,12 @@ import pytest
 from maxmap import evaluate
 from maxmap.data import augment, mix, pipeline
 from maxmap.errors import call
+from maxmap.losses import total_loss
 from maxmap.models import create_model
+from maxmap.optim import make_optimizer
+from maxmap.schedule import make_schedule
 from maxmap.sharding import make_mesh
 from maxmap.train import loop
-from maxmap.train.losses import total_loss
-from maxmap.train.optim import make_optimizer
-from maxmap.train.schedule import make_schedule
 from tests.tiny import ROOT
 
 SECTIONS: dict[str, Callable[..., Any]] = {

@@ -13,7 +13,7 @@ from flax.errors import InvalidRngError
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from maxmap.errors import UserError
-from maxmap.layers import BatchNorm
+from maxmap.layers.primitives import BatchNorm
 from maxmap.models import FAMILIES, HEADS, create_model
 from tests.reference import fill
 from tests.zoo import QUICK

@@ -7,7 +7,8 @@ import pytest
 
 from maxmap import kernels, operations
 from maxmap.backbones.maxxvit import Attention
-from maxmap.layers import Linear, SelfAttention, StripeAttention
+from maxmap.layers.blocks import SelfAttention, StripeAttention
+from maxmap.layers.primitives import Linear
 from maxmap.operations import attention
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from maxmap import layers, operations
-from maxmap.layers import BatchNorm, Conv, DropPath, LayerNorm, Linear
+from maxmap import operations
+from maxmap.layers import blocks, pooling, primitives
+from maxmap.layers.primitives import BatchNorm, Conv, DropPath, LayerNorm, Linear
 from maxmap.operations import attend, convolve, convolve_by_patches, depthwise_shifts
 from tests.zoo import numbers, quick
 
@@ -278,7 +279,7 @@ def test_layer_norm_equals_torch(implementation, x64, monkeypatch):
 def test_a_parameter_at_every_position_gets_the_sum_of_the_gradients(implementation, x64, monkeypatch):
     monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS[implementation])
     direction = numbers(0, 2, 3, 4, 5)
-    y, vjp = jax.vjp(lambda x: operations.spread(x, (2, 3, 4, 5)), jnp.asarray(numbers(1, 5)))
+    y, vjp = jax.vjp(lambda x: operations.broadcast(x, (2, 3, 4, 5)), jnp.asarray(numbers(1, 5)))
     assert_close(y, np.broadcast_to(numbers(1, 5), (2, 3, 4, 5)))
     assert_close(vjp(jnp.asarray(direction))[0], direction.sum((0, 1, 2)))
 
@@ -287,7 +288,7 @@ def test_a_parameter_at_every_position_gets_the_sum_of_the_gradients(implementat
 def test_sums_over_positions_are_of_float32(implementation, monkeypatch):
     """Ten thousand ones in bfloat16 are more than its eight bits can count one by one."""
     monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS[implementation])
-    gradient = jax.grad(lambda x: jnp.sum(operations.spread(x, (100, 100, 2)).astype(jnp.float32)))
+    gradient = jax.grad(lambda x: jnp.sum(operations.broadcast(x, (100, 100, 2)).astype(jnp.float32)))
     assert_close(gradient(jnp.ones(2, jnp.bfloat16)).astype(jnp.float32), [10_000.0, 10_000.0], 2**-8)
 
 
@@ -300,7 +301,7 @@ def test_activations_equal_torch(name, x64):
     leaf = tensor(x).requires_grad_()
     wanted = theirs[name](leaf)
     wanted.backward(tensor(direction))
-    ours, vjp = jax.vjp(layers.ACTIVATIONS[name], jnp.asarray(x))
+    ours, vjp = jax.vjp(primitives.ACTIVATIONS[name], jnp.asarray(x))
     assert_close(ours, wanted.detach())
     assert_close(vjp(jnp.asarray(direction))[0], leaf.grad)
 
@@ -325,8 +326,8 @@ def test_drop_path_drops_whole_samples_and_is_unbiased():
 
 
 def test_drop_path_rates():
-    assert layers.drop_path_rates(0.3, 4) == pytest.approx([0.0, 0.1, 0.2, 0.3])
-    assert layers.drop_path_rates(0.3, 1) == [0.0]
+    assert primitives.drop_path_rates(0.3, 4) == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert primitives.drop_path_rates(0.3, 1) == [0.0]
 
 
 def test_average_pool_does_not_count_padding(x64):
@@ -334,8 +335,8 @@ def test_average_pool_does_not_count_padding(x64):
 
     x = numbers(0, 2, 7, 8, 3)
     wanted = avg_pool2d(nchw(x), 3, 2, 1, count_include_pad=False)
-    assert_close(layers.average_pool(jnp.asarray(x), 3, 2, ((1, 1), (1, 1))), nhwc(wanted))
-    assert_close(layers.average_pool(jnp.asarray(x), 2, 2), nhwc(avg_pool2d(nchw(x), 2, 2)))
+    assert_close(primitives.average_pool(jnp.asarray(x), 3, 2, ((1, 1), (1, 1))), nhwc(wanted))
+    assert_close(primitives.average_pool(jnp.asarray(x), 2, 2), nhwc(avg_pool2d(nchw(x), 2, 2)))
 
 
 @pytest.mark.parametrize("size", [(14, 14), (7, 13), (5, 3), (4, 9), (1, 1)])
@@ -344,27 +345,27 @@ def test_resampling_equals_torch(size, x64):
 
     x = numbers(0, 2, 7, 9, 3)
     wanted = adaptive_avg_pool2d(nchw(x), size)
-    assert_close(layers.adaptive_average(jnp.asarray(x), size), nhwc(wanted))
+    assert_close(pooling.adaptive_average(jnp.asarray(x), size), nhwc(wanted))
     wanted = interpolate(nchw(x), size, mode="bilinear", align_corners=False, antialias=False)
-    assert_close(layers.bilinear(jnp.asarray(x), size), nhwc(wanted))
+    assert_close(pooling.bilinear(jnp.asarray(x), size), nhwc(wanted))
 
 
 def test_gram_values_by_hand(x64):
     x = np.array([[[[1.0, 2.0], [3.0, -1.0]]]])  # two positions of two channels
     gram = np.array([1 + 9, 2 - 3, 4 + 1])  # 00, 01, 11
-    assert_close(layers.gram_values(jnp.asarray(x)), (gram / np.linalg.norm(gram))[None])
-    assert np.array_equal(layers.gram_values(jnp.zeros((1, 2, 2, 2))), np.zeros((1, 3)))
+    assert_close(pooling.gram_values(jnp.asarray(x)), (gram / np.linalg.norm(gram))[None])
+    assert np.array_equal(pooling.gram_values(jnp.zeros((1, 2, 2, 2))), np.zeros((1, 3)))
 
 
 def test_gram_values_are_computed_in_float32():
     x = jnp.asarray(numbers(0, 1, 14, 14, 16), jnp.bfloat16)
-    exact = layers.gram_values(x.astype(jnp.float32))
-    assert np.array_equal(layers.gram_values(x), exact.astype(jnp.bfloat16))
+    exact = pooling.gram_values(x.astype(jnp.float32))
+    assert np.array_equal(pooling.gram_values(x), exact.astype(jnp.bfloat16))
 
 
 def test_channel_shuffle_takes_every_gth_channel():
-    assert layers.channel_shuffle(jnp.arange(6)[None], 2).tolist() == [[0, 2, 4, 1, 3, 5]]
-    assert layers.channel_shuffle(jnp.arange(6)[None], 3).tolist() == [[0, 3, 1, 4, 2, 5]]
+    assert blocks.channel_shuffle(jnp.arange(6)[None], 2).tolist() == [[0, 2, 4, 1, 3, 5]]
+    assert blocks.channel_shuffle(jnp.arange(6)[None], 3).tolist() == [[0, 3, 1, 4, 2, 5]]
 
 
 def draw(initializer, *shape):
@@ -386,15 +387,15 @@ def test_initialisers_follow_torch():
     import torch
 
     conv = torch.nn.Conv2d(64, 128, 3)
-    assert_uniform(draw(layers.torch_kernel, 3, 3, 64, 128), conv.weight.abs().max().item() * 1.0001)
-    assert_uniform(draw(layers.torch_kernel, 3, 3, 64, 128), 1 / math.sqrt(9 * 64))
-    assert_uniform(draw(layers.torch_bias(9 * 64), 4096), 1 / math.sqrt(9 * 64))
-    assert_uniform(draw(layers.torch_kernel, 100, 300), 1 / math.sqrt(100))
-    assert_uniform(draw(layers.xavier_uniform, 100, 300), math.sqrt(6 / 400))
-    assert_uniform(draw(layers.xavier_uniform, 1, 1, 100, 300), math.sqrt(6 / 400))
-    assert_std(draw(layers.trunc_normal_02, 100, 300), 0.02)
-    assert_std(draw(layers.he_fan_out(), 3, 3, 64, 128), math.sqrt(2 / (9 * 128)))
-    assert_std(draw(layers.he_fan_out(groups=1024), 3, 3, 1, 1024), math.sqrt(2 / 9))
+    assert_uniform(draw(primitives.torch_kernel, 3, 3, 64, 128), conv.weight.abs().max().item() * 1.0001)
+    assert_uniform(draw(primitives.torch_kernel, 3, 3, 64, 128), 1 / math.sqrt(9 * 64))
+    assert_uniform(draw(primitives.torch_bias(9 * 64), 4096), 1 / math.sqrt(9 * 64))
+    assert_uniform(draw(primitives.torch_kernel, 100, 300), 1 / math.sqrt(100))
+    assert_uniform(draw(primitives.xavier_uniform, 100, 300), math.sqrt(6 / 400))
+    assert_uniform(draw(primitives.xavier_uniform, 1, 1, 100, 300), math.sqrt(6 / 400))
+    assert_std(draw(primitives.trunc_normal_02, 100, 300), 0.02)
+    assert_std(draw(primitives.he_fan_out(), 3, 3, 64, 128), math.sqrt(2 / (9 * 128)))
+    assert_std(draw(primitives.he_fan_out(groups=1024), 3, 3, 1, 1024), math.sqrt(2 / 9))
 
 
 def test_default_initialisation_of_the_layers():

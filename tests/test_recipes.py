@@ -8,7 +8,7 @@ import pytest
 
 from maxmap.errors import call
 from maxmap.models import create_model
-from maxmap.train.schedule import make_schedule
+from maxmap.schedule import make_schedule
 from tests.test_configs import builds, effective, load
 
 # A column of the tables: where its value stands.

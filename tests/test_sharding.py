@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 
 from maxmap import sharding
 from maxmap.errors import UserError
+from maxmap.losses import total_loss
 from maxmap.models import create_model
 from maxmap.sharding import by_shape, check_batch, make_mesh, replicated, split_batch, to_devices
-from maxmap.train.losses import total_loss
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import cast, make_train_step
 from tests.tiny import Tiny, compile_quickly

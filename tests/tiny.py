@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from maxmap.layers import BatchNorm, Conv, DropPath, Linear
+from maxmap.layers.primitives import BatchNorm, Conv, DropPath, Linear
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("blue", "green", "red")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from maxmap.layers import TRUNC_NORMAL, Conv, ConvNeXtBlock, LayerNorm, drop_path_rates, pair, tapped
+from maxmap.layers.blocks import ConvNeXtBlock, tapped
+from maxmap.layers.primitives import TRUNC_NORMAL, Conv, LayerNorm, drop_path_rates, pair
 
 Array = jax.Array
 

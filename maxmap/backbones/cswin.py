@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import linen as nn
 
-from maxmap.layers import ACTIVATIONS, Conv, CSWinBlock, LayerNorm, drop_path_rates, pair, require_divisor, tapped
+from maxmap.layers.blocks import CSWinBlock, tapped
+from maxmap.layers.primitives import ACTIVATIONS, Conv, LayerNorm, drop_path_rates, pair, require_divisor
 
 Array = jax.Array
 

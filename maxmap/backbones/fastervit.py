@@ -16,7 +16,8 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers import (
+from maxmap.layers.blocks import Mlp, SelfAttention, relative_index
+from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
     BatchNorm,
@@ -24,15 +25,12 @@ from maxmap.layers import (
     DropPath,
     LayerNorm,
     Linear,
-    Mlp,
-    SelfAttention,
     average_pool,
     drop_path_rates,
     pair,
-    relative_index,
     require_divisor,
 )
-from maxmap.operations import spread, wide
+from maxmap.operations import broadcast, upcast
 
 Array = jax.Array
 
@@ -183,7 +181,7 @@ class AttentionBlock(nn.Module):
                 gammas[i] = self.param(f"gamma{i}", initial, (channels,))
 
         def scaled(y: Array, gamma: int) -> Array:
-            return y * spread(gammas[gamma].astype(y.dtype), y.shape) if gammas else y
+            return y * broadcast(gammas[gamma].astype(y.dtype), y.shape) if gammas else y
 
         def transform(x: Array, prefix: str, side: int, carriers: int, gamma: int) -> Array:
             """A transformer block on `carriers` tokens and the `side * side` of a square."""
@@ -211,9 +209,9 @@ class AttentionBlock(nn.Module):
         tokens, x = x[:, :count], x[:, count:]
         if self.propagate:
             nearest = np.arange(self.window) * self.carriers // self.window
-            carried = rearrange(wide(tokens), "b (s u) c -> b s u c", s=self.carriers)[:, nearest][:, :, nearest]
+            carried = rearrange(upcast(tokens), "b (s u) c -> b s u c", s=self.carriers)[:, nearest][:, :, nearest]
             # The first factor is the carrier attention's; the released weights were trained with it here too.
-            x = (wide(x) + scaled(rearrange(carried, "b p q c -> b (p q) c"), gamma=1)).astype(x.dtype)
+            x = (upcast(x) + scaled(rearrange(carried, "b p q c -> b (p q) c"), gamma=1)).astype(x.dtype)
         return x, rearrange(tokens, "(b i j) (s u) c -> b (i s j u) c", **axes)
 
 

@@ -16,7 +16,8 @@ from einops import rearrange
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from maxmap.layers import (
+from maxmap.layers.blocks import Mlp, relative_index
+from maxmap.layers.primitives import (
     ACTIVATIONS,
     BatchNorm,
     Conv,
@@ -24,18 +25,16 @@ from maxmap.layers import (
     Initializer,
     LayerNorm,
     Linear,
-    Mlp,
     average_pool,
     drop_path_rates,
     he_fan_out,
     pair,
-    relative_index,
     require_divisor,
     require_one_of,
     trunc_normal_02,
     xavier_uniform,
 )
-from maxmap.operations import attention, max_pool, spread
+from maxmap.operations import attention, broadcast, max_pool
 
 Array = jax.Array
 
@@ -136,7 +135,7 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
-        return x * spread(gamma.astype(x.dtype), x.shape)
+        return x * broadcast(gamma.astype(x.dtype), x.shape)
 
 
 def _scaled(x: Array, initial: float | None, name: str) -> Array:

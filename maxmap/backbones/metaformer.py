@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers import (
+from maxmap.layers.primitives import (
     TRUNC_NORMAL,
     Conv,
     DropPath,
@@ -27,7 +27,7 @@ from maxmap.layers import (
     pair,
     require_one_of,
 )
-from maxmap.operations import attention, spread
+from maxmap.operations import attention, broadcast
 
 Array = jax.Array
 
@@ -54,7 +54,7 @@ class StarReLU(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (1,))
         bias = self.param("bias", nn.initializers.zeros, (1,))
         scale, bias = (
-            spread(jnp.broadcast_to(value.astype(x.dtype), x.shape[-1:]), x.shape) for value in (scale, bias)
+            broadcast(jnp.broadcast_to(value.astype(x.dtype), x.shape[-1:]), x.shape) for value in (scale, bias)
         )
         return scale * jnp.square(nn.relu(x)) + bias
 
@@ -65,7 +65,7 @@ class Scale(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return x * spread(scale.astype(x.dtype), x.shape)
+        return x * broadcast(scale.astype(x.dtype), x.shape)
 
 
 class RandomMixing(nn.Module):

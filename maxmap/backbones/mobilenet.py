@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 from flax import linen as nn
 
-from maxmap.layers import BatchNorm, Conv
+from maxmap.layers.primitives import BatchNorm, Conv
 
 Array = jax.Array
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers import Conv, Linear, ViTBlock, drop_path_rates, pair, require_divisor, trunc_normal_02
+from maxmap.layers.blocks import ViTBlock
+from maxmap.layers.primitives import Conv, Linear, drop_path_rates, pair, require_divisor, trunc_normal_02
 
 Array = jax.Array
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers import TRUNC_NORMAL, Conv, ViTBlock, drop_path_rates, pair, require_divisor, trunc_normal_02
+from maxmap.layers.blocks import ViTBlock
+from maxmap.layers.primitives import TRUNC_NORMAL, Conv, drop_path_rates, pair, require_divisor, trunc_normal_02
 
 Array = jax.Array
 

@@ -13,24 +13,20 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers import (
+from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock, GroupedMlp
+from maxmap.layers.pooling import adaptive_average, bilinear, gram_values
+from maxmap.layers.primitives import (
     CONV_INITS,
     LINEAR_INITS,
     BatchNorm,
     Conv,
-    ConvNeXtBlock,
-    CSWinBlock,
     DropPath,
-    GroupedMlp,
     LayerNorm,
     Linear,
-    adaptive_average,
-    bilinear,
-    gram_values,
     require_divisor,
     require_one_of,
 )
-from maxmap.operations import attention, spread
+from maxmap.operations import attention, broadcast
 
 Array = jax.Array
 
@@ -167,7 +163,7 @@ class ClassAttentionBlock(nn.Module):
 
         def scale(name: str, y: Array) -> Array:
             gamma = self.param(name, nn.initializers.constant(1e-4), (y.shape[-1],))
-            return y * spread(gamma.astype(y.dtype), y.shape)
+            return y * broadcast(gamma.astype(y.dtype), y.shape)
 
         norm = LayerNorm(1e-5, name="norm1")
         attention = ClassAttention(self.width, self.heads, self.init_scheme, name="attn")

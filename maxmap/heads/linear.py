@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.layers import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear, require_one_of
+from maxmap.layers.primitives import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear, require_one_of
 
 Array = jax.Array
 

@@ -14,18 +14,16 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers import (
+from maxmap.layers.blocks import GroupedMlp
+from maxmap.layers.pooling import adaptive_average, bilinear, gram_values
+from maxmap.layers.primitives import (
     ACTIVATIONS,
     CONV_INITS,
     LINEAR_INITS,
     BatchNorm,
     Conv,
-    GroupedMlp,
     LayerNorm,
     Linear,
-    adaptive_average,
-    bilinear,
-    gram_values,
     require_divisor,
     require_one_of,
 )

@@ -22,13 +22,13 @@ from maxmap.convert.load import read_model
 from maxmap.data import augment, mix
 from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError, call
+from maxmap.losses import total_loss
 from maxmap.models import Classifier, create_model
+from maxmap.optim import make_optimizer
+from maxmap.schedule import Schedule, make_schedule
 from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, to_devices
-from maxmap.train.losses import total_loss
-from maxmap.train.optim import make_optimizer
 from maxmap.train.report import Report
 from maxmap.train.resume import check_changes, only_run
-from maxmap.train.schedule import Schedule, make_schedule
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import BATCH_NORMS, Loss, Prepare, make_diagnosis, make_train_step
 from maxmap.train.watch import Interrupts, Watch, Watchdog

@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, AxisType
 from maxmap.errors import UserError, call
 from maxmap.evaluate import check_config, count_parameters, model_kwargs, multiply_adds
 from maxmap.models import create_model
+from maxmap.optim import make_optimizer
 from maxmap.sharding import DATA, FSDP, by_shape, check_batch
-from maxmap.train.optim import make_optimizer
 from maxmap.train.state import create
 from maxmap.train.step import cast
 

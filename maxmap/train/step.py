@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from maxmap.layers import batch_norm_groups
+from maxmap.layers.primitives import batch_norm_groups
 from maxmap.sharding import gather, scatter
 from maxmap.train.state import TrainState
 

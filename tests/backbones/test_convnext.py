@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxmap import layers
 from maxmap.backbones import convnext
 from maxmap.convert.dialects import recognise
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
-from maxmap.layers import tapped
+from maxmap.layers import blocks
+from maxmap.layers.blocks import tapped
+from maxmap.losses import total_loss
 from maxmap.models import create_model
-from maxmap.train.losses import total_loss
 from tests.reference import fill_state_dict, import_timm, read_golden, read_manifest
 from tests.zoo import assert_same_moments, error, named, numbers, quick, randomised, run
 
@@ -200,13 +200,13 @@ def test_drop_path_rates(endpoint, monkeypatch, plain_convolutions):
     import_timm()
     from timm.layers import DropPath
 
-    rates, drop_path = [], layers.DropPath
+    rates, drop_path = [], blocks.DropPath
 
     def recorded(rate):
         rates.append(rate)
         return drop_path(rate)
 
-    monkeypatch.setattr(layers, "DropPath", recorded)
+    monkeypatch.setattr(blocks, "DropPath", recorded)
     model = convnext.ConvNeXt(depths=DEPTHS, embed_dim=WIDTHS, drop_path=0.42, drop_path_endpoint=endpoint)
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
     if endpoint:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.nn import gelu
 
-from maxmap import layers
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
-from maxmap.layers import CSWinBlock
+from maxmap.layers import blocks
+from maxmap.layers.blocks import CSWinBlock
 from maxmap.models import create_model
 from tests.reference import read_golden
 from tests.zoo import error, filled, named, numbers, quick, run
@@ -171,13 +171,13 @@ def test_initialisation(plain_convolutions):
 
 def test_drop_path_rates(monkeypatch, plain_convolutions):
     """They rise to the full rate over all blocks, both branches of a block alike."""
-    rates, drop_path = [], layers.DropPath
+    rates, drop_path = [], blocks.DropPath
 
     def recorded(rate):
         rates.append(rate)
         return drop_path(rate)
 
-    monkeypatch.setattr(layers, "DropPath", recorded)
+    monkeypatch.setattr(blocks, "DropPath", recorded)
     model = create_model("CSWin_64_12211_tiny_224", drop_path=0.6, **SMALL)
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
     assert rates == pytest.approx([0.15 * (i // 2) for i in range(10)])

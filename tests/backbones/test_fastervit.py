@@ -15,7 +15,7 @@ from maxmap.backbones import fastervit
 from maxmap.backbones.fastervit import AttentionLevel, PositionBias, PositionCode
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
-from maxmap.layers import drop_path_rates
+from maxmap.layers.primitives import drop_path_rates
 from maxmap.models import create_model
 from tests.reference import fill, fill_state_dict
 from tests.zoo import QUICK, named

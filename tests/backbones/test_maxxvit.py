@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from maxmap import layers
 from maxmap.backbones import maxxvit
 from maxmap.convert.torch import from_torch, to_torch
+from maxmap.layers import primitives
 from maxmap.models import create_model
 from tests.reference import import_timm
 from tests.zoo import assert_same_moments, named, numbers, quick, randomised
@@ -349,7 +349,7 @@ def test_drop_path_rates_equal_timm(config, monkeypatch, plain_convolutions):
 
     def recorded(rate):
         rates.append(rate)
-        return layers.DropPath(rate)
+        return primitives.DropPath(rate)
 
     monkeypatch.setattr(maxxvit, "DropPath", recorded)
     trace(shrunken(config, drop_path=0.4))

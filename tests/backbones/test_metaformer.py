@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from maxmap import layers
 from maxmap.backbones import metaformer
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
+from maxmap.layers import primitives
 from maxmap.models import create_model
 from tests.reference import fill, import_timm, read_golden
 from tests.zoo import QUICK, assert_same_moments, named, nchw, numbers, quick, randomised, run
@@ -282,7 +282,7 @@ def test_drop_path_rates_equal_timm(monkeypatch, plain_convolutions):
 
     def recorded(rate):
         rates.append(rate)
-        return layers.DropPath(rate)
+        return primitives.DropPath(rate)
 
     monkeypatch.setattr(metaformer, "DropPath", recorded)
     model = shrunken("poolformerv2", drop_path=0.4)

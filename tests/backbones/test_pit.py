@@ -11,7 +11,7 @@ from flax.errors import InvalidRngError
 
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
-from maxmap.layers import drop_path_rates
+from maxmap.layers.primitives import drop_path_rates
 from maxmap.models import create_model
 from tests.reference import fill_state_dict, import_timm
 from tests.zoo import assert_same_moments, named, nchw, randomised, run

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxmap import layers
 from maxmap.backbones import resnet
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
+from maxmap.layers import primitives
 from maxmap.models import create_model
 from tests.reference import import_timm, read_golden
 from tests.zoo import assert_same_moments, error, filled, named, numbers, quick, randomised, run
@@ -183,7 +183,7 @@ def rates_of(model, monkeypatch):
 
     def recorded(rate):
         rates.append(rate)
-        return layers.DropPath(rate)
+        return primitives.DropPath(rate)
 
     monkeypatch.setattr(resnet, "DropPath", recorded)
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))

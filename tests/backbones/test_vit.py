@@ -10,7 +10,7 @@ from flax.errors import InvalidRngError
 
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
-from maxmap.layers import ViTBlock
+from maxmap.layers.blocks import ViTBlock
 from maxmap.models import create_model
 from tests.reference import import_timm
 from tests.zoo import assert_same_moments, named, nchw, randomised, run

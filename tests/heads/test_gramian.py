@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxmap import layers
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.heads.gramian import GramianHead, gather
-from maxmap.layers import gram_values
+from maxmap.layers import blocks
+from maxmap.layers.pooling import gram_values
 from maxmap.models import create_model
 from tests.reference import read_golden
 from tests.zoo import error, filled, named, numbers, quick, run
@@ -185,13 +185,13 @@ def test_initialisation(name, plain_convolutions):
 
 def test_drop_path(monkeypatch, plain_convolutions):
     """The recipe's rate: rising over the backbone, in full in the aggregation and in both branches' blocks."""
-    rates, drop_path = [], layers.DropPath
+    rates, drop_path = [], blocks.DropPath
 
     def recorded(rate):
         rates.append(rate)
         return drop_path(rate)
 
-    monkeypatch.setattr(layers, "DropPath", recorded)
+    monkeypatch.setattr(blocks, "DropPath", recorded)
     monkeypatch.setattr("maxmap.heads.gramian.DropPath", recorded)
     model = small("ga_convnext_tiny_688", drop_path=0.4)
     model = model.clone(backbone=model.backbone.clone(drop_path=0.4))

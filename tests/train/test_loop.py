@@ -16,9 +16,9 @@ from maxmap.convert.torch import abstract_variables
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.labels import count
+from maxmap.schedule import make_schedule
 from maxmap.sharding import to_devices
 from maxmap.train import loop
-from maxmap.train.schedule import make_schedule
 from tests.tiny import (
     assert_equal,
     config,

@@ -11,10 +11,10 @@ import pytest
 
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.data.mix import mix_targets
+from maxmap.losses import total_loss
 from maxmap.models import create_model
-from maxmap.train.losses import total_loss
-from maxmap.train.optim import make_optimizer
-from maxmap.train.schedule import make_schedule
+from maxmap.optim import make_optimizer
+from maxmap.schedule import make_schedule
 from maxmap.train.state import TrainState
 from maxmap.train.step import make_train_step
 from tests.backbones.test_maxxvit import CLASSES, SIZE, exactly_randomised, shrunken, timm_config, timm_model

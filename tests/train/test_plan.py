@@ -7,8 +7,8 @@ import pytest
 from maxmap.__main__ import main
 from maxmap.errors import UserError
 from maxmap.models import create_model
+from maxmap.optim import make_optimizer
 from maxmap.sharding import make_mesh
-from maxmap.train.optim import make_optimizer
 from maxmap.train.plan import plan
 from maxmap.train.state import abstract, create
 from tests.tiny import ROOT, config

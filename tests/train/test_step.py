@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from maxmap.train.losses import total_loss
+from maxmap.losses import total_loss
 from maxmap.train.state import TrainState, create
 from maxmap.train.step import cast, make_train_step
 from tests.tiny import Tiny, assert_equal, compile_quickly, copied

@@ -15,9 +15,9 @@ import optax
 import pytest
 
 from maxmap.convert.torch import from_torch, to_torch
+from maxmap.losses import total_loss
 from maxmap.models import create_model
-from maxmap.train.losses import total_loss
-from maxmap.train.optim import decay_mask, make_optimizer
+from maxmap.optim import decay_mask, make_optimizer
 from maxmap.train.step import _average
 from tests.reference import fill_state_dict, read_manifest
 from tests.zoo import QUICK

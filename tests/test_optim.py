@@ -17,11 +17,11 @@ import pytest
 
 from maxmap.errors import UserError
 from maxmap.models import create_model
-from maxmap.train.optim import OPTIMIZERS, decay_mask, depths, make_optimizer, trainable_mask
-from maxmap.train.schedule import make_schedule
+from maxmap.optim import OPTIMIZERS, decay_mask, depths, make_optimizer, trainable_mask
+from maxmap.schedule import make_schedule
 from tests.reference import import_timm
 
-GROUPS = json.loads((pathlib.Path(__file__).parents[1] / "goldens" / "weight_decay_groups.json").read_text())
+GROUPS = json.loads((pathlib.Path(__file__).parent / "goldens" / "weight_decay_groups.json").read_text())
 
 
 def flax_path(name, shape):

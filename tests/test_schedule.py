@@ -11,9 +11,9 @@ import optax
 import pytest
 
 from maxmap.errors import UserError
-from maxmap.train.schedule import make_schedule
+from maxmap.schedule import make_schedule
 
-GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
 RATES = np.load(GOLDENS / "schedules.npz")
 RECIPES = json.loads((GOLDENS / "schedules.json").read_text())
 

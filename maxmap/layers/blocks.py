@@ -1,0 +1,261 @@
+"""Blocks that at least two families or heads share, each from the paper that it names."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from flax.core import FrozenDict
+
+from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Conv, DropPath, Initializer, LayerNorm, Linear
+from maxmap.operations import attention, broadcast
+
+Array = jax.Array
+
+
+class Mlp(nn.Module):
+    """Two linear maps of the last axis with an activation between.
+
+    Attributes:
+      hidden: channels in between.
+      channels: output channels.
+      activation: in between.
+      inits: 'kernel_init' and 'bias_init' of both maps; PyTorch's defaults for what is not given.
+      layer: `Linear`, or `Conv` where the reference keeps 4-d weights.
+      hidden_dropout, dropout: after the activation, and at the end.
+    """
+
+    hidden: int
+    channels: int
+    activation: str = "gelu"
+    inits: Mapping[str, Initializer] = FrozenDict()
+    layer: Callable[..., nn.Module] = Linear
+    hidden_dropout: float = 0.0
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        x = ACTIVATIONS[self.activation](self.layer(self.hidden, name="fc1", **self.inits)(x))
+        x = nn.Dropout(self.hidden_dropout)(x, deterministic=not train)
+        x = self.layer(self.channels, name="fc2", **self.inits)(x)
+        return nn.Dropout(self.dropout)(x, deterministic=not train)
+
+
+class GroupedMlp(nn.Module):
+    """Two grouped 1x1 convolutions of a map with an activation and a channel shuffle between.
+
+    Attributes:
+      groups: of both convolutions.
+      ratio: hidden width relative to the channels.
+      activation: between the convolutions.
+      dropout: after the activation.
+      inits: 'kernel_init' and 'bias_init' of both convolutions; PyTorch's defaults for what is not given.
+    """
+
+    groups: int
+    ratio: float = 4.0
+    activation: str = "gelu"
+    dropout: float = 0.0
+    inits: Mapping[str, Initializer] = FrozenDict()
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        conv = functools.partial(Conv, groups=self.groups, **self.inits)
+        hidden = ACTIVATIONS[self.activation](conv(int(self.ratio * x.shape[-1]), name="fc1")(x))
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
+        return conv(x.shape[-1], name="fc2")(channel_shuffle(hidden, self.groups))
+
+
+def channel_shuffle(x: Array, groups: int) -> Array:
+    """Reorders channels `h'[j * C/g + i] = h[i * g + j]`, the direction of the released MAP and GA heads."""
+    return rearrange(x, "... (c g) -> ... (g c)", g=groups)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of tokens over each other; the fused projection's output is ordered (qkv, heads, head_dim).
+
+    Attributes:
+      heads: of the attention; they divide the channels.
+      inits: 'kernel_init' and 'bias_init' of both projections; PyTorch's defaults for what is not given.
+      position_bias: makes the submodule, its name included, that returns a bias `[heads, N, N]` of the logits.
+      attn_drop, proj_drop: dropout of the attention probabilities and of the output.
+    """
+
+    heads: int
+    inits: Mapping[str, Initializer] = FrozenDict()
+    position_bias: Callable[[], nn.Module] | None = None
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Maps tokens `[B, N, C]` to `[B, N, C]`."""
+        channels = x.shape[-1]
+        qkv = Linear(3 * channels, name="qkv", **self.inits)(x)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        bias = None if self.position_bias is None else self.position_bias()()
+        dropout = nn.Dropout(self.attn_drop, deterministic=False)
+        x = rearrange(
+            attention(q * q.shape[-1] ** -0.5, k, v, bias, dropout if train and self.attn_drop else None),
+            "b h n d -> b n (h d)",
+        )
+        x = Linear(channels, name="proj", **self.inits)(x)
+        return nn.Dropout(self.proj_drop)(x, deterministic=not train)
+
+
+class ViTBlock(nn.Module):
+    """Self-attention and an MLP, each behind a LayerNorm and with a residual (Dosovitskiy et al. 2021).
+
+    Attributes:
+      heads: of the attention.
+      mlp_ratio: hidden width of the MLP relative to the channels.
+      drop_path: rate of dropping each residual branch.
+      inits: 'kernel_init' and 'bias_init' of all linear maps; PyTorch's defaults for what is not given.
+      attn_drop, proj_drop: dropout of the attention probabilities; of the attention's output and in the MLP.
+    """
+
+    heads: int
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0
+    inits: Mapping[str, Initializer] = FrozenDict()
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Maps tokens `[B, N, C]` to `[B, N, C]`."""
+        channels = x.shape[-1]
+        attention = SelfAttention(
+            self.heads, self.inits, attn_drop=self.attn_drop, proj_drop=self.proj_drop, name="attn"
+        )
+        mlp = Mlp(
+            int(self.mlp_ratio * channels),
+            channels,
+            inits=self.inits,
+            hidden_dropout=self.proj_drop,
+            dropout=self.proj_drop,
+            name="mlp",
+        )
+        y = attention(LayerNorm(1e-6, name="norm1")(x), train=train)
+        x = x + DropPath(self.drop_path)(y, train=train)
+        y = mlp(LayerNorm(1e-6, name="norm2")(x), train=train)
+        return x + DropPath(self.drop_path)(y, train=train)
+
+
+def relative_index(window: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets query - key of all pairs of positions of a window, shifted to start at zero.
+
+    Args:
+      window: height and width.
+
+    Returns:
+      Vertical and horizontal offsets, both `[N, N]` (query, key), N = height * width in row-major order.
+    """
+    h, w = window
+    y, x = np.divmod(np.arange(h * w), w)
+    return y[:, None] - y[None] + h - 1, x[:, None] - x[None] + w - 1
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7 convolution, LayerNorm, MLP and layer scale on a residual branch (Liu et al. 2022).
+
+    Attributes:
+      drop_path: rate of dropping the branch.
+      init_values: initial layer scale.
+    """
+
+    drop_path: float = 0.0
+    init_values: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        channels = x.shape[-1]
+        y = Conv(channels, 7, padding=3, groups=channels, name="conv_dw", **TRUNC_NORMAL)(x)
+        y = LayerNorm(1e-6, name="norm")(y)
+        y = Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")(y, train=train)
+        gamma = self.param("gamma", nn.initializers.constant(self.init_values), (channels,))
+        y = y * broadcast(gamma.astype(y.dtype), y.shape)
+        return x + DropPath(self.drop_path)(y, train=train)
+
+
+class StripeAttention(nn.Module):
+    """Attention inside of windows, plus a depthwise convolution of the values (CSWin's LePE).
+
+    Attributes:
+      heads: of the attention.
+      window: height and width.
+    """
+
+    heads: int
+    window: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, q: Array, k: Array, v: Array) -> Array:
+        """Maps queries, keys and values, all `[B, H, W, C]`, to `[B, H, W, C]`."""
+        sizes = dict(zip(("h", "w"), self.window, strict=True))
+        rows = v.shape[1] // self.window[0]
+        columns = v.shape[2] // self.window[1]
+        # Every window is padded as an image of its own: a stripe of width 1 sees zeros on both sides.
+        local = rearrange(v, "b (i h) (j w) c -> (b i j) h w c", **sizes)
+        position = Conv(v.shape[-1], 3, padding=1, groups=v.shape[-1], name="get_v")(local)
+        q, k, v = (
+            rearrange(part, "b (i h) (j w) (n d) -> (b i j) n (h w) d", n=self.heads, **sizes) for part in (q, k, v)
+        )
+        out = attention(q * q.shape[-1] ** -0.5, k, v)
+        out = rearrange(out, "b n (h w) d -> b h w (n d)", **sizes)
+        return rearrange(out + position, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
+
+
+class CSWinBlock(nn.Module):
+    """Attention in vertical and horizontal stripes side by side, then an MLP (Dong et al. 2022).
+
+    The first half of the channels attends in stripes of full height, the second half in stripes of full width. Where
+    the stripes cover the map there is one branch: all channels attend over the whole map.
+
+    Attributes:
+      heads: of both halves together.
+      stripe: height of the horizontal and width of the vertical stripes in pixels; None for one branch.
+      mlp_groups: 1 for linear maps, more for grouped convolutions.
+      drop_path: rate of dropping each residual branch.
+    """
+
+    heads: int
+    stripe: tuple[int, int] | None
+    mlp_groups: int = 1
+    drop_path: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        height, width, channels = x.shape[1:]
+        qkv = jnp.split(Linear(3 * channels, name="qkv", **TRUNC_NORMAL)(LayerNorm(1e-5, name="norm1")(x)), 3, axis=-1)
+        if self.stripe is None or self.stripe == (height, width):
+            y = StripeAttention(self.heads, (height, width), name="attns_0")(*qkv)
+        else:
+            windows = ((height, self.stripe[1]), (self.stripe[0], width))
+            halves = zip(*(jnp.split(part, 2, axis=-1) for part in qkv), strict=True)
+            branches = [
+                StripeAttention(self.heads // 2, window, name=f"attns_{i}")(*half)
+                for i, (window, half) in enumerate(zip(windows, halves, strict=True))
+            ]
+            y = jnp.concatenate(branches, axis=-1)
+        x = x + DropPath(self.drop_path)(Linear(channels, name="proj", **TRUNC_NORMAL)(y), train=train)
+        y = LayerNorm(1e-5, name="norm2")(x)
+        if self.mlp_groups == 1:
+            y = Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")(y, train=train)
+        else:
+            y = GroupedMlp(self.mlp_groups, name="mlp")(y, train=train)
+        return x + DropPath(self.drop_path)(y, train=train)
+
+
+def tapped(depths: Sequence[int], taps: int) -> list[int]:
+    """Numbers, from 1, of the `taps` blocks inside of a backbone's third stage whose outputs are features too."""
+    depth = depths[2] if len(depths) > 2 else 0
+    if taps and taps >= depth:
+        raise ValueError(
+            f"{taps} taps do not fit inside of a third stage of {depth} blocks; the most is {max(depth - 1, 0)}"
+        )
+    step = depth // (taps + 1)
+    return [step * (i + 1) for i in range(taps)]

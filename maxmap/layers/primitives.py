@@ -1,0 +1,302 @@
+"""Primitives: activations, initialisers, convolution, linear map, norms, stochastic depth.
+
+All of them take NHWC maps or `[..., C]` tokens, compute in the type of their input and keep statistics in float32 or
+wider, so that one precision policy outside of the model is enough.
+"""
+
+import contextlib
+import contextvars
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from maxmap.operations import Padding, broadcast, convolve, layer_norm, linear, upcast
+
+Array = jax.Array
+Initializer = Callable[..., Array]
+
+
+def _from_input(function: Callable[[Array], Array], derivative: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """An activation, in float32 or wider, whose backward pass computes the derivative from the input.
+
+    Left to itself, the forward pass writes what is expensive in it for the backward pass to read: more memory, and no
+    less time. The two have to be written differently, or else XLA finds what they share and keeps it after all.
+    """
+
+    @jax.custom_vjp
+    def activation(x: Array) -> Array:
+        return function(upcast(x)).astype(x.dtype)
+
+    def forward(x: Array) -> tuple[Array, Array]:
+        return activation(x), x
+
+    def backward(x: Array, grad: Array) -> tuple[Array]:
+        return ((upcast(grad) * derivative(upcast(x))).astype(grad.dtype),)
+
+    activation.defvjp(forward, backward)
+    return activation
+
+
+def _gelu(x: Array) -> Array:
+    """x * Phi(x), by erf, for erfc (as in Flax) takes 3 times as long on a CPU."""
+    return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_derivative(x: Array) -> Array:
+    return 0.5 - 0.5 * lax.erf(-x * math.sqrt(0.5)) + x * jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh_derivative(x: Array) -> Array:
+    """Of x * s(2 u), s the logistic function: the same as x / 2 * (1 + tanh(u))."""
+    s = nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+    return s + x * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * jnp.square(x))
+
+
+def _silu_derivative(x: Array) -> Array:
+    s = 0.5 + 0.5 * jnp.tanh(0.5 * x)
+    return s * (1 + x * (1 - s))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "relu6": nn.relu6,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
+    "silu": _from_input(nn.silu, _silu_derivative),
+    "gelu": _from_input(_gelu, _gelu_derivative),
+    "gelu_tanh": _from_input(functools.partial(nn.gelu, approximate=True), _gelu_tanh_derivative),
+    "tanh": jnp.tanh,
+}
+
+# Initialisers, by the names of the PyTorch schemes that the reference networks use.
+trunc_normal_02 = nn.initializers.truncated_normal(stddev=0.02, lower=-100.0, upper=100.0)  # cut at +-2, 100 sigma
+torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in))
+xavier_uniform = nn.initializers.xavier_uniform()
+
+
+def he_fan_out(groups: int = 1) -> Initializer:
+    """Normal(0, sqrt(2 / fan_out)) with fan_out = kernel height * width * output channels / groups."""
+    return nn.initializers.variance_scaling(2.0 * groups, "fan_out", "normal")
+
+
+def torch_bias(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for the biases of linear and convolution layers."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+# How a head is initialised: fields of its `Conv` and `Linear` layers by scheme. "he" leaves the convolutions' biases to
+# PyTorch's default, as the reference does.
+TRUNC_NORMAL: dict[str, Initializer] = {"kernel_init": trunc_normal_02, "bias_init": nn.initializers.zeros}
+CONV_INITS: dict[str, dict[str, Initializer]] = {
+    "torch": {},
+    "trunc_normal": TRUNC_NORMAL,
+    "trunc_normal_linear": {},
+    "he": {"kernel_init": he_fan_out()},
+}
+LINEAR_INITS: dict[str, dict[str, Initializer]] = {
+    "torch": {},
+    "trunc_normal": TRUNC_NORMAL,
+    "trunc_normal_linear": TRUNC_NORMAL,
+    "he": TRUNC_NORMAL,
+}
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a size, which is those two or one number for both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def nearest_divisor(total: int, number: int, step: int = 1) -> int:
+    """The multiple of `step` nearest to `number` that divides `total`."""
+    divisors = (d for d in range(step, total + 1, step) if total % d == 0)
+    return min(divisors, key=lambda d: abs(d - number), default=step)
+
+
+def require_divisor(number: int, what: str, total: int, of: str, step: int = 1, owner: str = "") -> None:
+    """Raises ValueError, one sentence with the nearest that works, unless a multiple of `step` divides `total`."""
+    near = nearest_divisor(total, number, step)
+    if near != number:
+        multiples = f" by a multiple of {step}" if step > 1 else ""
+        raise ValueError(f"{owner}{number} {what} do not divide {total} {of}{multiples}; the nearest that do is {near}")
+
+
+def require_one_of(value: str, what: str, allowed: Iterable[str]) -> None:
+    """Raises ValueError, one sentence, unless a choice is one of the allowed."""
+    if value not in (allowed := list(allowed)):
+        raise ValueError(f"{what} '{value}' is not one of {', '.join(allowed)}")
+
+
+class Conv(nn.Module):
+    """2-d convolution of NHWC maps.
+
+    Attributes:
+      channels: output channels.
+      kernel_size: of both axes.
+      stride: of both axes.
+      padding: zeros on every side, or "same" for TensorFlow's rule.
+      groups: of channels; equal to the input channels for a depthwise convolution.
+      bias: adds one per output channel.
+      kernel_init, bias_init: initialisers; None for PyTorch's defaults.
+    """
+
+    channels: int
+    kernel_size: int = 1
+    stride: int = 1
+    padding: Padding = 0
+    groups: int = 1
+    bias: bool = True
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        k = self.kernel_size
+        if x.shape[-1] % self.groups or self.channels % self.groups:
+            raise ValueError(
+                f"{self.groups} groups do not divide {x.shape[-1]} input and {self.channels} output channels"
+            )
+        shape = (k, k, x.shape[-1] // self.groups, self.channels)
+        kernel = self.param("kernel", self.kernel_init or torch_kernel, shape)
+        bias = None
+        if self.bias:
+            bias = self.param("bias", self.bias_init or torch_bias(math.prod(shape[:3])), (self.channels,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
+        x = convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
+        return x if bias is None else x + broadcast(bias, x.shape)
+
+
+class Linear(nn.Module):
+    """Linear map of the last axis, with PyTorch's default initialisation unless told otherwise.
+
+    Attributes:
+      channels: output channels.
+      bias: adds one per output channel.
+      kernel_init, bias_init: initialisers; None for PyTorch's defaults.
+    """
+
+    channels: int
+    bias: bool = True
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", self.kernel_init or torch_kernel, (x.shape[-1], self.channels))
+        bias = None
+        if self.bias:
+            bias = self.param("bias", self.bias_init or torch_bias(x.shape[-1]), (self.channels,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
+        return linear(x, kernel, bias)
+
+
+# Groups of a batch with statistics of their own, and whether those of the first alone are kept.
+_batch_groups: contextvars.ContextVar[tuple[int, bool]] = contextvars.ContextVar("batch groups", default=(1, False))
+
+
+@contextlib.contextmanager
+def batch_norm_groups(groups: int, *, keep_first: bool = False) -> Iterator[None]:
+    """While a function is traced: every `BatchNorm` normalises each of `groups` equal parts of the batch by itself.
+
+    Args:
+      groups: parts of consecutive samples; it has to divide the batch.
+      keep_first: the running statistics follow the first part, and not the mean over all.
+    """
+    token = _batch_groups.set((groups, keep_first))
+    try:
+        yield
+    finally:
+        _batch_groups.reset(token)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, as PyTorch keeps its statistics.
+
+    While training it normalises with the biased variance of the batch and stores the unbiased one; Flax's own
+    layer stores the biased one, which differs visibly where few values enter (Gram tokens, squeeze-excitation).
+    Under jit with a sharded batch the statistics are those of the global batch ("sync BN"), unless `batch_norm_groups`
+    says otherwise.
+
+    Attributes:
+      epsilon: added to the variance.
+      momentum: share of the old running statistics that is kept (PyTorch's 0.1 is 0.9 here).
+      scale_init: of the scale; zeros make a residual branch start as nothing.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        channels = x.shape[-1]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        scale = self.param("scale", self.scale_init, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        y = upcast(x)[None]  # [parts, B / parts, ..., C]
+        if train:
+            parts, keep_first = _batch_groups.get()
+            y = y.reshape(parts, -1, *x.shape[1:])
+            axes = tuple(range(1, y.ndim - 1))
+            mean = jnp.mean(y, axis=axes, keepdims=True)
+            var = jnp.mean(jnp.square(y - mean), axis=axes, keepdims=True)
+            if not self.is_initializing():
+                count = math.prod(y.shape[1:-1])
+                unbiased = var * (count / max(count - 1, 1))
+                for running, new in ((running_mean, mean), (running_var, unbiased)):
+                    new = lax.stop_gradient(new).reshape(parts, channels)
+                    new = new[0] if keep_first else jnp.mean(new, axis=0)
+                    running.value = self.momentum * running.value + (1 - self.momentum) * new
+        else:
+            mean, var = (v.value.reshape((1,) * x.ndim + (-1,)) for v in (running_mean, running_var))
+        expand = (1,) * x.ndim + (-1,)
+        multiplier = lax.rsqrt(var + self.epsilon) * upcast(scale).reshape(expand)
+        shift = upcast(bias).reshape(expand) - mean * multiplier
+        return (y * multiplier + shift).reshape(x.shape).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016), in float32 or wider.
+
+    Attributes:
+      epsilon: added to the variance.
+      use_bias: adds one per channel after the scale.
+    """
+
+    epsilon: float = 1e-6
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.use_bias else jnp.zeros_like(scale)
+        return layer_norm(x, scale, bias, self.epsilon)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): drops a residual branch per sample, and scales the kept ones by 1/(1-rate).
+
+    Attributes:
+      rate: probability of dropping a sample's branch.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        return nn.Dropout(self.rate, broadcast_dims=tuple(range(1, x.ndim)))(x, deterministic=not train)
+
+
+def drop_path_rates(rate: float, depth: int, *, endpoint: bool = True) -> list[float]:
+    """Rates that rise linearly from 0 at the first of `depth` blocks to `rate` at the last, or one step short of it."""
+    return [rate * i / (max(depth - 1, 1) if endpoint else depth) for i in range(depth)]
+
+
+def average_pool(x: Array, size: int, stride: int, padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0))) -> Array:
+    """Average pooling of NHWC maps; padding is not counted."""
+    return nn.avg_pool(x, (size, size), (stride, stride), list(padding), count_include_pad=False)
