@@ -11,8 +11,8 @@ from PIL import Image
 
 from maxmap import __main__ as commands
 from maxmap import checkpoint
+from maxmap.inference import predict
 from maxmap.models import create_model
-from maxmap.predict import predict
 from tests.tiny import CLASSES, ROOT, copied, create_tiny, rooms, write_folder, write_image
 
 

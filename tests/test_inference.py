@@ -11,7 +11,7 @@ from PIL import Image
 
 from maxmap import checkpoint
 from maxmap.errors import UserError
-from maxmap.predict import load, predict
+from maxmap.inference import load, predict
 from tests.tiny import CLASSES, assert_equal, copied, create_tiny, write_image
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
