@@ -30,6 +30,10 @@ FILTERS = {
 }
 CROP_MODES = ("center", "squash", "border")
 
+# Of ImageNet's colours, per channel, for values from 0 to 1: with these most published networks were trained.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 try:
     import cykooz_resizer as simd
 except ImportError:  # no wheel for Linux on ARM: PIL resizes

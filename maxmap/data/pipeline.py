@@ -17,6 +17,7 @@ from PIL import Image
 
 from maxmap.data import decode, host
 from maxmap.data.augment import parse_rand_augment
+from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
 from maxmap.data.sources import Source, open_source
 from maxmap.errors import UserError, nearest
 
@@ -39,7 +40,7 @@ def open_data(
     path: str | os.PathLike | None = None,
     *,
     name: str | None = None,
-    image_size: int,
+    image_size: int = 224,
     eval_image_size: int | None = None,
     train_split: str | None = "train",
     val_split: str | None = "val",
@@ -50,11 +51,11 @@ def open_data(
     draft: bool = True,
     rand_augment: str | None = None,
     repeats: int = 1,
-    crop_pct: float,
+    crop_pct: float = 0.875,
     crop_mode: str = "center",
     eval_interpolation: str = "bicubic",
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
     threads: int | None = None,
     workers: int = 0,
     prefetch: int = 2,
