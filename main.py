@@ -26,29 +26,42 @@ PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes trai
 PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 2, after one sentence, for a mistake of the user's."""
-    logging.set_verbosity(logging.ERROR)  # orbax logs every file that it writes
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags, and returns the program's name and the overrides of the config."""
+    rest, overrides = split_overrides(argv)
     try:
-        rest, overrides = split_overrides(argv)
         if unknown := flags.FLAGS(rest)[1:]:
             raise UserError(f"'{unknown[0]}' is no flag: write --config=FILE and --workdir=FOLDER.")
         if CONFIG.value is None:
             raise UserError("say which config: --config=configs/quickstart.py, or another file in configs/.")
-        config = read(CONFIG.value, overrides)
+    except (UserError, flags.Error) as error:
+        sys.exit(stop(error))
+    return [argv[0], *overrides]
+
+
+def stop(error: Exception) -> int:
+    """Prints one sentence and returns the exit code of a user's mistake."""
+    print(f"maxmap: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def main(argv: list[str]) -> int:
+    """Runs what the flags say with the overrides in `argv`, and returns the exit code."""
+    logging.set_verbosity(logging.ERROR)  # orbax logs every file that it writes
+    try:
+        config = read(str(CONFIG.value), argv[1:])
         if HELP.value:
             print(explain(config))
             return 0
         recipe = bind(config)
-        workdir = WORKDIR.value or f"runs/{Path(CONFIG.value.partition(':')[0]).stem}"
+        workdir = WORKDIR.value or f"runs/{Path(str(CONFIG.value).partition(':')[0]).stem}"
         connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         if MODE.value == "train":
             result = loop.run(recipe, workdir, allow_changes=CHANGES.value)
         else:
             result = evaluate.run(recipe, workdir)
-    except (UserError, flags.Error) as error:
-        print(f"maxmap: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return stop(error)
     if jax.process_index() == 0:
         print(json.dumps(result, indent=2))
     return 0
@@ -57,4 +70,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     allocator.keep_freed_memory()
     compiled.keep()
-    app.run(main, flags_parser=lambda argv: argv)
+    app.run(main, flags_parser=parse)

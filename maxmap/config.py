@@ -20,7 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import docstring_parser
 from ml_collections import ConfigDict
@@ -105,6 +105,7 @@ def read(file: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             values[name] = texts[name]
     keys = schema(_nested(values))
     for name, text in texts.items():
+        _check_key(name, keys)
         values[name] = _parse(text, keys[name].type if name in keys else Any)
     return complete(_nested(values))
 
@@ -117,10 +118,11 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     keys, flat = schema(values), _flat(values)
     for name, value in flat.items():
+        _check_key(name, keys)
         if name in keys and not fits(value, keys[name].type):
-            raise UserError(f"config.{name} is {value!r}: give {_type_text(keys[name].type)}.")
-        if name not in keys and not _in_open_mapping(name, keys):
-            _refuse(name, keys)
+            wanted = _type_text(keys[name].type)
+            kind = "" if wanted.startswith("one of") else "a value of type "
+            raise UserError(f"config.{name} is {value!r}: give {kind}{wanted}.")
     for name, key in keys.items():
         if key.default is REQUIRED and name not in flat:
             section, _, last = name.rpartition(".")
@@ -289,8 +291,10 @@ def _in_open_mapping(name: str, keys: Mapping[str, Key]) -> bool:
     return above in keys and fits({}, keys[above].type) and not closed
 
 
-def _refuse(name: str, keys: Mapping[str, Key]) -> NoReturn:
+def _check_key(name: str, keys: Mapping[str, Key]) -> None:
     """Raises UserError for a path that is no key."""
+    if name in keys or _in_open_mapping(name, keys):
+        return
     section, _, last = name.rpartition(".")
     while section and not any(key == section or key.startswith(f"{section}.") for key in keys):
         section, _, last = section.rpartition(".")
@@ -314,6 +318,8 @@ def fits(value: Any, wanted: Any) -> bool:
         return any(fits(value, one) for one in inner)
     if origin is Literal:
         return value in inner
+    if wanted is Any:
+        return True
     if wanted in (int, float):
         return isinstance(value, int if wanted is int else int | float) and not isinstance(value, bool)
     if origin is tuple and Ellipsis not in inner:
@@ -327,7 +333,7 @@ def fits(value: Any, wanted: Any) -> bool:
 
 
 def _type_text(wanted: Any) -> str:
-    """Names a type in words."""
+    """Names a type for the user, such as 'list of float or None'."""
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_type_text, inner)))
@@ -336,6 +342,5 @@ def _type_text(wanted: Any) -> str:
     if origin is tuple and Ellipsis not in inner:
         return f"({', '.join(map(_type_text, inner))})"
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        return f"a list of {_type_text(inner[0])}"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", types.NoneType: "None"}
-    return words.get(wanted, getattr(origin or wanted, "__name__", str(wanted)))
+        return f"list of {_type_text(inner[0])}"
+    return {types.NoneType: "None", Mapping: "mapping"}.get(origin or wanted, getattr(wanted, "__name__", str(wanted)))

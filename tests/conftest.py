@@ -76,11 +76,10 @@ def x64() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tiny_models() -> Iterator[None]:
     """`create_model` makes the small network of tests/tiny.py for every room that calls it."""
-    from tests.tiny import compile_quickly, create_tiny, rooms  # imports JAX's users, after JAX is configured
+    from tests.tiny import compile_quickly, create_tiny, use_models  # imports JAX's users, after JAX is configured
 
     with compile_quickly(), pytest.MonkeyPatch.context() as patch:
-        for room in rooms():
-            patch.setattr(room, "create_model", create_tiny)
+        use_models(create_tiny, patch)
         yield
 
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 from maxmap import __main__ as commands
 from maxmap import checkpoint
+from maxmap.config import bind, read
 from maxmap.inference import predict
 from maxmap.models import create_model
-from tests.tiny import CLASSES, ROOT, copied, create_tiny, rooms, write_folder, write_image
+from tests.tiny import CLASSES, ROOT, copied, create_tiny, use_models, write_folder, write_image
 
 
 def mistake(capsys, *argv: object) -> str:
@@ -61,9 +62,9 @@ def test_samples_of_a_folder_are_its_files(capsys, tmp_path):
     folder = write_folder(tmp_path / "images")
     config = tmp_path / "config.py"
     config.write_text(
-        "from ml_collections import ConfigDict\n"
-        "def get_config(path):\n    return ConfigDict({'data': {'source': 'folder', 'path': path, 'image_size': 8, "
-        "'crop_pct': 1.0, 'mean': (0.5,) * 3, 'std': (0.5,) * 3}})\n"
+        "import runpy\n"
+        f"def get_config(path):\n    config = runpy.run_path({str(ROOT / 'configs/cifar10.py')!r})['get_config']()\n"
+        "    config.data.path = path\n    return config\n"
     )
     for _ in range(2):  # the same command twice
         assert commands.main(["samples", f"{config}:{folder}", str(tmp_path / "out"), "--count", "99"]) == 0
@@ -75,8 +76,7 @@ def test_samples_of_a_folder_are_its_files(capsys, tmp_path):
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch) -> Path:
-    for room in rooms():
-        monkeypatch.setattr(room, "create_model", create_tiny)
+    use_models(create_tiny, monkeypatch)
     variables = create_tiny("tiny", num_classes=3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     info = {
         "model": {"name": "tiny", "num_classes": 3},
@@ -123,7 +123,7 @@ def test_an_unknown_command_is_no_stack_trace(capsys):
 
 def test_show_batch_draws_what_a_step_trains_on(capsys, tmp_path, monkeypatch):
     """The images are those that the step's own preparation makes of the batch, and the captions name the targets."""
-    from maxmap.train import loop, preview
+    from maxmap.train import build, preview
 
     folder = write_folder(tmp_path / "images")
     config = f"{ROOT}/configs/cifar10.py"
@@ -136,13 +136,13 @@ def test_show_batch_draws_what_a_step_trains_on(capsys, tmp_path, monkeypatch):
     assert commands.main(argv) == 0
     assert capsys.readouterr().out == f"{out}\n" and out.is_file()
 
-    settings = commands._load_config(config, changes)
-    data = loop.call(loop.open_data, "data", settings["data"])
+    recipe = bind(read(config, changes))
+    data = recipe.data()
     batch = list(data.train_batches(8, seed=0, num_steps=4))[3]
     key = jax.random.fold_in(jax.random.split(jax.random.key(0))[1], 3)
     key = jax.random.split(jax.random.split(key, 2)[0])[0]  # of the first micro-batch, for its preparation
-    images, targets = loop.make_prepare(settings, data)(key, batch["image"][::2], batch["label"][::2])
-    mean, std = np.asarray(settings["data"]["mean"]), np.asarray(settings["data"]["std"])
+    images, targets = build.make_prepare(recipe, data)(key, batch["image"][::2], batch["label"][::2])
+    mean, std = (np.asarray(recipe.values["data"][name]) for name in ("mean", "std"))
     (pixels, captions), *_ = drawn
     assert np.abs(pixels - 255 * (np.asarray(images[:3]) * std + mean)).max() < 0.51
     assert captions == [f"{100 * max(t):.0f} % {CLASSES[np.argmax(t)]}" for t in np.asarray(targets[:3])]
@@ -165,6 +165,6 @@ def test_the_picture_of_a_batch_has_a_cell_for_every_image():
 def test_a_change_that_the_config_does_not_have(capsys, tmp_path):
     config = f"--config={ROOT}/configs/quickstart.py"
     assert "config.data has no key 'pth'" in mistake(capsys, "show-batch", config, "--config.data.pth=x")
-    assert "batch_size=many" in mistake(capsys, "show-batch", config, "--config.batch_size=many")
+    assert "config.batch_size is 'many'" in mistake(capsys, "show-batch", config, "--config.batch_size=many")
     assert "linaer" in mistake(capsys, "show-batch", f"--config={ROOT}/configs/cifar10.py:linaer")
     assert "cannot write the picture" in mistake(capsys, "show-batch", config, f"--out={tmp_path}/no/such.png")

@@ -23,8 +23,11 @@ FLOORS = (
     {"maxmap.backbones", "maxmap.heads"},
     {"maxmap.models"},
     {"maxmap.losses", "maxmap.optim", "maxmap.schedule"},
+    {"maxmap.recipe"},
+    {"maxmap.config"},
     {"maxmap.convert"},
-    {"maxmap.evaluate", "maxmap.predict"},
+    {"maxmap.cost"},
+    {"maxmap.evaluate", "maxmap.inference"},
     {"maxmap.train"},
     {"maxmap"},  # the public API: names of every room, used by none of them
     {"maxmap.__main__"},

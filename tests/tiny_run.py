@@ -27,8 +27,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from maxmap import checkpoint, evaluate
+from maxmap.config import bind
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.sharding import connect
@@ -179,8 +181,7 @@ def main() -> int:
     jax.config.update("jax_compilation_cache_dir", str(tiny.ROOT / ".cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    for room in tiny.rooms():
-        room.create_model = tiny.create_tiny  # type: ignore[attr-defined]
+    tiny.use_models(tiny.create_tiny, pytest.MonkeyPatch())
     if not checkpoint.in_bucket(arguments.workdir):
         note_order(Path(arguments.workdir))
     first_image = min((arguments.images / "train").rglob("*.png"))
@@ -189,7 +190,7 @@ def main() -> int:
         happen_at(place, int(count), functools.partial(EVENTS[event], first_image))
     changes = {key: json.loads(value) for key, value in (change.split("=", 1) for change in arguments.set)}
     try:
-        loop.run(tiny.config(arguments.images, mesh__data=-1, **changes), arguments.workdir)
+        loop.run(bind(tiny.settings_for(arguments.images, mesh__data=-1, **changes)), arguments.workdir)
     except UserError as error:
         print(f"maxmap: {error}", file=sys.stderr)
         return 2

@@ -87,7 +87,7 @@ def erase(
     key: jax.Array,
     images: jax.Array,
     *,
-    prob: float = 0.25,
+    prob: float = 0.0,
     mode: str = "pixel",
     min_area: float = 0.02,
     max_area: float = 1 / 3,

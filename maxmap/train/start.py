@@ -28,7 +28,7 @@ from maxmap.train.state import TrainState
 def find_checkpoint(
     recipe: Recipe, workdir: str | Path, data: Data, mesh: Mesh, *, allow_changes: bool
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Returns the info of the checkpoint to go on from and the changes of the config since then; None for no checkpoint.
+    """Returns the info of the checkpoint to go on from, None for none, and the changes of the config since then.
 
     Raises:
       UserError: The checkpoint holds another model, or the config changed in what it computes.

@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from maxmap.predict import load, predict
 
 from maxmap import checkpoint, evaluate
 from maxmap.__main__ import main
+from maxmap.config import bind
 from maxmap.errors import UserError
-from maxmap.predict import load, predict
 from maxmap.train import loop
 from maxmap.train.report import Report
 from maxmap.train.resume import only_run
 from maxmap.train.watch import Watchdog
-from tests.tiny import ROOT, assert_equal, config, write_folder
+from tests.tiny import ROOT, assert_equal, settings_for, write_folder
 from tests.tiny_run import outcome, start
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -93,9 +94,9 @@ def test_what_a_run_leaves_in_a_bucket(runs):
 
 def test_what_is_used_from_a_bucket(runs, images, tmp_path, capsys):
     workdir, local = runs
-    settings = config(images, mesh__data=1)
+    settings = settings_for(images, mesh__data=1)
     (tmp_path / "checkpoints").symlink_to(local / "checkpoints")
-    assert evaluate.run(settings, workdir) == evaluate.run(settings, tmp_path)
+    assert evaluate.run(bind(settings), workdir) == evaluate.run(bind(settings), tmp_path)
     for name in ("eval.json", "predictions.csv"):
         assert (checkpoint.place(workdir) / name).read_text() == (tmp_path / name).read_text()
     image = str(next((images / "val").rglob("*.png")))
@@ -104,7 +105,7 @@ def test_what_is_used_from_a_bucket(runs, images, tmp_path, capsys):
     assert_equal(load(workdir)[1], load(local)[1])
     assert main(["average", workdir, "--last=2", f"--out={workdir}-mean"]) == 0
     assert_equal(load(f"{workdir}-mean")[1], checkpoint.average([local], last=2)[0])
-    result = loop.run(config(images, init_from=workdir, steps=1), tmp_path / "next")
+    result = loop.run(bind(settings_for(images, init_from=workdir, steps=1)), tmp_path / "next")
     assert result["step"] == 1
 
 
@@ -157,9 +158,9 @@ def test_a_hang_is_told_in_the_bucket(bucket):
 
 def test_a_bucket_that_is_not_there(bucket, images):
     with pytest.raises(UserError, match=r"gs://nowhere/run cannot be written to \(.*\): look at the bucket's name"):
-        loop.run(config(images), "gs://nowhere/run")
+        loop.run(bind(settings_for(images)), "gs://nowhere/run")
     with pytest.raises(UserError, match="there is no checkpoint in gs://nowhere/run"):
-        evaluate.run(config(images), "gs://nowhere/run")
+        evaluate.run(bind(settings_for(images)), "gs://nowhere/run")
 
 
 def test_buckets_need_a_package(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from maxmap.errors import UserError
 from maxmap.sharding import connect
 from maxmap.train.resume import check_changes, only_run
-from tests.tiny import assert_equal, config, write_folder
+from tests.tiny import assert_equal, settings_for, write_folder
 from tests.tiny_run import log_of, outcome, start
 
 TIMEOUT = 240  # seconds, for a process that takes ten on an idle machine
@@ -103,11 +103,11 @@ def test_a_second_run_in_a_workdir_refuses(tmp_path):
 
 @pytest.mark.fault("config changed between runs")
 def test_changes_of_the_config():
-    before = config(None)
-    assert check_changes(before, config(None), "run", allow=False) == []
-    harmless = config(None, log__every=7, mesh__data=4, steps=3, checkpoint__keep=9, data__threads=3)
+    before = settings_for(None)
+    assert check_changes(before, settings_for(None), "run", allow=False) == []
+    harmless = settings_for(None, log__every=7, mesh__data=4, steps=3, checkpoint__keep=9, data__threads=3)
     assert "log.every: 2 -> 7" in check_changes(before, harmless, "run", allow=False)
-    serious = config(None, optim__weight_decay=0.1, log__every=7, seed=3)
+    serious = settings_for(None, optim__weight_decay=0.1, log__every=7, seed=3)
     with pytest.raises(UserError) as error:
         check_changes(before, serious, "run", allow=False)
     assert "(optim.weight_decay: 0.05 -> 0.1; seed: 0 -> 3)" in str(error.value)

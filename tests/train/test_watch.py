@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxmap.config import bind
 from maxmap.errors import UserError
 from maxmap.train import loop
 from maxmap.train.report import Report
 from maxmap.train.watch import CALM, Watch, Watchdog
-from tests.tiny import assert_equal, config, copied, write_folder
+from tests.tiny import assert_equal, copied, settings_for, write_folder
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
@@ -44,7 +45,7 @@ def poisoned(*steps: int):
 @pytest.mark.fault("loss not finite")
 def test_steps_that_are_not_finite_are_left_out(images, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(loop, "make_train_step", poisoned(3, 4))
-    result = loop.run(config(images, steps=6, log={"every": 2, "max_skips": 2}), tmp_path)
+    result = loop.run(bind(settings_for(images, steps=6, log={"every": 2, "max_skips": 2})), tmp_path)
     assert result["step"] == 6 and np.isfinite(result["loss"])
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [(e["kind"], e["step"], e["loss"]) for e in events] == [("skipped", 4, "nan"), ("skipped", 5, "nan")]
@@ -61,7 +62,7 @@ def test_too_many_of_them_end_the_run(images, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"not finite in 2 steps in a row, up to step 6: .*not_finite.json names"
     ) as error:
-        loop.run(config(images, log={"every": 2, "max_skips": 1}), tmp_path)
+        loop.run(bind(settings_for(images, log={"every": 2, "max_skips": 1})), tmp_path)
     assert str(error.value).rstrip(".").count(". ") == 0
     found = json.loads((tmp_path / "not_finite.json").read_text())
     assert found["step"] == 6 and len(found["samples"]) == 8
@@ -86,7 +87,7 @@ def test_a_step_that_is_left_out_changes_nothing(images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.Checkpoints, "save", remember)
     monkeypatch.setattr(loop, "make_train_step", poisoned(*range(3, 9)))
-    loop.run(config(images, checkpoint__every=3), tmp_path)
+    loop.run(bind(settings_for(images, checkpoint__every=3)), tmp_path)
     for item in ("variables", "ema"):
         assert_equal(saved[9][item], saved[3][item])
     assert_equal(saved[9]["training"]["opt_state"], saved[3]["training"]["opt_state"])
