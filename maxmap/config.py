@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import docstring_parser
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from maxmap.data import augment, mix
@@ -177,16 +178,15 @@ def schema(values: Mapping[str, Any]) -> dict[str, Key]:
     """Returns every key that a config with these values may have, by its path: 'epochs', 'optim.name'."""
     model = _flat({"model": values.get("model")})
     name, head = model.get("model.name"), model.get("model.head.name", model.get("model.head"))
-    if not isinstance(name, str) or SECTIONS["model"].function is not create_model:
-        return _fixed_schema()
-    built = create_model(name, head=head if isinstance(head, str) else None)
     keys = _fixed_schema()
-    fields = _module_fields(built.backbone, "model.") | _module_fields(built.head, "model.head.")
-    del fields["model.head.num_classes"]  # a key of the section itself
-    keys |= {"model.head.name": Key(str, None, "Name of the head")}
-    keys |= {path: key for path, key in fields.items() if path not in keys}
-    order = list(SECTIONS)
-    return dict(sorted(keys.items(), key=lambda item: order.index(item[0].split(".")[0]) if "." in item[0] else -1))
+    if isinstance(name, str):
+        built = SECTIONS["model"].function(name, **{"head": head} if isinstance(head, str) else {})
+        fields = _module_fields(built, "model.")
+        fields.pop("model.head.num_classes", None)  # a key of the section itself
+        keys |= {path: key for path, key in fields.items() if path not in keys}
+        keys["model.head.name"] = Key(str, None, "Name of the head")
+    order = ["", *SECTIONS]
+    return dict(sorted(keys.items(), key=lambda item: order.index(item[0].rpartition(".")[0].partition(".")[0])))
 
 
 def _fixed_schema() -> dict[str, Key]:
@@ -201,7 +201,7 @@ def _fixed_schema() -> dict[str, Key]:
 def _signature(function: Callable[..., Any], given: tuple[str, ...] = ()) -> dict[str, Key]:
     """Returns the keys that a function or a dataclass takes, without the parameters that are `given`."""
     hints, meanings = typing.get_type_hints(function), _meanings(function)
-    keys = {}
+    keys: dict[str, Key] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name not in given and parameter.kind is not parameter.VAR_KEYWORD:
             default = REQUIRED if parameter.default is parameter.empty else parameter.default
@@ -209,14 +209,17 @@ def _signature(function: Callable[..., Any], given: tuple[str, ...] = ()) -> dic
     return keys
 
 
-def _module_fields(module: Any, prefix: str) -> dict[str, Key]:
-    """Returns the fields of a Flax module as keys; their defaults are the values that this module has."""
+def _module_fields(module: nn.Module, prefix: str) -> dict[str, Key]:
+    """Returns the fields of a model as keys, a backbone's beside the model's own; defaults are what this model has."""
     hints, meanings = typing.get_type_hints(type(module)), _meanings(module)
-    return {
-        prefix + field.name: Key(hints[field.name], getattr(module, field.name), meanings.get(field.name, ""))
-        for field in dataclasses.fields(module)
-        if field.name not in ("parent", "name")
-    }
+    keys: dict[str, Key] = {}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if isinstance(value, nn.Module):
+            keys |= _module_fields(value, prefix if field.name == "backbone" else f"{prefix}{field.name}.")
+        elif field.name not in ("parent", "name"):
+            keys[prefix + field.name] = Key(hints[field.name], value, meanings.get(field.name, ""))
+    return keys
 
 
 def _meanings(documented: Any) -> dict[str, str]:

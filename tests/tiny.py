@@ -14,6 +14,7 @@ from PIL import Image
 
 from maxmap import config, evaluate, inference, models
 from maxmap.layers.primitives import BatchNorm, Conv, DropPath, Linear
+from maxmap.models import create_model as create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("blue", "green", "red")

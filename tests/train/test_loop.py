@@ -287,7 +287,7 @@ REAL = {"name": "maxvit_mini_32", "embed_dim": (16, 16), "depths": (1, 1), "tran
 
 
 def test_init_from_that_does_not_fit(images, tmp_path, monkeypatch):
-    from maxmap.models import create_model
+    from tests.tiny import create_model
 
     use_models(create_model, monkeypatch)
     other = create_model(**{**REAL, "embed_dim": (16, 32)}, num_classes=3)
@@ -303,7 +303,7 @@ def test_init_from_that_does_not_fit(images, tmp_path, monkeypatch):
 
 def test_init_from_fits_a_model_to_new_classes(tmp_path, monkeypatch, capfd):
     """Everything but the classifier is the other model's; the log says so."""
-    from maxmap.models import create_model
+    from tests.tiny import create_model
 
     use_models(create_model, monkeypatch)
     model = create_model(**REAL, num_classes=5)
@@ -447,7 +447,7 @@ def test_a_workdir_that_is_a_file(images, tmp_path):
 
 
 def test_images_that_the_windows_do_not_divide(tmp_path, images, monkeypatch):
-    from maxmap.models import create_model
+    from tests.tiny import create_model
 
     use_models(create_model, monkeypatch)
     model = REAL
