@@ -159,7 +159,7 @@ def plan_command(config: str, devices: int, hardware: str, utilisation: float, c
 
 def average_command(workdirs: list[str], out: str, last: int, raw: bool) -> None:
     """Writes the mean of checkpoints as a checkpoint of the model alone."""
-    variables, info = checkpoint.average(workdirs, last=last, ema=not raw)
+    variables, info = checkpoint.average_checkpoints(workdirs, last=last, ema=not raw)
     checkpoint.write_variables(out, variables, info)
     used = ", ".join(f"{workdir} step {step}" for workdir, step in info["averaged"])
     print(f"{out}: {info['weights']} weights of {used}")

@@ -201,7 +201,7 @@ def elastic(*legs: tuple[str, int]) -> Try:
 def damage(harm: Callable[[Path], object]) -> Try:
     def try_it(bench: Bench, workdir: Path) -> None:
         bench.run(workdir, "--at=step:14:die", code=-signal.SIGKILL)
-        newest = checkpoint.newest(workdir)
+        newest = checkpoint.newest_step(workdir)
         harm(Path(checkpoint.folder(workdir)) / str(newest))
         bench.same(workdir)
 
@@ -244,7 +244,7 @@ def full_disk(bench: Bench, workdir: Path) -> None:
     with small_disk(workdir, "400k"):
         refuses(bench, workdir, "last good checkpoint", "--set=checkpoint__keep=12")
         kept = checkpoint.finished_steps(workdir)
-        assert kept and checkpoint.newest(workdir) == kept[-1], "a checkpoint is lost"
+        assert kept and checkpoint.newest_step(workdir) == kept[-1], "a checkpoint is lost"
         remount(workdir, "size=64m")
         bench.same(workdir)
 

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from maxmap import checkpoint, evaluate
+from maxmap import checkpoint, evaluate, storage
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.sharding import connect
@@ -41,9 +41,9 @@ PLACES: dict[str, tuple[Any, str]] = {
     "log": (loop.Report, "train"),
     "evaluation": (evaluate, "evaluate"),
     "save": (checkpoint.Checkpoints, "save"),
-    "sums": (checkpoint, "_sums"),
+    "sums": (checkpoint, "_checksums"),
     "prune": (checkpoint.Checkpoints, "_prune"),
-    "text": (checkpoint.os, "replace"),
+    "text": (storage.os, "replace"),
 }
 
 
@@ -134,7 +134,7 @@ def log_of(workdir: Path) -> str:
 
 def outcome(workdir: str | Path) -> dict[str, Any]:
     """All that a finished run stands for: the whole state, the metrics, the evaluation, the samples of every step."""
-    step, workdir = checkpoint.newest(workdir), checkpoint.place(workdir)
+    step, workdir = checkpoint.newest_step(workdir), storage.resolve(workdir)
     state, one = {}, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with contextlib.closing(ocp.StandardCheckpointer()) as reader:
         for item in ("variables", "ema", "training"):
@@ -181,7 +181,7 @@ def main() -> int:
     connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
     for room in tiny.rooms():
         room.create_model = tiny.create_tiny  # type: ignore[attr-defined]
-    if not checkpoint.in_bucket(arguments.workdir):
+    if not storage.in_bucket(arguments.workdir):
         note_order(Path(arguments.workdir))
     first_image = min((arguments.images / "train").rglob("*.png"))
     for planned in arguments.at:

@@ -15,7 +15,7 @@ from flax import traverse_util
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from maxmap import allocator, checkpoint, evaluate
+from maxmap import allocator, checkpoint, evaluate, storage
 from maxmap.checkpoint import Checkpoints
 from maxmap.convert.adapt import adapt
 from maxmap.convert.load import read_model
@@ -107,18 +107,18 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
     parts = _build(config, numbers, kwargs, mesh, data)
     state, fitted = _first_state(parts, workdir, found, config["init_from"])
     start = 0 if found is None else found["step"]
-    if not checkpoint.in_bucket(workdir):  # which has no folders, only names
+    if not storage.in_bucket(workdir):  # which has no folders, only names
         try:
             Path(workdir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {workdir} ({error.strerror}): give another --workdir.") from error
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(checkpoint.disk_errors(workdir, "be written to"))
+        stack.enter_context(checkpoint.write_errors(workdir, "be written to"))
         look = stack.enter_context(only_run(workdir))
         if jax.process_index() == 0:
             text = json.dumps(parts.info["config"], indent=2) + "\n"
-            checkpoint.write_text(checkpoint.place(workdir) / "config.json", text)
+            storage.write_text(storage.resolve(workdir) / "config.json", text)
         report = Report(workdir, step=start, total_steps=parts.total_steps, batch_size=parts.batch_size, look=look)
         stack.enter_context(contextlib.closing(report))
         report.tell(
@@ -158,7 +158,7 @@ class Loop:
         self._parts, self._workdir, self._report, self._look = parts, workdir, report, look
         self._state, self._step, self._first = state, step, step
         self._watch = Watch(workdir, report, step=step, max_skips=parts.numbers.max_skips)
-        hang = checkpoint.place(workdir) / f"hang{jax.process_index() or ''}.txt"
+        hang = storage.resolve(workdir) / f"hang{jax.process_index() or ''}.txt"
         self._dog = Watchdog(hang, 60 * parts.numbers.hang_minutes)
         self._key = parts.keys()[1]
         self._last: tuple[Mapping[str, Any], Mapping[str, Array]] | None = None  # batch and metrics, not yet looked at

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from maxmap.checkpoint import in_bucket, place, write_text
+from maxmap import storage
 
 LOGS = ("metrics.jsonl", "events.jsonl")  # what a run that goes on adds to
 INPUT_BOUND = 0.1  # share of the time spent waiting for data above which the log says so
@@ -58,11 +58,11 @@ class Report:
         self.folder = Path(workdir)
         self._copied: dict[Path, int] = {}
         self._temporary = contextlib.ExitStack()
-        if in_bucket(workdir):
+        if storage.in_bucket(workdir):
             self.folder = Path(self._temporary.enter_context(tempfile.TemporaryDirectory(prefix="maxmap-")))
             for name in LOGS:
-                if (place(workdir) / name).exists():
-                    (self.folder / name).write_bytes((place(workdir) / name).read_bytes())
+                if (storage.resolve(workdir) / name).exists():
+                    (self.folder / name).write_bytes((storage.resolve(workdir) / name).read_bytes())
         self._path = self.folder / LOGS[0]
         drop_after(self._path, step)
         self._file = self._path.open("ab", buffering=0)
@@ -125,13 +125,13 @@ class Report:
 
     def keep(self) -> None:
         """Copies what has grown to the bucket, if the workdir is in one."""
-        if not self._main or not in_bucket(self._workdir):
+        if not self._main or not storage.in_bucket(self._workdir):
             return
         self._look()
         for file in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             if self._copied.get(file) != (size := file.stat().st_size):  # they only grow
                 data = file.read_bytes()
-                (place(self._workdir) / file.relative_to(self.folder).as_posix()).write_bytes(data)
+                (storage.resolve(self._workdir) / file.relative_to(self.folder).as_posix()).write_bytes(data)
                 self._copied[file] = size
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ def drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    write_text(path, "".join(kept))
+    storage.write_text(path, "".join(kept))
 
 
 def _clock(seconds: float) -> str:

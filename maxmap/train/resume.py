@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from maxmap.checkpoint import in_bucket, place
+from maxmap import storage
 from maxmap.errors import UserError
 
 LOCK = "lock"
@@ -42,8 +42,11 @@ def only_run(workdir: str | Path) -> Iterator[Callable[[], None]]:
     if jax.process_index() > 0:
         yield lambda: None
         return
-    if in_bucket(workdir):
-        lock, own = place(workdir) / LOCK, f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4()}\n"
+    if storage.in_bucket(workdir):
+        lock, own = (
+            storage.resolve(workdir) / LOCK,
+            f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4()}\n",
+        )
         lock.write_text(own)
 
         def look() -> None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maxmap.checkpoint import place, write_text
+from maxmap import storage
 from maxmap.errors import UserError
 from maxmap.train.report import Report, drop_after
 
@@ -86,7 +86,7 @@ class Watch:
           layers: tree of the numbers that `maxmap.train.step.make_diagnosis` returns.
         """
         samples = _of_all_processes(samples)
-        path = place(self._workdir) / "not_finite.json"
+        path = storage.resolve(self._workdir) / "not_finite.json"
         if jax.process_index() == 0:
             flat = jax.tree_util.tree_leaves_with_path(jax.device_get(layers), is_leaf=lambda x: "not_finite" in x)
             table = [
@@ -103,7 +103,7 @@ class Watch:
                 "samples": [{"index": int(i), "name": names(int(i))} for i in samples],
                 "layers": table,
             }
-            write_text(path, json.dumps(found, indent=1) + "\n")
+            storage.write_text(path, json.dumps(found, indent=1) + "\n")
         return UserError(
             f"loss or gradients were not finite in {self.skips} steps in a row, up to step {step}: {path} names the "
             "samples and every layer's numbers; the newest checkpoint is from before, go on from it with a lower rate."
@@ -157,9 +157,9 @@ class Watchdog:
                 with tempfile.TemporaryFile("w+") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
                     file.seek(0)
-                    path = place(self._path)
+                    path = storage.resolve(self._path)
                     before = path.read_text() if path.exists() else ""
-                    write_text(path, f"{before}{text}\n{file.read()}")
+                    storage.write_text(path, f"{before}{text}\n{file.read()}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
