@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from maxmap import allocator, compiled, evaluate, train
+from maxmap import evaluate, runtime, train
 from maxmap.errors import UserError, nearest
 from maxmap.sharding import connect
 
@@ -86,6 +86,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    allocator.keep_freed_memory()
-    compiled.keep()
+    runtime.prepare()
     app.run(main, flags_parser=parse)

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from maxmap import allocator, checkpoint, compiled, evaluate
+from maxmap import checkpoint, evaluate, runtime
 from maxmap.convert.adapt import RESIZES
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export
@@ -300,6 +300,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    allocator.keep_freed_memory()
-    compiled.keep()
+    runtime.prepare()
     sys.exit(main())

@@ -15,7 +15,7 @@ from flax import traverse_util
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from maxmap import allocator, checkpoint, evaluate, storage
+from maxmap import checkpoint, evaluate, storage
 from maxmap.checkpoint import Checkpoints
 from maxmap.convert.adapt import adapt
 from maxmap.convert.load import read_model
@@ -25,6 +25,7 @@ from maxmap.errors import UserError, call
 from maxmap.losses import total_loss
 from maxmap.models import Classifier, create_model
 from maxmap.optim import make_optimizer
+from maxmap.runtime import freed_memory
 from maxmap.schedule import Schedule, make_schedule
 from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, to_devices
 from maxmap.train.report import Report
@@ -251,7 +252,7 @@ class Loop:
         self._step, self._last = self._step + 1, (batch, metrics)
         if self._watch.skips or not self._ahead:
             self._settle()  # at once; after a skip, because the state still is what that step saw
-        allocator.relieve()
+        freed_memory.trim_if_grown()
 
     def _settle(self) -> None:
         """Looks at the numbers of the newest step that was not looked at yet, if there is one."""
