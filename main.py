@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from maxmap import evaluate, runtime, train
 from maxmap.errors import UserError, nearest
-from maxmap.sharding import connect
+from maxmap.sharding import initialize_processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.KEY=VALUE overrides a value.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same one again goes on with it.")
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.ERROR)  # orbax tells about every file that it writes
     workdir = WORKDIR.value or f"runs/{Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem}"
     try:
-        connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        initialize_processes(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         config = CONFIG.value.to_dict()
         if MODE.value == "train":
             result = train.run(config, workdir, allow_changes=CHANGES.value)

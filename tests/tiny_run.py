@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from maxmap import checkpoint, evaluate, storage
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
-from maxmap.sharding import connect
+from maxmap.sharding import initialize_processes
 from maxmap.train import loop
 from tests import tiny
 
@@ -178,7 +178,7 @@ def main() -> int:
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(tiny.ROOT / ".cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    initialize_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
     for room in tiny.rooms():
         room.create_model = tiny.create_tiny  # type: ignore[attr-defined]
     if not storage.in_bucket(arguments.workdir):

@@ -116,11 +116,17 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(checkpoint.write_errors(workdir, "be written to"))
-        look = stack.enter_context(only_run(workdir))
+        check_ownership = stack.enter_context(only_run(workdir))
         if jax.process_index() == 0:
             text = json.dumps(parts.info["config"], indent=2) + "\n"
             storage.write_text(storage.resolve(workdir) / "config.json", text)
-        report = Report(workdir, step=start, total_steps=parts.total_steps, batch_size=parts.batch_size, look=look)
+        report = Report(
+            workdir,
+            step=start,
+            total_steps=parts.total_steps,
+            batch_size=parts.batch_size,
+            check_ownership=check_ownership,
+        )
         stack.enter_context(contextlib.closing(report))
         report.tell(
             f"{kwargs['name']}: {evaluate.count_parameters(state.params):,} parameters, {data.num_train} training and "
@@ -131,7 +137,7 @@ def run(config: Config, workdir: str | Path, *, allow_changes: bool = False) -> 
             report.tell(f"changed since the checkpoint: {change}")
         if fitted:
             report.tell(f"from {config['init_from']}: {fitted}")
-        loop = Loop(parts, workdir, report, look, state, start)
+        loop = Loop(parts, workdir, report, check_ownership, state, start)
         return loop.train() if start < parts.total_steps else loop.evaluate()
 
 
@@ -142,7 +148,7 @@ class Loop:
       parts: of the run.
       workdir: of the run.
       report: where it is told.
-      look: is called before anything is written; see `maxmap.train.resume.only_run`.
+      check_ownership: called before anything is written; see `maxmap.train.resume.only_run`.
       state: to go on from.
       step: that it stands at.
     """
@@ -152,11 +158,11 @@ class Loop:
         parts: Parts,
         workdir: str | Path,
         report: Report,
-        look: Callable[[], None],
+        check_ownership: Callable[[], None],
         state: TrainState,
         step: int,
     ):
-        self._parts, self._workdir, self._report, self._look = parts, workdir, report, look
+        self._parts, self._workdir, self._report, self._check_ownership = parts, workdir, report, check_ownership
         self._state, self._step, self._first = state, step, step
         self._watch = Watch(workdir, report, step=step, max_skips=parts.numbers.max_skips)
         hang = storage.resolve(workdir) / f"hang{jax.process_index() or ''}.txt"
@@ -223,11 +229,11 @@ class Loop:
             return
         self._settle()  # what a checkpoint follows has to be in the log: a resumed run does not take the step again
         began = time.perf_counter()
-        self._look()
+        self._check_ownership()
         if evaluating:
             self._dog.enter(f"step {step} is evaluated")
             self._result = self.evaluate()
-        self._report.keep()
+        self._report.upload()
         if saving:
             self._dog.enter(f"step {step} is saved")
             score = self._result["top1"] if evaluating else None
@@ -261,7 +267,7 @@ class Loop:
         parts, step = self._parts, self._step
         (batch, metrics), self._last = self._last, None
         self._dog.enter(f"step {step} computes")
-        stopping = self._watch.look(step, metrics, batch["index"])
+        stopping = self._watch.check(step, metrics, batch["index"])
         if not self._watch.skips and (step % parts.numbers.log_every == 0 or step in (1, parts.total_steps)):
             numbers = _fetch({**metrics, "learning_rate": parts.schedule(step - 1)})
             self._report.train(step, step / parts.steps_per_epoch, numbers)

@@ -130,10 +130,10 @@ def test_the_newer_of_two_runs_in_a_bucket_goes_on(bucket):
 def test_the_older_run_copies_nothing_any_more(bucket, tmp_path):
     workdir = f"{bucket}/older"
     metrics = storage.resolve(workdir) / "metrics.jsonl"
-    with only_run(workdir) as look:
-        report = Report(workdir, step=0, total_steps=9, batch_size=8, look=look)
+    with only_run(workdir) as check_ownership:
+        report = Report(workdir, step=0, total_steps=9, batch_size=8, check_ownership=check_ownership)
         report.train(1, 0.1, {"loss": 2.0, "learning_rate": 0.1})
-        report.keep()
+        report.upload()
         written = metrics.read_text()
         report.train(2, 0.2, {"loss": 2.0, "learning_rate": 0.1})
         folder = report.folder

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from maxmap.errors import UserError
-from maxmap.sharding import connect
+from maxmap.sharding import initialize_processes
 from maxmap.train.resume import check_changes, only_run
 from tests.tiny import assert_equal, config, write_folder
 from tests.tiny_run import log_of, outcome, start
@@ -84,12 +84,12 @@ def test_two_processes_train_as_one_does(images, tmp_path, environment):
 
 def test_processes_that_are_only_half_described(monkeypatch):
     with pytest.raises(UserError, match="all of --coordinator"):
-        connect("127.0.0.1:1234")
-    connect()  # alone
+        initialize_processes("127.0.0.1:1234")
+    initialize_processes()  # alone
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    with pytest.raises(UserError, match="does not tell where its first process runs: give --coordinator"):
-        connect()
+    with pytest.raises(UserError, match="does not say where its first process runs: give --coordinator"):
+        initialize_processes()
 
 
 @pytest.mark.fault("two runs in one workdir")

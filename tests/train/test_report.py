@@ -173,6 +173,18 @@ def test_curves_are_drawn_from_the_log(tmp_path):
     assert left.any() and not right.any()  # only the losses differ
 
 
-def test_curves_of_a_run_that_did_nothing_yet(tmp_path):
+def test_the_plots_of_a_run_without_steps_are_empty(tmp_path):
+    def has_a_rate() -> bool:
+        """Whether the plot on the right, which has no legend, shows anything coloured: its curve."""
+        picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"), int)
+        right = picture[:, 2 * picture.shape[1] // 3 :]
+        assert right.min() < 50, "there is no plot"
+        return (right.max(axis=2) - right.min(axis=2)).max() > 50
+
     Report(tmp_path, step=0, total_steps=9, batch_size=8).close()
-    assert (tmp_path / "curves.png").is_file()
+    assert not has_a_rate()
+    report = Report(tmp_path, step=0, total_steps=9, batch_size=8)
+    for step in (1, 2):
+        report.train(step, step / 3, metrics())
+    report.close()
+    assert has_a_rate()

@@ -10,7 +10,8 @@ import pytest
 from maxmap.errors import UserError
 from maxmap.train import loop
 from maxmap.train.report import Report
-from maxmap.train.watch import CALM, Watch, Watchdog
+from maxmap.train.watch import SPIKE_WARMUP as WARMUP
+from maxmap.train.watch import Watch, Watchdog
 from tests.tiny import assert_equal, config, copied, write_folder
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -99,14 +100,14 @@ def metrics(loss: float, *, skipped: int = 0) -> dict:
 def test_spikes_are_told(tmp_path, capfd):
     report = Report(tmp_path, step=0, total_steps=1000, batch_size=2)
     watch = Watch(tmp_path, report, step=0, max_skips=1)
-    noise = 2 + 0.1 * np.random.default_rng(0).standard_normal(CALM + 50)
+    noise = 2 + 0.1 * np.random.default_rng(0).standard_normal(WARMUP + 50)
     for step, loss in enumerate(noise, 1):
-        assert not watch.look(step, metrics(9.0 if step in (5, CALM + 20) else loss), np.array([step, step]))
+        assert not watch.check(step, metrics(9.0 if step in (5, WARMUP + 20) else loss), np.array([step, step]))
     report.close()
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     # Not the first one: nothing is known of the noise so early.
-    assert [(e["kind"], e["step"], e["samples"]) for e in events] == [("spike", CALM + 20, [CALM + 20] * 2)]
-    assert f"loss spike at step {CALM + 20}: 9.0000 after" in capfd.readouterr().err
+    assert [(e["kind"], e["step"], e["samples"]) for e in events] == [("spike", WARMUP + 20, [WARMUP + 20] * 2)]
+    assert f"loss spike at step {WARMUP + 20}: 9.0000 after" in capfd.readouterr().err
     # A run that goes on from an earlier step drops what it will meet again.
     Watch(tmp_path, report, step=50, max_skips=1)
     assert (tmp_path / "events.jsonl").read_text() == ""
