@@ -16,15 +16,11 @@ from maxmap.checkpoint import Checkpoints, read_info, read_variables
 from maxmap.errors import UserError
 from maxmap.sharding import make_mesh
 from maxmap.train.state import TrainState, abstract, create
-from tests.tiny import Tiny, assert_equal, compile_quickly, copied, files
+from tests.tiny import Tiny, assert_equal, copied, files
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 INFO = {"model": {"name": "tiny", "num_classes": 3}, "classes": ["a", "b", "c"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with compile_quickly():
-        yield
 
 
 def state(seed: int = 0, *, ema: bool = True) -> TrainState:

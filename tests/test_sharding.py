@@ -17,7 +17,9 @@ from maxmap.models import create_model
 from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, state_sharding, to_devices
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import cast, make_train_step
-from tests.tiny import Tiny, compile_quickly
+from tests.tiny import Tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
 
@@ -35,12 +37,6 @@ MODEL = {
     "drop_path": 0.5,
     "head": {"channels": 8, "level": 0, "gram_channels": 4, "gram_groups": 2, "heads": 2, "mlp_ratio": 2.0},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with compile_quickly():
-        yield
 
 
 # The tests' network is small: let arrays of 8 values and more be split.

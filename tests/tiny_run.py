@@ -151,7 +151,7 @@ def outcome(workdir: str | Path) -> dict[str, Any]:
                 assert own.setdefault(at, samples) == samples, f"step {at} took other samples the second time"
         for at, samples in own.items():
             order.setdefault(at, []).extend(samples)
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = tiny.read_lines(workdir / "metrics.jsonl")
     return {
         "step": step,
         "state": state,

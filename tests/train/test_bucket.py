@@ -1,7 +1,6 @@
 """A run in a bucket, of a server on this machine (tests/gcs.py): killed, resumed, evaluated, used."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from maxmap.train import loop
 from maxmap.train.report import Report
 from maxmap.train.resume import only_run
 from maxmap.train.watch import Watchdog
-from tests.tiny import ROOT, assert_equal, config, write_folder
+from tests.tiny import ROOT, assert_equal, config, free_port
 from tests.tiny_run import outcome, start
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -31,9 +30,7 @@ TIMEOUT = 240  # seconds, for a process that takes ten on an idle machine
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """An empty bucket; etils (by gcsfs) and tensorstore find its server by the environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen([sys.executable, "-m", "tests.gcs", str(port)], cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -52,11 +49,6 @@ def bucket() -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
