@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from maxmap import allocator, compiled, evaluate
+from maxmap import evaluate, runtime
 from maxmap.config import bind, explain, read, split_overrides
 from maxmap.errors import UserError
-from maxmap.sharding import connect
+from maxmap.sharding import initialize_processes
 from maxmap.train import loop
 
 CONFIG = flags.DEFINE_string("config", None, "Config file, such as configs/quickstart.py.")
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
             return 0
         recipe = bind(config)
         workdir = WORKDIR.value or f"runs/{Path(str(CONFIG.value).partition(':')[0]).stem}"
-        connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        initialize_processes(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         if MODE.value == "train":
             result = loop.run(recipe, workdir, allow_changes=CHANGES.value)
         else:
@@ -68,6 +68,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    allocator.keep_freed_memory()
-    compiled.keep()
+    runtime.prepare()
     app.run(main, flags_parser=parse)

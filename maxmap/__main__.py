@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from maxmap import allocator, checkpoint, compiled, config, evaluate
+from maxmap import checkpoint, config, evaluate, runtime
 from maxmap.convert.adapt import RESIZES
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export
@@ -154,7 +154,7 @@ def plan_command(recipe: Recipe, devices: int, hardware: str, utilisation: float
 
 def average_command(workdirs: list[str], out: str, last: int, raw: bool) -> None:
     """Writes the mean of checkpoints as a checkpoint of the model alone."""
-    variables, info = checkpoint.average(workdirs, last=last, ema=not raw)
+    variables, info = checkpoint.average_checkpoints(workdirs, last=last, ema=not raw)
     checkpoint.write_variables(out, variables, info)
     used = ", ".join(f"{workdir} step {step}" for workdir, step in info["averaged"])
     print(f"{out}: {info['weights']} weights of {used}")
@@ -282,6 +282,5 @@ def _add_config_commands(commands: Any) -> None:
 
 
 if __name__ == "__main__":
-    allocator.keep_freed_memory()
-    compiled.keep()
+    runtime.prepare()
     sys.exit(main())

@@ -14,7 +14,7 @@ from flax.errors import FlaxError
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from maxmap import checkpoint
+from maxmap import checkpoint, storage
 from maxmap.convert.load import read_model
 from maxmap.cost import count_parameters
 from maxmap.data.augment import normalize
@@ -162,7 +162,7 @@ def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> d
 def write(result: Mapping[str, Any], workdir: str | Path, name: str = "eval.json") -> None:
     """Writes `eval.json` into a folder."""
     if jax.process_index() == 0:
-        checkpoint.write_text(checkpoint.place(workdir) / name, json.dumps(result, indent=2) + "\n")
+        storage.write_text(storage.resolve(workdir) / name, json.dumps(result, indent=2) + "\n")
 
 
 def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
@@ -198,11 +198,11 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     if info["weights"] == "ema" and (raw := checkpoint.read_variables(path, ema=False))[1]["weights"] == "raw":
         raw_figures = figures(raw[0], "raw")
         result["raw"] = {key: raw_figures[key] for key in ("top1", "top5", "branch_top1", "loss")}
-    if not checkpoint.in_bucket(workdir):
+    if not storage.in_bucket(workdir):
         Path(workdir).mkdir(parents=True, exist_ok=True)
     write(result, workdir)
     if jax.process_index() == 0:
-        checkpoint.write_text(checkpoint.place(workdir) / "predictions.csv", as_csv(rows))
+        storage.write_text(storage.resolve(workdir) / "predictions.csv", as_csv(rows))
     return result
 
 
@@ -257,7 +257,7 @@ def run_on(workdir: str | Path, folder: Path, labels: str, file: Path | None, ba
     result = report({"labels": labels, **result}, variables["params"], info)
     write(result, workdir, f"eval_{labels}.json")
     if jax.process_index() == 0:
-        checkpoint.write_text(checkpoint.place(workdir) / f"predictions_{labels}.csv", as_csv({info["weights"]: rows}))
+        storage.write_text(storage.resolve(workdir) / f"predictions_{labels}.csv", as_csv({info["weights"]: rows}))
     return result
 
 

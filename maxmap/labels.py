@@ -1,4 +1,4 @@
-"""Label sets of ImageNet's relatives, and the file of predictions that anyone can count again."""
+"""Labels of ImageNet's relatives, and the file of predictions, from which anyone can compute the accuracies again."""
 
 import csv
 import io
@@ -12,8 +12,8 @@ import numpy as np
 
 from maxmap.errors import UserError
 
-# Every set is a folder of images with one folder per class. "among": only the classes that occur in it are candidates,
-# as its authors evaluate.
+# Every set is a folder with a folder of images per class, which has the class's name or its number ("folders"). With
+# "among", only the classes that occur in the set are candidates, as in its authors' evaluation.
 LABEL_SETS: Mapping[str, Mapping[str, Any]] = {
     "real": {"folders": "names", "among": False},  # Beyer et al. 2020: several labels for the validation images
     "v2": {"folders": "numbers", "among": False},  # Recht et al. 2019: the folders are 0 to 999
@@ -24,10 +24,10 @@ LABEL_SETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def read_real(path: Path) -> list[list[int]]:
-    """Reads ReaL's `real.json`: for each of the 50,000 validation images, in order, the labels that are right.
+    """Reads ReaL's `real.json`: the right labels of each of the 50,000 validation images, in order.
 
     Raises:
-      UserError: it is not such a file.
+      UserError: the file is something else.
     """
     try:
         labels = json.loads(path.read_text("utf-8"))
@@ -39,23 +39,37 @@ def read_real(path: Path) -> list[list[int]]:
 
 
 def real_labels(labels: Sequence[Sequence[int]], name: str) -> Sequence[int]:
-    """Returns the right labels of a validation image by its file name, `ILSVRC2012_val_00000001.JPEG` and on."""
+    """Returns the right labels of a validation image.
+
+    Args:
+      labels: what `read_real` returns.
+      name: file name of the image, for example `ILSVRC2012_val_00000001.JPEG`.
+
+    Raises:
+      UserError: the name is not that of a validation image.
+    """
     number = re.search(r"ILSVRC2012_val_(\d{8})", name)
     if number is None or not 1 <= int(number[1]) <= len(labels):
-        raise UserError(f"{name} is none of the {len(labels)} validation images that ReaL labels, by its file name.")
+        raise UserError(
+            f"{name} is none of the {len(labels)} validation images that ReaL labels: give the folder of ImageNet's "
+            "validation images under their own names, ILSVRC2012_val_00000001.JPEG and so on."
+        )
     return labels[int(number[1]) - 1]
 
 
 def count(rows: Iterable[Mapping[str, Any]], right: Mapping[int, Sequence[int]] | None = None) -> dict[str, Any]:
-    """Counts predictions.
+    """Computes accuracies from the rows of predictions.
 
     Args:
-      rows: of `evaluate`, or of the file, read by `csv.DictReader`.
-      right: labels that are right for each image by its index, ReaL's; an image without any does not count. None: the
-        label of the row.
+      rows: what `rows_of` returns, or the rows of `predictions.csv`, read by `csv.DictReader`.
+      right: the right labels of each image by its index, as ReaL has them; an image without right labels does not
+        count. None: the label of the row is the only right one.
 
     Returns:
-      'images', 'top1' and 'top5' (percent), 'branch_top1' (percent of each branch).
+      'images' (how many count), 'top1' and 'top5' (percent), 'branch_top1' (percent, for each branch).
+
+    Raises:
+      UserError: no image counts.
     """
     images, top1, top5 = 0, 0, 0
     branches: dict[str, int] = {}
@@ -76,7 +90,7 @@ def count(rows: Iterable[Mapping[str, Any]], right: Mapping[int, Sequence[int]] 
         for key, hit in hits.items():
             branches[key] = branches.get(key, 0) + hit
     if not images:
-        raise UserError("none of the images has a label that counts.")
+        raise UserError("none of the images has a right label: check that the labels belong to these images.")
     return {
         "images": images,
         "top1": 100 * top1 / images,
@@ -86,12 +100,13 @@ def count(rows: Iterable[Mapping[str, Any]], right: Mapping[int, Sequence[int]] 
 
 
 def rows_of(batch: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], names: Any) -> list[dict[str, Any]]:
-    """Makes a row of each image that counts.
+    """Returns a row for each image of a batch that is not padding.
 
     Args:
-      batch: 'index', 'label' and 'mask', `[B]`.
-      found: 'best' `[B, 5]`, 'rank' `[B]`, 'branch' `[G, B]`, 'branch_rank' `[G, B]`, as `make_eval_step` says.
-      names: function from an index to the name of the file.
+      batch: 'index', 'label' and 'mask' (False for padding), each `[B]`.
+      found: 'best' `[B, 5]`, 'rank' `[B]`, 'branch' `[G, B]`, 'branch_rank' `[G, B]`; see
+        `maxmap.evaluate.make_eval_step`.
+      names: function from the index of an image to the name of its file.
     """
     rows = []
     for i in np.flatnonzero(batch["mask"]):
@@ -105,11 +120,20 @@ def rows_of(batch: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], na
 
 
 def as_csv(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Returns the text of `predictions.csv`: the rows of every kind of weights, which is the first column.
+    """Returns the text of `predictions.csv`: a line for each image and kind of weights.
 
-    `rank` is the rank of the label among the averaged logits (ties count against it), so that top-k accuracy is the
-    share of ranks up to k; `top1` to `top5` are the labels with the largest logits; `branchN` and `branchN_rank` the
-    same of each branch.
+    Its columns:
+
+    - `weights`: "ema" or "raw".
+    - `index`, `name`, `label`: the image's index, its file and its label.
+    - `rank`: rank of the label among the logits, averaged over the branches. Ties count against it. The top-k accuracy
+      is the share of ranks up to k.
+    - `top1` to `top5`: the classes with the largest averaged logits.
+    - `branchN`, `branchN_rank`: the class with the largest logit of a branch, and the rank of the label among its
+      logits.
+
+    Args:
+      rows: for each kind of weights what `rows_of` returns.
     """
     text = io.StringIO()
     writer = None

@@ -83,6 +83,23 @@ def tiny_models() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """XLA optimises little; see tests/tiny.py."""
+    from tests.tiny import compile_quickly
+
+    with compile_quickly():
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small images, `{train,val}/<class>/<number>.png`; see tests/tiny.py."""
+    from tests.tiny import write_folder
+
+    return write_folder(tmp_path_factory.mktemp("images"))
+
+
 @pytest.fixture
 def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """XLA's own convolutions, which trace and compile faster; tests/test_layers.py shows that the others equal them."""

@@ -14,7 +14,7 @@ from maxmap import checkpoint
 from maxmap.config import bind, read
 from maxmap.inference import predict
 from maxmap.models import create_model
-from tests.tiny import CLASSES, ROOT, copied, create_tiny, use_models, write_folder, write_image
+from tests.tiny import CLASSES, ROOT, copied, create_tiny, preprocessing, use_models, write_folder, write_image
 
 
 def mistake(capsys, *argv: object) -> str:
@@ -81,14 +81,7 @@ def workdir(tmp_path, monkeypatch) -> Path:
     info = {
         "model": {"name": "tiny", "num_classes": 3},
         "classes": list(CLASSES),
-        "preprocessing": {
-            "image_size": 8,
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "interpolation": "bicubic",
-            "mean": [0.5] * 3,
-            "std": [0.5] * 3,
-        },
+        "preprocessing": preprocessing(),
     }
     checkpoints = checkpoint.Checkpoints(tmp_path / "run")
     checkpoints.save(1, {"variables": copied(variables)}, info)

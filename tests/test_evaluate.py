@@ -14,15 +14,11 @@ from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError
 from maxmap.evaluate import check_same_model, make_eval_step, rank_of, report
 from maxmap.sharding import make_mesh
-from tests.tiny import compile_quickly, write_folder
+from tests.tiny import write_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DIGITS = {"image_size": 8, "crop_pct": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3, "threads": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with compile_quickly():
-        yield
 
 
 class Pixels(nn.Module):

@@ -11,7 +11,7 @@ from maxmap import checkpoint
 from maxmap.__main__ import main
 from maxmap.errors import UserError
 from maxmap.labels import as_csv, count, read_real, real_labels, rows_of
-from tests.tiny import create_tiny, write_image
+from tests.tiny import create_tiny, preprocessing, write_image
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
@@ -79,14 +79,7 @@ def trained(tmp_path_factory):
         "model": {"name": "tiny", "num_classes": 1000},
         "classes": WORDNET,
         "step": 3,
-        "preprocessing": {
-            "image_size": 8,
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "interpolation": "bicubic",
-            "mean": [0.5] * 3,
-            "std": [0.25] * 3,
-        },
+        "preprocessing": preprocessing(),
     }
     checkpoint.write_variables(workdir, variables, info)
     return workdir

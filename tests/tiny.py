@@ -1,6 +1,8 @@
 """What the tests of the run-time rooms share: a network that compiles in a second, a folder of images, a config."""
 
 import contextlib
+import json
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,24 @@ def settings_for(path: Path | None, **changes: Any) -> dict[str, Any]:
         section, _, key = name.rpartition("__")
         (values[section] if section else values)[key] = value
     return values
+
+
+def preprocessing() -> dict[str, Any]:
+    """The preprocessing that a checkpoint of the tests' network carries."""
+    colours = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    return {"image_size": 8, "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic", **colours}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log such as `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from maxmap import checkpoint
+from maxmap import checkpoint, storage
 from maxmap.convert import hub
 from maxmap.convert.adapt import Changes, adapt, trace, with_classes
 from maxmap.convert.sources import Source, read_source
@@ -52,7 +52,7 @@ def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], d
     Raises:
       UserError: there is no such checkpoint, or it does not fit the model that it is said to be of.
     """
-    if checkpoint.in_bucket(path):
+    if storage.in_bucket(path):
         return checkpoint.read_variables(path, ema=ema)
     there = Path(path).exists()
     # What names a repository is no path, though hf:// looks like the scheme of one.
@@ -150,7 +150,7 @@ def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **
     Raises:
       UserError: the source does not fit, or `dest` is there; nothing was written.
     """
-    if checkpoint.in_bucket(dest):
+    if storage.in_bucket(dest):
         raise UserError(f"{dest} is in a bucket, which has no folders to rename: convert to a folder, and copy that.")
     dest = Path(dest).absolute()
     if dest.exists() and not overwrite:

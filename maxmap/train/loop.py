@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from maxmap import allocator, checkpoint, evaluate
+from maxmap import checkpoint, evaluate, storage
 from maxmap.checkpoint import Checkpoints
 from maxmap.cost import count_parameters
 from maxmap.errors import UserError
 from maxmap.recipe import Recipe
+from maxmap.runtime import freed_memory
 from maxmap.sharding import to_devices
 from maxmap.train.build import Parts, build, open_data
 from maxmap.train.report import Report
@@ -47,19 +48,20 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
     parts = build(recipe, mesh, data)
     state, adapted = first_state(parts, workdir, found)
     start = 0 if found is None else found["step"]
-    if not checkpoint.in_bucket(workdir):  # a bucket has no folders, only names
-        try:
-            Path(workdir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {workdir} ({error.strerror}): give another --workdir.") from error
-
+    _make_folder(workdir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(checkpoint.disk_errors(workdir, "be written to"))
-        look = stack.enter_context(only_run(workdir))
+        stack.enter_context(checkpoint.write_errors(workdir, "be written to"))
+        check_ownership = stack.enter_context(only_run(workdir))
         if jax.process_index() == 0:
             text = json.dumps(parts.info["config"], indent=2) + "\n"
-            checkpoint.write_text(checkpoint.place(workdir) / "config.json", text)
-        report = Report(workdir, step=start, total_steps=parts.total_steps, batch_size=recipe.batch_size, look=look)
+            storage.write_text(storage.resolve(workdir) / "config.json", text)
+        report = Report(
+            workdir,
+            step=start,
+            total_steps=parts.total_steps,
+            batch_size=recipe.batch_size,
+            check_ownership=check_ownership,
+        )
         stack.enter_context(contextlib.closing(report))
         report.tell(
             f"{parts.info['model']['name']}: {count_parameters(state.params):,} parameters, {data.num_train} training "
@@ -70,8 +72,17 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
             report.tell(f"changed since the checkpoint: {change}")
         if adapted:
             report.tell(f"from {recipe.init_from}: {adapted}")
-        loop = Loop(parts, workdir, report, look, state, start)
+        loop = Loop(parts, workdir, report, check_ownership, state, start)
         return loop.train() if start < parts.total_steps else loop.evaluate()
+
+
+def _make_folder(workdir: str | Path) -> None:
+    if storage.in_bucket(workdir):  # a bucket has no folders, only names
+        return
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {workdir} ({error.strerror}): give another --workdir.") from error
 
 
 class Loop:
@@ -81,7 +92,7 @@ class Loop:
       parts: of the run.
       workdir: of the run.
       report: where it is told.
-      look: is called before anything is written; see `maxmap.train.resume.only_run`.
+      check_ownership: called before anything is written; see `maxmap.train.resume.only_run`.
       state: to go on from.
       step: that it stands at.
     """
@@ -91,14 +102,14 @@ class Loop:
         parts: Parts,
         workdir: str | Path,
         report: Report,
-        look: Callable[[], None],
+        check_ownership: Callable[[], None],
         state: TrainState,
         step: int,
     ):
-        self._parts, self._workdir, self._report, self._look = parts, workdir, report, look
+        self._parts, self._workdir, self._report, self._check_ownership = parts, workdir, report, check_ownership
         self._state, self._step, self._first = state, step, step
         self._watch = Watch(workdir, report, step=step, max_skips=parts.recipe.log.max_skips)
-        hang = checkpoint.place(workdir) / f"hang{jax.process_index() or ''}.txt"
+        hang = storage.resolve(workdir) / f"hang{jax.process_index() or ''}.txt"
         self._dog = Watchdog(hang, 60 * parts.recipe.log.hang_minutes)
         self._key = parts.keys()[1]
         self._last: tuple[Mapping[str, Any], Mapping[str, Array]] | None = None  # batch and metrics, not yet looked at
@@ -162,11 +173,11 @@ class Loop:
             return
         self._settle()  # what a checkpoint follows has to be in the log: a resumed run does not take the step again
         began = time.perf_counter()
-        self._look()
+        self._check_ownership()
         if evaluating:
             self._dog.enter(f"step {step} is evaluated")
             self._result = self.evaluate()
-        self._report.keep()
+        self._report.upload()
         if saving:
             self._dog.enter(f"step {step} is saved")
             score = self._result["top1"] if evaluating else None
@@ -191,7 +202,7 @@ class Loop:
         self._step, self._last = self._step + 1, (batch, metrics)
         if self._watch.skips or not self._ahead:
             self._settle()  # at once; after a skip, because the state still is what that step saw
-        allocator.relieve()
+        freed_memory.trim_if_grown()
 
     def _settle(self) -> None:
         """Looks at the numbers of the newest step that was not looked at yet, if there is one."""
@@ -200,7 +211,7 @@ class Loop:
         parts, step = self._parts, self._step
         (batch, metrics), self._last = self._last, None
         self._dog.enter(f"step {step} computes")
-        stopping = self._watch.look(step, metrics, batch["index"])
+        stopping = self._watch.check(step, metrics, batch["index"])
         if not self._watch.skips and (step % parts.recipe.log.every == 0 or step in (1, parts.total_steps)):
             numbers = _fetch({**metrics, "learning_rate": parts.schedule(step - 1)})
             self._report.train(step, step / parts.steps_per_epoch, numbers)

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 from maxmap.cost import count_parameters, multiply_adds
 from maxmap.errors import UserError
 from maxmap.recipe import Recipe
-from maxmap.sharding import DATA, FSDP, by_shape, check_batch
+from maxmap.sharding import DATA, FSDP, check_batch, state_sharding
 from maxmap.train.state import create
 from maxmap.train.step import cast
 
@@ -94,7 +94,7 @@ def plan(recipe: Recipe, devices: int, hardware: str, utilisation: float) -> dic
     flops = 2 * accumulate * multiply_adds(forward, params, state.model_state, images)
     flops *= 4 if recipe.model.keywords.get("remat") else 3  # backward: twice the forward pass, and blocks once more
 
-    split = [leaf for leaf in jax.tree.leaves(params) if not by_shape(leaf.shape, mesh).is_fully_replicated]
+    split = [leaf for leaf in jax.tree.leaves(params) if not state_sharding(leaf.shape, mesh).is_fully_replicated]
     whole = _bytes(params)
     part = whole - _bytes(split) * (1 - 1 / fsdp)  # of the gradients, what a device keeps
     memory = {
@@ -175,6 +175,6 @@ def _bytes(tree: Any) -> int:
 def _held(tree: Any, mesh: Any) -> int:
     """Bytes of a tree on one device."""
     return sum(
-        math.prod(by_shape(leaf.shape, mesh).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(state_sharding(leaf.shape, mesh).shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )

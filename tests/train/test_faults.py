@@ -3,8 +3,6 @@
 `make soak` tries the same at random moments, and what takes longer.
 """
 
-import json
-import socket
 from pathlib import Path
 
 import jax
@@ -12,23 +10,12 @@ import numpy as np
 import pytest
 
 from maxmap.errors import UserError
-from maxmap.sharding import connect
+from maxmap.sharding import initialize_processes
 from maxmap.train.resume import check_changes, only_run
-from tests.tiny import assert_equal, settings_for, write_folder
+from tests.tiny import assert_equal, free_port, read_lines, settings_for
 from tests.tiny_run import log_of, outcome, start
 
 TIMEOUT = 240  # seconds, for a process that takes ten on an idle machine
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("images"))
-
-
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def end(process, workdir: Path, code: int = 0) -> None:
@@ -54,7 +41,7 @@ def test_two_processes_train_as_one_does(images, tmp_path, environment):
     sets = ("--set", "steps=4", "--set", f"mesh__fsdp={2 if environment == 'flags' else 1}")
     one, two = tmp_path / "one", tmp_path / "two"
     single = start(images, one, "--devices=8", *sets)
-    number = port()
+    number = free_port()
     processes = []
     for i in range(2):
         flags = (f"--coordinator=127.0.0.1:{number}", "--num_processes=2", f"--process_id={i}")
@@ -72,7 +59,7 @@ def test_two_processes_train_as_one_does(images, tmp_path, environment):
     wanted, found = outcome(one), outcome(two)
     assert found["order"] == wanted["order"]  # and each process read its half alone:
     for i in range(2):
-        rows = [json.loads(line) for line in (two / f"order{i}.jsonl").read_text().splitlines()]
+        rows = read_lines(two / f"order{i}.jsonl")
         assert [samples for _, samples in rows] == [wanted["order"][at][4 * i : 4 * i + 4] for at, _ in rows]
     assert [row["step"] for row in found["metrics"]] == [row["step"] for row in wanted["metrics"]]  # one wrote the log
     for ours, theirs in zip(found["metrics"], wanted["metrics"], strict=True):
@@ -84,12 +71,12 @@ def test_two_processes_train_as_one_does(images, tmp_path, environment):
 
 def test_processes_that_are_only_half_described(monkeypatch):
     with pytest.raises(UserError, match="all of --coordinator"):
-        connect("127.0.0.1:1234")
-    connect()  # alone
+        initialize_processes("127.0.0.1:1234")
+    initialize_processes()  # alone
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    with pytest.raises(UserError, match="does not tell where its first process runs: give --coordinator"):
-        connect()
+    with pytest.raises(UserError, match="does not say where its first process runs: give --coordinator"):
+        initialize_processes()
 
 
 @pytest.mark.fault("two runs in one workdir")

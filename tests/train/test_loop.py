@@ -26,6 +26,7 @@ from tests.tiny import (
     copied,
     create_tiny,
     files,
+    read_lines,
     settings_for,
     use_models,
     without_timings,
@@ -34,11 +35,6 @@ from tests.tiny import (
 )
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("images"))
 
 
 def run(settings: dict, workdir: Path) -> tuple[dict, dict]:
@@ -75,7 +71,7 @@ def interrupt(number: int, settings: dict, workdir: Path, *, step: int) -> int:
 
 
 def metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(workdir / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
