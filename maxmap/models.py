@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.backbones import convnext, cswin, fastervit, maxxvit, metaformer, mobilenet, pit, resnet, vit
+from maxmap.backbones import (
+    Variant,
+    convnext,
+    cswin,
+    fastervit,
+    maxxvit,
+    metaformer,
+    mobilenet,
+    pit,
+    resnet,
+    vit,
+)
 from maxmap.errors import UserError, nearest
 from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
@@ -20,7 +31,7 @@ from maxmap.operations import upcast
 
 Array = jax.Array
 
-FAMILIES: dict[str, Mapping[str, Any]] = {
+FAMILIES: dict[str, Mapping[str, Variant]] = {
     "convnext": convnext.VARIANTS,
     "cswin": cswin.VARIANTS,
     "fastervit": fastervit.VARIANTS,
@@ -103,46 +114,6 @@ class _Model:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-# The plain classifiers that the backbones' names stand for, by family; the first pattern that matches counts.
-_CLASSIFIERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "convnext": [(r".*", {"norm": "after", "init_scheme": "trunc_normal"})],
-    "cswin": [(r".*", {"norm": "before", "epsilon": 1e-5, "init_scheme": "trunc_normal"})],
-    "fastervit": [(r".*", {"norm": "before", "norm_type": "batch", "epsilon": 1e-5, "init_scheme": "trunc_normal"})],
-    "maxxvit": [
-        (r"maxvit_t", {"norm": "after", "epsilon": 1e-5, "hidden_ratio": 1.0, "bias": False}),
-        (r"maxvit_\w+_tf_\d+|maxvit_mini_32", {"norm": "after", "epsilon": 1e-5, "hidden_ratio": 1.0}),
-        (
-            r"coatnet_[0-5]_\d+|maxvit_rmlp_base_rw_\d+|maxxvitv2_rmlp_large_rw_\d+",
-            {"norm": "after", "hidden_ratio": 1.0},
-        ),
-        (r"coatnet_bn_0_rw_\d+", {"norm": "before", "norm_type": "batch"}),
-        (r".*", {"norm": "before"}),
-    ],
-    "metaformer": [
-        (
-            r"(conv|ca)former_\w+",
-            {
-                "norm": "after",
-                "hidden_ratio": 4.0,
-                "activation": "relu2",
-                "hidden_epsilon": 1e-5,
-                "init_scheme": "trunc_normal",
-            },
-        ),
-        (r".*", {"norm": "after", "init_scheme": "trunc_normal"}),
-    ],
-    "mobilenet": [(r".*", {"norm": "none"})],
-    "pit": [(r"pit_s_224", {"norm": "before"}), (r".*", {"norm": "none"})],
-    "vit": [(r".*", {"norm": "before", "init_scheme": "trunc_normal"})],
-    "resnet": [(r"resnet50_se_deep", {"norm": "none", "init_scheme": "trunc_normal"}), (r".*", {"norm": "none"})],
-}
-
-
-def _plain(family: str, name: str) -> _Model:
-    fields = next(fields for pattern, fields in _CLASSIFIERS[family] if re.fullmatch(pattern, name))
-    return _Model(name, {"name": "linear", **fields})
-
-
 _ERF = {"conv": {"activation": "gelu"}, "transformer": {"activation": "gelu"}}
 
 
@@ -166,7 +137,7 @@ def _ga_cswin(backbone: str, taps: int, aggregation_mlp_groups: int) -> _Model:
 
 
 MODELS: dict[str, _Model] = {
-    name: _plain(family, name) for family, variants in FAMILIES.items() for name in variants
+    name: _Model(name, {"name": "linear", **variant.classifier}) for name, variant in BACKBONES.items()
 } | {
     # MAP's copy of MaxViT-T has the exact GELU where timm's and Google's have the tanh form; its head is `MAPHead`'s
     # default.
@@ -299,15 +270,15 @@ def create_model(
     if head_name not in HEADS:
         raise UserError(f"there is no head '{head_name}', only {', '.join(HEADS)}.")
 
-    backbone = BACKBONES[model.backbone]
+    variant = BACKBONES[model.backbone]
     if image_size is not None:
         fields["image_size"] = image_size
-    merged = dict(backbone.keywords)
+    merged = dict(variant.fields)
     for changes in (model.fields, fields):
         for key, value in changes.items():
             both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
             merged[key] = {**merged[key], **value} if both else value
-    built_backbone = _build(backbone.func, merged, f"model '{name}'")
+    built_backbone = _build(variant.backbone, merged, f"model '{name}'")
     built_head = _build(HEADS[head_name], {"num_classes": 1000} | head_fields, f"head '{head_name}'")
     try:
         built_backbone.validate()

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.primitives import (
     TRUNC_NORMAL,
     Conv,
@@ -307,12 +308,17 @@ _CONV_SIZES = {
     "b36": {"depths": (3, 12, 18, 3), "embed_dim": (128, 256, 512, 768)},
 }
 
-VARIANTS: dict[str, functools.partial[MetaFormer]] = {
-    f"{family}_{size}": functools.partial(MetaFormer, **PRESETS[family], **fields)
+CLASSIFIER = {"norm": "after", "init_scheme": "trunc_normal"}
+_MLP_CLASSIFIER = CLASSIFIER | {"hidden_ratio": 4.0, "activation": "relu2", "hidden_epsilon": 1e-5}
+
+VARIANTS = {
+    f"{family}_{size}": Variant(MetaFormer, CLASSIFIER, PRESETS[family] | fields)
     for family in ("identityformer", "randformer", "poolformerv2")
     for size, fields in _SIMPLE_SIZES.items()
 } | {
-    f"{family}_{size}{suffix}": functools.partial(MetaFormer, image_size=pixels, **PRESETS[family], **fields)
+    f"{family}_{size}{suffix}": Variant(
+        MetaFormer, _MLP_CLASSIFIER, {"image_size": pixels, **PRESETS[family], **fields}
+    )
     for family in ("convformer", "caformer")
     for size, fields in _CONV_SIZES.items()
     for suffix, pixels in (("", 224), ("_384", 384))

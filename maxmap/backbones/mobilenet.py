@@ -4,12 +4,12 @@ Howard et al. 2017, "MobileNets" (arXiv:1704.04861). The activation is ReLU: tim
 with ReLU6, is another function.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.primitives import BatchNorm, Conv
 
 Array = jax.Array
@@ -67,4 +67,4 @@ class MobileNetV1(nn.Module):
         return features
 
 
-VARIANTS: dict[str, functools.partial[MobileNetV1]] = {"mobilenet_v1": functools.partial(MobileNetV1)}
+VARIANTS = {"mobilenet_v1": Variant(MobileNetV1, {"norm": "none"}, {})}

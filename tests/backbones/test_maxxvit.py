@@ -127,7 +127,7 @@ def depths_of(config):
 def shrunken(config, **fields):
     """The model of a configuration with its widths and depths cut."""
     name = next(name for name in maxxvit.VARIANTS if re.sub(r"_\d+$", "", name) == config)
-    stem = maxxvit.VARIANTS[name].keywords.get("stem_width", 64)
+    stem = maxxvit.VARIANTS[name].fields.get("stem_width", 64)
     cut = {
         "image_size": SIZE,
         "embed_dim": WIDTHS,
