@@ -2,7 +2,6 @@
 
 import fnmatch
 import functools
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -27,9 +26,8 @@ from maxmap.errors import UserError, nearest
 from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
-from maxmap.operations import upcast
-
-Array = jax.Array
+from maxmap.layers.primitives import Block, pair
+from maxmap.operations import Array, upcast
 
 FAMILIES: dict[str, Mapping[str, Variant]] = {
     "convnext": convnext.VARIANTS,
@@ -44,10 +42,6 @@ FAMILIES: dict[str, Mapping[str, Variant]] = {
 }
 BACKBONES = {name: variant for variants in FAMILIES.values() for name, variant in variants.items()}
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "map": MAPHead, "gramian": GramianHead}
-
-
-# The names of backbones' blocks, by which they are rematerialised.
-_BLOCK = re.compile(r"(blocks|layer\d+|stage\d+)_\d+")
 
 
 class Classifier(nn.Module):
@@ -81,7 +75,7 @@ class Classifier(nn.Module):
         """Returns the NHWC maps of the stem and of every stage."""
         if not self.remat or self.is_initializing():
             return self.backbone(images, train=train)
-        with nn.intercept_methods(_rematerialise):
+        with nn.intercept_methods(_rematerialisation()):
             return self.backbone(images, train=train)
 
     def embed(self, images: Array, *, train: bool = False) -> Array:
@@ -89,15 +83,63 @@ class Classifier(nn.Module):
         return self(images, train=train)["embedding"]
 
 
-def _rematerialise(
-    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext
-) -> Any:
-    """Flax's hook around every method of a module: a block becomes a `jax.checkpoint`."""
-    module = context.module
-    if context.method_name != "__call__" or not _BLOCK.fullmatch(module.name or ""):
-        return call(*args, **kwargs)
-    function = cast(functools.partial, context.orig_method).func  # not yet bound to the module, which remat replaces
-    return nn.remat(lambda module, *args: function(module, *args, **kwargs))(module, *args)
+def _rematerialisation() -> Callable[..., Any]:
+    """Returns a hook for `nn.intercept_methods` that calls every block as a `jax.checkpoint`."""
+    inside = False  # of a block: a block that is part of another one is not checkpointed by itself
+
+    def hook(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        nonlocal inside
+        if inside or context.method_name != "__call__" or not isinstance(context.module, Block):
+            return call(*args, **kwargs)
+        # The method without its module, because `nn.remat` passes a module of its own.
+        function = cast(functools.partial, context.orig_method).func
+        inside = True
+        try:
+            return nn.remat(lambda module, *args: function(module, *args, **kwargs))(context.module, *args)
+        finally:
+            inside = False
+
+    return hook
+
+
+def block_paths(model: Classifier) -> list[list[str]]:
+    """Lists the modules of a model's backbone in the order in which they run, by block.
+
+    It traces the model once, which takes some seconds for large ones, and computes nothing.
+
+    Returns:
+      Paths such as 'backbone/stages_0/blocks_1', in one list for the stem and one for each block. A block's list has
+      the modules between the block before and this one (a downsampling), then those inside, and the block itself last.
+    """
+    groups: list[list[str]] = [[]]
+    known: set[str] = set()
+    inside = False
+
+    def record(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        nonlocal inside
+        path = "/".join(context.module.path)
+        if context.method_name != "__call__" or path in known:
+            return call(*args, **kwargs)
+        known.add(path)
+        if inside or not isinstance(context.module, Block):
+            groups[-1].append(path)
+            return call(*args, **kwargs)
+        if len(groups) == 1:
+            groups.append([])  # the first block ends the stem
+        inside = True
+        result = call(*args, **kwargs)
+        inside = False
+        groups[-1].append(path)
+        groups.append([])
+        return result
+
+    images = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(functools.partial(model.init, method="features"), jax.random.key(0), images)
+    if len(groups) > 1:
+        behind = groups.pop()
+        groups[-1][:0] = behind
+    return groups
 
 
 def average(outputs: Mapping[str, Array]) -> Array:

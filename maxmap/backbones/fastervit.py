@@ -22,6 +22,7 @@ from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
     BatchNorm,
+    Block,
     Conv,
     DropPath,
     LayerNorm,
@@ -61,7 +62,7 @@ class Downsample(nn.Module):
         return Conv(2 * x.shape[-1], 3, stride=2, padding=1, bias=False, name="reduction_0")(x)
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Block):
     """Two 3x3 convolutions, norms and a GELU, with a residual around them and no activation after it."""
 
     drop_path: float
@@ -139,7 +140,7 @@ class PositionBias(_PositionMlp):
         return jnp.pad(bias, [(0, 0), (self.carriers, 0), (self.carriers, 0)])
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """Attention and an MLP inside of windows; carrier tokens, if there are any, first attend to each other.
 
     Attributes:

@@ -19,6 +19,7 @@ from flax import linen as nn
 from maxmap.backbones import Variant
 from maxmap.layers.primitives import (
     TRUNC_NORMAL,
+    Block,
     Conv,
     DropPath,
     LayerNorm,
@@ -148,7 +149,7 @@ class Mlp(nn.Module):
         return self.layer(channels, bias=False, name="fc2", **TRUNC_NORMAL)(x)
 
 
-class Block(nn.Module):
+class MetaFormerBlock(Block):
     """Token mixer and MLP, each with a norm in front and a residual path.
 
     Attributes:
@@ -206,7 +207,7 @@ class Stage(nn.Module):
     Attributes:
       channels: output channels.
       downsample: halves the map first.
-      mixer, norm, residual_scale: see `Block`.
+      mixer, norm, residual_scale: see `MetaFormerBlock`.
       drop_path: rates of the blocks.
     """
 
@@ -222,7 +223,7 @@ class Stage(nn.Module):
         if self.downsample:
             x = Downsample(self.channels, name="downsample")(x)
         for i, rate in enumerate(self.drop_path):
-            x = Block(self.mixer, self.norm, self.residual_scale, rate, name=f"blocks_{i}")(x, train=train)
+            x = MetaFormerBlock(self.mixer, self.norm, self.residual_scale, rate, name=f"blocks_{i}")(x, train=train)
         return x
 
 

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from maxmap.backbones import Variant
-from maxmap.layers.primitives import ACTIVATIONS, BatchNorm, Conv, DropPath, Initializer, drop_path_rates, he_fan_out
+from maxmap.layers.primitives import (
+    ACTIVATIONS,
+    BatchNorm,
+    Block,
+    Conv,
+    DropPath,
+    Initializer,
+    drop_path_rates,
+    he_fan_out,
+)
 from maxmap.operations import max_pool
 
 Array = jax.Array
@@ -21,7 +30,7 @@ EXPANSION = 4  # output channels of a block over its inner channels
 SQUEEZE = 16  # output channels of a block over those of its squeeze-excitation
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, 3x3 and 1x1 convolution with a residual path; the scale of the last norm starts at zero.
 
     Attributes:

@@ -11,6 +11,7 @@ from flax import linen as nn
 from maxmap.backbones.maxxvit.convolution import LayerScale, Shortcut, layer_or_batch_norm, pool
 from maxmap.layers.blocks import Mlp, relative_index
 from maxmap.layers.primitives import (
+    Block,
     Conv,
     DropPath,
     Initializer,
@@ -192,7 +193,7 @@ def _scale(x: Array, initial: float | None, name: str) -> Array:
     return x if initial is None else LayerScale(initial, name=name)(x)
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Block):
     """Attention over the whole map and an MLP: CoAtNet's block.
 
     Attributes:
@@ -301,7 +302,7 @@ class PartitionAttention(nn.Module):
         return x + DropPath(self.drop_path)(_scale(y, fields.init_values, "ls2"), train=train)
 
 
-class MultiAxisBlock(nn.Module):
+class MultiAxisBlock(Block):
     """Convolution blocks and then attention blocks, one after another: MaxViT's block.
 
     Attributes:

@@ -10,6 +10,7 @@ from maxmap.layers.blocks import Mlp
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     BatchNorm,
+    Block,
     Conv,
     DropPath,
     Initializer,
@@ -144,7 +145,7 @@ class LayerScale(nn.Module):
         return x * broadcast(gamma.astype(x.dtype), x.shape)
 
 
-class MBConv(nn.Module):
+class MBConv(Block):
     """Inverted bottleneck with squeeze-excitation and a batch norm in front: MaxViT's and CoAtNet's convolution block.
 
     Attributes:
@@ -227,7 +228,7 @@ def _round_to_eight(width: int) -> int:
     return rounded + 8 if rounded < 0.9 * width else rounded
 
 
-class StridedConvNeXtBlock(nn.Module):
+class StridedConvNeXtBlock(Block):
     """ConvNeXt's block (Liu et al. 2022) in timm's form for this family: it can halve the map and change the channels.
 
     Attributes:
