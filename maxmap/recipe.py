@@ -108,7 +108,7 @@ class Recipe:
     augment: Callable[..., Array]
     mix: Callable[..., tuple[Array, Array]]
     erase: Callable[..., Array]
-    optim: Callable[..., optax.GradientTransformation]
+    optim: functools.partial[optax.GradientTransformation]
     schedule: Callable[..., Schedule]
     loss: Callable[..., tuple[Array, dict[str, Array]]]
     evaluate: Evaluation

@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Conv, DropPath, Initializer, LayerNorm, Linear
+from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Block, Conv, DropPath, Initializer, LayerNorm, Linear
 from maxmap.operations import attention, broadcast
 
 Array = jax.Array
@@ -106,7 +106,7 @@ class SelfAttention(nn.Module):
         return nn.Dropout(self.proj_drop)(x, deterministic=not train)
 
 
-class ViTBlock(nn.Module):
+class ViTBlock(Block):
     """Self-attention and an MLP, each behind a LayerNorm and with a residual (Dosovitskiy et al. 2021).
 
     Attributes:
@@ -159,7 +159,7 @@ def relative_index(window: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return y[:, None] - y[None] + h - 1, x[:, None] - x[None] + w - 1
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(Block):
     """Depthwise 7x7 convolution, LayerNorm, MLP and layer scale on a residual branch (Liu et al. 2022).
 
     Attributes:
@@ -209,7 +209,7 @@ class StripeAttention(nn.Module):
         return rearrange(out + position, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
 
 
-class CSWinBlock(nn.Module):
+class CSWinBlock(Block):
     """Attention in vertical and horizontal stripes side by side, then an MLP (Dong et al. 2022).
 
     The first half of the channels attends in stripes of full height, the second half in stripes of full width. Where

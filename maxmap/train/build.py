@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
@@ -14,7 +15,7 @@ from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.evaluate import EvalStep, check_image_size, make_eval_step
-from maxmap.models import Classifier
+from maxmap.models import Classifier, block_paths
 from maxmap.recipe import Recipe
 from maxmap.schedule import Schedule
 from maxmap.sharding import check_batch, replicated, split_batch
@@ -95,7 +96,7 @@ def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
     check_batch(recipe.batch_size // recipe.accumulate, mesh, "config.batch_size / config.accumulate =")
     steps_per_epoch = data.steps_per_epoch(recipe.batch_size)
     schedule = recipe.schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
-    optimizer = recipe.optim(schedule)
+    optimizer = make_optimizer(recipe, model, schedule)
     prepare = make_prepare(recipe, data)
     images = jax.ShapeDtypeStruct((recipe.batch_size, data.image_size, data.image_size, 3), jnp.uint8)
     _trace_once(prepare, recipe.loss, images, len(data.classes))
@@ -151,6 +152,14 @@ def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
             "config": json.loads(json.dumps(recipe.values)),
         },
     )
+
+
+def make_optimizer(
+    recipe: Recipe, model: Classifier, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """Builds the optimizer of a recipe; finding the model's blocks takes a trace, which only layer-wise decay needs."""
+    blocks = () if recipe.optim.keywords["layer_decay"] is None else block_paths(model)
+    return recipe.optim(learning_rate, blocks=blocks)
 
 
 def make_prepare(recipe: Recipe, data: Data) -> Prepare:

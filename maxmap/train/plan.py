@@ -19,6 +19,7 @@ from maxmap.cost import count_parameters, multiply_adds
 from maxmap.errors import UserError
 from maxmap.recipe import Recipe
 from maxmap.sharding import DATA, FSDP, check_batch, state_sharding
+from maxmap.train.build import make_optimizer
 from maxmap.train.state import create
 from maxmap.train.step import cast
 
@@ -71,7 +72,7 @@ def plan(recipe: Recipe, devices: int, hardware: str, utilisation: float) -> dic
     local = recipe.batch_size // accumulate // devices
     model = recipe.model(num_classes=recipe.model.keywords.get("num_classes", 1000))
     dtype, size = jnp.dtype(recipe.dtype), recipe.data.keywords["image_size"]
-    optimizer = recipe.optim(1e-3)
+    optimizer = make_optimizer(recipe, model, 1e-3)
     images = jax.ShapeDtypeStruct((local, size, size, 3), dtype)
     one = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     averaged = recipe.ema_decay is not None
