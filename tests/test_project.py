@@ -15,7 +15,7 @@ LARGEST_FILE = 600_000  # bytes
 # From the ground up. A module imports only from floors below its own; rooms on one floor do not know each other.
 FLOORS = (
     {"maxmap.errors"},
-    {"maxmap.allocator", "maxmap.checkpoint", "maxmap.compiled", "maxmap.labels", "maxmap.sharding"},
+    {"maxmap.allocator", "maxmap.checkpoint", "maxmap.compiled", "maxmap.labels", "maxmap.protobuf", "maxmap.sharding"},
     {"maxmap.data"},
     {"maxmap.kernels"},
     {"maxmap.operations"},

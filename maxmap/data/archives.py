@@ -7,10 +7,10 @@ then read where it lies, so that any order costs the same.
 import os
 import struct
 import tarfile
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from maxmap.errors import UserError
+from maxmap.protobuf import Message
 
 
 class Member(NamedTuple):
@@ -72,59 +72,26 @@ def read_at(path: str, offset: int, size: int) -> bytes:
 
 
 def parse_example(record: bytes) -> dict[str, list[bytes] | list[int]]:
-    """Parses a serialised `tf.train.Example`: feature name -> values; floats are left out.
+    """Parses an encoded `tf.train.Example`, without its lists of floats.
 
-    https://protobuf.dev/programming-guides/encoding, and TensorFlow's example.proto and feature.proto.
+    The fields are those of TensorFlow's example.proto and feature.proto.
+
+    Returns:
+      The values of each feature by its name.
+
+    Raises:
+      OSError: the record is damaged.
     """
     features: dict[str, list[bytes] | list[int]] = {}
-    for _, all_features in _fields(record):
-        for _, entry in _fields(all_features):
-            pair = dict(_fields(entry))
-            for kind, values in _fields(pair.get(2, b"")):
-                if kind == 1:
-                    features[pair[1].decode()] = [value for _, value in _fields(values)]
-                elif kind == 3:
-                    numbers = []
-                    for _, packed in _fields(values):
-                        numbers += list(_varints(packed)) if isinstance(packed, bytes) else [packed]
-                    features[pair[1].decode()] = numbers
+    try:
+        for all_features in Message(record).messages(1):
+            for entry in all_features.messages(1):
+                name = b"".join(entry.strings(1)).decode()
+                for feature in entry.messages(2):
+                    for values in feature.messages(1):
+                        features[name] = values.strings(1)
+                    for values in feature.messages(3):
+                        features[name] = values.integers(1)
+    except ValueError as error:  # the name is no UTF-8, or the message is malformed
+        raise OSError(f"a record cannot be parsed: {error}") from error
     return features
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yields the number and the bytes of every field of a message; an integer is yielded as it is."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        if tag & 7 == 0:
-            value, at = _varint(message, at)
-            yield tag >> 3, value  # type: ignore[misc]
-            continue
-        if tag & 7 == 2:
-            size, at = _varint(message, at)
-        elif tag & 7 in (1, 5):
-            size = 8 if tag & 7 == 1 else 4
-        else:
-            raise OSError(f"a record has a field of the unknown kind {tag & 7}")
-        yield tag >> 3, message[at : at + size]
-        at += size
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """Reads 7 bits a byte, least first, until a byte is below 128."""
-    value = shift = 0
-    while True:
-        if at >= len(message):
-            raise OSError("a record is cut off")
-        value |= (message[at] & 127) << shift
-        at += 1
-        if message[at - 1] < 128:
-            return value, at
-        shift += 7
-
-
-def _varints(packed: bytes) -> Iterator[int]:
-    at = 0
-    while at < len(packed):
-        value, at = _varint(packed, at)
-        yield value

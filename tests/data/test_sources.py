@@ -291,8 +291,13 @@ def test_examples_are_parsed_by_the_wire_format():
         + feature(b"box", 2, floats),
     )
     assert parse_example(record) == {"image": [b"abc"], "label": [5, 150], "one": [7]}
-    with pytest.raises(OSError, match="cut off"):
-        parse_example(b"\x80")
+    for end in range(1, len(record)):
+        with pytest.raises(OSError, match="cannot be parsed: the data are cut off"):
+            parse_example(record[:end])
+    with pytest.raises(OSError, match="integer where bytes"):
+        parse_example(bytes([1 << 3, 7]))
+    with pytest.raises(OSError, match="utf-8"):
+        parse_example(field(1, feature(b"\xff", 1, field(1, b"abc"))))
 
 
 def pack(file, members: dict[str, bytes], mode: str = "w") -> None:
