@@ -33,7 +33,9 @@ FLOORS = (
 # Inside these rooms there are floors too; what is not named here may use its neighbours freely, but not in a circle.
 STOREYS = (
     ("maxmap.layers.primitives", "maxmap.layers.blocks"),
-    ("maxmap.data.sources", "maxmap.data.decode", "maxmap.data.pipeline"),
+    ("maxmap.data.sources", "maxmap.data.decode", "maxmap.data.order", "maxmap.data.pipeline"),
+    ("maxmap.data.randaugment", "maxmap.data.randaugment_device", "maxmap.data.augment"),
+    ("maxmap.data.randaugment", "maxmap.data.randaugment_host", "maxmap.data.pipeline"),
     ("maxmap.losses", "maxmap.train.step", "maxmap.train.loop"),
 )
 ALOOF = ("maxmap.backbones", "maxmap.heads")  # their files do not import each other

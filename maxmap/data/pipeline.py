@@ -15,9 +15,10 @@ import grain
 import numpy as np
 from PIL import Image
 
-from maxmap.data import decode, host
-from maxmap.data.augment import parse_rand_augment
+from maxmap.data import decode
 from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
+from maxmap.data.randaugment import RandAugment, fill_color, parse_rand_augment
+from maxmap.data.randaugment_host import rand_augment_image
 from maxmap.data.sources import Source, open_source
 from maxmap.errors import UserError, nearest
 
@@ -113,9 +114,8 @@ def open_data(
         draft=draft,
     )
     if rand_augment:
-        fill = tuple(min(255, round(255 * value)) for value in mean)
-        policy = parse_rand_augment(rand_augment)._asdict()
-        train_crop = functools.partial(_augmented_crop, crop=train_crop, policy={**policy, "fill": fill})
+        policy = parse_rand_augment(rand_augment)
+        train_crop = functools.partial(_augmented_crop, crop=train_crop, policy=policy, fill=fill_color(mean))
     if train_split is None and val_split is None:
         raise UserError("neither --config.data.train_split nor --config.data.val_split is set: set at least one")
     train = val = None
@@ -307,9 +307,14 @@ def preprocess(image: bytes | str | os.PathLike | np.ndarray, preprocessing: Map
 
 
 def _augmented_crop(
-    image: bytes | np.ndarray, rng: np.random.Generator, *, crop: Callable[..., np.ndarray], policy: Mapping[str, Any]
+    image: bytes | np.ndarray,
+    rng: np.random.Generator,
+    *,
+    crop: Callable[..., np.ndarray],
+    policy: RandAugment,
+    fill: tuple[int, ...],
 ) -> np.ndarray:
-    return np.asarray(host.rand_augment(Image.fromarray(crop(image, rng)), rng, **policy))
+    return np.asarray(rand_augment_image(Image.fromarray(crop(image, rng)), rng, policy, fill))
 
 
 def _eval_crop(image: bytes | np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray:
