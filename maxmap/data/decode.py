@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from maxmap.data.sources import Source
+from maxmap.data.sources import ImageSource
 from maxmap.errors import UserError, nearest
 
 FILTERS = {
@@ -57,10 +57,10 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
     does for 16-bit RGB.
 
     Args:
-        image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+      image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
 
     Raises:
-        OSError: the image is truncated, broken, of unknown format, or so large that PIL takes it for an attack.
+      OSError: the image is truncated, broken, of unknown format, or so large that PIL takes it for an attack.
     """
     with _broken_is_oserror():
         return _rgb(_open(image))
@@ -85,19 +85,19 @@ def train_crop(
     it. `draft=False` decodes all pixels, at up to twice the time for large photographs.
 
     Args:
-        image: see `decode`.
-        rng: where all randomness comes from.
-        size: side of the output in pixels.
-        scale: range of the crop's area as a fraction of the image's.
-        ratio: range of the crop's width / height.
-        interpolation: a key of `FILTERS`, or 'random': bilinear or bicubic, drawn per image as timm does.
-        draft: whether large JPEGs may be decoded at a reduced size.
+      image: see `decode`.
+      rng: where all randomness comes from.
+      size: side of the output in pixels.
+      scale: range of the crop's area as a fraction of the image's.
+      ratio: range of the crop's width / height.
+      interpolation: a key of `FILTERS`, or 'random': bilinear or bicubic, drawn per image as timm does.
+      draft: whether large JPEGs may be decoded at a reduced size.
 
     Returns:
-        uint8 [size, size, 3].
+      uint8 [size, size, 3].
 
     Raises:
-        OSError: see `decode`.
+      OSError: see `decode`.
     """
     with _broken_is_oserror():
         (full_width, full_height), load = _train_pixels(image)
@@ -148,19 +148,19 @@ def eval_crop(
     """Decodes, resizes and crops an image for evaluation, equal to timm's evaluation transform to the grey level.
 
     Args:
-        image: see `decode`.
-        size: side of the output in pixels.
-        crop_pct: what part of the resized side the crop keeps; the image is resized to floor(size / crop_pct).
-        mode: 'center' resizes the shorter side, 'squash' both sides, 'border' the longer side; then the centre is
-            cropped, and what lies outside the image is black, or for 'border' the mean colour.
-        interpolation: a key of `FILTERS`.
-        mean: the mean colour, from 0 to 1; only 'border' uses it.
+      image: see `decode`.
+      size: side of the output in pixels.
+      crop_pct: what part of the resized side the crop keeps; the image is resized to floor(size / crop_pct).
+      mode: 'center' resizes the shorter side, 'squash' both sides, 'border' the longer side; then the centre is
+        cropped, and what lies outside the image is black, or for 'border' the mean colour.
+      interpolation: a key of `FILTERS`.
+      mean: the mean colour, from 0 to 1; only 'border' uses it.
 
     Returns:
-        uint8 [size, size, 3].
+      uint8 [size, size, 3].
 
     Raises:
-        OSError: see `decode`.
+      OSError: see `decode`.
     """
     rgb = decode(image)
     resized = _eval_size(rgb.width, rgb.height, math.floor(size / crop_pct), mode)
@@ -169,11 +169,11 @@ def eval_crop(
         return np.asarray(_center_crop(rgb.resize(resized, FILTERS[interpolation]), size, fill))
 
 
-def check_images(source: Source, limit: int) -> None:
+def check_images(source: ImageSource, limit: int) -> None:
     """Decodes up to `limit` images, spread evenly over the source, on a thread pool.
 
     Raises:
-        UserError: some are broken; the message counts them and names the first.
+      UserError: some are broken; the message counts them and names the first.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64))
 
