@@ -1,7 +1,7 @@
 """The official TensorFlow checkpoints of MaxViT (google-research/maxvit), read without TensorFlow.
 
-A checkpoint of TensorFlow is a table in LevelDB's format (`.index`: names, shapes and places) and the raw bytes of the
-variables (`.data-*`), which stay in the mapped file. Reading that takes less code than installing TensorFlow does time.
+A TensorFlow checkpoint is a table in LevelDB's format (`.index`: names, shapes and offsets) and the raw bytes of the
+variables (`.data-*`), which stay in the mapped file. Its entries are protocol buffers, see `maxmap.protobuf`.
 """
 
 import math
@@ -32,7 +32,7 @@ _TYPES: dict[int, Any] = {
 }
 _AVERAGE = "/ExponentialMovingAverage"
 
-# Official names to timm's; attention in windows has no number, attention in the grid has "_1".
+# Official names to timm's. Attention in windows has no number in its name, attention in the grid has "_1".
 MODULES = (
     (r"stem/conv_0", "stem.conv1"),
     (r"stem/norm_0", "stem.norm1"),
@@ -71,7 +71,7 @@ _LEAVES = {
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path names a TensorFlow checkpoint: its folder, its prefix or one of its files."""
+    """Returns whether a path names a TensorFlow checkpoint: its folder, its prefix or one of its files."""
     return _prefix(path) is not None
 
 
@@ -79,12 +79,12 @@ def read_checkpoint(path: Path, *, ema: bool | None = None) -> tuple[dict[str, n
     """Reads an official checkpoint under timm's names and in PyTorch's layout.
 
     Args:
-      path: of the folder (the newest checkpoint that its file `checkpoint` names), or the prefix of the files.
-      ema: the averaged variables, which the official driver reads, or the raw ones; None for the averaged ones where
-        there are any.
+      path: the checkpoint's folder (its file `checkpoint` names the newest), the prefix of its files or one of them.
+      ema: whether to read the averaged variables, as the official driver does, or the raw ones; None: the averaged ones
+        if there are any.
 
     Returns:
-      The arrays, position tables as stored; and which weights they are, "ema" or "raw".
+      The arrays, with the position tables as stored, and which weights they are, "ema" or "raw".
 
     Raises:
       UserError: the checkpoint is damaged or of another kind.
@@ -96,7 +96,7 @@ def read_checkpoint(path: Path, *, ema: bool | None = None) -> tuple[dict[str, n
     if ema and not averages:
         raise UserError(f"{path} has no averaged variables: leave --ema out.")
     averaged = bool(averages) and ema is not False
-    # What an optimizer keeps of a variable is named <variable>/<slot>.
+    # An optimizer's state of a variable is named <variable>/<slot>.
     raw = {name: value for name, value in variables.items() if name.rpartition("/")[0] not in variables}
     chosen = averages if averaged else {name: value for name, value in raw.items() if not name.endswith(_AVERAGE)}
     return from_tensorflow(
@@ -105,16 +105,16 @@ def read_checkpoint(path: Path, *, ema: bool | None = None) -> tuple[dict[str, n
 
 
 def from_tensorflow(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names and lays out the variables of the official MaxViT as timm's state dict; `from_torch` does the rest.
+    """Turns the variables of the official MaxViT into timm's state dict, which `from_torch` reads.
 
     Args:
-      variables: by name, for example 'maxvit/stem/conv_0/kernel'. What is no variable of MaxViT keeps its name.
+      variables: by name, for example 'maxvit/stem/conv_0/kernel'. A variable that is not MaxViT's keeps its name.
 
     Returns:
-      The state dict; position tables keep the size that they are stored in, 13 x 13 at every resolution.
+      The state dict. Position tables keep their stored size, which is 13 x 13 at every resolution.
     """
     state_dict: dict[str, np.ndarray] = {}
-    parts: dict[str, dict[str, np.ndarray]] = {}  # of queries, keys and values, which timm has in one
+    parts: dict[str, dict[str, np.ndarray]] = {}  # queries, keys and values, which are one tensor in timm
     for name, value in variables.items():
         key = timm_name(name)
         if key is None:
@@ -132,7 +132,7 @@ def from_tensorflow(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def timm_name(name: str) -> str | None:
-    """Returns timm's name of a variable, None for what is no variable of MaxViT."""
+    """Returns timm's name of a variable, None if it is no variable of MaxViT."""
     match = re.fullmatch(r"maxvit/(?:block_(\d+)_(\d+)/)?(.+)/(\w+)", name)
     if match is None or match[4] not in _LEAVES:
         return None
@@ -205,7 +205,7 @@ def _read_variables(prefix: Path, index: bytes) -> Iterator[tuple[str, np.ndarra
 
 
 def _prefix(path: Path) -> Path | None:
-    """The prefix of the files of a TensorFlow checkpoint, None if there is none."""
+    """Returns the prefix of a TensorFlow checkpoint's files, None if there is no checkpoint."""
     if path.is_dir():
         state = path / "checkpoint"
         named = re.search(r'^model_checkpoint_path: "(.*)"', state.read_text(), re.M) if state.is_file() else None
@@ -219,7 +219,7 @@ def _prefix(path: Path) -> Path | None:
 def _read_table(index: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yields the keys and values of a table in LevelDB's format, uncompressed and with one level of blocks below it."""
     if len(index) < _FOOTER or index[-8:] != _MAGIC:
-        raise ValueError("the index does not end as one does")
+        raise ValueError("the index does not end as a table's index does")
     _, _, position = _read_handle(index, len(index) - _FOOTER)  # of a block that describes the table
     offset, size, _ = _read_handle(index, position)
     for _, handle in _read_block(index, offset, size):

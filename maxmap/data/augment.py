@@ -33,11 +33,11 @@ def augment(
     Args:
       key: PRNG key.
       images: uint8 [B, H, W, 3].
-      mean: Mean colour in 0..1; it fills what a warp brings in from outside the image.
-      hflip: Probability of a left-right flip.
-      vflip: Probability of an upside-down flip.
+      mean: mean colour in 0..1; it fills what a warp brings in from outside the image.
+      hflip: probability of a left-right flip.
+      vflip: probability of an upside-down flip.
       rand_augment: RandAugment in timm's notation, such as 'rand-m9-mstd0.5-inc1'; see `parse_rand_augment`.
-      color_jitter: Strength of random brightness, contrast and saturation; ignored with `rand_augment`, as in timm.
+      color_jitter: strength of random brightness, contrast and saturation; ignored with `rand_augment`, as in timm.
 
     Returns:
       uint8 [B, H, W, 3].
@@ -84,12 +84,12 @@ def erase(
     Args:
       key: PRNG key.
       images: float [B, H, W, C], already normalised.
-      prob: Probability that an image is erased at all.
-      mode: New content: 'pixel' is normal noise in every pixel, 'rand' one normal colour for a rectangle, 'const' 0.
-      min_area: Smallest erased part of the image; the rectangles of an image share it.
-      max_area: Largest erased part of the image; the rectangles of an image share it.
-      min_aspect: Smallest height / width, which is drawn log-uniformly between this and its reciprocal.
-      count: Rectangles in an image.
+      prob: probability that an image is erased at all.
+      mode: new content: 'pixel' is normal noise in every pixel, 'rand' one normal colour for a rectangle, 'const' 0.
+      min_area: smallest erased part of the image; the rectangles of an image share it.
+      max_area: largest erased part of the image; the rectangles of an image share it.
+      min_aspect: smallest height / width, which is drawn log-uniformly between this and its reciprocal.
+      count: rectangles in an image.
 
     Returns:
       float [B, H, W, C] of the dtype of `images`.

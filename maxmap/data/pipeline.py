@@ -52,28 +52,28 @@ def open_data(
     """Opens the training and the evaluation split of a data set, and checks some of their images.
 
     Args:
-      source: Kind of data set: 'folder', 'tar', 'tfds' or 'digits'.
-      path: Folder of the images or archives; for 'tfds' the data_dir, where None is TFDS's own.
-      name: Name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
-      image_size: Side of the training crop in pixels.
-      eval_image_size: Side of the evaluation crop in pixels; None: image_size.
-      train_split: Name of the training split; None: evaluation only.
-      val_split: Name of the evaluation split; None: training only.
-      classes: Class names in the order of the labels; None: those of the training split, else of the evaluation split.
-      scale: Range of a random crop's area, as a fraction of the image's.
-      ratio: Range of a random crop's width / height.
-      interpolation: Filter of the training resize; 'random' draws bilinear or bicubic for each image.
-      draft: Whether large JPEGs are decoded at a reduced size where the crop is still larger than the output.
+      source: kind of data set: 'folder', 'tar', 'tfds' or 'digits'.
+      path: folder of the images or archives; for 'tfds' the data_dir, where None is TFDS's own.
+      name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
+      image_size: side of the training crop in pixels.
+      eval_image_size: side of the evaluation crop in pixels; None: image_size.
+      train_split: name of the training split; None: evaluation only.
+      val_split: name of the evaluation split; None: training only.
+      classes: class names in the order of the labels; None: those of the training split, else of the evaluation split.
+      scale: range of a random crop's area, as a fraction of the image's.
+      ratio: range of a random crop's width / height.
+      interpolation: filter of the training resize; 'random' draws bilinear or bicubic for each image.
+      draft: whether large JPEGs are decoded at a reduced size where the crop is still larger than the output.
       rand_augment: RandAugment on the decoding threads instead of the device, such as 'rand-m9-mstd0.5-inc1'.
-      repeats: Repeated augmentation: how many crops of an image follow one another (Hoffer et al., 2020).
-      crop_pct: Part of the resized side that the evaluation crop keeps.
-      crop_mode: Which side the evaluation resize fits: 'center' the shorter, 'squash' both, 'border' the longer.
-      eval_interpolation: Filter of the evaluation resize.
-      mean: Mean of each colour in 0..1, which normalisation subtracts.
-      std: Standard deviation of each colour in 0..1, by which normalisation divides.
-      threads: Decoding threads of each process; None: as many as the machine has cores.
-      workers: Further decoding processes, each with `threads` threads; they help with small images.
-      check: How many images of each split are decoded before training; 0: none, broken ones are counted as they come.
+      repeats: repeated augmentation: how many crops of an image follow one another (Hoffer et al., 2020).
+      crop_pct: part of the resized side that the evaluation crop keeps.
+      crop_mode: which side the evaluation resize fits: 'center' the shorter, 'squash' both, 'border' the longer.
+      eval_interpolation: filter of the evaluation resize.
+      mean: mean of each colour in 0..1, which normalisation subtracts.
+      std: standard deviation of each colour in 0..1, by which normalisation divides.
+      threads: decoding threads of each process; None: as many as the machine has cores.
+      workers: further decoding processes, each with `threads` threads; they help with small images.
+      check: how many images of each split are decoded before training; 0: none, broken ones are counted as they come.
 
     Raises:
       UserError: the data is missing, malformed or broken, or an option is out of range.

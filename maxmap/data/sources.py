@@ -282,6 +282,8 @@ class TfdsSource:
             )
         self._split = _resolve_tfds_split(split, list(builder.info.splits))
         try:
+            if not builder.info.splits[self._split].num_examples:
+                raise UserError(f"the split {split!r} of TFDS data set {name!r} holds no images: choose another.")
             if builder.info.file_format.value == "tfrecord":
                 self._data = TFRecords(builder.info.splits[self._split].file_instructions)
             else:

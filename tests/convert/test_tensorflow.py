@@ -188,7 +188,7 @@ def test_damaged_checkpoints_are_refused(folder, tmp_path, capsys, mini):
 
     for file, part, why in (
         (f"{prefix}.data-00000-of-00001", slice(-1000), "is cut off"),
-        (f"{prefix}.index", slice(-1000), "does not end as one does"),
+        (f"{prefix}.index", slice(-1000), "does not end as a table's index does"),
         (f"{prefix}.index", slice(1000, None), "damaged or not complete"),
     ):
         shutil.copytree(folder, tmp_path / "copy")

@@ -217,7 +217,7 @@ def test_a_broken_image_in_training_is_replaced_by_the_next_and_reported(folder)
     whole = concatenate(data.train_batches(10, seed=0, num_steps=4))
     bad = int(whole["index"][12])
     cut(Path(data.train.name(bad)))
-    with pytest.raises(UserError, match=r"1 of the 40 images looked at"):
+    with pytest.raises(UserError, match=r"1 of the 40 images checked"):
         open_data("folder", folder, **OPTIONS)
     data = open_data("folder", folder, check=0, **OPTIONS)
     rows = concatenate(data.train_batches(10, seed=0, num_steps=4))

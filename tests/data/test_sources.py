@@ -263,6 +263,11 @@ def test_tfds_as_tfrecord_is_read_by_index_without_tensorflow(prepared, as_tfrec
     assert "tensorflow" not in sys.modules
 
 
+def test_a_slice_without_images(prepared, as_tfrecord):
+    for folder in (prepared, as_tfrecord):
+        assert "'train[2:2]' of TFDS" in message("tfds", folder, "train[2:2]", name="maxmap_tiny")
+
+
 def test_a_tfrecord_file_that_is_cut_off(as_tfrecord, tmp_path):
     shutil.copytree(as_tfrecord, tmp_path / "cut")
     (file,) = (tmp_path / "cut").rglob("*-train.tfrecord-*")
