@@ -474,7 +474,7 @@ def test_files_that_cannot_be_decoded(tmp_path, capfd):
     bad.write_bytes(bad.read_bytes()[:90])
     # Looked at beforehand, they end the run before it begins.
     message = sentence(settings_for(folder), tmp_path / "run")
-    assert "2 of the 24 images looked at are broken" in message and str(cut) in message and str(text) in message
+    assert "2 of the 24 images checked are broken" in message and str(cut) in message and str(text) in message
     # In the middle of training they are left out, counted and named.
     result, _ = run(settings_for(folder, data__check=0, steps=6), tmp_path / "run")
     log = capfd.readouterr().err
