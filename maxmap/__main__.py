@@ -85,7 +85,7 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
         f"{model['name']}, {count:,} parameters, {model['num_classes']} classes, from {about['kind']} "
         f"({about['dialect']} names, {loaded.info['weights']} weights)"
     )
-    print(loaded.changes)
+    print(loaded.report)
     pre = ", ".join(f"{key} {value}" for key, value in loaded.info["preprocessing"].items())
     print(f"preprocessing: {pre}")
     print(f"written to {dest} in {time.perf_counter() - began:.1f} s")

@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from maxmap.convert.torch import Path, Template, image_kernel, make_template, raise_faults, torch_name
+from maxmap.convert.torch import LeafPath, LeafShapes, image_kernel, leaf_shapes, raise_faults, torch_name
 from maxmap.errors import UserError
 from maxmap.models import Classifier
 
 RESIZES = ("bicubic", "bilinear", "geometric")
 _TABLES = ("relative_position_bias_table", "pos_embed")
-_MARK = 10_007  # a number of classes that is no other size in any model
-_TRACED: dict[str, Template] = {}  # the last one: a conversion needs it for the source and for the model
+_PROBE_CLASSES = 10_007  # a number of classes that is no other size in any model
+_TRACED: dict[str, LeafShapes] = {}  # the last one: a conversion needs it for the source and for the model
 _SHOWN = 4  # names of a kind that the summary shows
 
 
 @dataclass
-class Changes:
+class LoadReport:
     """What was done to the leaves, by canonical name; its text is the summary to print.
 
     Attributes:
@@ -52,7 +52,7 @@ class Changes:
 
 
 def adapt(
-    source: Mapping[Path, np.ndarray],
+    source: Mapping[LeafPath, np.ndarray],
     model: Classifier,
     faults: Iterable[str] = (),
     *,
@@ -61,7 +61,7 @@ def adapt(
     class_map: Sequence[int] | None = None,
     other_head: bool = False,
     seed: int = 0,
-) -> tuple[dict[Path, np.ndarray], Changes]:
+) -> tuple[dict[LeafPath, np.ndarray], LoadReport]:
     """Fits leaves to a model with other classes, image size or channels.
 
     A classifier for another number of classes is initialised, unless there is a class map. Position tables are
@@ -87,69 +87,69 @@ def adapt(
     """
     if resize not in RESIZES:
         raise UserError(f"there is no resize '{resize}', only {', '.join(RESIZES)}.")
-    template, classifier = trace(model)
-    stem = image_kernel(template)
+    shapes, classifier = trace_shapes(model)
+    stem = image_kernel(shapes)
     if stem is not None and stem in source:
         channels = source[stem].shape[2] if in_channels is None else in_channels
-        shape = (*template[stem].shape[:2], channels, template[stem].shape[3])
-        template = {**template, stem: jax.ShapeDtypeStruct(shape, template[stem].dtype)}
-    heads = [{path for path in leaves if path[1] == "head"} for leaves in (source, template)]
+        shape = (*shapes[stem].shape[:2], channels, shapes[stem].shape[3])
+        shapes = {**shapes, stem: jax.ShapeDtypeStruct(shape, shapes[stem].dtype)}
+    heads = [{path for path in leaves if path[1] == "head"} for leaves in (source, shapes)]
     new_head = other_head and heads[0].isdisjoint(heads[1])
     # Of a source without a classifier more may be missing than what has the classes for a size.
-    headless = classifier.isdisjoint(source) and bool(classifier & template.keys())
-    extra = template.keys() - make_template(with_classes(model, 0)).keys() if headless else set()
-    changes, all_faults = Changes(), list(faults)
-    leaves: dict[Path, np.ndarray] = {}
-    for path, wanted in template.items():
+    headless = classifier.isdisjoint(source) and bool(classifier & shapes.keys())
+    extra = shapes.keys() - leaf_shapes(with_classes(model, 0)).keys() if headless else set()
+    report, all_faults = LoadReport(), list(faults)
+    leaves: dict[LeafPath, np.ndarray] = {}
+    for path, wanted in shapes.items():
         name, shape, value = torch_name(path, model), wanted.shape, source.get(path)
         if value is None:
             if (new_head and path in heads[1]) or path in extra:
-                changes.initialised.append(name)
+                report.initialised.append(name)
             else:
                 all_faults.append(f"missing: {name}")
             continue
         fits = value.shape[:-1] == shape[:-1]
         if value.shape == shape and not (class_map and path in classifier):
-            changes.loaded.append(name)
+            report.loaded.append(name)
             leaves[path] = value
         elif path in classifier and fits and not class_map:
-            changes.dropped.append(name)
-            changes.initialised.append(name)
+            report.dropped.append(name)
+            report.initialised.append(name)
         elif path in classifier and fits and class_map:
-            changes.changed[name] = f"mapped from {value.shape[-1]} to {shape[-1]} classes"
+            report.changed[name] = f"mapped from {value.shape[-1]} to {shape[-1]} classes"
             leaves[path] = _map_classes(value, class_map, shape[-1])
         elif path == stem and value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]:
-            changes.changed[name] = f"changed from {value.shape[2]} to {shape[2]} channels"
+            report.changed[name] = f"changed from {value.shape[2]} to {shape[2]} channels"
             leaves[path] = _change_channels(value, shape[2])
         elif path[-1] in _TABLES and (resized := _resize_table(value, path[-1], shape, resize)) is not None:
-            changes.changed[name] = f"resized ({resize}) from {_sizes(value.shape)} to {_sizes(shape)}"
+            report.changed[name] = f"resized ({resize}) from {_sizes(value.shape)} to {_sizes(shape)}"
             leaves[path] = resized
         else:
             all_faults.append(f"misshapen: {name} is {value.shape}, the model has {shape}")
-    for path in source.keys() - template.keys():
+    for path in source.keys() - shapes.keys():
         name = torch_name(path, model)
         if path in classifier or (new_head and path in heads[0]):
-            changes.dropped.append(name)
+            report.dropped.append(name)
         else:
             all_faults.append(f"left over: {name}")
     raise_faults(all_faults)
     leaves = {path: _float32(value) for path, value in leaves.items()}
-    return leaves | _initialise(model, [path for path in template if path not in leaves], seed), changes
+    return leaves | _initialise(model, [path for path in shapes if path not in leaves], seed), report
 
 
-def trace(model: Classifier) -> tuple[Template, set[Path]]:
+def trace_shapes(model: Classifier) -> tuple[LeafShapes, set[LeafPath]]:
     """Returns the shapes of a model's leaves, and which of them the number of classes decides on."""
     classes = model.head.num_classes
-    with_mark = with_classes(model, _MARK)
+    with_mark = with_classes(model, _PROBE_CLASSES)
     key = repr(with_mark)  # Flax modules have no hash
     if key not in _TRACED:
         _TRACED.clear()
-        _TRACED[key] = make_template(with_mark)
+        _TRACED[key] = leaf_shapes(with_mark)
     marked = _TRACED[key]
     if not classes:
-        template = make_template(model)
-        return template, marked.keys() - template.keys()
-    classifier = {path for path, leaf in marked.items() if leaf.shape[-1:] == (_MARK,)}
+        shapes = leaf_shapes(model)
+        return shapes, marked.keys() - shapes.keys()
+    classifier = {path for path, leaf in marked.items() if leaf.shape[-1:] == (_PROBE_CLASSES,)}
     return {
         path: jax.ShapeDtypeStruct((*leaf.shape[:-1], classes), leaf.dtype) if path in classifier else leaf
         for path, leaf in marked.items()
@@ -165,7 +165,7 @@ def _float32(value: np.ndarray) -> np.ndarray:
     return value if value.dtype == np.float32 else value.astype(np.float32)
 
 
-def _initialise(model: Classifier, paths: Sequence[Path], seed: int) -> dict[Path, np.ndarray]:
+def _initialise(model: Classifier, paths: Sequence[LeafPath], seed: int) -> dict[LeafPath, np.ndarray]:
     """Initialises leaves of the head."""
     if not paths:
         return {}
@@ -174,7 +174,7 @@ def _initialise(model: Classifier, paths: Sequence[Path], seed: int) -> dict[Pat
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     features, _ = jax.eval_shape(model.backbone.init_with_output, jax.random.key(0), images)
 
-    def initialise(key: jax.Array) -> dict[Path, jax.Array]:
+    def initialise(key: jax.Array) -> dict[LeafPath, jax.Array]:
         variables = model.head.init(key, [jnp.zeros(leaf.shape) for leaf in features])
         flat = traverse_util.flatten_dict(variables)
         return {path: flat[path[:1] + path[2:]] for path in paths}

@@ -14,15 +14,15 @@ from safetensors.numpy import save_file
 
 from maxmap import checkpoint
 from maxmap.convert import hub
-from maxmap.convert.adapt import Changes, adapt, trace, with_classes
-from maxmap.convert.sources import Source, read_source
-from maxmap.convert.torch import canonical_names, dialect_of, read_entries, to_torch, torch_name
+from maxmap.convert.adapt import LoadReport, adapt, trace_shapes, with_classes
+from maxmap.convert.sources import ForeignCheckpoint, read_source
+from maxmap.convert.torch import canonical_names, detect_dialect, read_entries, to_torch, torch_name
 from maxmap.errors import UserError, nearest
 from maxmap.models import MODELS, Classifier, create_model
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ConvertedModel:
     """A checkpoint of others that fits a model.
 
     Attributes:
@@ -35,7 +35,7 @@ class Loaded:
     model: Classifier
     variables: dict[str, Any]
     info: dict[str, Any]
-    changes: Changes
+    report: LoadReport
 
 
 def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,7 +73,7 @@ def read_foreign(
     resize: str | None = None,
     class_map: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
-) -> Loaded:
+) -> ConvertedModel:
     """Reads a checkpoint of PyTorch, safetensors or TensorFlow into one of our models.
 
     Args:
@@ -108,12 +108,12 @@ def read_foreign(
     if size is not None and create_model(name).backbone.image_size != size:
         fields["image_size"] = size
     model = create_model(**fields, num_classes=1)
-    template, classifier = trace(model)
+    shapes, classifier = trace_shapes(model)
     in_source = _classes_in(found, {torch_name(path, model): path for path in classifier})
     fields["num_classes"] = in_source if num_classes is None else num_classes
     if class_map is not None and num_classes is None:
         fields["num_classes"] = len(class_map)
-    entries, faults = read_entries(found.tensors, model, template)
+    entries, faults = read_entries(found.tensors, model, shapes)
     model = with_classes(model, fields["num_classes"])
     resize = resize or ("bilinear" if found.kind == "tensorflow" else "bicubic")
     leaves, changes = adapt(entries, model, faults, in_channels=in_channels, resize=resize, class_map=class_map)
@@ -129,17 +129,17 @@ def read_foreign(
         "source": {
             "path": str(source),
             "kind": found.kind,
-            "dialect": dialect_of(found.tensors),
+            "dialect": detect_dialect(found.tensors),
         },
     }
     if len(info["classes"]) != fields["num_classes"]:
         raise UserError(
             f"there are {len(info['classes'])} names of {fields['num_classes']} classes: give one for each."
         )
-    return Loaded(model, traverse_util.unflatten_dict(leaves), info, changes)
+    return ConvertedModel(model, traverse_util.unflatten_dict(leaves), info, changes)
 
 
-def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **options: Any) -> Loaded:
+def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **options: Any) -> ConvertedModel:
     """Writes a checkpoint of others as one of our own, which appears whole or not at all.
 
     Args:
@@ -228,7 +228,7 @@ def export(
     return f"{file}: {len(state_dict)} entries, {dialect or 'canonical'} names, {info['weights']} weights"
 
 
-def _architecture(found: Source, source: str | Path) -> str:
+def _architecture(found: ForeignCheckpoint, source: str | Path) -> str:
     name = found.config.get("architecture") or found.config.get("model", {}).get("name")
     if name is None:
         raise UserError(f"{source} does not say which model it is of: give --model with a name of 'maxmap list'.")
@@ -239,13 +239,13 @@ def _architecture(found: Source, source: str | Path) -> str:
     return name
 
 
-def _classes_in(found: Source, classifier: Mapping[str, Any]) -> int:
+def _classes_in(found: ForeignCheckpoint, classifier: Mapping[str, Any]) -> int:
     """Counts the classes that a state dict is made for, by the entries that decide on them."""
     shapes = [found.tensors[key].shape for key, name in canonical_names(found.tensors).items() if name in classifier]
     return int(shapes[0][0]) if shapes and len(shapes[0]) else 0
 
 
-def _class_names(found: Source, count: int) -> list[str]:
+def _class_names(found: ForeignCheckpoint, count: int) -> list[str]:
     """The names that the source has, else ImageNet's WordNet ids for a thousand classes, else numbers."""
     names = found.config.get("label_names")
     if isinstance(names, list) and len(names) == count:

@@ -182,6 +182,6 @@ def test_what_the_network_says_is_a_sentence(monkeypatch):
     def fail(repository, file):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(hub, "_get", fail)
+    monkeypatch.setattr(hub, "_download_from_hub", fail)
     with pytest.raises(UserError, match=r"somebody/else cannot be had \(ConnectionError: no route\)"):
         hub.download("hf://somebody/else")

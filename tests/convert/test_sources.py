@@ -167,7 +167,7 @@ def test_a_repository_says_its_model_classes_and_preprocessing(arrays, variables
     for source in (snapshot, tmp_path / "models--me--mine"):
         dest = tmp_path / f"dest-{source.name}"
         loaded = convert(source, dest)
-        assert loaded.changes.changed  # tables, from 160 to 192 pixels
+        assert loaded.report.changed  # tables, from 160 to 192 pixels
         back, info = read_model(dest)
         assert info["model"] == {"name": "test_maxvit", "image_size": 192, "num_classes": 3}
         assert info["classes"] == ["cat", "dog", "emu"]

@@ -153,7 +153,7 @@ def test_logits_are_those_of_the_official_code(key, size, window, ema, folder, g
     """With windows of 3 the stored tables are resized, as the official graph does at 384 and 512 pixels."""
     mini |= {"image_size": size, "window_size": window}
     loaded = read_foreign(folder, name="maxvit_tiny_tf_224", ema=ema)
-    assert bool(loaded.changes.changed) == (window == 3)
+    assert bool(loaded.report.changed) == (window == 3)
     images = np.random.RandomState(0).standard_normal((2, size, size, 3)).astype(np.float32).astype(np.float64)
     variables = jax.tree.map(lambda leaf: leaf.astype(np.float64), loaded.variables)
     with compile_quickly():
