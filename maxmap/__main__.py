@@ -17,9 +17,9 @@ from absl import logging
 from PIL import Image
 
 from maxmap import allocator, checkpoint, compiled, evaluate
-from maxmap.convert.adapt import RESIZES
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export
+from maxmap.convert.resize import RESIZES
 from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, call, nearest

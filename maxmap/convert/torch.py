@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from maxmap.convert.dialects import ALIASES, CANONICAL, detect_naming, rename, naming_for, strip_prefixes
+from maxmap.convert.dialects import ALIASES, CANONICAL, detect_naming, naming_for, rename, strip_prefixes
 from maxmap.errors import UserError
 from maxmap.heads.linear import LinearHead
 from maxmap.models import Classifier

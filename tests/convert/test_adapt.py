@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from maxmap.convert.adapt import _resize_table, adapt, trace_shapes
+from maxmap.convert.adapt import adapt, trace_shapes
+from maxmap.convert.resize import resize_table
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
@@ -114,11 +115,11 @@ def test_tables_of_offsets(old, new):
     tensor = torch.from_numpy(table)
     for resize in ("bicubic", "bilinear"):
         wanted = torch.nn.functional.interpolate(tensor[None].double(), size=(size, size), mode=resize)[0].numpy()
-        assert np.abs(_resize_table(table, name, (3, size, size), resize) - wanted).max() < 1e-6
-        flattened = _resize_table(table.reshape(3, -1).T, name, (size**2, 3), resize)
+        assert np.abs(resize_table(table, name, (3, size, size), resize) - wanted).max() < 1e-6
+        flattened = resize_table(table.reshape(3, -1).T, name, (size**2, 3), resize)
         assert np.abs(flattened.T.reshape(wanted.shape) - wanted).max() < 1e-6
     simple = resize_rel_pos_bias_table_simple(tensor.double(), (new, new), (3, size, size)).numpy()
-    assert np.abs(_resize_table(table, name, (3, size, size), "bicubic") - simple).max() < 1e-6
+    assert np.abs(resize_table(table, name, (3, size, size), "bicubic") - simple).max() < 1e-6
 
 
 @pytest.mark.parametrize("old, new", [(7, 12), (12, 7)])
@@ -131,7 +132,7 @@ def test_geometric_tables(old, new):
     name, old, size = "relative_position_bias_table", 2 * old - 1, 2 * new - 1
     table = np.random.default_rng(0).standard_normal((3, old, old)).astype(np.float32)
     wanted = resize_rel_pos_bias_table(torch.from_numpy(table), (new, new), (3, size, size)).numpy()
-    assert np.abs(_resize_table(table, name, (3, size, size), "geometric") - wanted).max() < 3e-6
+    assert np.abs(resize_table(table, name, (3, size, size), "geometric") - wanted).max() < 3e-6
 
 
 @pytest.mark.parametrize("old, new", [(14, 24), (24, 14)])
@@ -142,10 +143,10 @@ def test_position_embeddings(old, new):
 
     embedding = np.random.default_rng(0).standard_normal((1, 1 + old**2, 8)).astype(np.float32)
     wanted = resample_abs_pos_embed(torch.from_numpy(embedding), [new, new]).numpy()
-    ours = _resize_table(embedding, "pos_embed", wanted.shape, "bicubic")
+    ours = resize_table(embedding, "pos_embed", wanted.shape, "bicubic")
     assert np.abs(ours - wanted).max() < 1e-5 and np.array_equal(ours[:, 0], embedding[:, 0])
     maps = embedding[:, 1:].reshape(1, old, old, 8)
-    ours = _resize_table(maps, "pos_embed", (1, new, new, 8), "bicubic")
+    ours = resize_table(maps, "pos_embed", (1, new, new, 8), "bicubic")
     assert np.abs(ours - wanted[:, 1:].reshape(ours.shape)).max() < 1e-5
 
 
