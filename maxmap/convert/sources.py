@@ -4,11 +4,7 @@ Safetensors are read here, not by their library, so that arrays stay in the mapp
 memory twice) and bfloat16 needs no torch. Pickles go through torch's restricted loader.
 """
 
-import argparse
 import json
-import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from maxmap.convert import tensorflow
+from maxmap.convert.torch_files import read_torch
 from maxmap.errors import UserError
 
 RAW = ("state_dict", "model", "model_state_dict", "module", "params", "network", "net", "weights")
@@ -87,7 +84,7 @@ def read_source(path: str | Path, *, ema: bool | None = None) -> ForeignCheckpoi
     if path.suffix == ".safetensors" or start[5:] == b"\0\0\0{":
         return ForeignCheckpoint(*_find_state_dict(_read_safetensors(path), ema, path), kind="safetensors")
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return ForeignCheckpoint(*_find_state_dict(_read_torch(path), ema, path), kind="torch")
+        return ForeignCheckpoint(*_find_state_dict(read_torch(path), ema, path), kind="torch")
     raise UserError(f"{path} is no checkpoint: it is neither safetensors nor a file of torch.save, or it is damaged.")
 
 
@@ -189,57 +186,6 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     if end_of_last != size - start:
         raise damaged(f"it has {size - start - end_of_last} bytes that belong to no entry")
     return tensors
-
-
-def _read_torch(path: Path) -> Any:
-    """Reads a file of torch.save by the loader that runs nothing of it."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path} is a pickle, which only PyTorch reads: install the extra 'torch', or give .safetensors."
-        ) from None
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _check_zip(path)
-    scalar = np.float64(0).__reduce__()[0]
-    types = [np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD")]
-    allowed: list[Any] = [argparse.Namespace, OrderedDict, scalar, (scalar, "numpy.core.multiarray.scalar"), *types]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except MemoryError:
-        raise
-    except Exception as error:  # the unpickler lets whatever a crafted file provokes through
-        text = " ".join(str(error).split())
-        unsafe = re.search(
-            r"(?:Unsupported global: )?GLOBAL ([\w.]+)|Unsupported (?:class|operand|global)[: ]+([\w.]+)", text
-        )
-        if unsafe:
-            raise UserError(
-                f"{path} is refused: it would run or build {unsafe[1] or unsafe[2]}, and only numbers and plain "
-                "settings are read from a pickle."
-            ) from None
-        raise UserError(f"{path} is damaged or no file of torch.save ({text[:200] or type(error).__name__}).") from None
-
-
-def _check_zip(path: Path) -> None:
-    """torch.save never compresses: whatever is larger than its bytes in the file is no checkpoint."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again.") from None
-    size = path.stat().st_size
-    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
-        raise UserError(
-            f"{path} is refused: it is compressed, which torch.save does not do, and may unpack to anything."
-        )
-    if sum(m.file_size for m in members) > size:
-        raise UserError(f"{path} is refused: its parts overlap, together they are larger than the file.")
-    names = [m.filename for m in members]
-    if len(set(names)) < len(names):
-        raise UserError(f"{path} is refused: it has a part twice.")
 
 
 def _find_state_dict(loaded: Any, ema: bool | None, path: Path) -> tuple[Mapping[str, Any], str]:

@@ -12,6 +12,7 @@ from maxmap.errors import UserError
 from maxmap.models import create_model
 from tests.convert.test_torch import HEAD, random_variables
 from tests.reference import import_timm
+from tests.tiny import compile_quickly
 
 CONVNEXT = {"embed_dim": (8, 16, 24, 32), "depths": (1, 1, 1, 1)}
 COATNET = {"embed_dim": (32, 32, 32, 64), "stem_width": (16, 32)}
@@ -178,7 +179,15 @@ def test_another_head_only_where_that_is_wanted():
     _, after, report = adapted(plain, mapped, other_head=True)
     assert all(name.startswith(("head.", "norm.")) for name in report.dropped) and report.dropped
     assert set(report.initialised) == {name for name in after if name.startswith("head.")}
-    assert all(np.isfinite(value).all() for value in after.values())
+    # The head is as its own initialisers draw it: what is constant there is so here, the rest depends on the seed.
+    drawn = mapped.init(jax.random.key(1), np.zeros((1, 64, 64, 3), np.float32))
+    drawn = to_torch(jax.tree.map(np.asarray, drawn), mapped)
+    again = adapted(plain, mapped, other_head=True, seed=1)[1]
+    for name in report.initialised:
+        assert np.array_equal(after[name], drawn[name]) == np.array_equal(after[name], again[name]), name
+        if drawn[name].size >= 500:
+            assert 0.7 < after[name].std() / drawn[name].std() < 1.4, name
+    assert not np.array_equal(after["head.heads.0.head.weight"], again["head.heads.0.head.weight"])
 
 
 def test_everything_that_may_not_change_is_named():
@@ -199,11 +208,17 @@ def test_random_matrices_of_another_size_are_refused():
         adapted(old, new)
 
 
-def test_adapted_variables_run():
-    """Images of the new size and number of channels go through, in the new number of classes."""
-    leaves, _ = adapt(
-        flat(random_variables(create(num_classes=7))), create(num_classes=3, image_size=96), in_channels=4
+def test_adapted_variables_compute_what_the_source_computes():
+    """One channel and a class map: on grey images of another size each logit is one of the source's, or their mean."""
+    source, model = (
+        create("convnext_tiny", num_classes=classes, image_size=size, **CONVNEXT)
+        for classes, size in ((7, 64), (3, 96))
     )
-    variables = traverse_util.unflatten_dict(leaves)
-    logits = jax.eval_shape(create(num_classes=3, image_size=96).apply, variables, np.zeros((2, 96, 96, 4), np.float32))
-    assert logits["logits"].shape == (1, 2, 3)
+    variables = random_variables(source)
+    leaves, _ = adapt(flat(variables), model, in_channels=1, class_map=[4, -1, 0])
+    images = np.random.default_rng(0).standard_normal((2, 96, 96, 1)).astype(np.float32)
+    with compile_quickly():
+        wanted = jax.jit(source.apply)(variables, images.repeat(3, axis=3))["logits"][0]
+        logits = jax.jit(model.apply)(traverse_util.unflatten_dict(leaves), images)["logits"][0]
+    wanted = np.stack([wanted[:, 4], wanted.mean(1), wanted[:, 0]], axis=1)
+    np.testing.assert_allclose(logits, wanted, atol=1e-4 * wanted.std())
