@@ -189,11 +189,11 @@ class Unpickler:
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self._pop(), self._pop()
-        if type(function) is not Name or function.path not in self.functions:
-            raise RefusedGlobalError(function.path if type(function) is Name else type(function).__name__)
-        if type(arguments) is not tuple:
-            raise ValueError("its pickle calls without a tuple of arguments")
-        self._stack.append(self.functions[function.path](*arguments))
+        if type(function) is not Name:
+            raise ValueError("its pickle calls something that is not a function")
+        if function.path not in self.functions:
+            raise RefusedGlobalError(function.path)
+        self._stack.append(self.functions[function.path](*check_arguments(arguments)))
 
     def _new_object(self, _: Any) -> None:
         arguments, function = self._pop(), self._pop()
@@ -259,6 +259,13 @@ _HANDLERS: dict[str, Callable[[Unpickler, Any], None]] = {
     "BUILD": Unpickler._build,
     "BINPERSID": Unpickler._persistent,
 }
+
+
+def check_arguments(arguments: Any) -> tuple[Any, ...]:
+    """Returns the arguments of a call, if they are a short tuple; raises ValueError for others."""
+    if type(arguments) is not tuple or len(arguments) > 16:
+        raise ValueError("its pickle calls a function without a short tuple of arguments")
+    return arguments
 
 
 def check_key(key: Any) -> Any:

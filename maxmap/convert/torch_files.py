@@ -18,13 +18,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from maxmap.convert.pickles import Name, RefusedGlobalError, Unpickler
+from maxmap.convert.pickles import Name, RefusedGlobalError, Unpickler, check_arguments
 from maxmap.errors import UserError
 
 _MAGIC = 119547037146038801333356  # what a file before PyTorch 1.6 begins with
 _VERSION = 1001
 _LARGEST_PICKLE = 256 << 20  # bytes
 _MOST_DIMENSIONS = 64  # NumPy's limit
+_ALIGNMENT = 8  # bytes, the most that a type needs
 _FREE_SIZE = 1 << 20  # numbers that a tensor with strides of zero may have beyond the size of the file
 _LOCAL_HEADER = struct.Struct("<4s2xHH8xIIHH")  # signature, flags, method, sizes, lengths of the name and extra field
 _DAMAGE = (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError, struct.error)
@@ -98,7 +99,7 @@ def read_torch(path: Path) -> Any:
 
 
 def _printable(error: Exception) -> str:
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)[:400]).split())
     return text[:200] or type(error).__name__
 
 
@@ -115,14 +116,23 @@ def _read_zip(path: Path) -> Any:
     if memory[start:end].tobytes() not in (b"", b"little"):
         raise UserError(f"{path} has big-endian numbers: save it again on a little-endian machine.")
 
+    storages = {
+        name.removeprefix(f"{folder}data/"): place
+        for name, place in members.items()
+        if name.startswith(f"{folder}data/")
+    }
+    read: dict[str, np.ndarray] = {}
+
     def load_storage(kind: Any, key: Any, location: Any, count: Any) -> Storage:
         dtype = _storage_dtype(kind)
-        if type(key) is not str or f"{folder}data/{key}" not in members:
+        if type(key) is not str or key not in storages:
             raise ValueError("its pickle names a storage that is not in the file")
-        start, end = members[f"{folder}data/{key}"]
+        start, end = storages[key]
         if type(count) is not int or count * dtype.itemsize != end - start:
             raise ValueError(f"its storage {key} is not as long as the pickle says")
-        return Storage(dtype, memory[start:end])
+        if key not in read:
+            read[key] = _aligned(memory[start:end])
+        return Storage(dtype, read[key])
 
     start, end = members[pickles[0]]
     if end - start > _LARGEST_PICKLE:
@@ -196,7 +206,7 @@ def _read_sequence(path: Path) -> Any:
 
         _unpickler(declare, memory.size).load(file)
         keys = _plain(file)
-        if type(keys) is not list or set(keys) != declared.keys() or len(keys) != len(declared):
+        if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(declared):
             raise ValueError("its list of storages is not that of its pickle")
         position = file.tell()
         storages: dict[str, np.ndarray] = {}
@@ -205,7 +215,7 @@ def _read_sequence(path: Path) -> Any:
             start, position = position + 8, position + 8 + count * dtype.itemsize
             if int.from_bytes(memory[start - 8 : start].tobytes(), "little") != count or position > memory.size:
                 raise ValueError(f"its storage {key} is cut off or not as long as the pickle says")
-            storages[key] = _aligned(memory[start:position], dtype)
+            storages[key] = _aligned(memory[start:position])
 
         def load_storage(kind: Any, key: str, location: Any, count: int, view: Any = None) -> Storage:
             dtype, data = _storage_dtype(kind), storages[key]
@@ -257,7 +267,7 @@ def _unpickler(load_storage: Callable[..., Storage], file_size: int) -> Unpickle
         known = {f"torch._utils.{name}": call for name, call in rebuild.items()}
         if type(function) is not Name or function.path not in known:
             raise ValueError("it has a tensor of an unknown class")
-        return known[function.path](*arguments)
+        return known[function.path](*check_arguments(arguments))
 
     rebuild: dict[str, Callable[..., Any]] = {
         "_rebuild_tensor": tensor,
@@ -268,8 +278,8 @@ def _unpickler(load_storage: Callable[..., Storage], file_size: int) -> Unpickle
     }
     functions = {f"torch._utils.{name}": call for name, call in rebuild.items()}
     functions["torch._tensor._rebuild_from_type_v2"] = from_type
-    functions["torch.Size"] = lambda sizes=(): sizes if type(sizes) is tuple else tuple[int, ...]()
-    functions["torch.device"] = lambda *parts: ":".join(str(part) for part in parts if type(part) in (str, int))
+    functions["torch.Size"] = lambda sizes=(): sizes
+    functions["torch.device"] = lambda kind, index=None: kind
     return Unpickler(_INERT, functions, persistent)
 
 
@@ -310,7 +320,6 @@ def _tensor(storage: Any, dtype: np.dtype, offset: Any, shape: Any, strides: Any
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if (last + 1) * dtype.itemsize > storage.data.size:
         raise ValueError("it has a tensor that reaches beyond its storage")
-    storage.data = _aligned(storage.data, dtype)
     # The stride of a single number is never used, and may be anything.
     steps = [
         stride * dtype.itemsize if size > 1 else dtype.itemsize for size, stride in zip(shape, strides, strict=True)
@@ -318,6 +327,6 @@ def _tensor(storage: Any, dtype: np.dtype, offset: Any, shape: Any, strides: Any
     return np.ndarray(shape, dtype, storage.data, offset * dtype.itemsize, steps)
 
 
-def _aligned(data: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns bytes at an address that numbers of a type may have: the bytes themselves, or a copy."""
-    return data if data.ctypes.data % dtype.alignment == 0 else data.copy()
+def _aligned(data: np.ndarray) -> np.ndarray:
+    """Returns bytes at an address that any number may have: the bytes themselves, or a copy."""
+    return data if data.ctypes.data % _ALIGNMENT == 0 else data.copy()
