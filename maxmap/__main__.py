@@ -13,9 +13,9 @@ from absl import logging
 from PIL import Image
 
 from maxmap import checkpoint, config, evaluate, runtime
-from maxmap.convert.adapt import RESIZES
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export
+from maxmap.convert.resize import RESIZES
 from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.cost import cost, count_parameters
 from maxmap.errors import UserError, nearest
@@ -81,7 +81,7 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
         f"{model['name']}, {count:,} parameters, {model['num_classes']} classes, from {about['kind']} "
         f"({about['dialect']} names, {loaded.info['weights']} weights)"
     )
-    print(loaded.changes)
+    print(loaded.report)
     pre = ", ".join(f"{key} {value}" for key, value in loaded.info["preprocessing"].items())
     print(f"preprocessing: {pre}")
     print(f"written to {dest} in {time.perf_counter() - began:.1f} s")

@@ -1,4 +1,4 @@
-"""Names in state dicts where they are not the Flax path with its digits split off.
+"""Naming in state dicts where they are not the Flax path with its digits split off.
 
 Short lists of rules, never a key table per model: `CANONICAL` for the names that the reference itself uses (timm's
 where timm has the family, the author's otherwise), `DIALECTS` for everybody's names of the same networks.
@@ -29,12 +29,12 @@ CANONICAL: dict[str, list[tuple[str, str]]] = {
 ALIASES: list[tuple[str, str]] = [(r"\.to_global_feature\.pos\.", ".pos_embed.")]
 
 
-# Names that every key of a state dict may begin with: of wrappers for several devices, compiled models and trainers.
+# Naming that every key of a state dict may begin with: of wrappers for several devices, compiled models and trainers.
 PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
 
 
 @dataclass(frozen=True)
-class Names:
+class Naming:
     """How somebody names the entries of a network.
 
     Attributes:
@@ -51,24 +51,24 @@ class Names:
 
     def to_canonical(self, key: str) -> str:
         """Returns the canonical name of a key."""
-        return rename(key, ((_pattern(theirs), _template(ours)) for theirs, ours in self.rules))
+        return rename(key, ((_to_regex(theirs), _to_replacement(ours)) for theirs, ours in self.rules))
 
     def from_canonical(self, key: str) -> str:
         """The inverse of `to_canonical`."""
-        return rename(key, ((_pattern(ours), _template(theirs)) for theirs, ours in self.rules))
+        return rename(key, ((_to_regex(ours), _to_replacement(theirs)) for theirs, ours in self.rules))
 
 
-def _pattern(rule: str) -> str:
+def _to_regex(rule: str) -> str:
     return "^" + re.escape(rule).replace(r"\*", r"(\d+)")
 
 
-def _template(rule: str) -> str:
+def _to_replacement(rule: str) -> str:
     first, *others = rule.split("*")
     return first + "".join(f"\\{i}{part}" for i, part in enumerate(others, 1))
 
 
-CANONICAL_NAMES = Names("canonical", "(?!)", ())
-FAIR = Names(
+CANONICAL_NAMING = Naming("canonical", "(?!)", ())
+FAIR = Naming(
     "fair",
     r"downsample_layers\.0\.0\.",
     (
@@ -82,7 +82,7 @@ FAIR = Names(
         ("head.bias", "head.fc.bias"),
     ),
 )
-SAIL = Names(
+SAIL = Naming(
     "sail-sg",
     r"downsample_layers\.0\.post_norm\.",
     (
@@ -96,12 +96,12 @@ SAIL = Names(
     ),
     matrices=r".*\.(mlp\.fc|pwconv)\d\.weight",
 )
-PIT = Names(
+PIT = Naming(
     "lab-lvm",
     r"pools\.0\.conv\.",
     (("pools.0.", "transformers.1.pool."), ("pools.1.", "transformers.2.pool.")),
 )
-TORCHVISION = Names(
+TORCHVISION = Naming(
     "torchvision",
     r"blocks\.0\.layers\.0\.layers\.MBconv\.",
     (
@@ -141,37 +141,39 @@ TORCHVISION = Names(
 )
 
 # Who has which backbone, or which backbone with which head, and how it is named there.
-DIALECTS: dict[str, Mapping[str, Names]] = {
-    "timm": dict.fromkeys(("ConvNeXt", "MaxxViT", "MetaFormer", "PiT", "ResNet", "ViT"), CANONICAL_NAMES),
+DIALECTS: dict[str, Mapping[str, Naming]] = {
+    "timm": dict.fromkeys(("ConvNeXt", "MaxxViT", "MetaFormer", "PiT", "ResNet", "ViT"), CANONICAL_NAMING),
     "sail-sg": {"MetaFormer": SAIL},
     "fair": {"ConvNeXt": FAIR},
     "lab-lvm": {
-        **dict.fromkeys(("CSWin", "FasterViT", "MaxxViT", "MobileNetV1", "ResNet", "SEResNet", "ViT"), CANONICAL_NAMES),
+        **dict.fromkeys(
+            ("CSWin", "FasterViT", "MaxxViT", "MobileNetV1", "ResNet", "SEResNet", "ViT"), CANONICAL_NAMING
+        ),
         "ConvNeXt": FAIR,
-        "ConvNeXt with GramianHead": CANONICAL_NAMES,
+        "ConvNeXt with GramianHead": CANONICAL_NAMING,
         "PiT": PIT,
     },
-    "nvlabs": {"FasterViT": CANONICAL_NAMES},
-    "microsoft": {"CSWin": CANONICAL_NAMES},
-    "torchvision": {"MaxxViT": TORCHVISION, "ResNet": CANONICAL_NAMES},
+    "nvlabs": {"FasterViT": CANONICAL_NAMING},
+    "microsoft": {"CSWin": CANONICAL_NAMING},
+    "torchvision": {"MaxxViT": TORCHVISION, "ResNet": CANONICAL_NAMING},
 }
 
 
-def recognise(keys: Iterable[str]) -> Names:
+def detect_naming(keys: Iterable[str]) -> Naming:
     """Returns the names that the keys are written in."""
     keys = list(keys)
     known = (names for backbones in DIALECTS.values() for names in backbones.values())
-    return next((names for names in known if any(re.match(names.marker, key) for key in keys)), CANONICAL_NAMES)
+    return next((names for names in known if any(re.match(names.marker, key) for key in keys)), CANONICAL_NAMING)
 
 
-def spoken(dialect: str | None, backbone: str, head: str) -> Names:
+def naming_for(dialect: str | None, backbone: str, head: str) -> Naming:
     """Returns how a dialect names a backbone and a head, given their classes; None for the canonical names.
 
     Raises:
       UserError: nobody of that name has the backbone.
     """
     if dialect is None:
-        return CANONICAL_NAMES
+        return CANONICAL_NAMING
     if dialect not in DIALECTS:
         raise UserError(f"there is no dialect '{dialect}', only {', '.join(DIALECTS)}.")
     for what in (f"{backbone} with {head}", backbone):

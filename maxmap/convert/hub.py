@@ -94,11 +94,11 @@ def download(name: str) -> Path:
         raise UserError(f"there is no checkpoint {name} for a model of maxmap; the nearest are {close}.")
     try:
         if not url:
-            return _repository(name)
+            return _download_repository(name)
         if url.startswith("hf://"):
             owner, repository, file = url.removeprefix("hf://").split("/", 2)
-            return Path(_get(f"{owner}/{repository}", file))
-        return _file(url)
+            return Path(_download_from_hub(f"{owner}/{repository}", file))
+        return _download_url(url)
     except GatedRepoError:
         raise UserError(f"{name} needs its owner's leave: ask on its page, and give the token as HF_TOKEN.") from None
     except RepositoryNotFoundError:
@@ -114,29 +114,29 @@ def download(name: str) -> Path:
         raise UserError(f"{name} cannot be had ({type(error).__name__}: {error}).") from None
 
 
-def _get(repository: str, file: str) -> str:
+def _download_from_hub(repository: str, file: str) -> str:
     return huggingface_hub.hf_hub_download(repository, file, endpoint=os.environ.get("HF_ENDPOINT"))
 
 
-def _repository(name: str) -> Path:
+def _download_repository(name: str) -> Path:
     """Gets config and weights of a repository; returns the folder of its snapshot."""
     folder = None
     with contextlib.suppress(LocalEntryNotFoundError):  # offline the cache may hold the weights alone
-        folder = Path(_get(name, "config.json")).parent
+        folder = Path(_download_from_hub(name, "config.json")).parent
     for file in _FILES:
         try:
-            path = Path(_get(name, file))
+            path = Path(_download_from_hub(name, file))
         except (EntryNotFoundError, LocalEntryNotFoundError) as error:
             missing = error
             continue
         if file.endswith(".index.json"):
             for shard in sorted(set(shards_of(path).values())):
-                _get(name, shard)
+                _download_from_hub(name, shard)
         return folder or path.parent
     raise missing
 
 
-def _file(url: str) -> Path:
+def _download_url(url: str) -> Path:
     """Gets a file into the cache of maxmap, whole or not at all."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maxmap"
     path = cache / url.rpartition("/")[2]

@@ -1,7 +1,7 @@
-"""Checkpoints of others as models: from a name or a file to variables, and to a checkpoint of our own."""
+"""Foreign checkpoints as models: from a name or a file to variables and to a checkpoint of ours, and back."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -14,52 +14,52 @@ from safetensors.numpy import save_file
 
 from maxmap import checkpoint, storage
 from maxmap.convert import hub
-from maxmap.convert.adapt import Changes, adapt, trace, with_classes
-from maxmap.convert.sources import Source, read_source
-from maxmap.convert.torch import canonical_names, dialect_of, read_entries, to_torch, torch_name
+from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
+from maxmap.convert.sources import ForeignCheckpoint, read_source
+from maxmap.convert.torch import canonical_names, detect_dialect, read_entries, to_torch, torch_name
 from maxmap.errors import UserError, nearest
 from maxmap.models import MODELS, Classifier, create_model
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A checkpoint of others that fits a model.
+class ConvertedModel:
+    """A foreign checkpoint, converted for one of our models.
 
     Attributes:
       model: the model.
-      variables: of it, as NumPy arrays that may lie in the mapped file.
-      info: what a checkpoint of our own says of itself: 'model', 'classes', 'preprocessing', 'weights', 'source'.
-      changes: what was done to the entries.
+      variables: its variables as NumPy arrays, which may lie in the mapped file.
+      info: what our checkpoints store about themselves: 'model', 'classes', 'preprocessing', 'weights', 'source'.
+      report: what happened to each entry.
     """
 
     model: Classifier
     variables: dict[str, Any]
     info: dict[str, Any]
-    changes: Changes
+    report: LoadReport
 
 
 def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a model, wherever it is.
+    """Reads a model from one of our checkpoints or from a foreign one.
 
     Args:
       path: folder of a run or of a converted checkpoint; else the name of a published checkpoint ('map_pit_s',
         'timm/maxvit_tiny_tf_224.in1k') or of a repository on the Hugging Face hub, or its folder.
-      ema: the averaged variables where there are any, else the raw ones.
+      ema: take the averaged variables if there are any.
 
     Returns:
       The variables as NumPy arrays, and the info with 'step' and 'weights' ("ema" or "raw").
 
     Raises:
-      UserError: there is no such checkpoint, or it does not fit the model that it is said to be of.
+      UserError: there is no such checkpoint, or it does not fit the model that it names.
     """
     if storage.in_bucket(path):
         return checkpoint.read_variables(path, ema=ema)
-    there = Path(path).exists()
-    # What names a repository is no path, though hf:// looks like the scheme of one.
-    if (there or not hub.is_name(path)) and (not there or checkpoint.read_info(path) is not None):
+    exists = Path(path).exists()
+    # The name of a repository may start with hf://, which looks like the scheme of a bucket's path.
+    if (exists or not hub.is_name(path)) and (not exists or checkpoint.read_info(path) is not None):
         return checkpoint.read_variables(path, ema=ema)
-    loaded = read_foreign(path)
-    return loaded.variables, {**loaded.info, "step": 0}
+    converted = read_foreign(path)
+    return converted.variables, {**converted.info, "step": 0}
 
 
 def read_foreign(
@@ -73,15 +73,15 @@ def read_foreign(
     resize: str | None = None,
     class_map: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
-) -> Loaded:
+) -> ConvertedModel:
     """Reads a checkpoint of PyTorch, safetensors or TensorFlow into one of our models.
 
     Args:
       source: file or folder, or the name of a published checkpoint.
-      name: of the model; None where the source says it (a published name, a config.json).
+      name: of the model; None if the source names it (a published name, a config.json).
       ema: averaged weights; see `read_source`.
       num_classes: of the model; None for as many as the source has.
-      image_size: that the model is for; None for the one that the source or the name is made for.
+      image_size: of the model; None for the size that the source or the model's name gives.
       in_channels: of the images; None for those of the source.
       resize: how position tables are resized; None for "bilinear" from TensorFlow, as its graph does, else "bicubic".
       class_map: see `adapt`.
@@ -90,80 +90,68 @@ def read_foreign(
     Raises:
       UserError: the source cannot be read, or does not fit.
     """
-    row: Mapping[str, Any] = {}
-    where = Path(source)
-    if not where.exists() and not where.with_name(where.name + ".index").is_file() and hub.is_name(source):
-        row = hub.published().get(str(source), {})
-        where = hub.download(str(source))
-    found = read_source(where, ema=ema)
-    if name is None:
-        name = row.get("model") or _architecture(found, source)
-    preprocessing = None
-    if "pretrained_cfg" in found.config or "input_size" in found.config:
-        preprocessing = hub.preprocessing_of(found.config)
-    elif row:
-        preprocessing = row["preprocessing"]
+    found, row = _find_source(source, ema)
+    name = name or row.get("model") or _architecture(found, source)
+    preprocessing = hub.preprocessing_of(found.config) if _has_preprocessing(found) else row.get("preprocessing", {})
     fields: dict[str, Any] = {"name": name}
-    size = image_size or (preprocessing or {}).get("image_size")
+    size = image_size or preprocessing.get("image_size")
     if size is not None and create_model(name).backbone.image_size != size:
         fields["image_size"] = size
     model = create_model(**fields, num_classes=1)
-    template, classifier = trace(model)
-    in_source = _classes_in(found, {torch_name(path, model): path for path in classifier})
-    fields["num_classes"] = in_source if num_classes is None else num_classes
-    if class_map is not None and num_classes is None:
-        fields["num_classes"] = len(class_map)
-    entries, faults = read_entries(found.tensors, model, template)
+    probed = probe_shapes(model)
+    shapes, classifier = trace_shapes(model, probed)
+    in_source = _count_classes(found, {torch_name(path, model) for path in classifier})
+    count = in_source if class_map is None else len(class_map)
+    fields["num_classes"] = count if num_classes is None else num_classes
+    entries, faults = read_entries(found.tensors, model, shapes)
     model = with_classes(model, fields["num_classes"])
     resize = resize or ("bilinear" if found.kind == "tensorflow" else "bicubic")
-    leaves, changes = adapt(entries, model, faults, in_channels=in_channels, resize=resize, class_map=class_map)
-    if preprocessing is None:
-        size = model.backbone.image_size
-        size = size if isinstance(size, int) else size[0]
-        preprocessing = hub.published_preprocessing(name, in_source, size)
+    leaves, report = adapt(
+        entries, model, faults, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
+    )
+    size = model.backbone.image_size if isinstance(model.backbone.image_size, int) else model.backbone.image_size[0]
+    preprocessing = preprocessing or hub.published_preprocessing(name, in_source, size)
+    classes = list(classes or _class_names(found, fields["num_classes"]))
+    if len(classes) != fields["num_classes"]:
+        raise UserError(f"there are {len(classes)} names of {fields['num_classes']} classes: give one for each.")
     info = {
         "model": fields,
-        "classes": list(classes or _class_names(found, fields["num_classes"])),
+        "classes": classes,
         "preprocessing": preprocessing | ({"image_size": image_size} if image_size else {}),
         "weights": found.weights,
-        "source": {
-            "path": str(source),
-            "kind": found.kind,
-            "dialect": dialect_of(found.tensors),
-        },
+        "source": {"path": str(source), "kind": found.kind, "dialect": detect_dialect(found.tensors)},
     }
-    if len(info["classes"]) != fields["num_classes"]:
-        raise UserError(
-            f"there are {len(info['classes'])} names of {fields['num_classes']} classes: give one for each."
-        )
-    return Loaded(model, traverse_util.unflatten_dict(leaves), info, changes)
+    return ConvertedModel(model, traverse_util.unflatten_dict(leaves), info, report)
 
 
-def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **options: Any) -> Loaded:
-    """Writes a checkpoint of others as one of our own, which appears whole or not at all.
+def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **options: Any) -> ConvertedModel:
+    """Writes a foreign checkpoint as one of ours. The target appears complete or not at all.
 
     Args:
-      source, **options: see `read_foreign`.
-      dest: folder that `init_from`, `--mode=eval` and `predict` take.
-      overwrite: replace what is there.
+      source: see `read_foreign`.
+      dest: folder to write, which `init_from`, `--mode=eval` and `predict` can read.
+      overwrite: replace a checkpoint at `dest`.
+      **options: see `read_foreign`.
 
     Raises:
-      UserError: the source does not fit, or `dest` is there; nothing was written.
+      UserError: the source does not fit, or `dest` exists. Nothing was written.
     """
     if storage.in_bucket(dest):
-        raise UserError(f"{dest} is in a bucket, which has no folders to rename: convert to a folder, and copy that.")
+        raise UserError(
+            f"{dest} is in a bucket, where no folder can be renamed: convert to a local folder and copy that."
+        )
     dest = Path(dest).absolute()
     if dest.exists() and not overwrite:
         raise UserError(f"{dest} is there already: give another folder, or --overwrite.")
     if dest.exists() and not (dest / checkpoint.FOLDER).is_dir():
         raise UserError(f"{dest} holds something other than a checkpoint: give another folder.")
-    loaded = read_foreign(source, **options)
+    converted = read_foreign(source, **options)
     unfinished, old = (dest.with_name(f".{dest.name}.{what}") for what in ("unfinished", "old"))
     try:
         for left in (unfinished, old):
             if left.exists():
                 shutil.rmtree(left)
-        checkpoint.write_variables(unfinished, loaded.variables, {**loaded.info, "step": 0})
+        checkpoint.write_variables(unfinished, converted.variables, {**converted.info, "step": 0})
         if dest.exists():
             dest.rename(old)
         unfinished.rename(dest)
@@ -172,7 +160,7 @@ def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    return loaded
+    return converted
 
 
 def export(
@@ -183,24 +171,24 @@ def export(
     ema: bool | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Writes a checkpoint of ours as .safetensors, or by torch.save; the file appears whole or not at all.
+    """Writes one of our checkpoints as .safetensors or by torch.save. The file appears complete or not at all.
 
     Args:
       source: see `read_model`.
-      file: to write; its ending decides on the format.
+      file: to write; its ending (.safetensors, .pth or .bin) gives the format.
       dialect: see `to_torch`.
-      ema: the averaged weights, or the raw ones; None for the averaged ones where there are any.
+      ema: True for the averaged weights, False for the raw ones; None for the averaged ones if there are any.
       overwrite: replace the file.
 
     Returns:
-      A line that says what was written.
+      A line of text that names the file, the names and the weights.
 
     Raises:
-      UserError: there is no checkpoint, or the file is there or of another format.
+      UserError: there is no checkpoint, or the file exists or has another ending.
     """
     file = Path(file)
     if file.suffix not in (".safetensors", ".pth", ".bin"):
-        raise UserError(f"{file} ends in none of .safetensors, .pth and .bin, which are the formats there are.")
+        raise UserError(f"{file} has no known ending: give a name in .safetensors, .pth or .bin.")
     if file.exists() and not overwrite:
         raise UserError(f"{file} is there already: give another name, or --overwrite.")
     variables, info = read_model(source, ema=ema is not False)
@@ -217,7 +205,7 @@ def export(
                 import torch
             except ImportError:
                 raise UserError(
-                    "only PyTorch writes such a file: install the extra 'torch', or name .safetensors."
+                    f"{file} can be written by PyTorch only: install the extra 'torch', or give a name in .safetensors."
                 ) from None
             torch.save({key: torch.from_numpy(value) for key, value in state_dict.items()}, unfinished)
         unfinished.replace(file)
@@ -228,25 +216,39 @@ def export(
     return f"{file}: {len(state_dict)} entries, {dialect or 'canonical'} names, {info['weights']} weights"
 
 
-def _architecture(found: Source, source: str | Path) -> str:
+def _find_source(source: str | Path, ema: bool | None) -> tuple[ForeignCheckpoint, Mapping[str, Any]]:
+    """Reads a source, downloading a published one; also returns its row of `published`, empty for other sources."""
+    path = Path(source)
+    exists = path.exists() or path.with_name(path.name + ".index").is_file()
+    if exists or not hub.is_name(source):
+        return read_source(path, ema=ema), {}
+    return read_source(hub.download(str(source)), ema=ema), hub.published().get(str(source), {})
+
+
+def _has_preprocessing(found: ForeignCheckpoint) -> bool:
+    return "pretrained_cfg" in found.config or "input_size" in found.config
+
+
+def _architecture(found: ForeignCheckpoint, source: str | Path) -> str:
+    """Returns the name of the model that the source's config gives."""
     name = found.config.get("architecture") or found.config.get("model", {}).get("name")
     if name is None:
         raise UserError(f"{source} does not say which model it is of: give --model with a name of 'maxmap list'.")
     if name not in MODELS:
         raise UserError(
-            f"{source} is of the model {name}, which is none here; the nearest are {nearest(name, MODELS)}."
+            f"{source} is of the model {name}, which maxmap does not have; the nearest are {nearest(name, MODELS)}."
         )
     return name
 
 
-def _classes_in(found: Source, classifier: Mapping[str, Any]) -> int:
-    """Counts the classes that a state dict is made for, by the entries that decide on them."""
+def _count_classes(found: ForeignCheckpoint, classifier: Collection[str]) -> int:
+    """Returns the number of classes of a state dict, read from the entries with these canonical names."""
     shapes = [found.tensors[key].shape for key, name in canonical_names(found.tensors).items() if name in classifier]
     return int(shapes[0][0]) if shapes and len(shapes[0]) else 0
 
 
-def _class_names(found: Source, count: int) -> list[str]:
-    """The names that the source has, else ImageNet's WordNet ids for a thousand classes, else numbers."""
+def _class_names(found: ForeignCheckpoint, count: int) -> list[str]:
+    """Returns the source's names of the classes, else ImageNet's WordNet ids for 1000 classes, else numbers."""
     names = found.config.get("label_names")
     if isinstance(names, list) and len(names) == count:
         return [str(name) for name in names]

@@ -4,11 +4,7 @@ Safetensors are read here, not by their library, so that arrays stay in the mapp
 memory twice) and bfloat16 needs no torch. Pickles go through torch's restricted loader.
 """
 
-import argparse
 import json
-import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from maxmap.convert import tensorflow
+from maxmap.convert.torch_files import read_torch
 from maxmap.errors import UserError
 
 RAW = ("state_dict", "model", "model_state_dict", "module", "params", "network", "net", "weights")
@@ -45,7 +42,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
 @dataclass(frozen=True)
-class Source:
+class ForeignCheckpoint:
     """What a checkpoint holds.
 
     Attributes:
@@ -61,7 +58,7 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_source(path: str | Path, *, ema: bool | None = None) -> Source:
+def read_source(path: str | Path, *, ema: bool | None = None) -> ForeignCheckpoint:
     """Reads a checkpoint file, or a folder of the Hugging Face hub or of TensorFlow.
 
     Args:
@@ -74,7 +71,7 @@ def read_source(path: str | Path, *, ema: bool | None = None) -> Source:
     """
     path = Path(path)
     if tensorflow.is_checkpoint(path):
-        return Source(*tensorflow.read_checkpoint(path, ema=ema), kind="tensorflow")
+        return ForeignCheckpoint(*tensorflow.read_checkpoint(path, ema=ema), kind="tensorflow")
     if path.is_dir():
         return _read_repository(path, ema)
     if not path.is_file():
@@ -85,13 +82,13 @@ def read_source(path: str | Path, *, ema: bool | None = None) -> Source:
         start = file.read(9)
     # First safetensors: the length of their header may begin with the byte that pickles begin with.
     if path.suffix == ".safetensors" or start[5:] == b"\0\0\0{":
-        return Source(*_pick(_read_safetensors(path), ema, path), kind="safetensors")
+        return ForeignCheckpoint(*_find_state_dict(_read_safetensors(path), ema, path), kind="safetensors")
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return Source(*_pick(_read_torch(path), ema, path), kind="torch")
+        return ForeignCheckpoint(*_find_state_dict(read_torch(path), ema, path), kind="torch")
     raise UserError(f"{path} is no checkpoint: it is neither safetensors nor a file of torch.save, or it is damaged.")
 
 
-def _read_repository(folder: Path, ema: bool | None) -> Source:
+def _read_repository(folder: Path, ema: bool | None) -> ForeignCheckpoint:
     reference = folder / "refs" / "main"
     if reference.is_file():  # an entry of the cache; its snapshots are the folders
         folder = folder / "snapshots" / reference.read_text().strip()
@@ -105,10 +102,10 @@ def _read_repository(folder: Path, ema: bool | None) -> Source:
             raise UserError(f"there is no checkpoint in {folder}: give the folder of a run, or a file of weights.")
         weights = found[0]
     source = read_source(weights, ema=ema)
-    return Source(source.tensors, source.weights, source.kind, config)
+    return ForeignCheckpoint(source.tensors, source.weights, source.kind, config)
 
 
-def _read_shards(index: Path, ema: bool | None) -> Source:
+def _read_shards(index: Path, ema: bool | None) -> ForeignCheckpoint:
     """Reads the files that an index names; each entry has to be in the file that the index says, and no other."""
     names = shards_of(index)
     tensors: dict[str, Any] = {}
@@ -124,7 +121,7 @@ def _read_shards(index: Path, ema: bool | None) -> Source:
                 f"{differing[0]}."
             )
         tensors |= shard.tensors
-    return Source(tensors, "ema" if ema else "raw", kind)
+    return ForeignCheckpoint(tensors, "ema" if ema else "raw", kind)
 
 
 def shards_of(index: Path) -> dict[str, str]:
@@ -191,64 +188,13 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read_torch(path: Path) -> Any:
-    """Reads a file of torch.save by the loader that runs nothing of it."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path} is a pickle, which only PyTorch reads: install the extra 'torch', or give .safetensors."
-        ) from None
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _check_zip(path)
-    scalar = np.float64(0).__reduce__()[0]
-    types = [np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD")]
-    allowed: list[Any] = [argparse.Namespace, OrderedDict, scalar, (scalar, "numpy.core.multiarray.scalar"), *types]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except MemoryError:
-        raise
-    except Exception as error:  # the unpickler lets whatever a crafted file provokes through
-        text = " ".join(str(error).split())
-        unsafe = re.search(
-            r"(?:Unsupported global: )?GLOBAL ([\w.]+)|Unsupported (?:class|operand|global)[: ]+([\w.]+)", text
-        )
-        if unsafe:
-            raise UserError(
-                f"{path} is refused: it would run or build {unsafe[1] or unsafe[2]}, and only numbers and plain "
-                "settings are read from a pickle."
-            ) from None
-        raise UserError(f"{path} is damaged or no file of torch.save ({text[:200] or type(error).__name__}).") from None
-
-
-def _check_zip(path: Path) -> None:
-    """torch.save never compresses: whatever is larger than its bytes in the file is no checkpoint."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again.") from None
-    size = path.stat().st_size
-    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
-        raise UserError(
-            f"{path} is refused: it is compressed, which torch.save does not do, and may unpack to anything."
-        )
-    if sum(m.file_size for m in members) > size:
-        raise UserError(f"{path} is refused: its parts overlap, together they are larger than the file.")
-    names = [m.filename for m in members]
-    if len(set(names)) < len(names):
-        raise UserError(f"{path} is refused: it has a part twice.")
-
-
-def _pick(loaded: Any, ema: bool | None, path: Path) -> tuple[Mapping[str, Any], str]:
+def _find_state_dict(loaded: Any, ema: bool | None, path: Path) -> tuple[Mapping[str, Any], str]:
     """Finds the state dict in what was loaded, through containers, and says whether it is averaged."""
     weights = "raw"
     while isinstance(loaded, Mapping):
         inside = {key for key, value in loaded.items() if isinstance(value, Mapping)}
         averaged, raw = (next((key for key in keys if key in inside), None) for keys in (AVERAGED, RAW))
-        if ema and averaged is None and weights == "raw" and (raw is None or not _holds(loaded[raw], AVERAGED)):
+        if ema and averaged is None and weights == "raw" and (raw is None or not _has_any(loaded[raw], AVERAGED)):
             raise UserError(f"{path} has no averaged weights: leave --ema out.")
         key = averaged if (ema and weights == "raw") or (raw is None and ema is not False) else raw
         if key is None:
@@ -265,5 +211,5 @@ def _pick(loaded: Any, ema: bool | None, path: Path) -> tuple[Mapping[str, Any],
     return loaded, weights
 
 
-def _holds(value: Any, keys: Iterable[str]) -> bool:
+def _has_any(value: Any, keys: Iterable[str]) -> bool:
     return isinstance(value, Mapping) and any(key in value for key in keys)

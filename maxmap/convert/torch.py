@@ -14,13 +14,13 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from maxmap.convert.dialects import ALIASES, CANONICAL, recognise, rename, spoken, strip_prefixes
+from maxmap.convert.dialects import ALIASES, CANONICAL, detect_naming, naming_for, rename, strip_prefixes
 from maxmap.errors import UserError
 from maxmap.heads.linear import LinearHead
 from maxmap.models import Classifier
 
-Path = tuple[str, ...]
-Template = dict[Path, jax.ShapeDtypeStruct]
+LeafPath = tuple[str, ...]
+LeafShapes = dict[LeafPath, jax.ShapeDtypeStruct]
 
 # Entries that a module computes for itself and that hold nothing learned; counters of averages too.
 DERIVED = re.compile(
@@ -36,7 +36,7 @@ _LEAVES = {
 _LISTED = 20  # differences that an error names
 
 
-def torch_name(path: Path, model: Classifier) -> str:
+def torch_name(path: LeafPath, model: Classifier) -> str:
     """Returns the canonical state-dict key of a leaf.
 
     Args:
@@ -61,7 +61,7 @@ def abstract_variables(model: Classifier, channels: int = 3) -> dict[str, Any]:
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, height, width, channels)))
 
 
-def make_template(model: Classifier) -> Template:
+def leaf_shapes(model: Classifier) -> LeafShapes:
     """Returns the shapes of a model's leaves by path, for images of three channels; tracing takes a second or two."""
     return traverse_util.flatten_dict(abstract_variables(model))
 
@@ -79,12 +79,12 @@ def from_torch(state_dict: Mapping[str, Any], model: Classifier) -> dict[str, An
     Raises:
       UserError: names all entries that are missing, left over, twice there, of another shape or no finite numbers.
     """
-    template = make_template(model)
-    entries, faults = read_entries(state_dict, model, template)
-    faults += [f"missing: {torch_name(path, model)}" for path in template if path not in entries]
-    stem = image_kernel(template)
+    shapes = leaf_shapes(model)
+    entries, faults = read_entries(state_dict, model, shapes)
+    faults += [f"missing: {torch_name(path, model)}" for path in shapes if path not in entries]
+    stem = image_kernel(shapes)
     for path, value in entries.items():
-        shape = template[path].shape
+        shape = shapes[path].shape
         if value.shape != shape and not (path == stem and value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]):
             faults.append(f"misshapen: {torch_name(path, model)} is {value.shape}, the model has {shape}")
     raise_faults(faults)
@@ -104,7 +104,7 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
     Raises:
       UserError: the dialect has no such backbone.
     """
-    names = spoken(dialect, type(model.backbone).__name__, type(model.head).__name__)
+    names = naming_for(dialect, type(model.backbone).__name__, type(model.head).__name__)
     state_dict = {}
     for path, value in traverse_util.flatten_dict(dict(variables)).items():
         key, value = torch_name(path, model), _to_torch_layout(np.asarray(value), path)
@@ -117,24 +117,24 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
 def canonical_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
     """Returns the canonical name of every key of a state dict that holds something learned."""
     keys = strip_prefixes(key for key in state_dict if not DERIVED.fullmatch(key))
-    names = recognise(keys.values())
+    names = detect_naming(keys.values())
     return {key: names.to_canonical(short) for key, short in keys.items()}
 
 
-def dialect_of(state_dict: Mapping[str, Any]) -> str:
+def detect_dialect(state_dict: Mapping[str, Any]) -> str:
     """Returns whose names a state dict has."""
-    return recognise(strip_prefixes(key for key in state_dict if not DERIVED.fullmatch(key)).values()).dialect
+    return detect_naming(strip_prefixes(key for key in state_dict if not DERIVED.fullmatch(key)).values()).dialect
 
 
 def read_entries(
-    state_dict: Mapping[str, Any], model: Classifier, template: Template
-) -> tuple[dict[Path, np.ndarray], list[str]]:
+    state_dict: Mapping[str, Any], model: Classifier, shapes: LeafShapes
+) -> tuple[dict[LeafPath, np.ndarray], list[str]]:
     """Finds each leaf of a model in a state dict, whatever its shape.
 
     Args:
       state_dict: as for `from_torch`.
       model: whose leaves they are.
-      template: of `make_template`.
+      shapes: of `leaf_shapes`.
 
     Returns:
       The leaves that are there by path, in Flax's layout, as views of the source in its own type; and the faults, a
@@ -149,7 +149,7 @@ def read_entries(
             aliased = name != second_name or rename(other, ALIASES) != other
             if not (aliased and np.array_equal(as_array(state_dict[other]), as_array(state_dict[key]))):
                 faults.append(f"twice there: {name}, as {other} and as {key}")
-    wanted = {torch_name(path, model): path for path in template}
+    wanted = {torch_name(path, model): path for path in shapes}
     faults += [f"left over: {name}" for name in sources if name not in wanted]
     entries = {}
     for name, path in wanted.items():
@@ -161,13 +161,13 @@ def read_entries(
             value = np.broadcast_to(np.float32(0), value.shape)
         if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
             faults.append(f"not finite: {name} holds NaN or infinity")
-        entries[path] = _from_torch_layout(value, path, len(template[path].shape))
+        entries[path] = _from_torch_layout(value, path, len(shapes[path].shape))
     return entries, faults
 
 
-def image_kernel(template: Template) -> Path | None:
+def image_kernel(shapes: LeafShapes) -> LeafPath | None:
     """Returns the path of the convolution that reads the images: the one with three input channels."""
-    return next((path for path, leaf in template.items() if path[-1] == "kernel" and leaf.shape[2:3] == (3,)), None)
+    return next((path for path, leaf in shapes.items() if path[-1] == "kernel" and leaf.shape[2:3] == (3,)), None)
 
 
 def raise_faults(faults: Sequence[str]) -> None:
@@ -197,7 +197,7 @@ def _widened(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def _from_torch_layout(value: np.ndarray, path: Path, ndim: int) -> np.ndarray:
+def _from_torch_layout(value: np.ndarray, path: LeafPath, ndim: int) -> np.ndarray:
     """Kernels `[O, I, kh, kw]` to `[kh, kw, I, O]` and `[O, I]` to `[I, O]`, other 4-d leaves from NCHW to NHWC.
 
     A 1x1 convolution and a linear layer are the same map; checkpoints hold either, `ndim` is what the model has.
@@ -210,7 +210,7 @@ def _from_torch_layout(value: np.ndarray, path: Path, ndim: int) -> np.ndarray:
     return value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
 
 
-def _to_torch_layout(value: np.ndarray, path: Path) -> np.ndarray:
+def _to_torch_layout(value: np.ndarray, path: LeafPath) -> np.ndarray:
     if path[-1] == "kernel":
         return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
     return value.transpose(0, 3, 1, 2) if value.ndim == 4 else value

@@ -16,7 +16,7 @@ from maxmap import checkpoint, storage
 from maxmap.convert import hub
 from maxmap.convert.load import read_model
 from maxmap.convert.sources import read_source
-from maxmap.convert.torch import as_array, canonical_names, image_kernel, make_template, to_torch
+from maxmap.convert.torch import as_array, canonical_names, image_kernel, leaf_shapes, to_torch
 from maxmap.errors import UserError
 from maxmap.models import Classifier, create_model
 
@@ -68,7 +68,7 @@ def verify(
     reference = _reference(model, info["model"], theirs)
     if reference is not None:
         report["reference"] = type(reference).__module__.partition(".")[0]
-        stem = image_kernel(make_template(model))
+        stem = image_kernel(leaf_shapes(model))
         channels = 3 if stem is None else traverse_util.flatten_dict(variables)[stem].shape[2]
         size = model.backbone.image_size
         height, width = (size, size) if isinstance(size, int) else size

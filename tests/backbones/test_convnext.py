@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maxmap.backbones import convnext
-from maxmap.convert.dialects import recognise
+from maxmap.convert.dialects import detect_naming
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.layers import blocks
@@ -64,7 +64,7 @@ def test_golden(goldens, x64, plain_convolutions):
     assert np.abs(outputs["logits"][0] - wanted["logits"][:1]).max() < 1e-9 * wanted["logits"].std()
     for i, feature in enumerate(features):
         assert error(feature.mean((1, 2)), wanted[f"feature_{i}"][:1]) < 1e-9
-    assert recognise(weights).dialect == "fair"
+    assert detect_naming(weights).dialect == "fair"
     back = to_torch(variables, model, "fair")
     assert set(back) == set(weights)
     assert all(np.array_equal(back[key], value) for key, value in weights.items())

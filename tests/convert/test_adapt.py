@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from maxmap.convert.adapt import _resize_table, adapt, trace
+from maxmap.convert.adapt import adapt, trace_shapes
+from maxmap.convert.resize import resize_table
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
 from tests.convert.test_torch import HEAD, random_variables
 from tests.reference import import_timm
+from tests.tiny import compile_quickly
 
 CONVNEXT = {"embed_dim": (8, 16, 24, 32), "depths": (1, 1, 1, 1)}
 COATNET = {"embed_dim": (32, 32, 32, 64), "stem_width": (16, 32)}
@@ -25,33 +27,33 @@ def create(name="test_maxvit", **fields):
 
 
 def adapted(source, model, **options):
-    """Random variables of a source model, fitted to another model: both as state dicts, and the changes."""
+    """Random variables of a source model, fitted to another model: both as state dicts, and the report."""
     variables = random_variables(source, 3)
-    leaves, changes = adapt(flat(variables), model, **options)
-    shapes = {path: leaf.shape for path, leaf in trace(model)[0].items()}
+    leaves, report = adapt(flat(variables), model, **options)
+    shapes = {path: leaf.shape for path, leaf in trace_shapes(model)[0].items()}
     assert {path for path, leaf in leaves.items() if leaf.shape != shapes[path]} == (
         {("params", "backbone", "stem", "conv1", "kernel")} if options.get("in_channels", 3) != 3 else set()
     )
     before = to_torch(variables, source)
     after = to_torch(traverse_util.unflatten_dict(leaves), model)
-    assert all(np.array_equal(after[name], before[name]) for name in changes.loaded)
-    return before, after, changes
+    assert all(np.array_equal(after[name], before[name]) for name in report.loaded)
+    return before, after, report
 
 
 def test_the_same_model_is_unchanged_and_not_copied():
     model = create(num_classes=5)
     variables = random_variables(model)
-    leaves, changes = adapt(flat(variables), model)
+    leaves, report = adapt(flat(variables), model)
     assert all(leaves[path] is value for path, value in flat(variables).items())
-    assert len(changes.loaded) == len(leaves) and str(changes) == f"loaded {len(leaves)} entries as they were"
+    assert len(report.loaded) == len(leaves) and str(report) == f"loaded {len(leaves)} entries as they were"
 
 
 @pytest.mark.parametrize("head", ["linear", HEAD])
 def test_another_number_of_classes_takes_a_new_classifier(head):
-    before, after, changes = adapted(create(num_classes=7, head=head), create(num_classes=3, head=head))
+    before, after, report = adapted(create(num_classes=7, head=head), create(num_classes=3, head=head))
     classifiers = {key for key, value in before.items() if 7 in value.shape}
-    assert set(changes.dropped) == set(changes.initialised) == classifiers and classifiers
-    assert len(changes.loaded) == len(before) - len(classifiers)
+    assert set(report.dropped) == set(report.initialised) == classifiers and classifiers
+    assert len(report.loaded) == len(before) - len(classifiers)
     for name in classifiers:
         assert (
             after[name].shape[0] == 3 and np.abs(after[name]).max() < 1 and (name[-4:] == "bias" or after[name].any())
@@ -62,11 +64,11 @@ def test_another_number_of_classes_takes_a_new_classifier(head):
 
 def test_classes_by_a_map():
     """Rows of the old classifier in the order of the map; -1 is the mean of all of them."""
-    before, after, changes = adapted(create(num_classes=7), create(num_classes=3), class_map=[4, -1, 0])
+    before, after, report = adapted(create(num_classes=7), create(num_classes=3), class_map=[4, -1, 0])
     for name in ("head.fc.weight", "head.fc.bias"):
         rows = before[name]
         np.testing.assert_allclose(after[name], np.stack([rows[4], rows.mean(0), rows[0]]), rtol=1e-6, atol=1e-7)
-    assert changes.changed["head.fc.bias"] == "mapped from 7 to 3 classes"
+    assert report.changed["head.fc.bias"] == "mapped from 7 to 3 classes"
     for wrong in ([1, 2], [1, 2, 7], [1, 2, -2]):
         with pytest.raises(UserError, match=r"the class map has . numbers"):
             adapted(create(num_classes=7), create(num_classes=3), class_map=wrong)
@@ -75,11 +77,11 @@ def test_classes_by_a_map():
 @pytest.mark.parametrize("name, fields", [("test_maxvit", {}), ("caformer_s18", {"depths": (1, 1, 1, 1)})])
 def test_no_classes(name, fields):
     with_head, without = (create(name, num_classes=classes, **fields) for classes in (7, 0))
-    _, after, changes = adapted(with_head, without)
-    assert "head.fc.weight" in changes.dropped or "head.fc.fc2.weight" in changes.dropped
+    _, after, report = adapted(with_head, without)
+    assert "head.fc.weight" in report.dropped or "head.fc.fc2.weight" in report.dropped
     assert set(to_torch(random_variables(without), without)) == set(after)
-    _, _, changes = adapted(without, with_head)
-    assert set(changes.initialised) == set(to_torch(random_variables(with_head), with_head)) - set(after)
+    _, _, report = adapted(without, with_head)
+    assert set(report.initialised) == set(to_torch(random_variables(with_head), with_head)) - set(after)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
@@ -90,10 +92,10 @@ def test_channels(channels):
     from timm.models._manipulate import adapt_input_conv
 
     model = create(num_classes=3)
-    before, after, changes = adapted(model, model, in_channels=channels)
+    before, after, report = adapted(model, model, in_channels=channels)
     wanted = adapt_input_conv(channels, torch.from_numpy(np.array(before["stem.conv1.weight"])))
     np.testing.assert_allclose(after["stem.conv1.weight"], wanted.numpy(), rtol=1e-6, atol=1e-7)
-    assert changes.changed == {"stem.conv1.weight": f"changed from 3 to {channels} channels"}
+    assert report.changed == {"stem.conv1.weight": f"changed from 3 to {channels} channels"}
     assert_trips(model, after)
 
 
@@ -114,11 +116,11 @@ def test_tables_of_offsets(old, new):
     tensor = torch.from_numpy(table)
     for resize in ("bicubic", "bilinear"):
         wanted = torch.nn.functional.interpolate(tensor[None].double(), size=(size, size), mode=resize)[0].numpy()
-        assert np.abs(_resize_table(table, name, (3, size, size), resize) - wanted).max() < 1e-6
-        flattened = _resize_table(table.reshape(3, -1).T, name, (size**2, 3), resize)
+        assert np.abs(resize_table(table, name, (3, size, size), resize) - wanted).max() < 1e-6
+        flattened = resize_table(table.reshape(3, -1).T, name, (size**2, 3), resize)
         assert np.abs(flattened.T.reshape(wanted.shape) - wanted).max() < 1e-6
     simple = resize_rel_pos_bias_table_simple(tensor.double(), (new, new), (3, size, size)).numpy()
-    assert np.abs(_resize_table(table, name, (3, size, size), "bicubic") - simple).max() < 1e-6
+    assert np.abs(resize_table(table, name, (3, size, size), "bicubic") - simple).max() < 1e-6
 
 
 @pytest.mark.parametrize("old, new", [(7, 12), (12, 7)])
@@ -131,7 +133,7 @@ def test_geometric_tables(old, new):
     name, old, size = "relative_position_bias_table", 2 * old - 1, 2 * new - 1
     table = np.random.default_rng(0).standard_normal((3, old, old)).astype(np.float32)
     wanted = resize_rel_pos_bias_table(torch.from_numpy(table), (new, new), (3, size, size)).numpy()
-    assert np.abs(_resize_table(table, name, (3, size, size), "geometric") - wanted).max() < 3e-6
+    assert np.abs(resize_table(table, name, (3, size, size), "geometric") - wanted).max() < 3e-6
 
 
 @pytest.mark.parametrize("old, new", [(14, 24), (24, 14)])
@@ -142,10 +144,10 @@ def test_position_embeddings(old, new):
 
     embedding = np.random.default_rng(0).standard_normal((1, 1 + old**2, 8)).astype(np.float32)
     wanted = resample_abs_pos_embed(torch.from_numpy(embedding), [new, new]).numpy()
-    ours = _resize_table(embedding, "pos_embed", wanted.shape, "bicubic")
+    ours = resize_table(embedding, "pos_embed", wanted.shape, "bicubic")
     assert np.abs(ours - wanted).max() < 1e-5 and np.array_equal(ours[:, 0], embedding[:, 0])
     maps = embedding[:, 1:].reshape(1, old, old, 8)
-    ours = _resize_table(maps, "pos_embed", (1, new, new, 8), "bicubic")
+    ours = resize_table(maps, "pos_embed", (1, new, new, 8), "bicubic")
     assert np.abs(ours - wanted[:, 1:].reshape(ours.shape)).max() < 1e-5
 
 
@@ -164,20 +166,28 @@ def test_position_embeddings(old, new):
 )
 def test_image_sizes(name, fields, sizes, tables):
     old, new = (create(name, num_classes=3, **fields | {"image_size": size}) for size in sizes)
-    _, _, changes = adapted(old, new)
-    assert len(changes.changed) == tables and not changes.dropped and not changes.initialised
+    _, _, report = adapted(old, new)
+    assert len(report.changed) == tables and not report.dropped and not report.initialised
     if tables:
-        assert "resized (bicubic) from " in str(changes)
+        assert "resized (bicubic) from " in str(report)
 
 
 def test_another_head_only_where_that_is_wanted():
     plain, mapped = create(num_classes=3), create(num_classes=3, head=HEAD)
     with pytest.raises(UserError, match=r"missing: head\.mmcap"):
         adapted(plain, mapped)
-    _, after, changes = adapted(plain, mapped, other_head=True)
-    assert all(name.startswith(("head.", "norm.")) for name in changes.dropped) and changes.dropped
-    assert set(changes.initialised) == {name for name in after if name.startswith("head.")}
-    assert all(np.isfinite(value).all() for value in after.values())
+    _, after, report = adapted(plain, mapped, other_head=True)
+    assert all(name.startswith(("head.", "norm.")) for name in report.dropped) and report.dropped
+    assert set(report.initialised) == {name for name in after if name.startswith("head.")}
+    # The head is as its own initialisers draw it: what is constant there is so here, the rest depends on the seed.
+    drawn = mapped.init(jax.random.key(1), np.zeros((1, 64, 64, 3), np.float32))
+    drawn = to_torch(jax.tree.map(np.asarray, drawn), mapped)
+    again = adapted(plain, mapped, other_head=True, seed=1)[1]
+    for name in report.initialised:
+        assert np.array_equal(after[name], drawn[name]) == np.array_equal(after[name], again[name]), name
+        if drawn[name].size >= 500:
+            assert 0.7 < after[name].std() / drawn[name].std() < 1.4, name
+    assert not np.array_equal(after["head.heads.0.head.weight"], again["head.heads.0.head.weight"])
 
 
 def test_everything_that_may_not_change_is_named():
@@ -198,11 +208,17 @@ def test_random_matrices_of_another_size_are_refused():
         adapted(old, new)
 
 
-def test_adapted_variables_run():
-    """Images of the new size and number of channels go through, in the new number of classes."""
-    leaves, _ = adapt(
-        flat(random_variables(create(num_classes=7))), create(num_classes=3, image_size=96), in_channels=4
+def test_adapted_variables_compute_what_the_source_computes():
+    """One channel and a class map: on grey images of another size each logit is one of the source's, or their mean."""
+    source, model = (
+        create("convnext_tiny", num_classes=classes, image_size=size, **CONVNEXT)
+        for classes, size in ((7, 64), (3, 96))
     )
-    variables = traverse_util.unflatten_dict(leaves)
-    logits = jax.eval_shape(create(num_classes=3, image_size=96).apply, variables, np.zeros((2, 96, 96, 4), np.float32))
-    assert logits["logits"].shape == (1, 2, 3)
+    variables = random_variables(source)
+    leaves, _ = adapt(flat(variables), model, in_channels=1, class_map=[4, -1, 0])
+    images = np.random.default_rng(0).standard_normal((2, 96, 96, 1)).astype(np.float32)
+    with compile_quickly():
+        wanted = jax.jit(source.apply)(variables, images.repeat(3, axis=3))["logits"][0]
+        logits = jax.jit(model.apply)(traverse_util.unflatten_dict(leaves), images)["logits"][0]
+    wanted = np.stack([wanted[:, 4], wanted.mean(1), wanted[:, 0]], axis=1)
+    np.testing.assert_allclose(logits, wanted, atol=1e-4 * wanted.std())

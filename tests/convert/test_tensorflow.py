@@ -153,7 +153,7 @@ def test_logits_are_those_of_the_official_code(key, size, window, ema, folder, g
     """With windows of 3 the stored tables are resized, as the official graph does at 384 and 512 pixels."""
     mini |= {"image_size": size, "window_size": window}
     loaded = read_foreign(folder, name="maxvit_tiny_tf_224", ema=ema)
-    assert bool(loaded.changes.changed) == (window == 3)
+    assert bool(loaded.report.changed) == (window == 3)
     images = np.random.RandomState(0).standard_normal((2, size, size, 3)).astype(np.float32).astype(np.float64)
     variables = jax.tree.map(lambda leaf: leaf.astype(np.float64), loaded.variables)
     with compile_quickly():
@@ -165,11 +165,11 @@ def test_logits_are_those_of_the_official_code(key, size, window, ema, folder, g
 
 def test_the_stored_table_at_384_and_512():
     """Of the official size, 13 x 13, against linear interpolation at half-pixel centres, point by point."""
-    from maxmap.convert.adapt import _resize_table
+    from maxmap.convert.resize import resize_table
 
     table = np.random.default_rng(0).standard_normal((2, 13, 13)).astype(np.float32)
     for size in (23, 31):
-        resized = _resize_table(table, "relative_position_bias_table", (2, size, size), "bilinear")
+        resized = resize_table(table, "relative_position_bias_table", (2, size, size), "bilinear")
         at = np.clip((np.arange(size) + 0.5) * 13 / size - 0.5, 0, 12)
         rows = np.stack([[np.interp(at, range(13), column) for column in head.T] for head in table])  # [2, 13, size]
         wanted = np.stack([[np.interp(at, range(13), row) for row in head] for head in rows.transpose(0, 2, 1)])

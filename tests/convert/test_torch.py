@@ -147,7 +147,7 @@ def small_convnext():
 
 # For every dialect models that have it, shrunken, and some of the names and shapes that they have there.
 METAFORMER = {"embed_dim": (32, 32, 64, 96), "depths": (1, 1, 1, 1)}
-SPOKEN = [
+DIALECT_CASES = [
     ("timm", "caformer_s18", METAFORMER, {"stages.1.blocks.0.token_mixer.pwconv1.weight": (64, 32, 1, 1)}),
     (
         "sail-sg",
@@ -176,7 +176,7 @@ SPOKEN = [
 ]
 
 
-@pytest.mark.parametrize("dialect, name, fields, shapes", SPOKEN)
+@pytest.mark.parametrize("dialect, name, fields, shapes", DIALECT_CASES)
 def test_every_dialect_there_and_back(dialect, name, fields, shapes):
     model = create_model(name, num_classes=3, **fields)
     variables = random_variables(model)
