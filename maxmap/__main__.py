@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from maxmap import checkpoint, config, evaluate, runtime
+from maxmap import checkpoint, config, runtime
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export
 from maxmap.convert.resize import RESIZES
@@ -20,7 +20,7 @@ from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.cost import cost, count_parameters
 from maxmap.errors import UserError, nearest
 from maxmap.inference import predict
-from maxmap.labels import LABEL_SETS
+from maxmap.labels import LABEL_SETS, evaluate_set
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
 from maxmap.recipe import Recipe
 from maxmap.train.plan import HARDWARE, describe, plan
@@ -143,7 +143,7 @@ def samples_command(recipe: Recipe, folder: Path, count: int) -> None:
 
 def evaluate_command(workdir: str, images: Path, labels: str, file: Path | None, batch_size: int) -> None:
     """Prints what a checkpoint reaches on ReaL's labels, ImageNet-V2, -A, -R or -Sketch."""
-    result = evaluate.run_on(workdir, images, labels, file, batch_size)
+    result = evaluate_set(workdir, images, labels, file, batch_size)
     print(f"{labels}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']} images")
 
 

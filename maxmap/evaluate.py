@@ -11,20 +11,19 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax.errors import FlaxError
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from maxmap import checkpoint, storage
 from maxmap.convert.load import read_model
 from maxmap.cost import count_parameters
 from maxmap.data.augment import normalize
-from maxmap.data.pipeline import Data, open_data
+from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
-from maxmap.labels import LABEL_SETS, as_csv, count, read_real, real_labels, rows_of
-from maxmap.models import average, create_model, differences
+from maxmap.models import average, differences
 from maxmap.operations import upcast
+from maxmap.predictions import make_rows, to_csv
 from maxmap.recipe import Recipe
-from maxmap.sharding import gather, make_mesh, replicated, split_batch, to_devices
+from maxmap.sharding import gather, gather_processes, replicated, split_batch, to_devices
 
 Array = jax.Array
 EvalStep = Callable[[Any, Mapping[str, Array]], dict[str, Any]]
@@ -103,7 +102,7 @@ def evaluate(
       data: with an evaluation split.
       batch_size: over all devices; rounded up to a multiple of them.
       mesh: of the eval step.
-      rows: takes a row for each image, see `maxmap.labels.rows_of`.
+      rows: takes a row for each image, see `maxmap.predictions.make_rows`.
 
     Returns:
       'top1', 'top5' (percent), 'branch_top1' (percent of each branch), 'loss' (mean), 'images', and 'skipped' (names of
@@ -117,13 +116,13 @@ def evaluate(
     skipped = []
     batches = data.eval_batches(batch_size, process_index=jax.process_index(), process_count=jax.process_count())
     for batch in batches:
-        left_out = _of_all_processes(batch["skipped"])
+        left_out = gather_processes(batch["skipped"])
         skipped += [data.val.name(int(index)) for index in left_out[left_out >= 0]]
         sums = eval_step(variables, to_devices({key: batch[key] for key in ("image", "label", "mask")}, mesh))
         predictions = sums.pop("predictions")
         if rows is not None:
-            about = {key: _of_all_processes(batch[key]) for key in ("index", "label", "mask")}
-            rows += rows_of(about, jax.device_get(predictions), data.val.name)
+            about = {key: gather_processes(batch[key]) for key in ("index", "label", "mask")}
+            rows += make_rows(about, jax.device_get(predictions), data.val.name)
         for key, value in jax.device_get(sums).items():
             # float64 on the host: float32 cannot count beyond 2^24 images.
             totals[key] = totals.get(key, 0) + np.asarray(value, np.float64)
@@ -138,12 +137,6 @@ def evaluate(
         "images": images,
         "skipped": skipped,
     }
-
-
-def _of_all_processes(column: np.ndarray) -> np.ndarray:
-    if jax.process_count() == 1:
-        return column
-    return np.asarray(multihost_utils.process_allgather(column.astype(np.int32), tiled=True))
 
 
 def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,62 +195,7 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     write(result, workdir)
     if jax.process_index() == 0:
-        storage.write_text(storage.resolve(workdir) / "predictions.csv", as_csv(rows))
-    return result
-
-
-def run_on(workdir: str | Path, folder: Path, labels: str, file: Path | None, batch_size: int) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of an ImageNet run on one of ImageNet's relatives.
-
-    Args:
-      workdir: of the run; `eval_<labels>.json` and `predictions_<labels>.csv` are written into it.
-      folder: of the images, one folder per class: by WordNet number, or, of V2, by label.
-      labels: a key of `maxmap.labels.LABEL_SETS`.
-      file: of ReaL: its `real.json`; the images are then the validation images.
-      batch_size: images at a time.
-
-    Returns:
-      The content of `eval_<labels>.json`.
-
-    Raises:
-      UserError: there is no checkpoint, it is not one of ImageNet's 1,000 classes, or the files do not fit.
-    """
-    variables, info = checkpoint.read_variables(workdir)
-    classes, kind = info["classes"], LABEL_SETS[labels]
-    if len(classes) != 1000 or sorted(classes) != list(classes):
-        raise UserError(f"{workdir} was not trained on ImageNet's 1,000 classes by WordNet number.")
-    if (labels == "real") != (file is not None):
-        raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
-    pre = info["preprocessing"]
-    data = open_data(
-        "folder",
-        folder.absolute().parent,
-        train_split=None,
-        val_split=folder.name,
-        classes=[str(i) for i in range(1000)] if kind["folders"] == "numbers" else classes,
-        crop_pct=pre["crop_pct"],
-        crop_mode=pre["crop_mode"],
-        eval_interpolation=pre["interpolation"],
-        image_size=pre["image_size"],
-        mean=pre["mean"],
-        std=pre["std"],
-    )
-    assert data.val is not None
-    among = None
-    if kind["among"]:
-        among = [label for label, name in enumerate(classes) if (folder / name).is_dir()]
-    mesh, model = make_mesh(), create_model(**info["model"])
-    eval_step = make_eval_step(model, pre, mesh, jnp.dtype(jnp.float32), among)
-    rows: list[dict[str, Any]] = []
-    result = evaluate(eval_step, jax.device_put(variables, replicated(mesh)), data, batch_size, mesh, rows)
-    if file is not None:
-        real = read_real(file)
-        del result["loss"]  # of the first label alone
-        result |= count(rows, {row["index"]: real_labels(real, row["name"]) for row in rows})
-    result = report({"labels": labels, **result}, variables["params"], info)
-    write(result, workdir, f"eval_{labels}.json")
-    if jax.process_index() == 0:
-        storage.write_text(storage.resolve(workdir) / f"predictions_{labels}.csv", as_csv({info["weights"]: rows}))
+        storage.write_text(storage.resolve(workdir) / "predictions.csv", to_csv(rows))
     return result
 
 

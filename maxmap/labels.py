@@ -1,16 +1,21 @@
-"""Labels of ImageNet's relatives, and the file of predictions, from which anyone can compute the accuracies again."""
+"""ImageNet's relatives: data sets with its classes and labels of their own, and evaluation on them."""
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
+from maxmap import checkpoint, storage
+from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError
+from maxmap.evaluate import evaluate, make_eval_step, report, write
+from maxmap.models import create_model
+from maxmap.predictions import accuracies, to_csv
+from maxmap.sharding import make_mesh, replicated
 
 # Every set is a folder with a folder of images per class, which has the class's name or its number ("folders"). With
 # "among", only the classes that occur in the set are candidates, as in its authors' evaluation.
@@ -57,90 +62,55 @@ def real_labels(labels: Sequence[Sequence[int]], name: str) -> Sequence[int]:
     return labels[int(number[1]) - 1]
 
 
-def count(rows: Iterable[Mapping[str, Any]], right: Mapping[int, Sequence[int]] | None = None) -> dict[str, Any]:
-    """Computes accuracies from the rows of predictions.
+def evaluate_set(workdir: str | Path, folder: Path, labels: str, file: Path | None, batch_size: int) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of an ImageNet run on one of the `LABEL_SETS`.
 
     Args:
-      rows: what `rows_of` returns, or the rows of `predictions.csv`, read by `csv.DictReader`.
-      right: the right labels of each image by its index, as ReaL has them; an image without right labels does not
-        count. None: the label of the row is the only right one.
+      workdir: of the run; `eval_<labels>.json` and `predictions_<labels>.csv` are written into it.
+      folder: of the images, one folder per class: by WordNet number, or, of V2, by label.
+      labels: a key of `LABEL_SETS`.
+      file: of ReaL: its `real.json`; the images are then the validation images.
+      batch_size: images at a time.
 
     Returns:
-      'images' (how many count), 'top1' and 'top5' (percent), 'branch_top1' (percent, for each branch).
+      The content of `eval_<labels>.json`.
 
     Raises:
-      UserError: no image counts.
+      UserError: there is no checkpoint, it is not one of ImageNet's 1,000 classes, or the files do not fit.
     """
-    images, top1, top5 = 0, 0, 0
-    branches: dict[str, int] = {}
-    for row in rows:
-        if right is None:
-            rank = int(row["rank"])
-            hits = {key: int(value) <= 1 for key, value in row.items() if re.fullmatch(r"branch\d+_rank", key)}
-        else:
-            labels = right[int(row["index"])]
-            if not labels:
-                continue
-            best = [int(value) for key, value in row.items() if re.fullmatch(r"top\d", key)]
-            rank = next((i for i, label in enumerate(best, 1) if label in labels), len(best) + 1)
-            hits = {key: int(value) in labels for key, value in row.items() if re.fullmatch(r"branch\d+", key)}
-        images += 1
-        top1 += rank <= 1
-        top5 += rank <= 5
-        for key, hit in hits.items():
-            branches[key] = branches.get(key, 0) + hit
-    if not images:
-        raise UserError("none of the images has a right label: check that the labels belong to these images.")
-    return {
-        "images": images,
-        "top1": 100 * top1 / images,
-        "top5": 100 * top5 / images,
-        "branch_top1": [100 * hits / images for hits in branches.values()],
-    }
+    variables, info = checkpoint.read_variables(workdir)
+    classes, kind = info["classes"], LABEL_SETS[labels]
+    if len(classes) != 1000 or sorted(classes) != list(classes):
+        raise UserError(f"{workdir} was not trained on ImageNet's 1,000 classes by WordNet number.")
+    if (labels == "real") != (file is not None):
+        raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
+    pre = info["preprocessing"]
+    data = _open_images(folder, pre, [str(i) for i in range(1000)] if kind["folders"] == "numbers" else classes)
+    present = [label for label, name in enumerate(classes) if (folder / name).is_dir()]
+    among = present if kind["among"] else None
+    mesh, model = make_mesh(), create_model(**info["model"])
+    eval_step = make_eval_step(model, pre, mesh, jnp.dtype(jnp.float32), among)
+    rows: list[dict[str, Any]] = []
+    result = evaluate(eval_step, jax.device_put(variables, replicated(mesh)), data, batch_size, mesh, rows)
+    if file is not None:
+        real = read_real(file)
+        del result["loss"]  # of the first label alone
+        result |= accuracies(rows, {row["index"]: real_labels(real, row["name"]) for row in rows})
+    result = report({"labels": labels, **result}, variables["params"], info)
+    write(result, workdir, f"eval_{labels}.json")
+    if jax.process_index() == 0:
+        storage.write_text(storage.resolve(workdir) / f"predictions_{labels}.csv", to_csv({info["weights"]: rows}))
+    return result
 
 
-def rows_of(batch: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], names: Any) -> list[dict[str, Any]]:
-    """Returns a row for each image of a batch that is not padding.
-
-    Args:
-      batch: 'index', 'label' and 'mask' (False for padding), each `[B]`.
-      found: 'best' `[B, 5]`, 'rank' `[B]`, 'branch' `[G, B]`, 'branch_rank' `[G, B]`; see
-        `maxmap.evaluate.make_eval_step`.
-      names: function from the index of an image to the name of its file.
-    """
-    rows = []
-    for i in np.flatnonzero(batch["mask"]):
-        row: dict[str, Any] = {"index": int(batch["index"][i]), "name": names(int(batch["index"][i]))}
-        row |= {"label": int(batch["label"][i]), "rank": int(found["rank"][i])}
-        row |= {f"top{k}": int(label) for k, label in enumerate(found["best"][i], 1)}
-        for g, (label, rank) in enumerate(zip(found["branch"][:, i], found["branch_rank"][:, i], strict=True)):
-            row |= {f"branch{g}": int(label), f"branch{g}_rank": int(rank)}
-        rows.append(row)
-    return rows
-
-
-def as_csv(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Returns the text of `predictions.csv`: a line for each image and kind of weights.
-
-    Its columns:
-
-    - `weights`: "ema" or "raw".
-    - `index`, `name`, `label`: the image's index, its file and its label.
-    - `rank`: rank of the label among the logits, averaged over the branches. Ties count against it. The top-k accuracy
-      is the share of ranks up to k.
-    - `top1` to `top5`: the classes with the largest averaged logits.
-    - `branchN`, `branchN_rank`: the class with the largest logit of a branch, and the rank of the label among its
-      logits.
-
-    Args:
-      rows: for each kind of weights what `rows_of` returns.
-    """
-    text = io.StringIO()
-    writer = None
-    for weights, part in rows.items():
-        for row in part:
-            if writer is None:
-                writer = csv.DictWriter(text, ["weights", *row], lineterminator="\n")
-                writer.writeheader()
-            writer.writerow({"weights": weights, **row})
-    return text.getvalue()
+def _open_images(folder: Path, preprocessing: Mapping[str, Any], classes: Sequence[str]) -> Data:
+    """Opens a folder of class folders for evaluation alone, with the preprocessing of a checkpoint."""
+    return open_data(
+        "folder",
+        folder.absolute().parent,
+        train_split=None,
+        val_split=folder.name,
+        classes=classes,
+        eval_interpolation=preprocessing["interpolation"],
+        **{key: preprocessing[key] for key in ("crop_pct", "crop_mode", "image_size", "mean", "std")},
+    )

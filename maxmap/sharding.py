@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maxmap.errors import UserError
@@ -166,3 +167,10 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """Makes global arrays from the rows of a batch that this process has read."""
     sharding = split_batch(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def gather_processes(column: np.ndarray) -> np.ndarray:
+    """Returns the rows of all processes, one process after another, of whole numbers `[B]`."""
+    if jax.process_count() == 1:
+        return column
+    return np.asarray(multihost_utils.process_allgather(column.astype(np.int32), tiled=True))

@@ -15,7 +15,7 @@ LARGEST_FILE = 600_000  # bytes
 # From the ground up. A module imports only from floors below its own; rooms on one floor do not know each other.
 FLOORS = (
     {"maxmap.errors"},
-    {"maxmap.labels", "maxmap.protobuf", "maxmap.runtime", "maxmap.sharding", "maxmap.storage"},
+    {"maxmap.predictions", "maxmap.protobuf", "maxmap.runtime", "maxmap.sharding", "maxmap.storage"},
     {"maxmap.checkpoint"},
     {"maxmap.data"},
     {"maxmap.kernels"},
@@ -29,6 +29,7 @@ FLOORS = (
     {"maxmap.convert"},
     {"maxmap.cost"},
     {"maxmap.evaluate", "maxmap.inference"},
+    {"maxmap.labels"},
     {"maxmap.train"},
     {"maxmap"},  # the public API: names of every room, used by none of them
     {"maxmap.__main__"},

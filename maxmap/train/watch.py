@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from maxmap import storage
 from maxmap.errors import UserError
+from maxmap.sharding import gather_processes
 from maxmap.train.report import Report, drop_after
 
 RESTART = 75  # exit code after SIGTERM (EX_TEMPFAIL): the run is saved, and the scheduler is to start it again
@@ -100,7 +101,7 @@ class Watch:
         Returns:
           The error, which names the file.
         """
-        samples = _of_all_processes(samples)
+        samples = gather_processes(samples)
         path = storage.resolve(self._workdir) / "not_finite.json"
         if jax.process_index() == 0:
             flat = jax.tree_util.tree_leaves_with_path(jax.device_get(layers), is_leaf=lambda x: "not_finite" in x)
@@ -125,17 +126,11 @@ class Watch:
         )
 
     def _write_event(self, kind: str, step: int, loss: float, norm: float, samples: np.ndarray) -> None:
-        samples = _of_all_processes(samples)
+        samples = gather_processes(samples)
         if jax.process_index() == 0:
             row = {"kind": kind, "step": step, "loss": str(loss), "grad_norm": str(norm), "samples": samples.tolist()}
             with (self._report.folder / "events.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-
-
-def _of_all_processes(samples: np.ndarray) -> np.ndarray:
-    if jax.process_count() == 1:
-        return samples
-    return np.asarray(multihost_utils.process_allgather(samples.astype(np.int32), tiled=True))
 
 
 class Watchdog:

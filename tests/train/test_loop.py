@@ -18,7 +18,7 @@ from maxmap.config import bind, complete
 from maxmap.convert.torch import abstract_variables
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
-from maxmap.labels import count
+from maxmap.predictions import accuracies
 from maxmap.sharding import to_devices
 from maxmap.train import loop
 from tests.tiny import (
@@ -243,7 +243,7 @@ def test_mode_eval_repeats_the_last_evaluation(finished, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 11
     for weights, wanted in {"ema": result, "raw": raw}.items():
-        counted = count(row for row in rows if row["weights"] == weights)
+        counted = accuracies(row for row in rows if row["weights"] == weights)
         assert counted == {key: {**result, **wanted}[key] for key in ("images", "top1", "top5", "branch_top1")}
     assert rows[0]["name"].endswith("val/blue/000.png") and rows[0]["label"] == "0"
 
