@@ -1,5 +1,6 @@
 """python -m maxmap: what each command prints, and its one sentence for a mistake."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -115,13 +116,15 @@ def test_an_unknown_command_is_no_stack_trace(capsys):
 
 
 def test_show_batch_draws_what_a_step_trains_on(capsys, tmp_path, monkeypatch):
-    """The images are those that the step's own preparation makes of the batch, and the captions name the targets."""
+    """The pictures are the first images that the training step itself prepares, and the captions are their targets."""
     from maxmap.train import build, preview
 
+    use_models(create_tiny, monkeypatch)
     folder = write_folder(tmp_path / "images")
     config = f"{ROOT}/configs/cifar10.py"
     changes = [f"--config.data.path={folder}", "--config.batch_size=8", "--config.accumulate=2"]
-    drawn = []
+    changes += ["--config.model.name=tiny", "--config.mesh.data=1", "--config.augment.rand_augment=rand-m9"]
+    drawn, prepared = [], []
     monkeypatch.setattr(preview, "draw_grid", lambda images, captions: drawn.append((images, captions)) or PICTURE)
     PICTURE = Image.new("RGB", (4, 4))
     out = tmp_path / "batch.png"
@@ -129,14 +132,31 @@ def test_show_batch_draws_what_a_step_trains_on(capsys, tmp_path, monkeypatch):
     assert commands.main(argv) == 0
     assert capsys.readouterr().out == f"{out}\n" and out.is_file()
 
+    make_prepare = build.make_prepare
+
+    def watched(*arguments):
+        prepare = make_prepare(*arguments)
+
+        def prepare_and_note(key, images, labels):
+            made = prepare(key, images, labels)
+            jax.debug.callback(lambda *arrays: prepared.append(arrays), *made, ordered=True)
+            return made
+
+        return prepare_and_note
+
+    monkeypatch.setattr(build, "make_prepare", watched)
     recipe = bind(read(config, changes))
-    data = recipe.data()
+    mesh, data = recipe.mesh(), recipe.data()
+    parts = build.build(recipe, mesh, data)
+    init, train = parts.keys()
+    state = dataclasses.replace(parts.create_state(init), step=jnp.int32(3))
     batch = list(data.train_batches(8, seed=0, num_steps=4))[3]
-    key = jax.random.fold_in(jax.random.split(jax.random.key(0))[1], 3)
-    key = jax.random.split(jax.random.split(key, 2)[0])[0]  # of the first micro-batch, for its preparation
-    images, targets = build.make_prepare(recipe, data)(key, batch["image"][::2], batch["label"][::2])
-    mean, std = (np.asarray(recipe.values["data"][name]) for name in ("mean", "std"))
+    parts.train_step(state, {key: batch[key] for key in ("image", "label")}, train)
+    jax.effects_barrier()
+    images, targets = prepared[0]  # the first micro-batch's
+    mean, std = (np.asarray(data.preprocessing[name]) for name in ("mean", "std"))
     (pixels, captions), *_ = drawn
+    assert len(prepared) == 2 and len(pixels) == 3
     assert np.abs(pixels - 255 * (np.asarray(images[:3]) * std + mean)).max() < 0.51
     assert captions == [f"{100 * max(t):.0f} % {CLASSES[np.argmax(t)]}" for t in np.asarray(targets[:3])]
 

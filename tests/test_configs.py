@@ -1,6 +1,7 @@
 """Every config builds and says what its recipe says, and the flagship is the published recipe."""
 
 import runpy
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from maxmap.config import _fixed_schema, bind, read
-from maxmap.data import augment
 from maxmap.errors import UserError
+from maxmap.train.build import make_prepare
 from tests.tiny import ROOT
 
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
@@ -65,19 +66,11 @@ TRACED = {repr([load(name)[key] for key in ("augment", "mix", "erase", "loss")])
 
 @pytest.mark.parametrize("name", TRACED.values())
 def test_what_happens_to_a_batch_can_be_traced(name):
-    config = load(name)
-    mean = config["data"]["mean"]
-    size = 32
-    batch = jax.ShapeDtypeStruct((4, size, size, 3), jnp.uint8)
-
-    recipe = bind(config)
-
-    def prepare(key, images, labels):
-        images = recipe.augment(key, images, mean=mean)
-        images, targets = recipe.mix(key, images, labels, num_classes=10)
-        return recipe.erase(key, augment.normalize(images, mean, mean)), targets
-
-    images, targets = jax.eval_shape(prepare, jax.random.key(0), batch, jax.ShapeDtypeStruct((4,), jnp.int32))
+    recipe = bind(load(name))
+    pre = {key: recipe.values["data"][key] for key in ("mean", "std")}
+    prepare = make_prepare(recipe, SimpleNamespace(preprocessing=pre, classes=range(10)))
+    batch, labels = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8), jax.ShapeDtypeStruct((4,), jnp.int32)
+    images, targets = jax.eval_shape(prepare, jax.random.key(0), batch, labels)
     assert (images.shape, images.dtype, targets.shape) == (batch.shape, jnp.float32, (4, 10))
     outputs = {"logits": jax.ShapeDtypeStruct((4, 4, 10), jnp.float32)}
     loss, parts = jax.eval_shape(recipe.loss, outputs, targets)
