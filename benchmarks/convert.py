@@ -4,9 +4,9 @@
     python -m benchmarks.convert convnext_tiny pit_s    other models
     python -m benchmarks.convert --table                a row for every family's files: docs/conversion.md
 
-The source is a file of random weights under the reference's names, made first and not counted. Reading and
-writing is a file read in pieces and written to another, with fsync. Conversion is the whole command, in a process of
-its own, whose memory is the largest resident set that the system reports; it starts Python and imports JAX too.
+The source is a file of random weights under the reference's names; the time to make it does not count. Reading and
+writing copies a file in pieces, with fsync. Conversion is the whole command in a process of its own, which includes the
+start of Python and the import of JAX. Its memory is the largest resident set that the system reports.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import maxmap
 from maxmap.convert import tensorflow
 from maxmap.convert.torch import abstract_variables
 
-# Every family as its authors publish it: whose names, the kind of file, and the key that the weights lie under.
+# Every family as its authors publish it: model, dialect of the names, kind of file, key of the weights in the file.
 FAMILIES = (
     ("maxvit_tiny_tf_224", "google-research", "tensorflow", ""),
     ("maxvit_tiny_tf_224", "timm", ".safetensors", ""),
@@ -56,7 +56,7 @@ FAMILIES = (
     ("ga_cswin_tiny_p42", "lab-lvm", ".pth.tar", "state_dict"),
 )
 
-# In a process of its own: what the arrays of a file are, as a checkpoint of TensorFlow, raw and averaged.
+# Writes the arrays of a file as a TensorFlow checkpoint, raw and averaged; runs in a process of its own.
 TO_TENSORFLOW = """
 import sys
 import numpy as np
@@ -76,16 +76,16 @@ def make_source(name: str, path: Path, dialect: str | None = None, key: str = ""
 
     Args:
       name: of the model.
-      path: of the file; its suffix says of which kind, none for the prefix of a TensorFlow checkpoint.
-      dialect: whose names the entries have; None for the canonical ones.
-      key: that the weights lie under, beside what training leaves there; empty for the weights alone.
+      path: of the file. Its suffix gives the kind; without one it is the prefix of a TensorFlow checkpoint.
+      dialect: names of the entries; None for the canonical ones.
+      key: of the weights in the file, beside entries that training writes; empty for the weights alone.
     """
     model = maxmap.create_model(name)
     random = np.random.default_rng(0)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         values = random.standard_normal(leaf.shape, np.float32)
-        # As large as keeps activations of order one, and variances that are none below zero.
+        # This scale keeps activations of order one, and these variances are positive.
         return (
             abs(values) + 0.5 if len(leaf.shape) < 2 else values / np.float32(max(np.prod(leaf.shape[:-1]), 1) ** 0.5)
         )
@@ -110,7 +110,7 @@ def make_source(name: str, path: Path, dialect: str | None = None, key: str = ""
 
 
 def official(state_dict: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and lays out timm's state dict of a MaxViT as the official variables: `from_tensorflow` backwards."""
+    """Turns timm's state dict of a MaxViT into the official variables; the inverse of `from_tensorflow`."""
     modules = [pattern.replace("([qkv])", letter) for pattern, _ in tensorflow.MODULES for letter in "qkv"]
     modules = sorted({pattern.replace("(_1)?", grid) for pattern in modules for grid in ("", "_1")})
     blocks = {tuple(key.split(".")[1:4:2]) for key in state_dict if key.startswith("stages.")}
@@ -143,7 +143,7 @@ def official(state_dict: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
 
 
 def copy(source: Path, dest: Path) -> float:
-    """Seconds to read a file and write it to another, down to the disk."""
+    """Returns the seconds to copy a file, until it is on the disk."""
     began = time.perf_counter()
     with source.open("rb") as read, dest.open("wb") as write:
         while piece := read.read(1 << 24):
@@ -154,7 +154,7 @@ def copy(source: Path, dest: Path) -> float:
 
 
 def run(*command: object) -> tuple[float, float, int]:
-    """Seconds and largest resident gigabytes of a maxmap command, and its exit status."""
+    """Returns seconds, largest resident gigabytes and exit status of a maxmap command."""
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "maxmap", *map(str, command)],
@@ -166,12 +166,13 @@ def run(*command: object) -> tuple[float, float, int]:
 
 
 def measure(name: str, folder: Path) -> None:
+    """Prints time and memory of the conversion of one model."""
     source, dest = folder / "source.safetensors", folder / "dest"
-    # In a process of its own: what this one has in memory would count for those that it starts.
+    # A child's largest resident set starts at its parent's, so a process of its own makes the source.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         parameters = pool.apply(make_source, (name, source))
     size = source.stat().st_size / 1e9
-    copy(source, folder / "copy")  # the first reading and writing also makes room in the cache
+    copy(source, folder / "copy")  # the first copy is slower, because it fills the cache
     copied = [copy(source, folder / "copy") for _ in range(3)]
     (folder / "copy").unlink()
     converted = [run("convert", source, dest, "--model", name, "--overwrite") for _ in range(3)]
@@ -189,7 +190,7 @@ def measure(name: str, folder: Path) -> None:
 
 
 def table(folder: Path) -> None:
-    """Prints a Markdown table: every family through convert and verify."""
+    """Prints a Markdown table with a row for each family: what convert and verify measure."""
     print("| model | names | file | parameters | reference | float32 | float64 | gradient, float64 | seconds | GB |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name, dialect, kind, key in FAMILIES:

@@ -3,19 +3,19 @@
     make parity                                       every model that fits into 20 GB, one after another
     make parity ARGS="--resume 'maxvit_*' resnet50"   the rows that are still missing, of these models
 
-The reference is timm where timm has the name, else the numbers of the authors' code in a folder of golden files. Every
-leaf is drawn by the rule of `tests/reference.py`, norm scales and running statistics too, and the images are noise of
-the model's own size. A row holds the largest difference of a logit, relative to the standard deviation of its branch's
-logits, and of a value in a feature map, relative to the largest in that map. Every model has a process of its own,
-which gives its memory back when it ends.
+The reference is timm if timm has the name, else the golden files hold the results of the authors' code. The rule of
+`tests/reference.py` draws every leaf, also norm scales and running statistics. The images are noise of the model's own
+size. A row holds the largest difference of a logit, relative to the standard deviation of its branch's logits, and of a
+value in a feature map, relative to the largest value in that map. Each model runs in a process of its own, which frees
+its memory at its end.
 
-With random weights some deep networks are chaotic: they make a rounding of their input ten million times larger. Where
-a difference is above 1e-9 the model is run again on images whose every value is nudged to a neighbour in float64, and
-ten times the change that this makes is its tolerance: no two orders of summation agree better than that. A mistake in a
-port is not at the scale of roundings, and is amplified as they are.
+With random weights some deep networks are chaotic: they amplify a rounding of their input ten million times. If a
+difference is above 1e-9, the model runs again on images whose values are all moved to a neighbour in float64. The
+tolerance is then ten times the change of the result, since no two orders of summation agree better. A mistake in a port
+is larger than a rounding, and the network amplifies it as much.
 
-The table is written after every row; `python -m maxmap list` reads it. Rows that are not run again stay. The exit
-status is 1 if any of the rows asked for is above its tolerance.
+The table is written after every row; `python -m maxmap list` reads it. Rows that do not run again stay. The exit status
+is 1 if one of the rows asked for is above its tolerance.
 """
 
 import argparse
@@ -58,12 +58,10 @@ COLUMNS = (
     "note",
 )
 TOLERANCE = 1e-9
-ROUNDINGS = 10  # times what nudging the input changes
-FASTERVIT_TOLERANCE = (
-    1e-7  # the reference computes its table of offsets in float32, another rounding of it shows as 2e-8
-)
+ROUNDINGS = 10  # tolerance of a chaotic model, in changes by a rounding of the input
+FASTERVIT_TOLERANCE = 1e-7  # the reference computes its table of offsets in float32, which changes results by 2e-8
 
-# Why there is nothing to compare with, where it is not for want of a golden file.
+# Models without a reference, other than for a missing golden file, and why.
 WITHOUT_REFERENCE = {
     "ga_resnet50": "no released code",
     "ga_vit_small": "no released code",
@@ -75,15 +73,15 @@ WITHOUT_REFERENCE = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What the reference computes.
+    """Weights, images and results of the reference.
 
     Attributes:
       source: "timm" or "goldens".
-      weights: its state dict, float64.
+      weights: the state dict, float64.
       images: `[B, H, W, 3]`.
       logits: `[G, B, K]`.
-      distill: `[G, B, K]` of a head with self-distillation.
-      features: NHWC maps, or their means over height and width `[B, C]`, of the stages and perhaps of the stem.
+      distill: `[G, B, K]` of a head with self-distillation, else None.
+      features: NHWC maps of the stages, or their means over height and width `[B, C]`; the stem's may come first.
     """
 
     source: str
@@ -95,13 +93,16 @@ class Reference:
 
 
 def noise(batch: int, height: int, width: int) -> np.ndarray:
-    """Images `[batch, height, width, 3]`: the golden files' for a batch of 2 with 224 pixels."""
+    """Returns images `[batch, height, width, 3]`; for `(2, 224, 224)` they are those of the golden files."""
     images = np.random.RandomState(0).standard_normal((batch, 3, height, width)).astype(np.float32)
     return images.transpose(0, 2, 3, 1).astype(np.float64)
 
 
 def from_timm(model: Classifier, name: str, images: np.ndarray) -> Reference | None:
-    """Runs timm's model of this name, None where it has none; MetaFormer's 384 pixels are no part of timm's names."""
+    """Runs timm's model of this name; returns None if timm does not have it.
+
+    The names of MetaFormers with 384 pixels end in "_384" here, but not in timm.
+    """
     timm = import_timm()
     import torch
 
@@ -133,7 +134,7 @@ def from_timm(model: Classifier, name: str, images: np.ndarray) -> Reference | N
 
 
 def from_goldens(folder: Path, name: str) -> Reference | None:
-    """Reads the golden files of a name, None where there are none."""
+    """Reads the golden files of a model; returns None if there are none."""
     if not (folder / f"{name}.npz").is_file():
         return None
     manifest = read_manifest(folder, name)
@@ -151,7 +152,7 @@ Run = Callable[[Any, Any], tuple[list[jax.Array], dict[str, jax.Array]]]
 
 
 def compiled(model: Classifier) -> Run:
-    """Compiles what maps variables and images to the features and the outputs, with 'distill' if the head has it."""
+    """Compiles a function from variables and images to features and outputs, with 'distill' if the head has it."""
 
     def both(model: Classifier, images: jax.Array) -> tuple[list[jax.Array], dict[str, jax.Array]]:
         features = model.backbone(images)
@@ -170,14 +171,14 @@ def compiled(model: Classifier) -> Run:
 
 
 def shown(model: Classifier, features: list[jax.Array]) -> list[jax.Array]:
-    """Leaves out what no reference shows: maps from inside of the third stage, and the class token."""
+    """Removes the features that no reference returns: maps from inside the third stage, and the class token."""
     taps = getattr(model.backbone, "taps", 0)
     features = [*features[:3], *features[3 + taps :]]
     return features[:-1] if getattr(model.backbone, "class_token", False) else features
 
 
 def largest(pairs: Iterable[tuple[jax.Array, np.ndarray]], scale: Callable[[np.ndarray], float]) -> float:
-    """The largest difference of pairs of arrays, ours and theirs, each relative to a measure of theirs."""
+    """Returns the largest difference in pairs of arrays, ours and theirs, relative to `scale` of theirs."""
     errors = []
     for ours, theirs in pairs:
         if ours.shape != theirs.shape:
@@ -199,7 +200,7 @@ def differences(model: Classifier, run: Run, variables: Any, reference: Referenc
 
 
 def rounding(run: Run, variables: Any, images: np.ndarray, times: int = 3) -> float:
-    """Returns the largest change, measured as differences are, when every value of the images moves to a neighbour."""
+    """Returns the largest change of the results, measured as in `differences`, by a rounding of all images."""
     features, outputs = run(variables, images)
     changes = []
     for seed in range(times):
@@ -214,8 +215,8 @@ def rounding(run: Run, variables: Any, images: np.ndarray, times: int = 3) -> fl
 def gigabytes(parameters: int, batch: int, features: list[Any]) -> float:
     """Estimates the memory of a comparison in float64.
 
-    The weights exist twice; the largest buffers are a multiple of the largest feature map, since PyTorch unfolds the
-    patches of a convolution in float64; the rest are the programs themselves.
+    The weights exist twice. The largest buffers are a multiple of the largest feature map, since PyTorch unfolds the
+    patches of a convolution in float64. The programs themselves need the rest.
     """
     widest = max(feature.size for feature in features)
     return 1.0 + 8e-9 * (2.5 * parameters + 40 * batch * widest)
@@ -249,7 +250,7 @@ def compare(name: str, goldens: Path, limit: float) -> dict[str, Any]:
     if reference is None:
         return row | {"note": "not in timm, and no golden file"}
     if reference.source == "timm" and re.match("(ca|conv)former", name):
-        # timm's copy of the head has another epsilon than the authors' code, which is ours (docs/references.md).
+        # timm's copy of the head has another epsilon than the authors' code and our model (docs/references.md).
         model = create_model(name, head={"hidden_epsilon": 1e-6})
         row["note"] = "with timm's hidden_epsilon, 1e-6"
     variables = from_torch(reference.weights, model)
@@ -272,7 +273,7 @@ def compare(name: str, goldens: Path, limit: float) -> dict[str, Any]:
 
 
 def compare_apart(name: str, goldens: Path, limit: float) -> dict[str, Any]:
-    """`compare` in a process of its own; what goes wrong in it becomes a row too."""
+    """Runs `compare` in a process of its own; an error becomes a row too."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(compare, name, goldens, limit).result()
@@ -283,7 +284,7 @@ def compare_apart(name: str, goldens: Path, limit: float) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the rows of a table by name, none where there is no file."""
+    """Returns the rows of a table by name; none if the file does not exist."""
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
@@ -291,7 +292,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def write(rows: dict[str, dict[str, Any]], table: Path, markdown: Path) -> None:
-    """Writes the rows of the models that there are, in alphabetical order."""
+    """Writes the rows of all known models, in alphabetical order."""
     ordered = [rows[name] for name in list_models() if name in rows]
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")

@@ -1,7 +1,8 @@
-"""Naming in state dicts where they are not the Flax path with its digits split off.
+"""Names of state-dict entries that do not follow the Flax path.
 
-Short lists of rules, never a key table per model: `CANONICAL` for the names that the reference itself uses (timm's
-where timm has the family, the author's otherwise), `DIALECTS` for everybody's names of the same networks.
+`CANONICAL` holds the exceptions in the canonical names: timm's for timm's families, else those of the paper's authors.
+`DIALECTS` holds the names that other code bases give to the same networks. Both are short lists of rules, not tables of
+all keys.
 """
 
 import re
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 
 from maxmap.errors import UserError
 
-# By class of the head, then by class of the backbone: from the name by rule (`head.` and the path) to the reference's;
-# the first pattern that matches counts.
+# Exceptions by class of the head or of the backbone. Each pair turns a name made by rule (`head.` and the path) into
+# the canonical one. The head's pairs come first, and of each list only the first pattern that matches is applied.
 CANONICAL: dict[str, list[tuple[str, str]]] = {
     "CSWin": [(r"^head\.fc\.", "head.")],
     "FasterViT": [(r"^head\.fc\.", "head.")],
@@ -25,23 +26,24 @@ CANONICAL: dict[str, list[tuple[str, str]]] = {
     "ViT": [(r"^head\.fc\.", "head.")],
 }
 
-# Second names, in the reference, of one and the same tensor.
+# Second names of a tensor that a reference implementation stores twice.
 ALIASES: list[tuple[str, str]] = [(r"\.to_global_feature\.pos\.", ".pos_embed.")]
 
 
-# Naming that every key of a state dict may begin with: of wrappers for several devices, compiled models and trainers.
+# Prefixes that wrappers for several devices, compilers and trainers add to every key.
 PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How somebody names the entries of a network.
+    """The names that a code base gives to the entries of a network.
 
     Attributes:
-      dialect: whose names they are.
-      marker: matches a key that only these names have.
-      rules: pairs of the beginning of a key and of its canonical name, "*" for a number; the first that fits counts.
-      matrices: matches canonical keys of 1x1 convolutions that are written as matrices.
+      dialect: name of the code base.
+      marker: regular expression that matches a key of this naming and of no other.
+      rules: pairs of prefixes, this naming's and the canonical one, with "*" for a number. Only the first pair that
+        matches is applied.
+      matrices: regular expression for the canonical keys of 1x1 convolutions that are stored as matrices.
     """
 
     dialect: str
@@ -54,7 +56,7 @@ class Naming:
         return rename(key, ((_to_regex(theirs), _to_replacement(ours)) for theirs, ours in self.rules))
 
     def from_canonical(self, key: str) -> str:
-        """The inverse of `to_canonical`."""
+        """Returns the key of a canonical name; the inverse of `to_canonical`."""
         return rename(key, ((_to_regex(ours), _to_replacement(theirs)) for theirs, ours in self.rules))
 
 
@@ -140,7 +142,7 @@ TORCHVISION = Naming(
     ),
 )
 
-# Who has which backbone, or which backbone with which head, and how it is named there.
+# By dialect: the naming of each backbone, or of a backbone with a certain head.
 DIALECTS: dict[str, Mapping[str, Naming]] = {
     "timm": dict.fromkeys(("ConvNeXt", "MaxxViT", "MetaFormer", "PiT", "ResNet", "ViT"), CANONICAL_NAMING),
     "sail-sg": {"MetaFormer": SAIL},
@@ -160,17 +162,22 @@ DIALECTS: dict[str, Mapping[str, Naming]] = {
 
 
 def detect_naming(keys: Iterable[str]) -> Naming:
-    """Returns the names that the keys are written in."""
+    """Returns the naming that the keys follow."""
     keys = list(keys)
-    known = (names for backbones in DIALECTS.values() for names in backbones.values())
-    return next((names for names in known if any(re.match(names.marker, key) for key in keys)), CANONICAL_NAMING)
+    known = (naming for backbones in DIALECTS.values() for naming in backbones.values())
+    return next((naming for naming in known if any(re.match(naming.marker, key) for key in keys)), CANONICAL_NAMING)
 
 
 def naming_for(dialect: str | None, backbone: str, head: str) -> Naming:
-    """Returns how a dialect names a backbone and a head, given their classes; None for the canonical names.
+    """Returns the naming of a backbone and a head in a dialect.
+
+    Args:
+      dialect: a key of `DIALECTS`; None for the canonical names.
+      backbone: name of the class of the backbone.
+      head: name of the class of the head.
 
     Raises:
-      UserError: nobody of that name has the backbone.
+      UserError: there is no such dialect, or it does not have the backbone.
     """
     if dialect is None:
         return CANONICAL_NAMING
@@ -184,7 +191,7 @@ def naming_for(dialect: str | None, backbone: str, head: str) -> Naming:
 
 
 def strip_prefixes(keys: Iterable[str]) -> dict[str, str]:
-    """Returns each key without the prefixes that all of them have."""
+    """Returns each key without the `PREFIXES` that all keys share, by key."""
     stripped = {key: key for key in keys}
     while stripped:
         prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in stripped.values())), None)
@@ -195,7 +202,7 @@ def strip_prefixes(keys: Iterable[str]) -> dict[str, str]:
 
 
 def rename(key: str, renames: Iterable[tuple[str, str]]) -> str:
-    """Rewrites a key by the first pattern that matches it."""
+    """Rewrites a key by the first pair of a pattern and its replacement that matches it."""
     for pattern, replacement in renames:
         new, count = re.subn(pattern, replacement, key)
         if count:

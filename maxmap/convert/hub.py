@@ -1,4 +1,4 @@
-"""Published checkpoints: their names and preprocessing as data (maxmap/pretrained.csv), and getting their files."""
+"""Published checkpoints: the table of their names and preprocessing (maxmap/pretrained.csv), and their download."""
 
 import contextlib
 import csv
@@ -36,8 +36,8 @@ _PREFIXES = ("timm/", "hf-hub:", "hf_hub:", "hf://")
 def published() -> dict[str, dict[str, Any]]:
     """Returns the published checkpoints by name: 'model', 'classes', 'preprocessing', 'licence' and 'url'.
 
-    A name with an owner and no address is a repository of the Hugging Face hub. The tags that timm takes where none is
-    given come first.
+    A name with an owner and without a 'url' is a repository on the Hugging Face hub. timm's default tag of each model
+    comes before its other tags.
     """
     with TABLE.open(encoding="utf-8") as file:
         return {
@@ -59,7 +59,13 @@ def published() -> dict[str, dict[str, Any]]:
 
 
 def published_preprocessing(model: str, classes: int, image_size: int) -> dict[str, Any]:
-    """Returns the preprocessing of the published checkpoint that is nearest: of this model, then classes, then size."""
+    """Returns the preprocessing of a published checkpoint of a model, the usual one if there is none.
+
+    Args:
+      model: name of the model.
+      classes: checkpoints with as many classes are preferred.
+      image_size: of those, the ones with as many pixels; the result has this size in any case.
+    """
     rows = [row for row in published().values() if row["model"] == model]
     rows.sort(key=lambda row: (row["classes"] != classes, row["preprocessing"]["image_size"] != image_size))
     if rows:
@@ -69,22 +75,24 @@ def published_preprocessing(model: str, classes: int, image_size: int) -> dict[s
 
 
 def is_name(source: str | Path) -> bool:
-    """Whether something is the name of a published checkpoint or of a repository, and no path."""
+    """Whether a source is the name of a published checkpoint or of a repository, and not a path."""
     return str(source) in published() or str(source).startswith(_PREFIXES)
 
 
 def download(name: str) -> Path:
-    """Gets a published checkpoint, or finds it in the cache.
+    """Downloads a published checkpoint, or finds it in the cache.
+
+    The usual variables set the hub's cache, offline mode, token and mirror: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE,
+    HF_TOKEN and HF_ENDPOINT.
 
     Args:
-      name: a key of `published`, or hf://<owner>/<repository> on the Hugging Face hub, whose cache, offline mode, token
-        and mirror are set as everywhere, by HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT.
+      name: a key of `published`, or hf://<owner>/<repository> on the Hugging Face hub.
 
     Returns:
       The file, or the folder of a repository.
 
     Raises:
-      UserError: there is no such checkpoint, or it cannot be had now.
+      UserError: there is no such checkpoint, or it cannot be downloaded now.
     """
     for prefix in _PREFIXES[1:]:
         name = name.removeprefix(prefix)
@@ -100,18 +108,20 @@ def download(name: str) -> Path:
             return Path(_download_from_hub(f"{owner}/{repository}", file))
         return _download_url(url)
     except GatedRepoError:
-        raise UserError(f"{name} needs its owner's leave: ask on its page, and give the token as HF_TOKEN.") from None
+        raise UserError(
+            f"{name} needs its owner's permission: ask on its page, and set HF_TOKEN to your token."
+        ) from None
     except RepositoryNotFoundError:
-        raise UserError(f"the hub has no repository {name}, or not for this token (HF_TOKEN).") from None
+        raise UserError(f"the hub has no repository {name}, or does not show it to your token (HF_TOKEN).") from None
     except LocalEntryNotFoundError:
         raise UserError(
-            f"{name} is not in the cache and the hub cannot be reached (HF_HUB_OFFLINE, or no network): get it where "
-            "there is a network, or name a file."
+            f"{name} is not in the cache and the hub cannot be reached (HF_HUB_OFFLINE, or no network): download it "
+            "where there is a network, or give a file."
         ) from None
     except UserError:
         raise
-    except Exception as error:  # of the hub, or of whatever it reaches the network with
-        raise UserError(f"{name} cannot be had ({type(error).__name__}: {error}).") from None
+    except Exception as error:  # the hub's library lets errors of its network libraries through
+        raise UserError(f"{name} cannot be downloaded ({type(error).__name__}: {error}).") from None
 
 
 def _download_from_hub(repository: str, file: str) -> str:
@@ -119,7 +129,7 @@ def _download_from_hub(repository: str, file: str) -> str:
 
 
 def _download_repository(name: str) -> Path:
-    """Gets config and weights of a repository; returns the folder of its snapshot."""
+    """Downloads config and weights of a repository; returns their folder in the cache."""
     folder = None
     with contextlib.suppress(LocalEntryNotFoundError):  # offline the cache may hold the weights alone
         folder = Path(_download_from_hub(name, "config.json")).parent
@@ -137,7 +147,7 @@ def _download_repository(name: str) -> Path:
 
 
 def _download_url(url: str) -> Path:
-    """Gets a file into the cache of maxmap, whole or not at all."""
+    """Downloads a file into maxmap's cache, where it appears complete or not at all."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maxmap"
     path = cache / url.rpartition("/")[2]
     if path.is_file():
@@ -150,17 +160,19 @@ def _download_url(url: str) -> Path:
             while piece := answer.read(1 << 20):
                 file.write(piece)
         if size is not None and unfinished.stat().st_size != int(size):
-            raise UserError(f"{url} was cut off: try again.")
+            raise UserError(f"{url} ended too early: try again.")
         os.replace(unfinished, path)
     except (urllib.error.URLError, TimeoutError) as error:
-        raise UserError(f"{url} cannot be had ({error}): get it in another way and name the file.") from None
+        raise UserError(
+            f"{url} cannot be downloaded ({error}): get the file in another way and give its path."
+        ) from None
     finally:
         unfinished.unlink(missing_ok=True)
     return path
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the preprocessing that the config.json of a timm repository names."""
+    """Returns the preprocessing that the config.json of a timm repository gives."""
     settings = {**config, **config.get("pretrained_cfg", {})}
     sizes = settings["input_size"]
     return {

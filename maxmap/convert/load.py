@@ -16,7 +16,7 @@ from maxmap import checkpoint, storage
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
 from maxmap.convert.sources import ForeignCheckpoint, read_source
-from maxmap.convert.torch import canonical_names, detect_dialect, read_entries, to_torch, torch_name
+from maxmap.convert.torch import as_array, canonical_names, detect_dialect, read_entries, to_torch, torch_name
 from maxmap.errors import UserError, nearest
 from maxmap.models import MODELS, Classifier, create_model
 
@@ -243,7 +243,9 @@ def _architecture(found: ForeignCheckpoint, source: str | Path) -> str:
 
 def _count_classes(found: ForeignCheckpoint, classifier: Collection[str]) -> int:
     """Returns the number of classes of a state dict, read from the entries with these canonical names."""
-    shapes = [found.tensors[key].shape for key, name in canonical_names(found.tensors).items() if name in classifier]
+    shapes = [
+        as_array(found.tensors[key]).shape for key, name in canonical_names(found.tensors).items() if name in classifier
+    ]
     return int(shapes[0][0]) if shapes and len(shapes[0]) else 0
 
 

@@ -1,7 +1,8 @@
-"""Checkpoint files as dicts of arrays, without running anything that is in them.
+"""Foreign checkpoint files as dicts of arrays. Nothing in a file is run.
 
-Safetensors are read here, not by their library, so that arrays stay in the mapped file (a large model would be in
-memory twice) and bfloat16 needs no torch. Pickles go through torch's restricted loader.
+Safetensors are read here, not by their library: the arrays stay in the mapped file, where the library would copy a
+large model, and bfloat16 needs no torch. `torch_files` and `tensorflow` read the other formats, without those
+frameworks too.
 """
 
 import json
@@ -17,11 +18,11 @@ from maxmap.convert import tensorflow
 from maxmap.convert.torch_files import read_torch
 from maxmap.errors import UserError
 
-RAW = ("state_dict", "model", "model_state_dict", "module", "params", "network", "net", "weights")
-AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")
+RAW_KEYS = ("state_dict", "model", "model_state_dict", "module", "params", "network", "net", "weights")
+AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
-_TYPES: dict[str, Any] = {
+_SAFETENSORS_TYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -43,13 +44,13 @@ _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 @dataclass(frozen=True)
 class ForeignCheckpoint:
-    """What a checkpoint holds.
+    """The state dict of a foreign checkpoint.
 
     Attributes:
-      tensors: by name; arrays in the mapped file where that can be.
+      tensors: arrays by name, in the mapped file if possible.
       weights: "raw" or "ema".
       kind: "safetensors", "torch" or "tensorflow".
-      config: of a Hugging Face repository, else empty.
+      config: the config.json of a Hugging Face repository, else empty.
     """
 
     tensors: Mapping[str, Any]
@@ -62,12 +63,12 @@ def read_source(path: str | Path, *, ema: bool | None = None) -> ForeignCheckpoi
     """Reads a checkpoint file, or a folder of the Hugging Face hub or of TensorFlow.
 
     Args:
-      path: of the file or folder; what it is shows from its content.
-      ema: averaged weights, True or False; None for what is usual: raw ones of PyTorch where there are any, averaged
-        ones of TensorFlow.
+      path: file or folder. Its content decides on the format, not its name.
+      ema: True for averaged weights, False for raw ones. None prefers raw ones from PyTorch, averaged ones from
+        TensorFlow.
 
     Raises:
-      UserError: there is no such file, it is damaged, or it holds something other than numbers.
+      UserError: there is no such file, it is damaged, or it holds something other than a state dict.
     """
     path = Path(path)
     if tensorflow.is_checkpoint(path):
@@ -80,17 +81,18 @@ def read_source(path: str | Path, *, ema: bool | None = None) -> ForeignCheckpoi
         return _read_shards(path, ema)
     with path.open("rb") as file:
         start = file.read(9)
-    # First safetensors: the length of their header may begin with the byte that pickles begin with.
+    # Safetensors come first, because the length of their header may begin with the byte that a pickle begins with.
     if path.suffix == ".safetensors" or start[5:] == b"\0\0\0{":
         return ForeignCheckpoint(*_find_state_dict(_read_safetensors(path), ema, path), kind="safetensors")
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return ForeignCheckpoint(*_find_state_dict(read_torch(path), ema, path), kind="torch")
-    raise UserError(f"{path} is no checkpoint: it is neither safetensors nor a file of torch.save, or it is damaged.")
+    raise UserError(f"{path} is no checkpoint: it is damaged, or neither safetensors nor a file of torch.save.")
 
 
 def _read_repository(folder: Path, ema: bool | None) -> ForeignCheckpoint:
+    """Reads weights and config from the folder of a Hugging Face repository, or from its entry in the cache."""
     reference = folder / "refs" / "main"
-    if reference.is_file():  # an entry of the cache; its snapshots are the folders
+    if reference.is_file():  # an entry of the hub's cache, which keeps each version in a folder of its own
         folder = folder / "snapshots" / reference.read_text().strip()
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
@@ -106,7 +108,7 @@ def _read_repository(folder: Path, ema: bool | None) -> ForeignCheckpoint:
 
 
 def _read_shards(index: Path, ema: bool | None) -> ForeignCheckpoint:
-    """Reads the files that an index names; each entry has to be in the file that the index says, and no other."""
+    """Reads the files that an index names. Each must hold exactly the entries that the index gives for it."""
     names = shards_of(index)
     tensors: dict[str, Any] = {}
     kind = ""
@@ -125,10 +127,10 @@ def _read_shards(index: Path, ema: bool | None) -> ForeignCheckpoint:
 
 
 def shards_of(index: Path) -> dict[str, str]:
-    """Returns which file each entry is in, as an index says."""
+    """Returns the name of the file for each entry of an index."""
     names = _read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-        raise UserError(f"{index} is no index of shards: it has no 'weight_map' of entries to files.")
+        raise UserError(f"{index} is no index of shards: it has no 'weight_map' from entries to files.")
     elsewhere = next((file for file in names.values() if Path(file).name != file), None)
     if elsewhere is not None:
         raise UserError(f"{index} names the shard {elsewhere}, which is not beside it.")
@@ -146,18 +148,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Reads the format: length of the header, header in JSON, and the bytes of all entries one after another."""
+    """Reads a file of safetensors: length of the header, header in JSON, then the bytes of each entry."""
 
     def damaged(why: str) -> UserError:
         return UserError(f"{path} is damaged or no safetensors file, {why}: get it again.")
 
-    def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        pairs = list(pairs)
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
-        if twice is not None:
-            raise damaged(f"it has the entry {twice} twice")
-        return dict(pairs)
+    def reject_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        unique: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in unique:
+                raise damaged(f"it has the entry {key} twice")
+            unique[key] = value
+        return unique
 
     size = path.stat().st_size
     if size < 8:
@@ -167,9 +169,11 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     if start > min(size, _LONGEST_HEADER):
         raise damaged(f"its header would end at byte {start} of {size}")
     try:
-        header = json.loads(memory[8:start].tobytes(), object_pairs_hook=once)
+        header = json.loads(memory[8:start].tobytes(), object_pairs_hook=reject_duplicates)
         header.pop("__metadata__", None)
-        entries = {key: (_TYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for key, e in header.items()}
+        entries = {
+            key: (_SAFETENSORS_TYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for key, e in header.items()
+        }
     except UserError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
@@ -177,7 +181,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     tensors, end_of_last = {}, 0
     for key, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
         if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) or begin != end_of_last:
-            raise damaged(f"its entry {key} does not follow on the one before")
+            raise damaged(f"its entry {key} does not follow the one before")
         count = int(np.prod(np.array(shape, object)))  # Python's integers: no overflow
         if end - begin != count * np.dtype(dtype).itemsize or end > size - start:
             raise damaged(f"its entry {key} is cut off or of another size than its shape")
@@ -188,27 +192,36 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _find_state_dict(loaded: Any, ema: bool | None, path: Path) -> tuple[Mapping[str, Any], str]:
-    """Finds the state dict in what was loaded, through containers, and says whether it is averaged."""
+def _find_state_dict(content: Any, ema: bool | None, path: Path) -> tuple[Mapping[str, Any], str]:
+    """Opens the containers around a state dict.
+
+    Args:
+      content: what a file holds.
+      ema: see `read_source`.
+      path: of the file, for messages.
+
+    Returns:
+      The state dict, and its kind of weights: "raw" or "ema".
+    """
     weights = "raw"
-    while isinstance(loaded, Mapping):
-        inside = {key for key, value in loaded.items() if isinstance(value, Mapping)}
-        averaged, raw = (next((key for key in keys if key in inside), None) for keys in (AVERAGED, RAW))
-        if ema and averaged is None and weights == "raw" and (raw is None or not _has_any(loaded[raw], AVERAGED)):
+    while isinstance(content, Mapping):
+        inside = {key for key, value in content.items() if isinstance(value, Mapping)}
+        averaged, raw = (next((key for key in keys if key in inside), None) for keys in (AVERAGED_KEYS, RAW_KEYS))
+        if ema and averaged is None and weights == "raw" and (raw is None or not _has_any(content[raw], AVERAGED_KEYS)):
             raise UserError(f"{path} has no averaged weights: leave --ema out.")
         key = averaged if (ema and weights == "raw") or (raw is None and ema is not False) else raw
         if key is None:
             break
-        weights = "ema" if key in AVERAGED else weights
-        loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not any(hasattr(value, "shape") for value in loaded.values()):
-        what = f"{', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, Mapping) else type(loaded).__name__
-        raise UserError(
-            f"{path} holds no state dict but {what or 'nothing'}: give a file with 'state_dict' or 'model'."
-        )
-    if not all(isinstance(key, str) for key in loaded):
-        raise UserError(f"{path} has entries without a name.")
-    return loaded, weights
+        weights = "ema" if key in AVERAGED_KEYS else weights
+        content = content[key]
+    if not isinstance(content, Mapping) or not any(hasattr(value, "shape") for value in content.values()):
+        what = type(content).__name__
+        if isinstance(content, Mapping):
+            what = ", ".join(repr(key)[:40] for key in list(content)[:5]) or "nothing"
+        raise UserError(f"{path} holds no state dict but {what}: give a file with 'state_dict' or 'model'.")
+    if not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path} has entries without a name: give a file with a state dict.")
+    return content, weights
 
 
 def _has_any(value: Any, keys: Iterable[str]) -> bool:

@@ -1,7 +1,7 @@
-"""PyTorch state dicts to Flax variables and back, for every family, by rule instead of by key table.
+"""PyTorch state dicts to Flax variables and back, by one rule for all families.
 
-Flax paths are the reference's state-dict names with digits glued on (`stages.0.blocks.1` is `stages_0/blocks_1`), so
-one rule names every leaf, and kernels need only a transpose.
+A Flax path is the state-dict key of the reference with its digits glued on: `stages.0.blocks.1` is `stages_0/blocks_1`.
+So one rule names every leaf, and a kernel only needs a transpose.
 """
 
 import re
@@ -19,10 +19,10 @@ from maxmap.errors import UserError
 from maxmap.heads.linear import LinearHead
 from maxmap.models import Classifier
 
-LeafPath = tuple[str, ...]
+LeafPath = tuple[str, ...]  # from the collection to the leaf, for example ('params', 'backbone', 'stem', 'bias')
 LeafShapes = dict[LeafPath, jax.ShapeDtypeStruct]
 
-# Entries that a module computes for itself and that hold nothing learned; counters of averages too.
+# Entries that a module computes from its own settings, and counters; nothing in them is learned.
 DERIVED = re.compile(
     r"(.*\.)?(num_batches_tracked|n_averaged|bp_index|relative_position_index|relative_coords_table|relative_bias)"
 )
@@ -33,19 +33,19 @@ _LEAVES = {
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
-_LISTED = 20  # differences that an error names
+_LISTED = 20  # faults that an error names
 
 
 def torch_name(path: LeafPath, model: Classifier) -> str:
     """Returns the canonical state-dict key of a leaf.
 
     Args:
-      path: from the collection to the leaf, for example ('params', 'backbone', 'stem', 'conv1', 'kernel').
-      model: that the leaf belongs to.
+      path: of the leaf.
+      model: the model that has the leaf.
     """
     collection, room, *modules, leaf = path
     parts = [re.sub(r"_(\d+)(?=_|$)", r".\1", module) for module in modules]
-    # timm keeps the norm in front of the pooling outside of its head.
+    # In timm the norm before the pooling is not a part of the head.
     outside = isinstance(model.head, LinearHead) and model.head.norm == "before" and modules[:1] == ["norm"]
     prefix = ["head"] if room == "head" and not outside else []
     name = ".".join([*prefix, *parts, _LEAVES.get((collection, leaf), leaf)])
@@ -55,29 +55,29 @@ def torch_name(path: LeafPath, model: Classifier) -> str:
 
 
 def abstract_variables(model: Classifier, channels: int = 3) -> dict[str, Any]:
-    """Returns the shapes and types of a model's variables, without computing anything."""
+    """Returns the shapes and types of a model's variables; traces the model, but computes nothing."""
     size = model.backbone.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, height, width, channels)))
 
 
 def leaf_shapes(model: Classifier) -> LeafShapes:
-    """Returns the shapes of a model's leaves by path, for images of three channels; tracing takes a second or two."""
+    """Returns the shapes of a model's leaves by path, for images of three channels. It takes a second or two."""
     return traverse_util.flatten_dict(abstract_variables(model))
 
 
 def from_torch(state_dict: Mapping[str, Any], model: Classifier) -> dict[str, Any]:
-    """Converts a PyTorch state dict.
+    """Converts a PyTorch state dict to variables.
 
     Args:
-      state_dict: tensors or arrays by name, in any of the dialects, which their names tell.
-      model: whose variables they become; the images may have other than three channels.
+      state_dict: tensors or arrays by name, in any dialect; the names show which one.
+      model: the model of the result. Its images may have any number of channels.
 
     Returns:
-      The variables {'params': ..., 'batch_stats': ...} as NumPy arrays, in float64 where the source is, else float32.
+      The variables {'params': ..., 'batch_stats': ...} as NumPy arrays, float64 ones in float64, others in float32.
 
     Raises:
-      UserError: names all entries that are missing, left over, twice there, of another shape or no finite numbers.
+      UserError: names all entries that are missing, left over, duplicate, of another shape or not finite.
     """
     shapes = leaf_shapes(model)
     entries, faults = read_entries(state_dict, model, shapes)
@@ -89,7 +89,7 @@ def from_torch(state_dict: Mapping[str, Any], model: Classifier) -> dict[str, An
             faults.append(f"misshapen: {torch_name(path, model)} is {value.shape}, the model has {shape}")
     raise_faults(faults)
     return traverse_util.unflatten_dict(
-        {path: np.array(value, _widened(value.dtype), order="C") for path, value in entries.items()}
+        {path: np.array(value, _upcast_type(value.dtype), order="C") for path, value in entries.items()}
     )
 
 
@@ -97,48 +97,51 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
     """Converts Flax variables to a PyTorch state dict; the inverse of `from_torch`.
 
     Args:
-      variables: of the model.
-      model: that they belong to.
-      dialect: whose names and shapes, a key of `dialects.DIALECTS`; None for the canonical ones.
+      variables: variables of the model.
+      model: the model.
+      dialect: names and shapes of the result, a key of `dialects.DIALECTS`; None for the canonical ones.
+
+    Returns:
+      The arrays by name, in PyTorch's layout and in the types of the variables.
 
     Raises:
-      UserError: the dialect has no such backbone.
+      UserError: there is no such dialect, or it does not have the backbone.
     """
-    names = naming_for(dialect, type(model.backbone).__name__, type(model.head).__name__)
+    naming = naming_for(dialect, type(model.backbone).__name__, type(model.head).__name__)
     state_dict = {}
     for path, value in traverse_util.flatten_dict(dict(variables)).items():
         key, value = torch_name(path, model), _to_torch_layout(np.asarray(value), path)
-        if re.fullmatch(names.matrices, key):
+        if re.fullmatch(naming.matrices, key):
             value = value.reshape(value.shape[:2])
-        state_dict[names.from_canonical(key)] = value
+        state_dict[naming.from_canonical(key)] = value
     return state_dict
 
 
 def canonical_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the canonical name of every key of a state dict that holds something learned."""
+    """Returns the canonical name of each key of a state dict, by key, without the `DERIVED` entries."""
     keys = strip_prefixes(key for key in state_dict if not DERIVED.fullmatch(key))
-    names = detect_naming(keys.values())
-    return {key: names.to_canonical(short) for key, short in keys.items()}
+    naming = detect_naming(keys.values())
+    return {key: naming.to_canonical(short) for key, short in keys.items()}
 
 
 def detect_dialect(state_dict: Mapping[str, Any]) -> str:
-    """Returns whose names a state dict has."""
+    """Returns the dialect of a state dict's keys."""
     return detect_naming(strip_prefixes(key for key in state_dict if not DERIVED.fullmatch(key)).values()).dialect
 
 
 def read_entries(
     state_dict: Mapping[str, Any], model: Classifier, shapes: LeafShapes
 ) -> tuple[dict[LeafPath, np.ndarray], list[str]]:
-    """Finds each leaf of a model in a state dict, whatever its shape.
+    """Finds the leaves of a model in a state dict. It does not compare shapes.
 
     Args:
-      state_dict: as for `from_torch`.
-      model: whose leaves they are.
-      shapes: of `leaf_shapes`.
+      state_dict: see `from_torch`.
+      model: the model.
+      shapes: `leaf_shapes` of the model.
 
     Returns:
-      The leaves that are there by path, in Flax's layout, as views of the source in its own type; and the faults, a
-      phrase each: entries that are left over, twice there or no finite numbers.
+      The leaves by path, in Flax's layout, as views of the source in its own types; and the faults, a phrase for each
+      entry that is left over, duplicate or not finite.
     """
     faults = []
     sources: dict[str, str] = {}  # keys by canonical name
@@ -166,23 +169,26 @@ def read_entries(
 
 
 def image_kernel(shapes: LeafShapes) -> LeafPath | None:
-    """Returns the path of the convolution that reads the images: the one with three input channels."""
+    """Returns the path of the kernel with three input channels, which reads the images; None if there is none."""
     return next((path for path, leaf in shapes.items() if path[-1] == "kernel" and leaf.shape[2:3] == (3,)), None)
 
 
 def raise_faults(faults: Sequence[str]) -> None:
-    """Raises UserError, naming what differs, if there are faults."""
+    """Raises UserError if there are faults, and lists the first ones."""
     if faults:
         more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
         listed = "; ".join([*faults[:_LISTED], *more])
         raise UserError(
-            f"the state dict does not fit the model, {len(faults)} entries differ: {listed}; give the model, number of "
-            "classes and image size that it was made with."
+            f"the state dict does not fit the model, {len(faults)} entries differ: {listed}; give the model, the "
+            "number of classes and the image size of the state dict."
         )
 
 
 def as_array(value: Any) -> np.ndarray:
-    """A tensor or array as an array of the same type that shares its memory."""
+    """Returns a tensor or array as an array of the same type that shares its memory.
+
+    Anything else except a number becomes an empty array of objects, which `read_entries` calls a fault.
+    """
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # NumPy has no such type, and torch does not know the one of ml_dtypes
@@ -190,17 +196,20 @@ def as_array(value: Any) -> np.ndarray:
 
             return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         value = value.numpy()
-    return np.asarray(value)
+    is_number = hasattr(value, "shape") or isinstance(value, (int, float))
+    return np.asarray(value) if is_number else np.empty((), object)
 
 
-def _widened(dtype: np.dtype) -> np.dtype:
+def _upcast_type(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def _from_torch_layout(value: np.ndarray, path: LeafPath, ndim: int) -> np.ndarray:
-    """Kernels `[O, I, kh, kw]` to `[kh, kw, I, O]` and `[O, I]` to `[I, O]`, other 4-d leaves from NCHW to NHWC.
+    """Returns an entry in Flax's layout.
 
-    A 1x1 convolution and a linear layer are the same map; checkpoints hold either, `ndim` is what the model has.
+    Kernels change from `[O, I, kh, kw]` to `[kh, kw, I, O]` and from `[O, I]` to `[I, O]`, other leaves with four
+    dimensions from NCHW to NHWC. A 1x1 convolution and a linear layer are the same map, so the kernel of one becomes
+    that of the other if the model's leaf has `ndim` dimensions.
     """
     if path[-1] == "kernel":
         value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
@@ -211,6 +220,7 @@ def _from_torch_layout(value: np.ndarray, path: LeafPath, ndim: int) -> np.ndarr
 
 
 def _to_torch_layout(value: np.ndarray, path: LeafPath) -> np.ndarray:
+    """Returns a leaf in PyTorch's layout; the inverse of `_from_torch_layout` for equal dimensions."""
     if path[-1] == "kernel":
         return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
     return value.transpose(0, 3, 1, 2) if value.ndim == 4 else value

@@ -1,4 +1,4 @@
-"""Proof of a conversion: the reference implementation with the source, beside our model with the checkpoint."""
+"""Proof of a conversion: the reference implementation runs the source, our model runs the checkpoint."""
 
 import importlib.util
 import json
@@ -23,28 +23,26 @@ from maxmap.models import Classifier, create_model
 REPORT = "verify.json"
 TOLERANCES = {"float32": 1e-3, "float64": 1e-9}
 
-Array = np.ndarray
-
 
 def verify(
     path: str | Path, against: str | Path, *, ema: bool | None = None, tolerance: float | None = None, images: int = 2
 ) -> dict[str, Any]:
-    """Compares a checkpoint with the source that it was converted from, and writes the report beside it.
+    """Compares a checkpoint with its source, and writes the report beside the checkpoint.
 
-    Where timm (or, for maxvit_t, torchvision) has the model, both run on the same noise, in float32 and float64, and
-    logits, feature maps and the gradient of every parameter are compared. Elsewhere only the values are, bit by bit.
+    All values are compared bit by bit. If timm (for maxvit_t: torchvision) has the model, both also run on the same
+    noise in float32 and float64, and the logits, the feature maps and the gradients of all parameters are compared.
 
     Args:
       path: of the checkpoint.
       against: the source; see `read_source`.
-      ema: which weights of the source; None for those that the checkpoint was made from.
-      tolerance: largest difference in float64; None for `TOLERANCES`. Logits count relative to their standard
-        deviation, feature maps and gradients to their largest value.
-      images: in the batch.
+      ema: weights of the source, True for the averaged ones; None for those that the checkpoint was made from.
+      tolerance: largest difference in float64; None for `TOLERANCES`. Differences are relative: of logits to their
+        standard deviation, of feature maps and gradients to their largest value.
+      images: size of the batch.
 
     Returns:
-      The report: 'model', 'reference', 'identical' (entries with the same bits), 'entries', 'ok', and for each type
-      'logits', 'logits_max', 'features' (a list), 'top1', 'gradient'.
+      The report: 'model', 'source', 'reference', 'identical' (entries with the same bits), 'entries', 'ok', and for
+      each type 'logits', 'logits_max', 'features' (a list), 'top1', 'gradient', 'tolerance'.
 
     Raises:
       UserError: there is no checkpoint or source, or they are of different models.
@@ -86,12 +84,12 @@ def verify(
 
 
 def import_timm() -> ModuleType:
-    """Returns the module timm, importable whether or not torchvision's compiled operators load beside this torch."""
+    """Imports and returns timm, also where the compiled operators of torchvision do not load with this torch."""
     import torch
 
     if not _torchvision_operators_load(torch):
-        # torchvision from the package index is built for CUDA and its operators do not load beside a CPU build of
-        # torch; importing it then fails on the two that it describes without asking. No model here calls them.
+        # The package index has torchvision for CUDA only, whose operators do not load with a CPU build of torch. Its
+        # import then fails at these two operators, so they are declared first. No model calls them.
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -101,7 +99,7 @@ def import_timm() -> ModuleType:
     return timm
 
 
-_LIBRARIES: list[Any] = []  # a torch library undefines its operators when it is collected
+_LIBRARIES: list[Any] = []  # keeps the library alive: torch removes the operators of a deleted one
 
 
 def _torchvision_operators_load(torch: ModuleType) -> bool:
@@ -109,7 +107,7 @@ def _torchvision_operators_load(torch: ModuleType) -> bool:
         return True
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("torchvision is not installed; make setup installs what the tests need")
+        raise ModuleNotFoundError("torchvision is not installed: run make setup.")
     for path in Path(spec.origin).parent.glob("_C*.so"):
         try:
             torch.ops.load_library(path)
@@ -119,14 +117,14 @@ def _torchvision_operators_load(torch: ModuleType) -> bool:
     return False
 
 
-def _identical(ours: Array, theirs: Array | None) -> bool:
+def _identical(ours: np.ndarray, theirs: np.ndarray | None) -> bool:
     if theirs is None or ours.size != theirs.size:
         return False
     return np.array_equal(ours, theirs.astype(np.float32).reshape(ours.shape))
 
 
-def _reference(model: Classifier, fields: Mapping[str, Any], weights: Mapping[str, Array]) -> Any:
-    """The reference implementation with the source's weights, None where there is none here."""
+def _reference(model: Classifier, fields: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> Any:
+    """Returns the reference implementation with the source's weights, None if no installed one has the model."""
     try:
         timm = import_timm()
     except ModuleNotFoundError:
@@ -135,7 +133,7 @@ def _reference(model: Classifier, fields: Mapping[str, Any], weights: Mapping[st
 
     name, classes = fields["name"], fields["num_classes"]
     if set(fields) - {"name", "num_classes", "image_size"}:
-        return None  # shrunken or otherwise changed: timm has no such model
+        return None  # the model has fields of its own, which timm does not know
     state_dict = {key: torch.from_numpy(value.astype(np.float64)) for key, value in weights.items()}
     if name == "maxvit_t":
         import torchvision
@@ -150,10 +148,10 @@ def _reference(model: Classifier, fields: Mapping[str, Any], weights: Mapping[st
         sized = {"img_size": fields["image_size"]} if "image_size" in fields else {}
         try:
             reference = timm.create_model(known, num_classes=classes, **sized)
-        except TypeError:  # models that take any size have no such argument
+        except TypeError:  # models for any size do not have this argument
             reference = timm.create_model(known, num_classes=classes)
         if getattr(model.head, "hidden_epsilon", None) is not None:
-            # timm has 1e-6 where the authors, whose weights it has, have 1e-5.
+            # timm has 1e-6 here. The authors trained the weights with 1e-5.
             reference.head.fc.norm.eps = model.head.hidden_epsilon
     else:
         return None
@@ -166,14 +164,14 @@ def _reference(model: Classifier, fields: Mapping[str, Any], weights: Mapping[st
         reference.load_state_dict(state_dict)
     except RuntimeError as error:
         raise UserError(
-            f"the reference does not take the source as it is ({' '.join(str(error).split())[:200]}): verify compares "
-            "what was converted without changes to classes, image size or channels."
+            f"the reference does not load the source ({' '.join(str(error).split())[:200]}): verify needs a checkpoint "
+            "that was converted without changes of classes, image size or channels."
         ) from None
     return reference.eval()
 
 
-def _compare(model: Classifier, variables: Any, reference: Any, x: Array) -> dict[str, Any]:
-    """Runs both in the type of the images; every difference but 'logits_max' is relative."""
+def _compare(model: Classifier, variables: Any, reference: Any, x: np.ndarray) -> dict[str, Any]:
+    """Runs both models in the type of the images; returns the differences, relative ones except 'logits_max'."""
     import torch
 
     dtype = x.dtype
@@ -186,7 +184,7 @@ def _compare(model: Classifier, variables: Any, reference: Any, x: Array) -> dic
     (logits * torch.from_numpy(direction)).sum().backward()
     wanted_logits = logits.detach().numpy()
     wanted_gradient = {key: p.grad.numpy() for key, p in reference.named_parameters() if p.grad is not None}
-    wanted_maps: list[Array] = []
+    wanted_maps: list[np.ndarray] = []
     if hasattr(reference, "forward_intermediates"):
         with torch.no_grad():
             _, maps = reference.forward_intermediates(images)
@@ -226,5 +224,5 @@ def _is_torchvision(reference: Any) -> bool:
     return type(reference).__module__.startswith("torchvision")
 
 
-def _relative(ours: Any, wanted: Array, scale: float) -> float:
+def _relative(ours: Any, wanted: np.ndarray, scale: float) -> float:
     return float(np.abs(np.asarray(ours) - wanted).max() / scale)

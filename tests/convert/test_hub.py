@@ -177,7 +177,7 @@ def test_releases_come_from_their_address(tmp_path, monkeypatch):
     source.unlink()
     assert hub.download("map_pit_s") == path
     path.unlink()
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot be downloaded"):
         hub.download("map_pit_s")
     assert list((tmp_path / "cache/maxmap").iterdir()) == []
 
@@ -187,5 +187,5 @@ def test_what_the_network_says_is_a_sentence(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(hub, "_download_from_hub", fail)
-    with pytest.raises(UserError, match=r"somebody/else cannot be had \(ConnectionError: no route\)"):
+    with pytest.raises(UserError, match=r"somebody/else cannot be downloaded \(ConnectionError: no route\)"):
         hub.download("hf://somebody/else")

@@ -214,7 +214,7 @@ def crafted():
             "more than 4,000,000 steps",
         ),
         "many arguments": (call("torch", "Size", b"N" * 100_000), "without a short tuple"),
-        "itself": (b"]q\x00h\x00a", "holds no state dict but a"),
+        "itself": (b"]q\x00h\x00a", "holds no state dict but 'a'"),
         "controls": (named("os\x1b[2J", "system"), "would run or build os [2J.system"),
     }
     files = {name: (archive(content), why) for name, (content, why) in pickles.items()}
