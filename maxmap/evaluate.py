@@ -22,7 +22,7 @@ from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError, call, nearest
 from maxmap.labels import LABEL_SETS, as_csv, count, read_real, real_labels, rows_of
 from maxmap.models import Classifier, average, create_model
-from maxmap.operations import plainly, upcast
+from maxmap.operations import plain_operations, upcast
 from maxmap.sharding import gather, make_mesh, replicated, split_batch, to_devices
 
 Array = jax.Array
@@ -207,7 +207,7 @@ def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
 
 def _trace(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
     """Returns the program of a function in its plain form, and the shapes of its results."""
-    with plainly():
+    with plain_operations():
         # Another function each time: JAX would return what it traced before, perhaps with other implementations.
         return jax.make_jaxpr(lambda *arguments: function(*arguments), return_shape=True)(*arguments)
 

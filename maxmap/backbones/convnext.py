@@ -7,13 +7,11 @@ dialect of the converter.
 import functools
 from collections.abc import Sequence
 
-import jax
 from flax import linen as nn
 
 from maxmap.layers.blocks import ConvNeXtBlock, tapped
 from maxmap.layers.primitives import TRUNC_NORMAL, Conv, LayerNorm, drop_path_rates, pair
-
-Array = jax.Array
+from maxmap.operations import Array
 
 
 class Stage(nn.Module):

@@ -8,13 +8,11 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 
-import jax
 from flax import linen as nn
 
 from maxmap.layers.blocks import CSWinBlock, tapped
 from maxmap.layers.primitives import ACTIVATIONS, Conv, LayerNorm, drop_path_rates, pair, require_divisor
-
-Array = jax.Array
+from maxmap.operations import Array
 
 
 class Merge(nn.Module):

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -29,10 +28,9 @@ from maxmap.layers.primitives import (
     drop_path_rates,
     pair,
     require_divisor,
+    scaled,
 )
-from maxmap.operations import broadcast, upcast
-
-Array = jax.Array
+from maxmap.operations import Array, upcast
 
 _HIDDEN = 512  # width of the MLPs of the position tables
 
@@ -180,8 +178,8 @@ class AttentionBlock(nn.Module):
             for i in (1, 2, 3, 4) if self.carriers else (3, 4):
                 gammas[i] = self.param(f"gamma{i}", initial, (channels,))
 
-        def scaled(y: Array, gamma: int) -> Array:
-            return y * broadcast(gammas[gamma].astype(y.dtype), y.shape) if gammas else y
+        def layer_scale(y: Array, gamma: int) -> Array:
+            return scaled(y, gammas[gamma]) if gammas else y
 
         def transform(x: Array, prefix: str, side: int, carriers: int, gamma: int) -> Array:
             """A transformer block on `carriers` tokens and the `side * side` of a square."""
@@ -191,7 +189,7 @@ class AttentionBlock(nn.Module):
             branches: tuple[Callable[..., Array], ...] = (attention, mlp)
             for i, branch in enumerate(branches):
                 y = branch(LayerNorm(1e-5, name=f"{prefix}norm{i + 1}")(x), train=train)
-                x = x + DropPath(self.drop_path)(scaled(y, gamma + i), train=train)
+                x = x + DropPath(self.drop_path)(layer_scale(y, gamma + i), train=train)
             return x
 
         x = x + PositionCode(channels, self.window, name="pos_embed")()[None].astype(x.dtype)
@@ -211,7 +209,7 @@ class AttentionBlock(nn.Module):
             nearest = np.arange(self.window) * self.carriers // self.window
             carried = rearrange(upcast(tokens), "b (s u) c -> b s u c", s=self.carriers)[:, nearest][:, :, nearest]
             # The first factor is the carrier attention's; the released weights were trained with it here too.
-            x = (upcast(x) + scaled(rearrange(carried, "b p q c -> b (p q) c"), gamma=1)).astype(x.dtype)
+            x = (upcast(x) + layer_scale(rearrange(carried, "b p q c -> b (p q) c"), gamma=1)).astype(x.dtype)
         return x, rearrange(tokens, "(b i j) (s u) c -> b (i s j u) c", **axes)
 
 

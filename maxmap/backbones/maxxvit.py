@@ -24,6 +24,7 @@ from maxmap.layers.primitives import (
     DropPath,
     Initializer,
     LayerNorm,
+    LayerScale,
     Linear,
     average_pool,
     drop_path_rates,
@@ -34,7 +35,7 @@ from maxmap.layers.primitives import (
     trunc_normal_02,
     xavier_uniform,
 )
-from maxmap.operations import attention, broadcast, max_pool
+from maxmap.operations import attention, max_pool
 
 Array = jax.Array
 
@@ -125,17 +126,6 @@ class SqueezeExcite(nn.Module):
         gate = jnp.mean(x, axis=(1, 2), keepdims=True)
         gate = ACTIVATIONS[self.activation](Conv(self.width, name="fc1", **inits)(gate))
         return x * nn.sigmoid(Conv(x.shape[-1], name="fc2", **inits)(gate))
-
-
-class LayerScale(nn.Module):
-    """One learned factor per channel (Touvron et al. 2021)."""
-
-    initial: float
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
-        return x * broadcast(gamma.astype(x.dtype), x.shape)
 
 
 def _scaled(x: Array, initial: float | None, name: str) -> Array:

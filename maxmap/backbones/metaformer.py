@@ -22,14 +22,14 @@ from maxmap.layers.primitives import (
     DropPath,
     LayerNorm,
     Linear,
+    Scale,
+    StarReLU,
     average_pool,
     drop_path_rates,
     pair,
     require_one_of,
 )
-from maxmap.operations import attention, broadcast
-
-Array = jax.Array
+from maxmap.operations import Array, attention
 
 HEAD_DIM = 32
 
@@ -41,31 +41,6 @@ def _norm(kind: str, name: str) -> nn.Module:
     return nn.LayerNorm(
         epsilon=1e-6, use_bias=False, use_fast_variance=False, reduction_axes=(-3, -2, -1), feature_axes=-1, name=name
     )
-
-
-class StarReLU(nn.Module):
-    """`scale * relu(x)**2 + bias` with one learned scale and bias, which start at 1 and 0 as in both codes.
-
-    The paper derives 0.8944 and -0.4472 from the moments of a normal distribution; neither code starts there.
-    """
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (1,))
-        bias = self.param("bias", nn.initializers.zeros, (1,))
-        scale, bias = (
-            broadcast(jnp.broadcast_to(value.astype(x.dtype), x.shape[-1:]), x.shape) for value in (scale, bias)
-        )
-        return scale * jnp.square(nn.relu(x)) + bias
-
-
-class Scale(nn.Module):
-    """One learned factor per channel, 1 at first."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return x * broadcast(scale.astype(x.dtype), x.shape)
 
 
 class RandomMixing(nn.Module):

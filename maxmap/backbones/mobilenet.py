@@ -7,12 +7,10 @@ with ReLU6, is another function.
 import functools
 from collections.abc import Sequence
 
-import jax
 from flax import linen as nn
 
 from maxmap.layers.primitives import BatchNorm, Conv
-
-Array = jax.Array
+from maxmap.operations import Array
 
 
 class MobileNetV1(nn.Module):

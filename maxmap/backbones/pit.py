@@ -7,15 +7,13 @@ one. A class token is returned as the last feature, a map of one pixel, as ViT's
 import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
 from maxmap.layers.blocks import ViTBlock
 from maxmap.layers.primitives import Conv, Linear, drop_path_rates, pair, require_divisor, trunc_normal_02
-
-Array = jax.Array
+from maxmap.operations import Array
 
 
 class PatchEmbed(nn.Module):

@@ -8,14 +8,11 @@ convolutions, squeeze-excitation (Hu et al. 2018), GELU inside of the blocks, an
 import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from maxmap.layers.primitives import ACTIVATIONS, BatchNorm, Conv, DropPath, Initializer, drop_path_rates, he_fan_out
-from maxmap.operations import max_pool
-
-Array = jax.Array
+from maxmap.operations import Array, max_pool
 
 EXPANSION = 4  # output channels of a block over its inner channels
 SQUEEZE = 16  # output channels of a block over those of its squeeze-excitation

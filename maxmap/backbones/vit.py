@@ -8,15 +8,13 @@ linear head needs to know nothing of it. The same convention holds for PiT.
 import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
 from maxmap.layers.blocks import ViTBlock
 from maxmap.layers.primitives import TRUNC_NORMAL, Conv, drop_path_rates, pair, require_divisor, trunc_normal_02
-
-Array = jax.Array
+from maxmap.operations import Array
 
 
 class PatchEmbed(nn.Module):

@@ -8,12 +8,11 @@ and the mean over their logits is the prediction.
 import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock, GroupedMlp
+from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock, GroupedMlp, SqueezeExcite
 from maxmap.layers.pooling import adaptive_average, bilinear, gram_values
 from maxmap.layers.primitives import (
     CONV_INITS,
@@ -25,10 +24,9 @@ from maxmap.layers.primitives import (
     Linear,
     require_divisor,
     require_one_of,
+    scaled,
 )
-from maxmap.operations import attention, broadcast
-
-Array = jax.Array
+from maxmap.operations import Array, attention
 
 HEAD_DIM = 32  # channels of an attention head in the "cswin" blocks
 
@@ -45,19 +43,6 @@ def gather(features: Sequence[Array]) -> Array:
 
 def _resize(x: Array, size: Sequence[int]) -> Array:
     return (adaptive_average if x.shape[1] > size[0] else bilinear)(x, size)
-
-
-class SqueezeExcite(nn.Module):
-    """Channel gates from the mean of the map (Hu et al. 2018)."""
-
-    width: int
-    init_scheme: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        inits = CONV_INITS[self.init_scheme]
-        gate = nn.relu(Conv(self.width, name="fc1", **inits)(jnp.mean(x, axis=(1, 2), keepdims=True)))
-        return x * nn.sigmoid(Conv(x.shape[-1], name="fc2", **inits)(gate))
 
 
 class Bottleneck(nn.Module):
@@ -83,7 +68,7 @@ class Bottleneck(nn.Module):
         y = nn.relu(BatchNorm(name="bn1")(y, train=train))
         y = Conv(width, 3, padding=1, bias=False, name="conv2", **inits)(y)
         y = nn.relu(BatchNorm(name="bn2")(y, train=train))
-        y = SqueezeExcite(max((width // 4 + 4) // 8, 1) * 8, self.init_scheme, name="se")(y)
+        y = SqueezeExcite(max((width // 4 + 4) // 8, 1) * 8, inits=inits, name="se")(y)
         y = Conv(self.channels, bias=False, name="conv3", **inits)(y)
         y = BatchNorm(name="bn3")(y, train=train)
         return nn.relu(DropPath(self.drop_path)(y, train=train) + shortcut)
@@ -161,15 +146,14 @@ class ClassAttentionBlock(nn.Module):
     def __call__(self, token: Array, x: Array) -> Array:
         """Maps the token `[B, 1, D]` and the map `[B, N, D]` to a token `[B, 1, D]`."""
 
-        def scale(name: str, y: Array) -> Array:
-            gamma = self.param(name, nn.initializers.constant(1e-4), (y.shape[-1],))
-            return y * broadcast(gamma.astype(y.dtype), y.shape)
+        def layer_scale(name: str, y: Array) -> Array:
+            return scaled(y, self.param(name, nn.initializers.constant(1e-4), y.shape[-1:]))
 
         norm = LayerNorm(1e-5, name="norm1")
         attention = ClassAttention(self.width, self.heads, self.init_scheme, name="attn")
-        token = token + scale("gamma_1", attention(norm(token), norm(x)))
+        token = token + layer_scale("gamma_1", attention(norm(token), norm(x)))
         mlp = GroupedMlp(self.mlp_groups, self.mlp_ratio, inits=CONV_INITS[self.init_scheme], name="mlp")
-        return token + scale("gamma_2", mlp(LayerNorm(1e-5, name="norm2")(token)[:, None])[:, 0])
+        return token + layer_scale("gamma_2", mlp(LayerNorm(1e-5, name="norm2")(token)[:, None])[:, 0])
 
 
 class GramianHead(nn.Module):

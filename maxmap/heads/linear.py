@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from maxmap.layers.primitives import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear, require_one_of
-
-Array = jax.Array
+from maxmap.operations import Array
 
 
 class _Hidden(nn.Module):

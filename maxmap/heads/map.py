@@ -27,9 +27,7 @@ from maxmap.layers.primitives import (
     require_divisor,
     require_one_of,
 )
-from maxmap.operations import softmax
-
-Array = jax.Array
+from maxmap.operations import Array, softmax
 
 
 def resize_to(x: Array, size: Sequence[int]) -> Array:

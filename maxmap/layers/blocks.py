@@ -3,17 +3,14 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Conv, DropPath, Initializer, LayerNorm, Linear
-from maxmap.operations import attention, broadcast
-
-Array = jax.Array
+from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Conv, DropPath, Initializer, LayerNorm, Linear, scaled
+from maxmap.operations import Array, attention
 
 
 class Mlp(nn.Module):
@@ -159,6 +156,26 @@ def relative_index(window: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return y[:, None] - y[None] + h - 1, x[:, None] - x[None] + w - 1
 
 
+class SqueezeExcite(nn.Module):
+    """Multiplies every channel by a gate that is computed from the mean of the map (Hu et al. 2018).
+
+    Attributes:
+      hidden: channels between the two 1x1 convolutions.
+      activation: between them.
+      inits: 'kernel_init' and 'bias_init' of both; PyTorch's defaults for what is not given.
+    """
+
+    hidden: int
+    activation: str = "relu"
+    inits: Mapping[str, Initializer] = FrozenDict()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gate = jnp.mean(x, axis=(1, 2), keepdims=True)
+        gate = ACTIVATIONS[self.activation](Conv(self.hidden, name="fc1", **self.inits)(gate))
+        return x * nn.sigmoid(Conv(x.shape[-1], name="fc2", **self.inits)(gate))
+
+
 class ConvNeXtBlock(nn.Module):
     """Depthwise 7x7 convolution, LayerNorm, MLP and layer scale on a residual branch (Liu et al. 2022).
 
@@ -177,8 +194,7 @@ class ConvNeXtBlock(nn.Module):
         y = LayerNorm(1e-6, name="norm")(y)
         y = Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")(y, train=train)
         gamma = self.param("gamma", nn.initializers.constant(self.init_values), (channels,))
-        y = y * broadcast(gamma.astype(y.dtype), y.shape)
-        return x + DropPath(self.drop_path)(y, train=train)
+        return x + DropPath(self.drop_path)(scaled(y, gamma), train=train)
 
 
 class StripeAttention(nn.Module):

@@ -3,15 +3,12 @@
 import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import lax
 
-from maxmap.operations import upcast
-
-Array = jax.Array
+from maxmap.operations import Array, upcast
 
 
 def adaptive_average(x: Array, size: Sequence[int]) -> Array:

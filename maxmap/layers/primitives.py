@@ -15,31 +15,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from maxmap.operations import Padding, broadcast, convolve, layer_norm, linear, upcast
+from maxmap.operations import Array, Padding, activate, broadcast, convolve, layer_norm, linear, upcast
 
-Array = jax.Array
 Initializer = Callable[..., Array]
-
-
-def _from_input(function: Callable[[Array], Array], derivative: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """An activation, in float32 or wider, whose backward pass computes the derivative from the input.
-
-    Left to itself, the forward pass writes what is expensive in it for the backward pass to read: more memory, and no
-    less time. The two have to be written differently, or else XLA finds what they share and keeps it after all.
-    """
-
-    @jax.custom_vjp
-    def activation(x: Array) -> Array:
-        return function(upcast(x)).astype(x.dtype)
-
-    def forward(x: Array) -> tuple[Array, Array]:
-        return activation(x), x
-
-    def backward(x: Array, grad: Array) -> tuple[Array]:
-        return ((upcast(grad) * derivative(upcast(x))).astype(grad.dtype),)
-
-    activation.defvjp(forward, backward)
-    return activation
 
 
 def _gelu(x: Array) -> Array:
@@ -49,6 +27,10 @@ def _gelu(x: Array) -> Array:
 
 def _gelu_derivative(x: Array) -> Array:
     return 0.5 - 0.5 * lax.erf(-x * math.sqrt(0.5)) + x * jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return nn.gelu(x, approximate=True)
 
 
 def _gelu_tanh_derivative(x: Array) -> Array:
@@ -66,9 +48,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
     "relu2": lambda x: jnp.square(nn.relu(x)),
-    "silu": _from_input(nn.silu, _silu_derivative),
-    "gelu": _from_input(_gelu, _gelu_derivative),
-    "gelu_tanh": _from_input(functools.partial(nn.gelu, approximate=True), _gelu_tanh_derivative),
+    "silu": functools.partial(activate, function=nn.silu, derivative=_silu_derivative),
+    "gelu": functools.partial(activate, function=_gelu, derivative=_gelu_derivative),
+    "gelu_tanh": functools.partial(activate, function=_gelu_tanh, derivative=_gelu_tanh_derivative),
     "tanh": jnp.tanh,
 }
 
@@ -276,6 +258,50 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.use_bias else jnp.zeros_like(scale)
         return layer_norm(x, scale, bias, self.epsilon)
+
+
+def scaled(x: Array, factor: Array) -> Array:
+    """Multiplies `x` `[..., C]` by one factor per channel `[C]`, in the type of `x`."""
+    return x * broadcast(factor.astype(x.dtype), x.shape)
+
+
+class Scale(nn.Module):
+    """One learned factor per channel, 1 at first."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return scaled(x, self.param("scale", nn.initializers.ones, x.shape[-1:]))
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel for the output of a residual branch (Touvron et al. 2021, CaiT).
+
+    Attributes:
+      initial: value of all factors at the start.
+    """
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return scaled(x, self.param("gamma", nn.initializers.constant(self.initial), x.shape[-1:]))
+
+
+class StarReLU(nn.Module):
+    """`scale * relu(x)**2 + bias` with one learned scale and one learned bias (Yu et al. 2022, MetaFormer).
+
+    They start at 1 and 0, as in the authors' code and in timm. The paper derives 0.8944 and -0.4472 from the moments of
+    a normal distribution.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (1,))
+        bias = self.param("bias", nn.initializers.zeros, (1,))
+        scale, bias = (
+            broadcast(jnp.broadcast_to(value.astype(x.dtype), x.shape[-1:]), x.shape) for value in (scale, bias)
+        )
+        return scale * jnp.square(nn.relu(x)) + bias
 
 
 class DropPath(nn.Module):
