@@ -83,7 +83,7 @@ def test_a_config_builds(name):
         call(SECTIONS[section], section, config[section])
     schedule = call(make_schedule, "schedule", config["schedule"], steps_per_epoch=5000, epochs=config["epochs"])
     assert float(schedule(schedule.total_steps // 2)) > 0
-    optimizer = call(make_optimizer, "optim", config["optim"], schedule)
+    optimizer = call(make_optimizer, "optim", config["optim"], schedule, blocks=[["stem"]])
     optimizer.init({"kernel": jnp.zeros((2, 2))})
     assert config["batch_size"] % config["accumulate"] == 0
 

@@ -4,11 +4,11 @@ Liu et al. 2022, "A ConvNet for the 2020s". Names and parameters are those of ti
 dialect of the converter.
 """
 
-import functools
 from collections.abc import Sequence
 
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.blocks import ConvNeXtBlock, tapped
 from maxmap.layers.primitives import TRUNC_NORMAL, Conv, LayerNorm, drop_path_rates, pair
 from maxmap.operations import Array
@@ -106,8 +106,9 @@ class ConvNeXt(nn.Module):
         return features
 
 
-VARIANTS: dict[str, functools.partial[ConvNeXt]] = {
-    "convnext_tiny": functools.partial(ConvNeXt),
-    "convnext_small": functools.partial(ConvNeXt, depths=(3, 3, 27, 3)),
-    "convnext_base": functools.partial(ConvNeXt, depths=(3, 3, 27, 3), embed_dim=(128, 256, 512, 1024)),
+CLASSIFIER = {"norm": "after", "init_scheme": "trunc_normal"}
+VARIANTS = {
+    "convnext_tiny": Variant(ConvNeXt, CLASSIFIER, {}),
+    "convnext_small": Variant(ConvNeXt, CLASSIFIER, {"depths": (3, 3, 27, 3)}),
+    "convnext_base": Variant(ConvNeXt, CLASSIFIER, {"depths": (3, 3, 27, 3), "embed_dim": (128, 256, 512, 1024)}),
 }

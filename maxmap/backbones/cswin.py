@@ -4,12 +4,12 @@ Dong et al. 2022, "CSWin Transformer: A General Vision Transformer Backbone with
 parameters are those of the authors' code.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.blocks import CSWinBlock, tapped
 from maxmap.layers.primitives import ACTIVATIONS, Conv, LayerNorm, drop_path_rates, pair, require_divisor
 from maxmap.operations import Array
@@ -139,11 +139,12 @@ _SMALL = {"depths": (2, 4, 32, 2)}
 _BASE = _SMALL | {"embed_dim": (96, 192, 384, 768), "heads": (4, 8, 16, 32)}
 _LARGE = _SMALL | {"embed_dim": (144, 288, 576, 1152), "heads": (6, 12, 24, 24)}
 
-VARIANTS: dict[str, functools.partial[CSWin]] = {
-    "CSWin_64_12211_tiny_224": functools.partial(CSWin),
-    "CSWin_64_24322_small_224": functools.partial(CSWin, **_SMALL),
-    "CSWin_96_24322_base_224": functools.partial(CSWin, **_BASE),
-    "CSWin_144_24322_large_224": functools.partial(CSWin, **_LARGE),
-    "CSWin_96_24322_base_384": functools.partial(CSWin, image_size=384, **_BASE),
-    "CSWin_144_24322_large_384": functools.partial(CSWin, image_size=384, **_LARGE),
+CLASSIFIER = {"norm": "before", "epsilon": 1e-5, "init_scheme": "trunc_normal"}
+VARIANTS = {
+    "CSWin_64_12211_tiny_224": Variant(CSWin, CLASSIFIER, {}),
+    "CSWin_64_24322_small_224": Variant(CSWin, CLASSIFIER, _SMALL),
+    "CSWin_96_24322_base_224": Variant(CSWin, CLASSIFIER, _BASE),
+    "CSWin_144_24322_large_224": Variant(CSWin, CLASSIFIER, _LARGE),
+    "CSWin_96_24322_base_384": Variant(CSWin, CLASSIFIER, {"image_size": 384, **_BASE}),
+    "CSWin_144_24322_large_384": Variant(CSWin, CLASSIFIER, {"image_size": 384, **_LARGE}),
 }

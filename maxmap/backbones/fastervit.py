@@ -15,11 +15,13 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.blocks import Mlp, SelfAttention, relative_index
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
     BatchNorm,
+    Block,
     Conv,
     DropPath,
     LayerNorm,
@@ -58,7 +60,7 @@ class Downsample(nn.Module):
         return Conv(2 * x.shape[-1], 3, stride=2, padding=1, bias=False, name="reduction_0")(x)
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Block):
     """Two 3x3 convolutions, norms and a GELU, with a residual around them and no activation after it."""
 
     drop_path: float
@@ -136,7 +138,7 @@ class PositionBias(_PositionMlp):
         return jnp.pad(bias, [(0, 0), (self.carriers, 0), (self.carriers, 0)])
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """Attention and an MLP inside of windows; carrier tokens, if there are any, first attend to each other.
 
     Attributes:
@@ -361,16 +363,17 @@ class FasterViT(nn.Module):
 _LARGE: dict[str, Any] = {"propagate": True, "layer_scale": 1e-5}
 _4: dict[str, Any] = {"embed_dim": 196, "depths": (3, 3, 12, 5), "heads": (16, 32), **_LARGE}
 
-VARIANTS: dict[str, functools.partial[FasterViT]] = {
-    "faster_vit_0_224": functools.partial(FasterViT),
-    "faster_vit_1_224": functools.partial(FasterViT, embed_dim=80, stem_width=32, depths=(1, 3, 8, 5)),
-    "faster_vit_2_224": functools.partial(FasterViT, embed_dim=96, depths=(3, 3, 8, 5)),
-    "faster_vit_3_224": functools.partial(FasterViT, embed_dim=128, depths=(3, 3, 12, 5), **_LARGE),
-    "faster_vit_4_224": functools.partial(FasterViT, **_4),
-    "faster_vit_5_224": functools.partial(FasterViT, **_4 | {"embed_dim": 320}),
-    "faster_vit_6_224": functools.partial(FasterViT, **_4 | {"embed_dim": 320, "depths": (3, 3, 16, 8)}),
+CLASSIFIER = {"norm": "before", "norm_type": "batch", "epsilon": 1e-5, "init_scheme": "trunc_normal"}
+VARIANTS = {
+    "faster_vit_0_224": Variant(FasterViT, CLASSIFIER, {}),
+    "faster_vit_1_224": Variant(FasterViT, CLASSIFIER, {"embed_dim": 80, "stem_width": 32, "depths": (1, 3, 8, 5)}),
+    "faster_vit_2_224": Variant(FasterViT, CLASSIFIER, {"embed_dim": 96, "depths": (3, 3, 8, 5)}),
+    "faster_vit_3_224": Variant(FasterViT, CLASSIFIER, {"embed_dim": 128, "depths": (3, 3, 12, 5), **_LARGE}),
+    "faster_vit_4_224": Variant(FasterViT, CLASSIFIER, _4),
+    "faster_vit_5_224": Variant(FasterViT, CLASSIFIER, _4 | {"embed_dim": 320}),
+    "faster_vit_6_224": Variant(FasterViT, CLASSIFIER, _4 | {"embed_dim": 320, "depths": (3, 3, 16, 8)}),
 } | {
     # Trained on ImageNet-21k, without carriers: one window covers the map of either attention level.
-    f"faster_vit_4_21k_{size}": functools.partial(FasterViT, image_size=size, windows=(1, 1), **_4)
+    f"faster_vit_4_21k_{size}": Variant(FasterViT, CLASSIFIER, {"image_size": size, "windows": (1, 1), **_4})
     for size in (224, 384, 512, 768)
 }

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.primitives import (
     TRUNC_NORMAL,
+    Block,
     Conv,
     DropPath,
     LayerNorm,
@@ -122,7 +124,7 @@ class Mlp(nn.Module):
         return self.layer(channels, bias=False, name="fc2", **TRUNC_NORMAL)(x)
 
 
-class Block(nn.Module):
+class MetaFormerBlock(Block):
     """Token mixer and MLP, each with a norm in front and a residual path.
 
     Attributes:
@@ -180,7 +182,7 @@ class Stage(nn.Module):
     Attributes:
       channels: output channels.
       downsample: halves the map first.
-      mixer, norm, residual_scale: see `Block`.
+      mixer, norm, residual_scale: see `MetaFormerBlock`.
       drop_path: rates of the blocks.
     """
 
@@ -196,7 +198,7 @@ class Stage(nn.Module):
         if self.downsample:
             x = Downsample(self.channels, name="downsample")(x)
         for i, rate in enumerate(self.drop_path):
-            x = Block(self.mixer, self.norm, self.residual_scale, rate, name=f"blocks_{i}")(x, train=train)
+            x = MetaFormerBlock(self.mixer, self.norm, self.residual_scale, rate, name=f"blocks_{i}")(x, train=train)
         return x
 
 
@@ -282,12 +284,17 @@ _CONV_SIZES = {
     "b36": {"depths": (3, 12, 18, 3), "embed_dim": (128, 256, 512, 768)},
 }
 
-VARIANTS: dict[str, functools.partial[MetaFormer]] = {
-    f"{family}_{size}": functools.partial(MetaFormer, **PRESETS[family], **fields)
+CLASSIFIER = {"norm": "after", "init_scheme": "trunc_normal"}
+_MLP_CLASSIFIER = CLASSIFIER | {"hidden_ratio": 4.0, "activation": "relu2", "hidden_epsilon": 1e-5}
+
+VARIANTS = {
+    f"{family}_{size}": Variant(MetaFormer, CLASSIFIER, PRESETS[family] | fields)
     for family in ("identityformer", "randformer", "poolformerv2")
     for size, fields in _SIMPLE_SIZES.items()
 } | {
-    f"{family}_{size}{suffix}": functools.partial(MetaFormer, image_size=pixels, **PRESETS[family], **fields)
+    f"{family}_{size}{suffix}": Variant(
+        MetaFormer, _MLP_CLASSIFIER, {"image_size": pixels, **PRESETS[family], **fields}
+    )
     for family in ("convformer", "caformer")
     for size, fields in _CONV_SIZES.items()
     for suffix, pixels in (("", 224), ("_384", 384))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.blocks import ViTBlock
 from maxmap.layers.primitives import Conv, Linear, drop_path_rates, pair, require_divisor, trunc_normal_02
 from maxmap.operations import Array
@@ -156,7 +157,7 @@ class PiT(nn.Module):
         return features if token is None else [*features, token[:, None]]
 
 
-VARIANTS: dict[str, functools.partial[PiT]] = {
-    "pit_s_224": functools.partial(PiT, class_token=True),
-    "pit_s": functools.partial(PiT),
+VARIANTS = {
+    "pit_s_224": Variant(PiT, {"norm": "before"}, {"class_token": True}),
+    "pit_s": Variant(PiT, {"norm": "none"}, {}),
 }

@@ -5,20 +5,29 @@ convolution). `resnet50_se_deep` is the backbone of `map_resnet50` in Lab-LVM/im
 convolutions, squeeze-excitation (Hu et al. 2018), GELU inside of the blocks, and a last stage of half the width.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.layers.primitives import ACTIVATIONS, BatchNorm, Conv, DropPath, Initializer, drop_path_rates, he_fan_out
+from maxmap.backbones import Variant
+from maxmap.layers.primitives import (
+    ACTIVATIONS,
+    BatchNorm,
+    Block,
+    Conv,
+    DropPath,
+    Initializer,
+    drop_path_rates,
+    he_fan_out,
+)
 from maxmap.operations import Array, max_pool
 
 EXPANSION = 4  # output channels of a block over its inner channels
 SQUEEZE = 16  # output channels of a block over those of its squeeze-excitation
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, 3x3 and 1x1 convolution with a residual path; the scale of the last norm starts at zero.
 
     Attributes:
@@ -130,7 +139,7 @@ class SEResNet(ResNet):
     squeeze: bool = True
 
 
-VARIANTS: dict[str, functools.partial[ResNet]] = {
-    "resnet50": functools.partial(ResNet),
-    "resnet50_se_deep": functools.partial(SEResNet),
+VARIANTS = {
+    "resnet50": Variant(ResNet, {"norm": "none"}, {}),
+    "resnet50_se_deep": Variant(SEResNet, {"norm": "none", "init_scheme": "trunc_normal"}, {}),
 }

@@ -5,13 +5,13 @@ map of one pixel, `[B, 1, 1, C]`, behind the maps of patch tokens. The mean over
 linear head needs to know nothing of it. The same convention holds for PiT.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.blocks import ViTBlock
 from maxmap.layers.primitives import TRUNC_NORMAL, Conv, drop_path_rates, pair, require_divisor, trunc_normal_02
 from maxmap.operations import Array
@@ -105,7 +105,8 @@ class ViT(nn.Module):
         return [*features, x[:, None, :1]] if self.class_token else features
 
 
-VARIANTS: dict[str, functools.partial[ViT]] = {
-    "vit_small_patch16_224": functools.partial(ViT, embed_dim=384, heads=6),
-    "vit_base_patch16_224": functools.partial(ViT, embed_dim=768, heads=12),
+CLASSIFIER = {"norm": "before", "init_scheme": "trunc_normal"}
+VARIANTS = {
+    "vit_small_patch16_224": Variant(ViT, CLASSIFIER, {"embed_dim": 384, "heads": 6}),
+    "vit_base_patch16_224": Variant(ViT, CLASSIFIER, {"embed_dim": 768, "heads": 12}),
 }

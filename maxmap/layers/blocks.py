@@ -9,7 +9,17 @@ from einops import rearrange
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Conv, DropPath, Initializer, LayerNorm, Linear, scaled
+from maxmap.layers.primitives import (
+    ACTIVATIONS,
+    TRUNC_NORMAL,
+    Block,
+    Conv,
+    DropPath,
+    Initializer,
+    LayerNorm,
+    Linear,
+    scaled,
+)
 from maxmap.operations import Array, attention
 
 
@@ -103,7 +113,7 @@ class SelfAttention(nn.Module):
         return nn.Dropout(self.proj_drop)(x, deterministic=not train)
 
 
-class ViTBlock(nn.Module):
+class ViTBlock(Block):
     """Self-attention and an MLP, each behind a LayerNorm and with a residual (Dosovitskiy et al. 2021).
 
     Attributes:
@@ -176,7 +186,7 @@ class SqueezeExcite(nn.Module):
         return x * nn.sigmoid(Conv(x.shape[-1], name="fc2", **self.inits)(gate))
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(Block):
     """Depthwise 7x7 convolution, LayerNorm, MLP and layer scale on a residual branch (Liu et al. 2022).
 
     Attributes:
@@ -225,7 +235,7 @@ class StripeAttention(nn.Module):
         return rearrange(out + position, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
 
 
-class CSWinBlock(nn.Module):
+class CSWinBlock(Block):
     """Attention in vertical and horizontal stripes side by side, then an MLP (Dong et al. 2022).
 
     The first half of the channels attends in stripes of full height, the second half in stripes of full width. Where

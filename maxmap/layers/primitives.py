@@ -113,6 +113,10 @@ def require_one_of(value: str, what: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{what} '{value}' is not one of {', '.join(allowed)}")
 
 
+class Block(nn.Module):
+    """Marks the modules that a backbone repeats: its depth counts them, and `remat` computes one at a time anew."""
+
+
 class Conv(nn.Module):
     """2-d convolution of NHWC maps.
 

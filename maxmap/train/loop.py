@@ -23,7 +23,7 @@ from maxmap.data import augment, mix
 from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError, call
 from maxmap.losses import total_loss
-from maxmap.models import Classifier, create_model
+from maxmap.models import Classifier, block_paths, create_model
 from maxmap.optim import make_optimizer
 from maxmap.schedule import Schedule, make_schedule
 from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, to_devices
@@ -319,7 +319,8 @@ def _build(config: Config, numbers: Numbers, kwargs: dict[str, Any], mesh: Mesh,
     schedule = call(
         make_schedule, "schedule", config["schedule"], steps_per_epoch=steps_per_epoch, epochs=config["epochs"]
     )
-    optimizer = call(make_optimizer, "optim", config["optim"], schedule)
+    blocks = block_paths(model) if config["optim"].get("layer_decay") is not None else ()
+    optimizer = call(make_optimizer, "optim", config["optim"], schedule, blocks=blocks)
     prepare, loss = make_prepare(config, data), _make_loss(config)
     images = jax.ShapeDtypeStruct((batch_size, data.image_size, data.image_size, 3), jnp.uint8)
     _try_out(prepare, loss, images, len(data.classes))

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from maxmap.errors import UserError, call
 from maxmap.evaluate import check_config, count_parameters, model_kwargs, multiply_adds
-from maxmap.models import create_model
+from maxmap.models import block_paths, create_model
 from maxmap.optim import make_optimizer
 from maxmap.sharding import DATA, FSDP, by_shape, check_batch
 from maxmap.train.state import create
@@ -74,7 +74,8 @@ def plan(config: Mapping[str, Any], devices: int, hardware: str, utilisation: fl
     kwargs = model_kwargs(config, config["model"].get("num_classes") or 1000)
     model = call(create_model, "model", kwargs)
     dtype, size = jnp.dtype(config["dtype"]), config["data"]["image_size"]
-    optimizer = call(make_optimizer, "optim", config["optim"], 1e-3)
+    blocks = block_paths(model) if config["optim"].get("layer_decay") is not None else ()
+    optimizer = call(make_optimizer, "optim", config["optim"], 1e-3, blocks=blocks)
     images = jax.ShapeDtypeStruct((local, size, size, 3), dtype)
     one = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     averaged = config["ema_decay"] is not None

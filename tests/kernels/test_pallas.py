@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from maxmap import operations
-from maxmap.backbones.maxxvit import Attention
+from maxmap.backbones.maxxvit.attention import TransformerFields, WindowAttention
 from maxmap.kernels import pallas
 from maxmap.layers.blocks import SelfAttention, StripeAttention
-from maxmap.layers.primitives import Linear
 from maxmap.operations import attention, compiled_for
 
 
@@ -73,9 +72,7 @@ def test_window_attention_takes_logits_of_any_size(x64):
 
 LAYERS = {
     "window": (
-        Attention(
-            64, 64, (4, 4), Linear, 32, True, False, "bias_tf", 0, attn_drop=0.5, proj_drop=0, init_scheme="normal"
-        ),
+        WindowAttention(64, 64, (4, 4), TransformerFields(rel_pos_type="bias_tf", attn_drop=0.5), "normal"),
         [(2, 3, 16, 64)],
         {"train": False},
     ),
