@@ -21,7 +21,7 @@ Initializer = Callable[..., Array]
 
 
 def _gelu(x: Array) -> Array:
-    """x * Phi(x), by erf, for erfc (as in Flax) takes 3 times as long on a CPU."""
+    """x * Phi(x) by erf, because erfc, as in Flax, takes three times as long on a CPU."""
     return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
 
 
@@ -55,7 +55,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 # Initialisers, by the names of the PyTorch schemes that the reference networks use.
-trunc_normal_02 = nn.initializers.truncated_normal(stddev=0.02, lower=-100.0, upper=100.0)  # cut at +-2, 100 sigma
+trunc_normal_02 = nn.initializers.truncated_normal(
+    stddev=0.02, lower=-100.0, upper=100.0
+)  # truncated at -2 and 2, as in timm
 torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in))
 xavier_uniform = nn.initializers.xavier_uniform()
 
@@ -71,8 +73,8 @@ def torch_bias(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-# How a head is initialised: fields of its `Conv` and `Linear` layers by scheme. "he" leaves the convolutions' biases to
-# PyTorch's default, as the reference does.
+# Initialisers of a head's `Conv` and `Linear` layers, by scheme. With "he" the biases of convolutions follow PyTorch's
+# default, as in the reference.
 TRUNC_NORMAL: dict[str, Initializer] = {"kernel_init": trunc_normal_02, "bias_init": nn.initializers.zeros}
 CONV_INITS: dict[str, dict[str, Initializer]] = {
     "torch": {},
@@ -89,7 +91,7 @@ LINEAR_INITS: dict[str, dict[str, Initializer]] = {
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width of a size, which is those two or one number for both."""
+    """Returns height and width of a size that is one number for both, or the two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -105,6 +107,16 @@ def require_divisor(number: int, what: str, total: int, of: str, step: int = 1, 
     if near != number:
         multiples = f" by a multiple of {step}" if step > 1 else ""
         raise ValueError(f"{owner}{number} {what} do not divide {total} {of}{multiples}; the nearest that do is {near}")
+
+
+def require_image_size(images: Array, image_size: int | Sequence[int], what: str) -> None:
+    """Raises ValueError unless images `[B, H, W, C]` have the size that `what` is made for."""
+    height, width = pair(image_size)
+    if images.shape[1:3] != (height, width):
+        raise ValueError(
+            f"the images are {images.shape[1]} x {images.shape[2]} pixels, {what} for {height} x {width}; "
+            "set image_size"
+        )
 
 
 def require_one_of(value: str, what: str, allowed: Iterable[str]) -> None:
@@ -180,17 +192,17 @@ class Linear(nn.Module):
         return linear(x, kernel, bias)
 
 
-# Groups of a batch with statistics of their own, and whether those of the first alone are kept.
+# The number of groups of a batch that have their own statistics, and whether only those of the first group are kept.
 _batch_groups: contextvars.ContextVar[tuple[int, bool]] = contextvars.ContextVar("batch groups", default=(1, False))
 
 
 @contextlib.contextmanager
 def batch_norm_groups(groups: int, *, keep_first: bool = False) -> Iterator[None]:
-    """While a function is traced: every `BatchNorm` normalises each of `groups` equal parts of the batch by itself.
+    """Traces functions in which every `BatchNorm` normalises each of several equal parts of the batch by itself.
 
     Args:
-      groups: parts of consecutive samples; it has to divide the batch.
-      keep_first: the running statistics follow the first part, and not the mean over all.
+      groups: number of parts, each of consecutive samples; it has to divide the batch.
+      keep_first: the running statistics follow the first part, and not the mean over all parts.
     """
     token = _batch_groups.set((groups, keep_first))
     try:
@@ -202,15 +214,15 @@ def batch_norm_groups(groups: int, *, keep_first: bool = False) -> Iterator[None
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, as PyTorch keeps its statistics.
 
-    While training it normalises with the biased variance of the batch and stores the unbiased one; Flax's own
-    layer stores the biased one, which differs visibly where few values enter (Gram tokens, squeeze-excitation).
-    Under jit with a sharded batch the statistics are those of the global batch ("sync BN"), unless `batch_norm_groups`
-    says otherwise.
+    While training it normalises with the biased variance of the batch and stores the unbiased one. Flax's own layer
+    stores the biased variance, which differs much where few values enter (Gram tokens, squeeze-excitation). Under jit
+    with a sharded batch the statistics are those of the global batch ("sync BN"), unless `batch_norm_groups` says
+    otherwise.
 
     Attributes:
       epsilon: added to the variance.
       momentum: share of the old running statistics that is kept (PyTorch's 0.1 is 0.9 here).
-      scale_init: of the scale; zeros make a residual branch start as nothing.
+      scale_init: of the scale; with zeros, a residual branch adds nothing at first.
     """
 
     epsilon: float = 1e-5
@@ -323,7 +335,7 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(rate: float, depth: int, *, endpoint: bool = True) -> list[float]:
-    """Rates that rise linearly from 0 at the first of `depth` blocks to `rate` at the last, or one step short of it."""
+    """Rates of `depth` blocks, rising linearly from 0 to `rate`; without `endpoint` they end one step short of it."""
     return [rate * i / (max(depth - 1, 1) if endpoint else depth) for i in range(depth)]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
-from maxmap.heads.gramian import GramianHead, gather
+from maxmap.heads.gramian import GramianHead, concatenate_features
 from maxmap.layers import blocks
 from maxmap.models import create_model
 from tests.reference import read_golden
@@ -105,11 +105,11 @@ def test_golden(name, goldens, x64, plain_convolutions):
     assert all(np.array_equal(back[key], weights[key]) for key in back)
 
 
-def test_gather(x64):
+def test_features_are_concatenated_at_one_size(x64):
     """All maps but the stem's in order, averaged or enlarged to the last but one's size."""
     stem, large = numbers(0, 2, 8, 12, 1), numbers(1, 2, 8, 12, 2)
     tap, middle, small = numbers(2, 2, 4, 6, 3), numbers(3, 2, 4, 6, 4), numbers(4, 2, 2, 3, 5)
-    x = gather([jnp.asarray(feature) for feature in (stem, large, tap, middle, small)])
+    x = concatenate_features([jnp.asarray(feature) for feature in (stem, large, tap, middle, small)])
     halved = large.reshape(2, 4, 2, 6, 2, 2).mean((2, 4))
 
     def doubled(x):
