@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxmap.models import Classifier
-from maxmap.operations import plainly
+from maxmap.operations import plain_operations
 
 
 def count_parameters(params: Any) -> int:
@@ -28,7 +28,7 @@ def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
 
 def _trace(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
     """Returns the program of a function in its plain form, and the shapes of its results."""
-    with plainly():
+    with plain_operations():
         # Another function each time: JAX would return what it traced before, perhaps with other implementations.
         return jax.make_jaxpr(lambda *arguments: function(*arguments), return_shape=True)(*arguments)
 

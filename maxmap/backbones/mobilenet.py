@@ -6,13 +6,11 @@ with ReLU6, is another function.
 
 from collections.abc import Sequence
 
-import jax
 from flax import linen as nn
 
 from maxmap.backbones import Variant
 from maxmap.layers.primitives import BatchNorm, Block, Conv
-
-Array = jax.Array
+from maxmap.operations import Array
 
 
 class ConvUnit(Block):

@@ -7,7 +7,6 @@ convolutions, squeeze-excitation (Hu et al. 2018), GELU inside of the blocks, an
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -22,9 +21,7 @@ from maxmap.layers.primitives import (
     drop_path_rates,
     he_fan_out,
 )
-from maxmap.operations import max_pool
-
-Array = jax.Array
+from maxmap.operations import Array, max_pool
 
 EXPANSION = 4  # output channels of a block over its inner channels
 SQUEEZE = 16  # output channels of a block over those of its squeeze-excitation
@@ -36,7 +33,7 @@ class Bottleneck(Block):
     Attributes:
       channels: output channels.
       stride: of the 3x3 convolution and of the residual path.
-      squeeze: MAP's form, with GELU inside and squeeze-excitation.
+      squeeze: MAP's form, with GELU between the convolutions and squeeze-excitation after them.
       drop_path: rate of dropping the branch.
     """
 
@@ -87,9 +84,9 @@ class ResNet(nn.Module):
       image_size: height and width, or one number for both; any other size works too.
       embed_dim: channels of the stages.
       depths: blocks of the stages.
-      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate; in MAP's form block i of N has
-        i / N of it, so that the last has a little less, as published.
-      squeeze: MAP's form, with a stem of three 3x3 convolutions, squeeze-excitation and GELU.
+      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate. In MAP's form it ends one step
+        short of this rate, as published.
+      squeeze: MAP's form, with a stem of three 3x3 convolutions, squeeze-excitation, and GELU inside of the blocks.
     """
 
     image_size: int | tuple[int, int] = 224

@@ -3,10 +3,9 @@
 import functools
 from collections.abc import Mapping
 
-import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.layers.blocks import Mlp
+from maxmap.layers.blocks import Mlp, SqueezeExcite
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     BatchNorm,
@@ -15,10 +14,11 @@ from maxmap.layers.primitives import (
     DropPath,
     Initializer,
     LayerNorm,
+    LayerScale,
     average_pool,
     he_fan_out,
 )
-from maxmap.operations import Array, broadcast, max_pool
+from maxmap.operations import Array, max_pool
 
 POOLS = ("avg2", "avg3", "max")
 
@@ -109,42 +109,6 @@ class Shortcut(nn.Module):
         return x
 
 
-class SqueezeExcite(nn.Module):
-    """Channel gates from the mean of the map (Hu et al. 2018).
-
-    Attributes:
-      width: channels of the hidden layer.
-      activation: of the hidden layer.
-      init_scheme: see `conv_inits`.
-    """
-
-    width: int
-    activation: str
-    init_scheme: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        inits = conv_inits(self.init_scheme)
-        gate = jnp.mean(x, axis=(1, 2), keepdims=True)
-        gate = ACTIVATIONS[self.activation](Conv(self.width, name="fc1", **inits)(gate))
-        return x * nn.sigmoid(Conv(x.shape[-1], name="fc2", **inits)(gate))
-
-
-class LayerScale(nn.Module):
-    """One learned factor per channel (Touvron et al. 2021).
-
-    Attributes:
-      initial: value of all factors before training.
-    """
-
-    initial: float
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
-        return x * broadcast(gamma.astype(x.dtype), x.shape)
-
-
 class MBConv(Block):
     """Inverted bottleneck with squeeze-excitation and a batch norm in front: MaxViT's and CoAtNet's convolution block.
 
@@ -191,7 +155,7 @@ class MBConv(Block):
         inits = conv_inits(self.init_scheme)
         width = _round_to_eight(4 * (self.channels if self.expand_output else x.shape[-1]))
         se_width = int(self.se_ratio * (self.channels if self.expand_output else width))
-        squeeze_excite = functools.partial(SqueezeExcite, se_width, self.se_activation, self.init_scheme)
+        squeeze_excite = functools.partial(SqueezeExcite, se_width, self.se_activation, inits)
         shortcut = Shortcut(
             self.channels, self.stride, self.pool_type, self.output_bias, inits, self.always_expand, name="shortcut"
         )(x)
