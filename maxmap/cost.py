@@ -18,10 +18,10 @@ def count_parameters(params: Any) -> int:
 
 
 def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
-    """Returns the multiply-adds of all matrix products and convolutions in a function; traces, and computes nothing.
+    """Returns the multiply-adds of all matrix products and convolutions in a function, which it only traces.
 
-    This is what papers call FLOPs and timm GMACs. Activations, norms, additions and pooling do not count, and neither
-    does how this platform computes a convolution.
+    Papers call this number FLOPs, timm calls it GMACs. Activations, norms, additions and pooling do not count. The
+    number does not depend on the platform.
     """
     return _multiply_adds(_trace(function, *arguments)[0])
 
@@ -29,7 +29,7 @@ def multiply_adds(function: Callable[..., Any], *arguments: Any) -> int:
 def _trace(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
     """Returns the program of a function in its plain form, and the shapes of its results."""
     with plain_operations():
-        # Another function each time: JAX would return what it traced before, perhaps with other implementations.
+        # A new function each time: JAX would return an earlier trace of the same function, perhaps of another form.
         return jax.make_jaxpr(lambda *arguments: function(*arguments), return_shape=True)(*arguments)
 
 
@@ -51,7 +51,7 @@ def _multiply_adds(jaxpr: Any) -> int:
 
 
 def cost(model: Classifier) -> tuple[int, int]:
-    """Returns a model's parameters and the multiply-adds of one image of its own size; traces, and computes nothing."""
+    """Returns a model's number of parameters, and its multiply-adds for one image of its own size; only traces."""
     size = model.backbone.image_size
     height, width = (size, size) if isinstance(size, int) else size
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)

@@ -36,14 +36,21 @@ def make_eval_step(
     dtype: jnp.dtype,
     among: Sequence[int] | None = None,
 ) -> EvalStep:
-    """Builds a jitted function of variables and a batch that returns sums over the images that count, and predictions.
+    """Builds the evaluation step: a jitted function of variables and a batch.
 
-    The batch has 'image' uint8 `[B, H, W, 3]`, 'label' int32 `[B]` and 'mask' bool `[B]`. The sums are 'images',
-    'top1', 'top5' and 'loss' (cross-entropy of the averaged logits), and 'branch_top1' `[G]`. 'predictions' has the
-    labels with the largest averaged logits, 'best' `[B, 5]`, the 'rank' `[B]` of the right one, and for each branch
-    its label, 'branch' `[G, B]`, and the rank of the right one, 'branch_rank' `[G, B]`.
+    The batch has 'image' uint8 `[B, H, W, 3]`, 'label' int32 `[B]` and 'mask' bool `[B]`, False for padding.
 
-    `among`: the only labels that are candidates; None for all.
+    The step returns sums over the images: 'images', 'top1', 'top5', 'loss' (cross-entropy of the averaged logits) and
+    'branch_top1' `[G]`. It also returns 'predictions': 'best' `[B, 5]`, the labels with the largest averaged logits;
+    'rank' `[B]`, the rank of the right label; 'branch' `[G, B]`, each branch's label; and 'branch_rank' `[G, B]`, the
+    rank of the right label in each branch.
+
+    Args:
+      model: Maps images to outputs with 'logits' `[G, B, K]`.
+      preprocessing: Holds 'mean' and 'std'.
+      mesh: Of the variables and the batch.
+      dtype: That the model computes in.
+      among: The only labels that are candidates; None for all.
     """
 
     def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Any]:
@@ -73,14 +80,21 @@ def make_eval_step(
             },
         }
 
-    # The variables lie where they are: split by shape while training, on every device otherwise.
+    # None keeps the variables' own sharding: training splits them, other callers have them on every device.
     return jax.jit(step, in_shardings=(None, split_batch(mesh)), out_shardings=replicated(mesh))
 
 
 def rank_of(labels: Array, logits: Array) -> Array:
-    """Returns the rank of the right class, 1 for the best, `[B]` of `[B]` and `[B, K]`.
+    """Returns the rank of the right class among the logits, 1 for the best.
 
-    Ties and NaN count against it, so that equal logits and a network that has diverged are no success.
+    Ties and NaN count against the right class, so that constant logits and a diverged network get no credit.
+
+    Args:
+      labels: int `[B]`.
+      logits: `[B, K]`.
+
+    Returns:
+      int `[B]`.
     """
     target = jnp.take_along_axis(logits, labels[:, None], axis=1)
     return jnp.sum(~(logits < target), axis=1)
@@ -97,16 +111,16 @@ def evaluate(
     """Evaluates variables on the whole evaluation split.
 
     Args:
-      eval_step: of `make_eval_step`.
-      variables: on the mesh.
-      data: with an evaluation split.
-      batch_size: over all devices; rounded up to a multiple of them.
-      mesh: of the eval step.
-      rows: takes a row for each image, see `maxmap.predictions.make_rows`.
+      eval_step: See `make_eval_step`.
+      variables: Of the model, on the mesh.
+      data: With an evaluation split.
+      batch_size: Images at a time over all devices; rounded up to a multiple of their number.
+      mesh: Of the evaluation step.
+      rows: List to which a row is added for each image; see `maxmap.predictions.make_rows`.
 
     Returns:
-      'top1', 'top5' (percent), 'branch_top1' (percent of each branch), 'loss' (mean), 'images', and 'skipped' (names of
-      files that could not be decoded, which do not count).
+      'top1' and 'top5' (percent), 'branch_top1' (percent, for each branch), 'loss' (mean), 'images' (how many count)
+      and 'skipped' (names of files that cannot be decoded, which do not count).
     """
     if data.val is None:
         raise UserError("there is no evaluation data: set --config.data.val_split.")
@@ -140,7 +154,7 @@ def evaluate(
 
 
 def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to a result what it belongs to: the content of `eval.json`."""
+    """Returns the content of `eval.json`: a result with the model, weights and preprocessing that it belongs to."""
     about = {key: value for key, value in info["preprocessing"].items() if key not in ("mean", "std")}
     return {
         "model": info["model"]["name"],
@@ -153,7 +167,7 @@ def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> d
 
 
 def write(result: Mapping[str, Any], workdir: str | Path, name: str = "eval.json") -> None:
-    """Writes `eval.json` into a folder."""
+    """Writes a result into a folder, on the first process alone."""
     if jax.process_index() == 0:
         storage.write_text(storage.resolve(workdir) / name, json.dumps(result, indent=2) + "\n")
 
@@ -210,8 +224,8 @@ def check_image_size(model: nn.Module, variables: Any, size: int) -> None:
 
 def check_same_model(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str | Path) -> None:
     """Raises UserError, naming the differences, unless a checkpoint's model is the one that the config describes."""
-    if found_differences := differences(wanted, found):
+    if changed := differences(wanted, found):
         raise UserError(
-            f"the checkpoint in {where} holds another model ({'; '.join(found_differences)}): give another folder, or "
-            "the config that it was made with."
+            f"the checkpoint in {where} holds another model ({'; '.join(changed)}): give another folder, or the config "
+            "that it was made with."
         )

@@ -1,16 +1,29 @@
-"""Losses over the branches of a pooling head: softmax or binary cross-entropy, self-distillation, decorrelation.
+"""The training loss of a model with G branches (MAP, WACV 2025; Gramian attention, ICCV 2023).
 
-Everything runs in float32 whatever the model computes in; float64 stays float64.
+With logits y_g and, where the head distils itself, y'_g::
+
+    loss =                sum_g  base(y_g, targets)
+         + distillation * sum_g  KL(stop_gradient(softmax(y_g)) || softmax(y'_g))        if the head gives y'
+         + decorrelation * sum_g KL(stop_gradient(softmax(mean_g y)) || softmax(y_g))    if G > 1
+
+The mean over g is a mean of logits. A negative `decorrelation` (-0.8 in the recipes) drives the branches apart.
+
+Both published trainers divide each KL by B * K and not by B alone (`term_reduction="batch_class_mean"`). Binary
+cross-entropy is a mean over B * K too, so its three terms have comparable sizes. Softmax cross-entropy is a mean over B
+only, so both KL terms are K times weaker beside it: at K = 1000 they hardly count. `term_reduction="batch_mean"`
+divides by B: the KL of the textbooks, K times larger. A weight tuned for one reduction is K times wrong for the other.
+
+All losses are computed in float32 or wider, whatever the model computes in.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from maxmap.errors import UserError
-
-Array = jax.Array
+from maxmap.operations import Array, upcast
 
 
 def softmax_cross_entropy(logits: Array, targets: Array) -> Array:
@@ -23,7 +36,7 @@ def softmax_cross_entropy(logits: Array, targets: Array) -> Array:
     Returns:
       A scalar in nats.
     """
-    logits = _at_least_float32(logits)
+    logits = upcast(logits)
     return -jnp.mean(jnp.sum(targets.astype(logits.dtype) * jax.nn.log_softmax(logits), axis=-1))
 
 
@@ -40,7 +53,7 @@ def binary_cross_entropy(logits: Array, targets: Array, *, target_threshold: flo
     Returns:
       A scalar in nats; the mean over K makes it about K times smaller than the sum over classes.
     """
-    logits = _at_least_float32(logits)
+    logits = upcast(logits)
     targets = targets.astype(logits.dtype)
     if target_threshold is not None:
         targets = (targets > target_threshold).astype(logits.dtype)
@@ -56,43 +69,29 @@ def total_loss(
     outputs: Mapping[str, Array],
     targets: Array,
     *,
-    name: str = "softmax",
+    name: Literal["softmax", "bce"] = "softmax",
     decorrelation: float = 0.0,
     distillation: float = 1.0,
     target_threshold: float | None = None,
-    term_reduction: str = "batch_class_mean",
+    term_reduction: Literal["batch_class_mean", "batch_mean"] = "batch_class_mean",
 ) -> tuple[Array, dict[str, Array]]:
-    """The training loss of a model with G branches (MAP, WACV 2025; Gramian attention, ICCV 2023).
-
-    With logits y_g and, where the head distils itself, y'_g::
-
-        loss =                sum_g  base(y_g, targets)
-             + distillation * sum_g  KL(stop_gradient(softmax(y_g)) || softmax(y'_g))        if the head gives y'
-             + decorrelation * sum_g KL(stop_gradient(softmax(mean_g y)) || softmax(y_g))    if G > 1
-
-    The mean over g is one of logits. A negative `decorrelation` (the recipes' is -0.8) drives the branches apart.
-
-    Both published trainers divide each KL by B * K, not by B alone (`term_reduction="batch_class_mean"`). Binary
-    cross-entropy is a mean over B * K too, so there the three terms are commensurate; softmax cross-entropy is a mean
-    over B only, so beside it both KL terms are K times weaker and at K = 1000 all but vanish.
-    `term_reduction="batch_mean"` divides by B: the KL of the textbooks, K times larger. A weight tuned for the one
-    is K times off for the other.
+    """Computes the training loss; the formula stands at the top of this file.
 
     Args:
-      outputs: 'logits' [G, B, K] and, while training with self-distillation, 'distill' [G, B, K].
-      targets: [B, K] dense. Label smoothing is in them already.
-      name: 'softmax' or 'bce', the base loss.
-      decorrelation: weight of the decorrelation term; without effect on a single branch.
-      distillation: weight of the self-distillation term; without effect on a head that gives no 'distill'.
-      target_threshold: for 'bce' only, see `binary_cross_entropy`.
-      term_reduction: 'batch_class_mean' or 'batch_mean', how the two KL terms are averaged.
+      outputs: 'logits' `[G, B, K]` and, while training with self-distillation, 'distill' `[G, B, K]`.
+      targets: `[B, K]` dense, label smoothing included.
+      name: The base loss, softmax cross-entropy or binary cross-entropy.
+      decorrelation: Weight of the decorrelation term; without effect on a single branch.
+      distillation: Weight of the self-distillation term; without effect on a head that gives no 'distill'.
+      target_threshold: Makes targets above it 1 and all others 0, for 'bce' only; None for off.
+      term_reduction: How the two KL terms are averaged.
 
     Returns:
       The loss and its parts, all scalars: 'loss' = 'base' + 'distillation' + 'decorrelation', weights included.
 
     Raises:
-      UserError: for an unknown name or reduction, or a threshold that the base loss does not take.
-      ValueError: if the shapes of logits and targets do not fit.
+      UserError: A name is unknown, or the base loss takes no threshold.
+      ValueError: The shapes of logits and targets do not fit.
     """
     if name not in LOSSES:
         raise UserError(f"loss.name is {name!r}: give one of {', '.join(LOSSES)}.")
@@ -101,7 +100,7 @@ def total_loss(
     if target_threshold is not None and name != "bce":
         raise UserError(f"loss.target_threshold belongs to name='bce': leave it out with name={name!r}.")
 
-    logits = _at_least_float32(outputs["logits"])  # [G, B, K]
+    logits = upcast(outputs["logits"])  # [G, B, K]
     if logits.ndim != 3 or logits.shape[1:] != targets.shape:
         raise ValueError(f"logits must be [G, B, K] and targets [B, K], not {logits.shape} and {targets.shape}")
 
@@ -113,7 +112,7 @@ def total_loss(
     zero = jnp.zeros((), logits.dtype)
     parts = {"base": jnp.sum(jax.vmap(base)(logits)), "distillation": zero, "decorrelation": zero}
     if "distill" in outputs and distillation:
-        students = _at_least_float32(outputs["distill"])
+        students = upcast(outputs["distill"])
         parts["distillation"] = distillation * _divergence(logits, students, term_reduction)
     if logits.shape[0] > 1 and decorrelation:
         consensus = jnp.mean(logits, axis=0, keepdims=True)  # [1, B, K]
@@ -129,7 +128,3 @@ def _divergence(teachers: Array, students: Array, reduction: str) -> Array:
     divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)  # [G, B]
     total = jnp.sum(jnp.mean(divergence, axis=-1))
     return total / students.shape[-1] if reduction == "batch_class_mean" else total
-
-
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

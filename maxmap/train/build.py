@@ -91,7 +91,6 @@ def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
     Raises:
       UserError: Batch, mesh, model and images do not fit each other.
     """
-    description = recipe.describe_model(len(data.classes))
     model = recipe.model(num_classes=len(data.classes))
     check_batch(recipe.batch_size // recipe.accumulate, mesh, "config.batch_size / config.accumulate =")
     steps_per_epoch = data.steps_per_epoch(recipe.batch_size)
@@ -105,10 +104,9 @@ def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
         one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
         return create(model, optimizer, key, one, ema=recipe.ema_decay is not None)
 
-    try:
-        like = abstract(jax.eval_shape(create_state, jax.random.key(0)), mesh)
-    except (ValueError, TypeError, FlaxError) as error:
-        raise UserError(f"{description['name']} with images of {data.image_size} pixels: {error}.") from None
+    like = _abstract_state(
+        create_state, mesh, f"{recipe.model.keywords['name']} with images of {data.image_size} pixels"
+    )
     if data.preprocessing["image_size"] != data.image_size:
         check_image_size(model, like.variables(), data.preprocessing["image_size"])
 
@@ -144,14 +142,27 @@ def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
         ),
         diagnose=jax.jit(make_diagnosis(model, recipe.loss, prepare, mesh=mesh, dtype=dtype)),
         eval_step=make_eval_step(model, data.preprocessing, mesh, dtype),
-        info={
-            "model": description,
-            "classes": list(data.classes),
-            "preprocessing": data.preprocessing,
-            "devices": mesh.size,
-            "config": json.loads(json.dumps(recipe.values)),
-        },
+        info=_info(recipe, mesh, data),
     )
+
+
+def _info(recipe: Recipe, mesh: Mesh, data: Data) -> dict[str, Any]:
+    """Returns what a checkpoint says of itself, as JSON holds it."""
+    return {
+        "model": recipe.describe_model(len(data.classes)),
+        "classes": list(data.classes),
+        "preprocessing": data.preprocessing,
+        "devices": mesh.size,
+        "config": json.loads(json.dumps(recipe.values)),
+    }
+
+
+def _abstract_state(create_state: Callable[[Array], TrainState], mesh: Mesh, what: str) -> TrainState:
+    """Returns the shapes and shardings of a fresh state; UserError says that the model does not take the images."""
+    try:
+        return abstract(jax.eval_shape(create_state, jax.random.key(0)), mesh)
+    except (ValueError, TypeError, FlaxError) as error:
+        raise UserError(f"{what}: {error}.") from None
 
 
 def make_optimizer(

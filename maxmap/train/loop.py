@@ -86,15 +86,15 @@ def _make_folder(workdir: str | Path) -> None:
 
 
 class Loop:
-    """The steps of a run, with what happens between them.
+    """The steps of a run, with the evaluations and checkpoints between them.
 
     Args:
-      parts: of the run.
-      workdir: of the run.
-      report: where it is told.
-      check_ownership: called before anything is written; see `maxmap.train.resume.only_run`.
-      state: to go on from.
-      step: that it stands at.
+      parts: Of the run.
+      workdir: Of the run.
+      report: Prints and logs.
+      check_ownership: Function to call before anything is written; see `maxmap.train.resume.only_run`.
+      state: State to start from.
+      step: Number of steps that this state has taken.
     """
 
     def __init__(
@@ -112,14 +112,17 @@ class Loop:
         hang = storage.resolve(workdir) / f"hang{jax.process_index() or ''}.txt"
         self._dog = Watchdog(hang, 60 * parts.recipe.log.hang_minutes)
         self._key = parts.keys()[1]
-        self._last: tuple[Mapping[str, Any], Mapping[str, Array]] | None = None  # batch and metrics, not yet looked at
+        self._last: tuple[Mapping[str, Any], Mapping[str, Array]] | None = (
+            None  # batch and metrics of a step, to be checked
+        )
         self._result: dict[str, Any] = {}
         self._undecoded = 0
-        # On a CPU a step takes memory of its own as it is sent, and what is done meanwhile needs the same cores.
+        # An accelerator computes a step while the host checks the one before. On a CPU both would share the cores, and
+        # a second step in flight would need its memory a second time.
         self._ahead = jax.default_backend() != "cpu"
 
     def train(self) -> dict[str, Any]:
-        """Takes all steps that are left; returns the last evaluation."""
+        """Takes the remaining steps, and returns the last evaluation."""
         parts, report = self._parts, self._report
         total, batch_size = parts.total_steps, parts.recipe.batch_size
         with contextlib.ExitStack() as stack:
@@ -164,14 +167,14 @@ class Loop:
         return result
 
     def _between(self, checkpoints: Checkpoints, stop: bool) -> None:
-        """Evaluates and saves, where it is time for that."""
+        """Evaluates and saves if an evaluation or a checkpoint is due."""
         step, recipe, epoch = self._step, self._parts.recipe, self._parts.steps_per_epoch
         moved, end = step > self._first, step == self._parts.total_steps
         evaluating = moved and (step % (recipe.evaluate.every_epochs * epoch) == 0 or end)
         saving = stop or (moved and (step % (recipe.checkpoint.every or epoch) == 0 or end))
         if not evaluating and not saving:
             return
-        self._settle()  # what a checkpoint follows has to be in the log: a resumed run does not take the step again
+        self._check_last_step()  # a resumed run does not repeat this step, so its line must be in the log by now
         began = time.perf_counter()
         self._check_ownership()
         if evaluating:
@@ -185,7 +188,7 @@ class Loop:
         self._report.left_out(time.perf_counter() - began)
 
     def _advance(self, batches: Iterator[dict[str, Any]]) -> None:
-        """Sends a step on its way; an accelerator computes it while the numbers of the one before are looked at."""
+        """Starts the next step, and checks the metrics of the step before it while the accelerator computes."""
         began = time.perf_counter()
         self._dog.enter(f"step {self._step + 1} waits for its data")
         batch = next(batches)
@@ -194,18 +197,18 @@ class Loop:
             self._undecoded += 1
             name = self._train_name(int(index))
             self._report.warn(f"skipped ({self._undecoded} so far), cannot be decoded: {name}")
-        self._dog.enter(f"step {self._step + 1} computes")  # or compiles, or is only sent
+        self._dog.enter(f"step {self._step + 1} computes")  # or compiles
         on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
         self._state, metrics = self._parts.train_step(self._state, on_devices, self._key)
         self._report.advanced()
-        self._settle()
+        self._check_last_step()
         self._step, self._last = self._step + 1, (batch, metrics)
         if self._watch.skips or not self._ahead:
-            self._settle()  # at once; after a skip, because the state still is what that step saw
+            self._check_last_step()  # at once after a skip: the state is still the one that the step got
         freed_memory.trim_if_grown()
 
-    def _settle(self) -> None:
-        """Looks at the numbers of the newest step that was not looked at yet, if there is one."""
+    def _check_last_step(self) -> None:
+        """Checks and logs the metrics of the newest step, unless that is done already."""
         if self._last is None:
             return
         parts, step = self._parts, self._step

@@ -1,9 +1,8 @@
-"""Does a recipe fit, and what does it cost? Counted from shapes, before any machine is rented.
+"""Whether a recipe fits on some hardware and what it costs there, counted from shapes before a machine is rented.
 
-State and traffic are exact counts of what the step does (maxmap.sharding). Activations are what the forward pass keeps
-for the backward pass before XLA fuses anything, so an upper bound: by a factor of 1.1 to 1.9 in float32, as XLA
-compiles for a CPU (`python -m benchmarks.memory`, docs/performance.md). Times come from the stated figures of the
-hardware, and are as good as these.
+State and traffic are exact counts of what the step does (maxmap.sharding). The activations are an upper bound: all that
+the forward pass keeps for the backward pass, before XLA fuses operations. XLA for CPUs needs 1.1 to 1.9 times less in
+float32 (`python -m benchmarks.memory`, docs/performance.md). Times follow from the figures that the makers state.
 """
 
 import math
@@ -17,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from maxmap.cost import count_parameters, multiply_adds
 from maxmap.errors import UserError
+from maxmap.models import Classifier
 from maxmap.recipe import Recipe
 from maxmap.sharding import DATA, FSDP, check_batch, state_sharding
 from maxmap.train.build import make_optimizer
@@ -55,29 +55,63 @@ def plan(recipe: Recipe, devices: int, hardware: str, utilisation: float) -> dic
 
     Args:
       recipe: As for training; 1,000 classes where it does not set `model.num_classes`.
-      devices: of the job.
-      hardware: a key of HARDWARE.
-      utilisation: share of the peak that the model's arithmetic reaches, 0 to 1; it has to be measured.
+      devices: Of the job.
+      hardware: A key of `HARDWARE`.
+      utilisation: Share of the peak that the model's arithmetic reaches, 0 to 1; a guess until it is measured.
 
     Returns:
-      Bytes per device by what they are for ('memory'), bytes that a device sends per step by what for ('sent'),
-      'flops' of a step on a device, 'compute_seconds', 'network_seconds', 'efficiency' (where nothing overlaps), 'fits'
-      and 'largest_batch', images at a time on a device.
+      'memory' (bytes per device, by purpose), 'sent' (bytes that a device sends per step, by purpose), 'flops' (of a
+      step on a device), 'compute_seconds', 'network_seconds', 'efficiency' (if nothing overlaps), 'fits' and
+      'largest_batch' (images at a time on a device).
     """
-    machine = HARDWARE[hardware]
+    machine, accumulate = HARDWARE[hardware], recipe.accumulate
     mesh = _mesh(devices, **recipe.mesh.keywords)
-    data, fsdp = mesh.shape[DATA], mesh.shape[FSDP]
-    accumulate = recipe.accumulate
     check_batch(recipe.batch_size // accumulate, mesh, "config.batch_size / config.accumulate =")
     local = recipe.batch_size // accumulate // devices
     model = recipe.model(num_classes=recipe.model.keywords.get("num_classes", 1000))
     dtype, size = jnp.dtype(recipe.dtype), recipe.data.keywords["image_size"]
     optimizer = make_optimizer(recipe, model, 1e-3)
-    images = jax.ShapeDtypeStruct((local, size, size, 3), dtype)
     one = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     averaged = recipe.ema_decay is not None
     state = jax.eval_shape(lambda: create(model, optimizer, jax.random.key(0), one, ema=averaged))
     params = jax.eval_shape(lambda params: cast(params, dtype), state.params)
+
+    kept, operations = _trace_step(model, params, state.model_state, (local, size, size, 3), dtype)
+    # The backward pass takes twice the forward pass, and with remat the blocks once more.
+    flops = 2 * accumulate * operations * (4 if recipe.model.keywords.get("remat") else 3)
+    memory = {
+        "parameters": _held(state.params, mesh),
+        "optimizer": _held(state.opt_state, mesh),
+        "averages": _held(state.ema, mesh),
+        "batch statistics": _held(state.model_state, mesh),
+        f"parameters in {dtype.name}, gathered": _bytes(params),
+        "gradients": _bytes(params) + _held(state.params, mesh),
+        "activations, at most": kept - _bytes(params),
+        "images": local * size * size * 3 * (1 + dtype.itemsize),
+    }
+    growing = memory["activations, at most"] + memory["images"]
+    sent = _traffic(params, mesh, accumulate)
+    compute = flops / (machine.flops * utilisation)
+    network = sum(sent.values()) / machine.bandwidth
+    return {
+        "parameters": count_parameters(state.params),
+        "mesh": dict(mesh.shape),
+        "images_per_device": local * accumulate,
+        "memory": memory,
+        "sent": sent,
+        "flops": flops,
+        "compute_seconds": compute,
+        "network_seconds": network,
+        "efficiency": compute / (compute + network),
+        "fits": sum(memory.values()) <= machine.memory,
+        "largest_batch": largest_batch(machine.memory, sum(memory.values()) - growing, growing / local),
+    }
+
+
+def _trace_step(
+    model: Classifier, params: Any, others: Any, images: tuple[int, ...], dtype: jnp.dtype
+) -> tuple[int, int]:
+    """Returns the bytes that the forward pass keeps for the backward pass, parameters included, and multiply-adds."""
 
     def forward(params: Any, others: Any, images: Any) -> Any:
         return model.apply(
@@ -91,46 +125,24 @@ def plan(recipe: Recipe, devices: int, hardware: str, utilisation: float) -> dic
     def backward(params: Any, others: Any, images: Any) -> Any:
         return jax.vjp(lambda params: forward(params, others, images), params)[1]
 
-    kept = jax.eval_shape(backward, params, state.model_state, images)
-    flops = 2 * accumulate * multiply_adds(forward, params, state.model_state, images)
-    flops *= 4 if recipe.model.keywords.get("remat") else 3  # backward: twice the forward pass, and blocks once more
+    batch = jax.ShapeDtypeStruct(images, dtype)
+    return _bytes(jax.eval_shape(backward, params, others, batch)), multiply_adds(forward, params, others, batch)
 
+
+def _traffic(params: Any, mesh: AbstractMesh, accumulate: int) -> dict[str, float]:
+    """Returns the bytes that a device sends in a step, by purpose; `params` are in the type that is sent."""
+    data, fsdp = mesh.shape[DATA], mesh.shape[FSDP]
     split = [leaf for leaf in jax.tree.leaves(params) if not state_sharding(leaf.shape, mesh).is_fully_replicated]
     whole = _bytes(params)
-    part = whole - _bytes(split) * (1 - 1 / fsdp)  # of the gradients, what a device keeps
-    memory = {
-        "parameters": _held(state.params, mesh),
-        "optimizer": _held(state.opt_state, mesh),
-        "averages": _held(state.ema, mesh),
-        "batch statistics": _held(state.model_state, mesh),
-        f"parameters in {dtype.name}, gathered": whole,
-        "gradients": whole + _held(state.params, mesh),
-        "activations, at most": _bytes(kept) - whole,
-        "images": local * size * size * 3 * (1 + dtype.itemsize),
-    }
-    growing = memory["activations, at most"] + memory["images"]
+    kept = whole - _bytes(split) * (1 - 1 / fsdp)  # the gradients that a device keeps
     sent = {
         "parameters gathered": _bytes(split) * (fsdp - 1) / fsdp,
         "gradients summed over fsdp": accumulate * (_bytes(split) * (fsdp - 1) / fsdp),
-        "gradients summed over data": accumulate * 2 * part * (data - 1) / data,
+        "gradients summed over data": accumulate * 2 * kept * (data - 1) / data,
     }
-    if fsdp > 1:  # what is too small to be split is summed over fsdp too
+    if fsdp > 1:  # arrays that are too small to be split are summed over fsdp too
         sent["gradients summed over fsdp"] += accumulate * 2 * (whole - _bytes(split)) * (fsdp - 1) / fsdp
-    compute = flops / (machine.flops * utilisation)
-    network = sum(sent.values()) / machine.bandwidth
-    return {
-        "parameters": count_parameters(state.params),
-        "mesh": {"data": data, "fsdp": fsdp},
-        "images_per_device": local * accumulate,
-        "memory": memory,
-        "sent": sent,
-        "flops": flops,
-        "compute_seconds": compute,
-        "network_seconds": network,
-        "efficiency": compute / (compute + network),
-        "fits": sum(memory.values()) <= machine.memory,
-        "largest_batch": largest_batch(machine.memory, sum(memory.values()) - growing, growing / local),
-    }
+    return sent
 
 
 def largest_batch(memory: float, fixed: float, per_image: float) -> int:

@@ -19,7 +19,7 @@ Metrics = dict[str, Array]
 Prepare = Callable[[Array, Array, Array], tuple[Array, Array]]
 Loss = Callable[[Mapping[str, Array], Array], tuple[Array, Metrics]]
 
-BATCH_NORMS = ("sync", "averaged", "per_device")
+Gradients = Callable[[Any, Any, Array, Array, Array], tuple[Any, Any, Metrics]]
 
 
 def cast(tree: Any, dtype: jnp.dtype) -> Any:
@@ -39,30 +39,68 @@ def make_train_step(
     accumulate: int = 1,
     batch_norm: str = "sync",
 ) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
-    """Builds the step.
+    """Builds the training step.
 
     Args:
       model: Flax module that maps images to outputs.
-      optimizer: optax transformation.
-      loss: maps outputs and targets to a scalar and its parts.
-      prepare: maps key, uint8 images `[B, H, W, C]` and labels `[B]` to float images and targets `[B, K]`.
-      mesh: of the state and the batch, None for one device. Parameters are gathered once a step, in `dtype`; gradients
-        are summed over the devices, each of which keeps its part, and only that part is updated.
-      dtype: that the model computes in; parameters, statistics and losses stay in float32.
-      ema_decay: share of the old average that is kept, constant; None for no averaging.
-      accumulate: micro-batches of a step, one after another, each prepared (and mixed) on its own; gradients and
-        metrics are their means, and batch norms see each one.
-      batch_norm: whose samples a batch norm looks at while training. "sync": those of the (micro-)batch on all devices.
-        "averaged": each device those on it, as PyTorch does; the running statistics are their mean over the devices,
-        which is what torch's separate ones come to when they are averaged at the end of an epoch (`--dist-bn reduce`),
-        since averaging over devices and over time commute. "per_device": the same, and the running statistics are those
-        of the first device alone (`--dist-bn ''` and DDP, which broadcasts the first one's buffers).
+      optimizer: Optax transformation.
+      loss: Maps outputs and targets to a scalar and its parts.
+      prepare: Maps key, uint8 images `[B, H, W, C]` and labels `[B]` to float images and targets `[B, K]`.
+      mesh: Of the state and the batch; None for one device. A step gathers the parameters once, in `dtype`. It sums the
+        gradients over the devices; each device keeps and updates its own part.
+      dtype: Type that the model computes in; parameters, statistics and losses stay in float32.
+      ema_decay: Share of the old average that a step keeps; None for no average.
+      accumulate: Micro-batches of a step. Each is prepared on its own, and batch norms see one at a time; gradients and
+        metrics are means over them.
+      batch_norm: Whose samples a batch norm sees; see `_make_gradients`.
 
     Returns:
       A function of state, batch and key that returns the next state and metrics: 'loss', its parts, 'grad_norm' and
-      'skipped', which is 1 where loss or gradients are not finite: then nothing of the state moves but its step.
+      'skipped'. 'skipped' is 1 where loss or gradients are not finite; the step then changes only the step number.
     """
+    gradients = _make_gradients(model, loss, prepare, mesh=mesh, dtype=dtype, batch_norm=batch_norm)
 
+    def step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        full = gather(cast(state.params, dtype), mesh)
+        if accumulate == 1:
+            grads, model_state, metrics = gradients(full, state.model_state, batch["image"], batch["label"], key)
+        else:
+            grads, model_state, metrics = _accumulate(gradients, accumulate, full, state, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = _average(ema, {"params": params, **model_state}, ema_decay)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics.pop("objective")) & jnp.isfinite(norm)
+        new = TrainState(state.step + 1, params, model_state, opt_state, ema)
+        # A skipped step counts too, because the order of the samples is a function of the step number alone.
+        old = dataclasses.replace(state, step=new.step)
+        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        return state, {**metrics, "grad_norm": norm, "skipped": (~finite).astype(jnp.int32)}
+
+    return step
+
+
+def _make_gradients(
+    model: nn.Module, loss: Loss, prepare: Prepare, *, mesh: Mesh | None, dtype: jnp.dtype, batch_norm: str
+) -> Gradients:
+    """Builds the function that computes the gradients of one micro-batch.
+
+    `batch_norm` says whose samples a batch norm sees:
+
+    - "sync": those of the micro-batch on all devices.
+    - "averaged": each device its own, as in PyTorch. The running statistics are the mean over the devices. This equals
+      PyTorch's separate statistics after their average at the end of an epoch (`--dist-bn reduce`), because averages
+      over devices and over time commute.
+    - "per_device": each device its own, and the running statistics are those of the first device (`--dist-bn ''`, and
+      DDP, which broadcasts the first device's buffers).
+
+    Returns:
+      A function of parameters, the model's other collections, images, labels and key that returns gradients, updated
+      collections and metrics; 'objective' among these is the value that was differentiated.
+    """
     devices = 1 if mesh is None else mesh.devices.size
     groups = {"sync": 1, "averaged": devices, "per_device": devices}[batch_norm]
 
@@ -89,53 +127,37 @@ def make_train_step(
             metrics | {"objective": value},
         )
 
-    def step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(key, state.step)
-        images, labels = batch["image"], batch["label"]
-        full = gather(cast(state.params, dtype), mesh)
-        if accumulate == 1:
-            grads, model_state, metrics = gradients(full, state.model_state, images, labels, key)
-        else:
+    return gradients
 
-            def split(x: Array) -> Array:
-                # Every accumulate-th row, so that a micro-batch lies on all devices as the batch does.
-                return jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
 
-            def micro(carry: tuple[Any, Any], part: tuple[Array, Array, Array]) -> tuple[tuple[Any, Any], Metrics]:
-                total, model_state = carry
-                grads, model_state, metrics = gradients(full, model_state, part[0], part[1], part[2])
-                return (jax.tree.map(jnp.add, total, grads), model_state), metrics
+def _accumulate(
+    gradients: Gradients, count: int, full: Any, state: TrainState, batch: Mapping[str, Array], key: Array
+) -> tuple[Any, Any, Metrics]:
+    """Computes the gradients of `count` micro-batches one after another, and returns their means."""
 
-            parts = (split(images), split(labels), jax.random.split(key, accumulate))
-            start = (jax.tree.map(jnp.zeros_like, state.params), state.model_state)
-            (grads, model_state), metrics = jax.lax.scan(micro, start, parts)
-            grads = jax.tree.map(lambda g: g / accumulate, grads)
-            metrics = jax.tree.map(jnp.mean, metrics)
+    def split(x: Array) -> Array:
+        # Every count-th row, so that each micro-batch is spread over all devices as the batch is.
+        return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            ema = _average(ema, {"params": params, **model_state}, ema_decay)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics.pop("objective")) & jnp.isfinite(norm)
-        new = TrainState(state.step + 1, params, model_state, opt_state, ema)
-        # The batch of a step that is left out is gone: the order of the samples is a function of the step alone.
-        old = dataclasses.replace(state, step=new.step)
-        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        return state, {**metrics, "grad_norm": norm, "skipped": (~finite).astype(jnp.int32)}
+    def micro(carry: tuple[Any, Any], part: tuple[Array, Array, Array]) -> tuple[tuple[Any, Any], Metrics]:
+        total, model_state = carry
+        grads, model_state, metrics = gradients(full, model_state, part[0], part[1], part[2])
+        return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
-    return step
+    parts = (split(batch["image"]), split(batch["label"]), jax.random.split(key, count))
+    start = (jax.tree.map(jnp.zeros_like, state.params), state.model_state)
+    (grads, model_state), metrics = jax.lax.scan(micro, start, parts)
+    return jax.tree.map(lambda g: g / count, grads), model_state, jax.tree.map(jnp.mean, metrics)
 
 
 def make_diagnosis(
     model: nn.Module, loss: Loss, prepare: Prepare, *, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32
 ) -> Callable[[TrainState, Mapping[str, Array], Array], dict[str, Any]]:
-    """Builds a function of state, batch and key that takes a step's numbers apart; it changes nothing.
+    """Builds a function of state, batch and key that finds out where a step's values are not finite.
 
-    It returns, for every parameter ('parameters'), its gradient ('gradients') and the output of every layer
-    ('outputs'), 'largest', the largest magnitude of what is finite, and 'not_finite', how many values are not.
-    Augmentation and dropout are those of the step where it is a single micro-batch.
+    It returns three trees: 'parameters', 'gradients' (of every parameter) and 'outputs' (of every layer). Each leaf has
+    'largest', the largest finite magnitude, and 'not_finite', the number of values that are not finite. Augmentation
+    and dropout equal those of the training step if that has a single micro-batch.
     """
 
     def describe(x: Array) -> dict[str, Array]:
@@ -167,7 +189,7 @@ def make_diagnosis(
 
 
 def _average(average: Any, new: Any, decay: float) -> Any:
-    """Moves the average of parameters and batch statistics; other collections are constant."""
+    """Moves the averages of parameters and batch statistics; other collections are constants."""
     moved = {
         name: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average[name], new[name])
         for name in ("params", "batch_stats")
