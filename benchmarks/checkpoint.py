@@ -58,7 +58,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
         written = sum(p.stat().st_size for p in (folder / checkpoint.FOLDER / "2").rglob("*") if p.is_file())
         del state
         began = time.perf_counter()
-        assert checkpoint.newest(folder) == 2
+        assert checkpoint.newest_step(folder) == 2
         checked = time.perf_counter() - began
         jax.block_until_ready(checkpoints.restore(2, like.items()))
         restored = time.perf_counter() - began

@@ -48,11 +48,11 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
     import jax
     import jax.numpy as jnp
 
-    from maxmap import allocator
     from maxmap.models import average, create_model
     from maxmap.operations import IMPLEMENTATIONS
+    from maxmap.runtime import freed_memory
 
-    allocator.keep_freed_memory()  # as main.py does
+    freed_memory.keep()  # as main.py does
     built = create_model(model)
     size = built.backbone.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
@@ -82,7 +82,7 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
             state, metrics = program(state, inputs, key)
             return metrics["loss"]
 
-        run = _repeated(once, allocator.relieve)
+        run = _repeated(once, freed_memory.trim_if_grown)
     run(1)
     cost = program.cost_analysis() or {}
     facts = {
@@ -205,9 +205,9 @@ def flaim(model: str, task: str, batch: int, dtype: str) -> Work:
     import jax.numpy as jnp
     import optax
 
-    from maxmap import allocator
+    from maxmap.runtime import freed_memory
 
-    allocator.keep_freed_memory()
+    freed_memory.keep()
     jax.random.KeyArray = jax.Array  # flaim 0.0.5 names the type of JAX before 0.4.24 in its annotations
     from flaim.models.factory import CONFIGS
 
@@ -257,7 +257,7 @@ def flaim(model: str, task: str, batch: int, dtype: str) -> Work:
             params, others, state, value = program(params, others, state, images)
             return value
 
-        run = _repeated(once, allocator.relieve)
+        run = _repeated(once, freed_memory.trim_if_grown)
     run(1)
     facts = {
         "version": f"flaim {importlib.metadata.version('flaim')}, jax {jax.__version__}",

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 BATCH, SIZE, CLASSES = 64, 224, 1000
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENT = "rand-m9-inc1"  # without noise: at magnitude 10 timm posterises to 0 bits, which Pillow 13 refuses
 CONTENDERS = ("timm", "maxmap", "maxmap, host", "maxmap, all")
 
@@ -38,6 +37,7 @@ def timm_batches(folder: str, split: str) -> Iterator[Any]:
 
     import_timm()
     from timm.data import FastCollateMixup, create_dataset, create_loader
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     torch.set_num_threads(1)
     mix = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "prob": 1.0, "switch_prob": 0.5, "label_smoothing": 0.1}
@@ -51,8 +51,8 @@ def timm_batches(folder: str, split: str) -> Iterator[Any]:
         re_mode="pixel",
         auto_augment=AUGMENT,
         interpolation="random",
-        mean=MEAN,
-        std=STD,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
         num_workers=0,
         collate_fn=FastCollateMixup(**mix, num_classes=CLASSES),
         pin_memory=False,
@@ -68,6 +68,7 @@ def maxmap_batches(folder: str, split: str, *, on_host: bool, everything: bool) 
     import jax
 
     from maxmap.data import augment, mix
+    from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
     from maxmap.data.pipeline import open_data
 
     data = open_data(
@@ -76,9 +77,6 @@ def maxmap_batches(folder: str, split: str, *, on_host: bool, everything: bool) 
         train_split=split,
         val_split=None,
         image_size=SIZE,
-        crop_pct=0.95,
-        mean=MEAN,
-        std=STD,
         rand_augment=AUGMENT if on_host else None,
         threads=1,
         check=0,
@@ -87,9 +85,9 @@ def maxmap_batches(folder: str, split: str, *, on_host: bool, everything: bool) 
     @jax.jit
     def prepare(key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         keys = jax.random.split(key, 3)
-        images = augment.augment(keys[0], images, mean=MEAN, rand_augment=AUGMENT)
+        images = augment.augment(keys[0], images, mean=IMAGENET_MEAN, rand_augment=AUGMENT)
         images, targets = mix.mix(keys[1], images, labels, num_classes=CLASSES, mixup=0.8, cutmix=1.0, smoothing=0.1)
-        return augment.erase(keys[2], augment.normalize(images, MEAN, STD), prob=0.25), targets
+        return augment.erase(keys[2], augment.normalize(images, IMAGENET_MEAN, IMAGENET_STD), prob=0.25), targets
 
     key = jax.random.key(0)
     for step, batch in enumerate(data.train_batches(BATCH, seed=0, num_steps=10**6)):

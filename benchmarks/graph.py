@@ -9,6 +9,7 @@ optimizer, some operations for every parameter.
 import argparse
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from benchmarks.contenders import training
 from benchmarks.speed import MODELS
-from maxmap.models import Classifier, create_model
+from maxmap.models import Classifier, block_paths, create_model
 
 # The parts of a MaxViT block are counted on their own; the blocks of the other families as a whole.
 PARTS = {"conv": "MBConv", "attn_block": "window attention", "attn_grid": "grid attention"}
@@ -28,10 +29,15 @@ def operations(jaxpr: Any) -> int:
     return sum(sum(map(operations, inner)) if (inner := _inner(equation)) else 1 for equation in _open(jaxpr).eqns)
 
 
-def by_block(jaxpr: Any) -> dict[str, tuple[int, float]]:
-    """Returns for every kind of block how many there are and the mean of their operations."""
+def by_block(jaxpr: Any, blocks: Sequence[Sequence[str]]) -> dict[str, tuple[int, float]]:
+    """Returns for every kind of block how many there are and the mean of their operations.
+
+    Args:
+      jaxpr: of a model.
+      blocks: of that model, see `maxmap.models.block_paths`.
+    """
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    _collect(jaxpr, "", counts)
+    _collect(jaxpr, "", [paths[-1] for paths in blocks[1:]], counts)
     return {kind: (len(of), sum(of.values()) / len(of)) for kind in BLOCKS if (of := counts.get(kind))}
 
 
@@ -58,19 +64,19 @@ def _inner(equation: Any) -> list[Any]:
     return [leaf for leaf in leaves if hasattr(leaf, "eqns")]
 
 
-def _collect(jaxpr: Any, above: str, counts: dict[str, dict[str, int]]) -> None:
+def _collect(jaxpr: Any, above: str, blocks: Sequence[str], counts: dict[str, dict[str, int]]) -> None:
     for equation in _open(jaxpr).eqns:
         name = f"{above}/{equation.source_info.name_stack}"
         if inner := _inner(equation):
             for each in inner:
-                _collect(each, name, counts)
+                _collect(each, name, blocks, counts)
         else:
-            kind, which = _block(name)
+            kind, which = _block(name, blocks)
             counts[kind][which] += 1
 
 
-def _block(name: str) -> tuple[str, str]:
-    """Returns the kind of block that an operation belongs to, and which of them."""
+def _block(name: str, blocks: Sequence[str]) -> tuple[str, str]:
+    """Returns the kind of block that an operation belongs to, and which of `blocks`."""
     parts = re.split(r"[/()]+", name)
     if "head" in parts:
         return "head", ""
@@ -78,10 +84,11 @@ def _block(name: str) -> tuple[str, str]:
         return "rest", ""
     if "stem" in parts:
         return "stem", ""
-    block = re.search(r"(stages_\d+/blocks|layer\d+)_\d+", name)
+    path = f"/{'/'.join(parts)}/"
+    block = next((block for block in blocks if f"/{block}/" in path), None)
     if block is None:
         return "rest of backbone", ""
-    return next((PARTS[part] for part in parts if part in PARTS), "block"), block[0]
+    return next((PARTS[part] for part in parts if part in PARTS), "block"), block
 
 
 def main() -> None:
@@ -91,9 +98,11 @@ def main() -> None:
     models = parser.parse_args().models
     print(f"| model | task | in all | {' | '.join(BLOCKS)} |\n|{'---|' * (len(BLOCKS) + 3)}")
     for name in models:
+        model = create_model(name)
+        blocks = block_paths(model)
         for task in ("forward", "train"):
-            jaxpr = trace(create_model(name), task)
-            found = by_block(jaxpr)
+            jaxpr = trace(model, task)
+            found = by_block(jaxpr, blocks)
             cells = []
             for kind in BLOCKS:
                 number, mean = found.get(kind, (0, 0.0))

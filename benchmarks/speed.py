@@ -15,7 +15,7 @@ is for the latency of the forward pass; contenders that do not fit in memory tog
 which the note says; "best" doubles the batch until that gains nothing more or memory ends, with
 every contender alone on the machine. "first s" is from the start of a process to its first result, with nothing
 compiled before; on a CPU the contenders start side by side. The first model's training step starts alone, and the time
-of a second process is beside it, which finds the programs of the first one, as the commands do (`maxmap.compiled`).
+of a second process is beside it, which finds the programs of the first one, as the commands do (`maxmap.runtime`).
 
 flaim (`pip install --no-deps flaim`) has some of the models; it was written for an older JAX and is given the one name
 that it misses. By default it is left out on a CPU, and so is timm with torch.compile: for the forward pass of MaxViT-T
@@ -79,7 +79,7 @@ class Contender:
         environment = {
             **os.environ,
             "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # as `maxmap.compiled` sets it
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # as `maxmap.runtime` sets it
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # contenders share the memory of the device
             "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",  # the first result is timed as for a new program, like JAX's
             "TF_CPP_MIN_LOG_LEVEL": "3",

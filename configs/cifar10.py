@@ -11,7 +11,7 @@ what the heads reached.
 
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 # The MAP model's backbone has the exact GELU; so have the others, which replace its head only. The Gramian head is as
 # large as its models' relative to the backbone: two branches over the same 8 x 8 map of 96 channels as MAP's.
@@ -34,42 +34,27 @@ def get_config(head: str = "map") -> ConfigDict:
     """Returns the config with one of the `HEADS`; everything but the head is equal."""
     if head not in HEADS:
         raise ValueError(f"configs/cifar10.py:{head} is no config: the heads are {', '.join(HEADS)}.")
-    config = ConfigDict()
-    config.seed = 0
-    config.epochs = 8
-    config.steps = config_dict.placeholder(int)
-    config.batch_size = 128
-    config.accumulate = 1
-    config.dtype = "float32"
-    config.batch_norm = "sync"
-    config.ema_decay = 0.99
-    config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.model = ConfigDict({"name": "map_maxvit_mini_32", "drop_path": 0.0})
-    if HEADS[head]:
-        config.model.head = ConfigDict(HEADS[head])
-    config.data = ConfigDict(
+    return ConfigDict(
         {
-            "source": "folder",
-            "path": "data/cifar10",
-            "name": config_dict.placeholder(str),
-            "image_size": 32,
-            "scale": (0.5, 1.0),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "eval_interpolation": "bicubic",
-            "mean": (0.4914, 0.4822, 0.4465),
-            "std": (0.247, 0.2435, 0.2616),
+            "epochs": 8,
+            "batch_size": 128,
+            "ema_decay": 0.99,
+            "model": {"name": "map_maxvit_mini_32", **({"head": HEADS[head]} if HEADS[head] else {})},
+            "data": {
+                "source": "folder",
+                "path": "data/cifar10",
+                "image_size": 32,
+                "scale": (0.5, 1.0),
+                "interpolation": "bilinear",
+                "crop_pct": 1.0,
+                "mean": (0.4914, 0.4822, 0.4465),
+                "std": (0.247, 0.2435, 0.2616),
+            },
+            "mix": {"smoothing": 0.1},
+            "optim": {"name": "adamw", "weight_decay": 0.05, "clip_norm": 1.0},
+            "schedule": {"lr": 2e-3, "warmup_epochs": 1, "min_lr": 1e-5, "per": "step"},
+            "loss": {"decorrelation": -0.8},  # without effect on the linear head, which has one branch
+            "evaluate": {"batch_size": 500},
+            "checkpoint": {"keep": 2},
         }
     )
-    config.augment = ConfigDict({"hflip": 0.5})
-    config.mix = ConfigDict({"smoothing": 0.1})
-    config.erase = ConfigDict({"prob": 0.0})
-    config.optim = ConfigDict({"name": "adamw", "weight_decay": 0.05, "clip_norm": 1.0})
-    config.schedule = ConfigDict({"name": "cosine", "lr": 2e-3, "warmup_epochs": 1, "min_lr": 1e-5, "per": "step"})
-    # The other terms are for branches, of which the linear head has one.
-    config.loss = ConfigDict({"name": "softmax", "decorrelation": -0.8})
-    config.evaluate = ConfigDict({"batch_size": 500, "every_epochs": 1})
-    config.checkpoint = ConfigDict({"every": 390, "keep": 2})
-    config.log = ConfigDict({"every": 50})
-    return config

@@ -28,7 +28,7 @@ Evaluation crops as MaxViT's at 224 pixels; a checkpoint's own preprocessing is 
 
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 # What a preset changes in the config below.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augment.rand_augment": "rand-m5-mstd0.5-inc1",
         "optim.layer_decay": 0.75,
         "schedule.lr": 1e-4,
-        "checkpoint.every": 500,
     },
     "medium": {
         "epochs": 30,
@@ -55,7 +54,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mix.prob": 0.5,
         "optim.layer_decay": 0.8,
         "schedule.lr": 2e-4,
-        "checkpoint.every": 500,
     },
     "large": {
         "epochs": 30,
@@ -78,55 +76,19 @@ def get_config(preset: str = "small") -> ConfigDict:
     """Returns the config of one of the `PRESETS`."""
     if preset not in PRESETS:
         raise ValueError(f"configs/finetune.py:{preset} is no preset: they are {', '.join(PRESETS)}.")
-    config = ConfigDict()
-    config.seed = 0
-    config.epochs = 30
-    config.steps = config_dict.placeholder(int)
-    config.batch_size = 128
-    config.accumulate = 1
-    config.dtype = "bfloat16"
-    config.batch_norm = "sync"
-    config.ema_decay = config_dict.placeholder(float)
-    config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.model = ConfigDict(
+    config = ConfigDict(
         {
-            "name": "maxvit_tiny_tf_224",
-            "head": config_dict.placeholder(str),
-            "num_classes": config_dict.placeholder(int),
-            "drop_path": 0.0,
+            "dtype": "bfloat16",
+            "model": {"name": "maxvit_tiny_tf_224"},
+            "data": {"source": "folder", "path": "data/mine", "crop_pct": 0.95},
+            "augment": {},
+            "mix": {"smoothing": 0.1},
+            "erase": {},
+            "optim": {"name": "adamw", "weight_decay": 0.05, "clip_norm": 1.0},
+            "schedule": {"warmup_epochs": 3, "warmup_lr": 0.0, "min_lr": 1e-6, "per": "step"},
+            "evaluate": {"batch_size": 256},
+            "checkpoint": {"every": 500, "keep": 2},
         }
     )
-    config.data = ConfigDict(
-        {
-            "source": "folder",
-            "path": "data/mine",
-            "name": config_dict.placeholder(str),
-            "train_split": "train",
-            "val_split": "val",
-            "image_size": 224,
-            "scale": (0.08, 1.0),
-            "ratio": (3 / 4, 4 / 3),
-            "interpolation": "random",
-            "crop_pct": 0.95,
-            "crop_mode": "center",
-            "eval_interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "workers": 0,
-            "check": 2000,
-        }
-    )
-    config.augment = ConfigDict({"hflip": 0.5, "rand_augment": config_dict.placeholder(str)})
-    config.mix = ConfigDict({"mixup": 0.0, "cutmix": 0.0, "prob": 1.0, "switch_prob": 0.5, "smoothing": 0.1})
-    config.erase = ConfigDict({"prob": 0.0, "mode": "pixel"})
-    config.optim = ConfigDict({"name": "adamw", "weight_decay": 0.05, "clip_norm": 1.0, "layer_decay": 1.0})
-    config.schedule = ConfigDict(
-        {"name": "cosine", "lr": 1e-4, "warmup_epochs": 3, "warmup_lr": 0.0, "min_lr": 1e-6, "per": "step"}
-    )
-    config.loss = ConfigDict({"name": "softmax", "decorrelation": 0.0})
-    config.evaluate = ConfigDict({"batch_size": 256, "every_epochs": 1})
-    config.checkpoint = ConfigDict({"every": 500, "keep": 2})
-    config.log = ConfigDict({"every": 50})
     config.update_from_flattened_dict(PRESETS[preset])
     return config

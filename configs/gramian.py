@@ -30,7 +30,7 @@ the images of one device, as there (`batch_norm`); on many more devices than pub
 
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 # What a recipe changes in the config below; the crop is that of the models' own configurations.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -52,61 +52,24 @@ def get_config(recipe: str = "convnext_tiny") -> ConfigDict:
     """Returns the config of one of the `RECIPES`."""
     if recipe not in RECIPES:
         raise ValueError(f"configs/gramian.py:{recipe} is no recipe: they are {', '.join(RECIPES)}.")
-    config = ConfigDict()
-    config.seed = 42
-    config.epochs = 300
-    config.steps = config_dict.placeholder(int)
-    config.batch_size = 1024
-    config.accumulate = 4
-    config.dtype = "bfloat16"
-    config.batch_norm = "averaged"
-    config.ema_decay = config_dict.placeholder(float)
-    config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    # The head's aggregation and branches have the backbone's rate of stochastic depth.
-    config.model = ConfigDict(
-        {"name": "", "num_classes": config_dict.placeholder(int), "drop_path": 0.2, "head": {"drop_path": 0.2}}
-    )
-    config.data = ConfigDict(
+    config = ConfigDict(
         {
-            "source": "folder",
-            "path": "data/imagenet",
-            "name": config_dict.placeholder(str),
-            "train_split": "train",
-            "val_split": "val",
-            "image_size": 224,
-            "scale": (0.08, 1.0),
-            "ratio": (3 / 4, 4 / 3),
-            "interpolation": "random",
-            "repeats": 3,
-            "crop_pct": 0.875,
-            "crop_mode": "center",
-            "eval_interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "workers": 0,
-            "check": 2000,
+            "seed": 42,
+            "epochs": 300,
+            "batch_size": 1024,
+            "accumulate": 4,
+            "dtype": "bfloat16",
+            "batch_norm": "averaged",
+            # The head's aggregation and branches have the backbone's rate of stochastic depth.
+            "model": {"drop_path": 0.2, "head": {"drop_path": 0.2}},
+            "data": {"source": "folder", "path": "data/imagenet", "repeats": 3},
+            "augment": {"rand_augment": "rand-m9-mstd0.5-inc1"},
+            "mix": {"mixup": 0.2, "cutmix": 1.0, "smoothing": 0.1},
+            # timm's LAMB clips at a norm of 1.0 itself.
+            "optim": {"name": "lamb_timm", "weight_decay": 0.05, "eps": 1e-8},
+            "schedule": {"lr": 5e-3, "warmup_epochs": 3},
+            "loss": {"name": "bce", "decorrelation": -0.8},
         }
     )
-    config.augment = ConfigDict({"hflip": 0.5, "rand_augment": "rand-m9-mstd0.5-inc1"})
-    config.mix = ConfigDict({"mixup": 0.2, "cutmix": 1.0, "prob": 1.0, "switch_prob": 0.5, "smoothing": 0.1})
-    config.erase = ConfigDict({"prob": 0.0})
-    # timm's LAMB clips at a norm of 1.0 itself.
-    config.optim = ConfigDict({"name": "lamb_timm", "weight_decay": 0.05, "eps": 1e-8})
-    config.schedule = ConfigDict(
-        {
-            "name": "cosine",
-            "lr": 5e-3,
-            "warmup_epochs": 3,
-            "warmup_lr": 1e-6,
-            "min_lr": 1e-6,
-            "cooldown_epochs": 0,
-            "per": "epoch",
-        }
-    )
-    config.loss = ConfigDict({"name": "bce", "decorrelation": -0.8})
-    config.evaluate = ConfigDict({"batch_size": 1024, "every_epochs": 1})
-    config.checkpoint = ConfigDict({"every": 1251, "keep": 3})
-    config.log = ConfigDict({"every": 50})
     config.update_from_flattened_dict(RECIPES[recipe])
     return config

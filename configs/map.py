@@ -34,9 +34,11 @@ Here the compute type is bfloat16 where the scripts say `--amp`, which is float1
 images of one device, as there (`batch_norm`); on many more devices than published, "sync" may be the better choice.
 """
 
+import runpy
+from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 # What a recipe changes in the config below.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -83,18 +85,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema_decay": 0.9999,
         "optim.eps": 1e-8,
     },
-    "maxvit_tiny": {
-        "model.name": "map_maxvit_tiny_tf_224",
-        "model.drop_path": 0.2,
-        "batch_size": 4096,
-        "accumulate": 32,
-        "augment.rand_augment": "rand-m15-mstd0.5-inc1",
-        "optim.clip_norm": 1.0,
-        "schedule.lr": 8e-3,
-        "schedule.warmup_epochs": 30,
-        "schedule.min_lr": 1e-5,
-        "checkpoint.every": 312,
-    },
+    "maxvit_tiny": {},  # configs/maxvit_tiny_map.py
     "faster_vit_3": {
         "model.name": "map_faster_vit_3_224",
         "model.drop_path": 0.3,
@@ -106,7 +97,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule.warmup_epochs": 35,
         "schedule.min_lr": 5e-6,
         "loss.name": "softmax",
-        "checkpoint.every": 312,
     },
 }
 
@@ -115,61 +105,26 @@ def get_config(recipe: str = "maxvit_tiny") -> ConfigDict:
     """Returns the config of one of the `RECIPES`."""
     if recipe not in RECIPES:
         raise ValueError(f"configs/map.py:{recipe} is no recipe: they are {', '.join(RECIPES)}.")
-    config = ConfigDict()
-    config.seed = 42
-    config.epochs = 300
-    config.steps = config_dict.placeholder(int)
-    config.batch_size = 1024
-    config.accumulate = 4
-    config.dtype = "bfloat16"
-    config.batch_norm = "averaged"
-    config.ema_decay = config_dict.placeholder(float)
-    config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.model = ConfigDict({"name": "", "num_classes": config_dict.placeholder(int), "drop_path": 0.0})
-    config.data = ConfigDict(
+    if recipe == "maxvit_tiny":
+        return runpy.run_path(str(Path(__file__).with_name("maxvit_tiny_map.py")))["get_config"]()
+    config = ConfigDict(
         {
-            "source": "folder",
-            "path": "data/imagenet",
-            "name": config_dict.placeholder(str),
-            "train_split": "train",
-            "val_split": "val",
-            "image_size": 224,
-            "eval_image_size": config_dict.placeholder(int),
-            "scale": (0.08, 1.0),
-            "ratio": (3 / 4, 4 / 3),
-            "interpolation": "random",
-            "repeats": 3,
-            "crop_pct": 0.95,
-            "crop_mode": "center",
-            "eval_interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "workers": 0,
-            "check": 2000,
+            "seed": 42,
+            "epochs": 300,
+            "batch_size": 1024,
+            "accumulate": 4,
+            "dtype": "bfloat16",
+            "batch_norm": "averaged",
+            "model": {},
+            "data": {"source": "folder", "path": "data/imagenet", "repeats": 3, "crop_pct": 0.95},
+            "augment": {"rand_augment": "rand-m9-mstd0.5-inc1"},
+            "mix": {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1},
+            "erase": {"prob": 0.25},
+            # timm's LAMB: it clips at a norm of 1.0 itself, after the recipe's own clipping, where there is one.
+            "optim": {"name": "lamb_timm", "weight_decay": 0.05, "eps": 1e-6},
+            "schedule": {"lr": 5e-3, "warmup_epochs": 3, "cooldown_epochs": 10},
+            "loss": {"name": "bce", "decorrelation": -0.8},
         }
     )
-    config.augment = ConfigDict({"hflip": 0.5, "rand_augment": "rand-m9-mstd0.5-inc1"})
-    config.mix = ConfigDict({"mixup": 0.8, "cutmix": 1.0, "prob": 1.0, "switch_prob": 0.5, "smoothing": 0.1})
-    config.erase = ConfigDict({"prob": 0.25, "mode": "pixel"})
-    # timm's LAMB: it clips at a norm of 1.0 itself, after the recipe's own clipping, where there is one.
-    config.optim = ConfigDict(
-        {"name": "lamb_timm", "weight_decay": 0.05, "eps": 1e-6, "clip_norm": config_dict.placeholder(float)}
-    )
-    config.schedule = ConfigDict(
-        {
-            "name": "cosine",
-            "lr": 5e-3,
-            "warmup_epochs": 3,
-            "warmup_lr": 1e-6,
-            "min_lr": 1e-6,
-            "cooldown_epochs": 10,
-            "per": "epoch",
-        }
-    )
-    config.loss = ConfigDict({"name": "bce", "decorrelation": -0.8})
-    config.evaluate = ConfigDict({"batch_size": 1024, "every_epochs": 1})
-    config.checkpoint = ConfigDict({"every": 1251, "keep": 3})
-    config.log = ConfigDict({"every": 50})
     config.update_from_flattened_dict(RECIPES[recipe])
     return config

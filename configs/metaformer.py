@@ -33,7 +33,7 @@ RandFormer-M48 has stochastic depth 0.3 where its siblings have 0.4: published s
 
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 _BASIC = {"s12": 0.1, "s24": 0.1, "s36": 0.2, "m36": 0.3, "m48": 0.4}
 
@@ -66,13 +66,13 @@ def _recipes() -> dict[str, dict[str, Any]]:
                 recipe |= {
                     "optim.name": "lamb_timm",
                     "schedule.lr": 8e-3,
-                    "model.head": {"dropout": CAFORMER_DROPOUT[size]},
+                    "model.head.dropout": CAFORMER_DROPOUT[size],
                 }
     for family, fine_tuned in FINE_TUNE.items():
         for size, (drop_path, dropout) in fine_tuned.items():
             recipes[f"{family}_{size}_384"] = {
                 "model.drop_path": drop_path,
-                "model.head": {"dropout": dropout},
+                "model.head.dropout": dropout,
                 "batch_size": 1024,
                 "epochs": 30,
                 "ema_decay": 0.9999,
@@ -84,7 +84,6 @@ def _recipes() -> dict[str, dict[str, Any]]:
                 "schedule.lr": 1e-4 if family == "caformer" else 5e-5,
                 "schedule.warmup_epochs": 0,
                 "schedule.cooldown_epochs": 0,
-                "checkpoint.every": 1251,
             }
     return recipes
 
@@ -96,60 +95,21 @@ def get_config(recipe: str = "caformer_s18") -> ConfigDict:
     """Returns the config of one of the `RECIPES`; those that end in _384 fine-tune, so they want an `init_from`."""
     if recipe not in RECIPES:
         raise ValueError(f"configs/metaformer.py:{recipe} is no recipe: they are {', '.join(RECIPES)}.")
-    config = ConfigDict()
-    config.seed = 42
-    config.epochs = 300
-    config.steps = config_dict.placeholder(int)
-    config.batch_size = 4096
-    config.accumulate = 4
-    config.dtype = "float32"
-    config.batch_norm = "sync"
-    config.ema_decay = config_dict.placeholder(float)
-    config.init_from = config_dict.placeholder(str)
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.model = ConfigDict(
-        {"name": recipe, "num_classes": config_dict.placeholder(int), "drop_path": 0.0, "head": ConfigDict()}
-    )
-    config.data = ConfigDict(
+    config = ConfigDict(
         {
-            "source": "folder",
-            "path": "data/imagenet",
-            "name": config_dict.placeholder(str),
-            "train_split": "train",
-            "val_split": "val",
-            "image_size": 224,
-            "scale": (0.08, 1.0),
-            "ratio": (3 / 4, 4 / 3),
-            "interpolation": "random",
-            "repeats": 1,
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "eval_interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "workers": 0,
-            "check": 2000,
+            "seed": 42,
+            "epochs": 300,
+            "batch_size": 4096,
+            "accumulate": 4,
+            "model": {"name": recipe, "head": {}},
+            "data": {"source": "folder", "path": "data/imagenet", "crop_pct": 1.0},
+            "augment": {"rand_augment": "rand-m9-mstd0.5-inc1"},
+            "mix": {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1},
+            "erase": {"prob": 0.25},
+            # Each optimizer's own epsilon: 1e-8 for AdamW, 1e-6 for timm's LAMB, which clips at a norm of 1.0 itself.
+            "optim": {"name": "adamw", "weight_decay": 0.05},
+            "schedule": {"lr": 4e-3, "warmup_epochs": 5, "min_lr": 1e-5, "cooldown_epochs": 10},
         }
     )
-    config.augment = ConfigDict({"hflip": 0.5, "rand_augment": "rand-m9-mstd0.5-inc1"})
-    config.mix = ConfigDict({"mixup": 0.8, "cutmix": 1.0, "prob": 1.0, "switch_prob": 0.5, "smoothing": 0.1})
-    config.erase = ConfigDict({"prob": 0.25, "mode": "pixel"})
-    # Each optimizer's own epsilon: 1e-8 for AdamW, 1e-6 for timm's LAMB, which clips at a norm of 1.0 itself.
-    config.optim = ConfigDict({"name": "adamw", "weight_decay": 0.05})
-    config.schedule = ConfigDict(
-        {
-            "name": "cosine",
-            "lr": 4e-3,
-            "warmup_epochs": 5,
-            "warmup_lr": 1e-6,
-            "min_lr": 1e-5,
-            "cooldown_epochs": 10,
-            "per": "epoch",
-        }
-    )
-    config.loss = ConfigDict({"name": "softmax"})
-    config.evaluate = ConfigDict({"batch_size": 1024, "every_epochs": 1})
-    config.checkpoint = ConfigDict({"every": 312, "keep": 3})
-    config.log = ConfigDict({"every": 50})
     config.update_from_flattened_dict(RECIPES[recipe])
     return config

@@ -2,8 +2,8 @@
 
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
+from maxmap.inference import load, predict
 from maxmap.models import Classifier, average, create_model, list_models
-from maxmap.predict import load, predict
 
 __all__ = [
     "Classifier",

@@ -1,13 +1,9 @@
 """The commands beside training: python -m maxmap list, predict, convert, export, evaluate and more."""
 
 import argparse
-import ast
 import csv
-import re
-import runpy
 import sys
 import time
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,17 +12,17 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from maxmap import allocator, checkpoint, compiled, evaluate
+from maxmap import checkpoint, config, runtime
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export
 from maxmap.convert.resize import RESIZES
 from maxmap.convert.verify import REPORT, TOLERANCES, verify
-from maxmap.data.pipeline import open_data
-from maxmap.errors import UserError, call, nearest
-from maxmap.evaluate import cost, count_parameters
-from maxmap.labels import LABEL_SETS
+from maxmap.cost import cost, count_parameters
+from maxmap.errors import UserError, nearest
+from maxmap.inference import predict
+from maxmap.labels import LABEL_SETS, evaluate_set
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
-from maxmap.predict import predict
+from maxmap.recipe import Recipe
 from maxmap.train.plan import HARDWARE, describe, plan
 from maxmap.train.preview import show_batch
 
@@ -128,11 +124,11 @@ def verify_command(path: str, against: str, tolerance: float | None, ema: bool |
     return 0 if report["ok"] else 1
 
 
-def samples_command(config: str, folder: Path, count: int) -> None:
+def samples_command(recipe: Recipe, folder: Path, count: int) -> None:
     """Writes evaluation images of a config's data as PNG files, spread over the split, named by number and class."""
-    data = call(open_data, "data", _load_config(config)["data"])
+    data = recipe.data()
     if data.val is None:
-        raise UserError(f"{config} has no evaluation split: set data.val_split in it.")
+        raise UserError("the config has no evaluation split: set --config.data.val_split.")
     folder.mkdir(parents=True, exist_ok=True)
     for index in np.linspace(0, len(data.val) - 1, min(count, len(data.val))).astype(int):
         image, label = data.val[int(index)]
@@ -147,63 +143,52 @@ def samples_command(config: str, folder: Path, count: int) -> None:
 
 def evaluate_command(workdir: str, images: Path, labels: str, file: Path | None, batch_size: int) -> None:
     """Prints what a checkpoint reaches on ReaL's labels, ImageNet-V2, -A, -R or -Sketch."""
-    result = evaluate.run_on(workdir, images, labels, file, batch_size)
+    result = evaluate_set(workdir, images, labels, file, batch_size)
     print(f"{labels}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']} images")
 
 
-def plan_command(config: str, devices: int, hardware: str, utilisation: float, changes: list[str]) -> None:
-    """Prints whether a config fits on devices that one does not have yet, and what its steps cost there."""
-    values = _load_config(config, changes)
-    print(describe(plan(values, devices, hardware, utilisation), devices, hardware, utilisation))
+def plan_command(recipe: Recipe, devices: int, hardware: str, utilisation: float) -> None:
+    """Prints whether a recipe fits on devices that one does not have yet, and what its steps cost there."""
+    print(describe(plan(recipe, devices, hardware, utilisation), devices, hardware, utilisation))
 
 
 def average_command(workdirs: list[str], out: str, last: int, raw: bool) -> None:
     """Writes the mean of checkpoints as a checkpoint of the model alone."""
-    variables, info = checkpoint.average(workdirs, last=last, ema=not raw)
+    variables, info = checkpoint.average_checkpoints(workdirs, last=last, ema=not raw)
     checkpoint.write_variables(out, variables, info)
     used = ", ".join(f"{workdir} step {step}" for workdir, step in info["averaged"])
     print(f"{out}: {info['weights']} weights of {used}")
 
 
-def show_batch_command(config: str, out: Path, step: int, count: int, changes: list[str]) -> None:
+def show_batch_command(recipe: Recipe, out: Path, step: int, count: int) -> None:
     """Writes a picture of an augmented training batch with its targets."""
-    show_batch(_load_config(config, changes), out, step=step, count=count)
+    show_batch(recipe, out, step=step, count=count)
     print(out)
-
-
-def _load_config(path: str, changes: Sequence[str] = ()) -> dict:
-    """Returns a config file's config with changes such as '--config.data.path=FOLDER'."""
-    file, *argument = path.split(":", 1)
-    if not Path(file).is_file():
-        raise UserError(f"there is no config file {file}: the ones that come with maxmap are in configs/.")
-    try:
-        config = runpy.run_path(file)["get_config"](*argument)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for change in changes:
-        key, _, text = change.removeprefix("--config.").partition("=")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        try:
-            config.update_from_flattened_dict({key: value})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{change} does not fit the config {path}: {' '.join(str(error).split())}.") from error
-    return config.to_dict()
-
-
-def _add_ema(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights, or raw ones (default: what is usual)"
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 2, after one sentence, for a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="python -m maxmap", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_model_commands(commands)
+    _add_conversion_commands(commands)
+    _add_config_commands(commands)
+    rest, overrides = config.split_overrides(sys.argv[1:] if argv is None else argv)
+    arguments = vars(parser.parse_args(rest))
+    if overrides and "config" not in arguments:
+        parser.error(f"this command reads no config: leave out {' '.join(overrides)}")
+    logging.set_verbosity(logging.ERROR)  # orbax logs every file that it writes
+    run = arguments.pop("run")
+    try:
+        if "config" in arguments:
+            arguments["recipe"] = config.bind(config.read(arguments.pop("config"), overrides))
+        return run(**arguments) or 0
+    except UserError as error:
+        print(f"maxmap: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
+
+def _add_model_commands(commands: Any) -> None:
     command = commands.add_parser(
         "list", help="models: parameters, multiply-adds (most papers' GFLOPs), image size, parity"
     )
@@ -218,10 +203,27 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
     command.set_defaults(run=predict_command)
 
+    command = commands.add_parser("evaluate", help="ImageNet-ReaL, V2, A, R or Sketch, from files that you have")
+    command.add_argument("workdir", help="folder of a run")
+    command.add_argument("images", type=Path, help="folder with a folder of images per class")
+    command.add_argument("--labels", choices=LABEL_SETS, required=True, help="which of these sets")
+    command.add_argument("--file", type=Path, help="real.json, which ReaL needs")
+    command.add_argument("--batch_size", type=int, default=128, help="images at a time (default: 128)")
+    command.set_defaults(run=evaluate_command)
+
+    command = commands.add_parser("average", help="average checkpoints; of a single one, keep the EMA weights alone")
+    command.add_argument("workdirs", nargs="+", help="folders of runs of the same model")
+    command.add_argument("--out", required=True, help="folder for the new checkpoint")
+    command.add_argument("--last", type=int, default=1, help="newest checkpoints of each run (default: 1)")
+    command.add_argument("--raw", action="store_true", help="the raw weights, not their moving averages")
+    command.set_defaults(run=average_command)
+
+
+def _add_conversion_commands(commands: Any) -> None:
     command = commands.add_parser("convert", help="turn a checkpoint of PyTorch or TensorFlow into one of ours")
     command.add_argument("source", help="file, folder or published name, for example timm/maxvit_tiny_tf_224.in1k")
     command.add_argument("dest", help="folder to write; init_from, --mode=eval and predict take it")
-    command.add_argument("--model", dest="name", help="name of 'list', where the source does not say it")
+    command.add_argument("--model", dest="name", help="name from 'list', where the source does not say it")
     _add_ema(command)
     command.add_argument("--num-classes", type=int, help="classes of the model (default: those of the source)")
     command.add_argument("--image-size", type=int, help="pixels that the model is for (default: those of its name)")
@@ -247,22 +249,23 @@ def main(argv: list[str] | None = None) -> int:
     _add_ema(command)
     command.set_defaults(run=verify_command)
 
+
+def _add_ema(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="averaged weights, or raw ones (default: what is usual)"
+    )
+
+
+def _add_config_commands(commands: Any) -> None:
+    about = "config file; --config.KEY=VALUE changes a value"
     command = commands.add_parser("samples", help="write some evaluation images of a config's data as files")
-    command.add_argument("config", help="config file")
+    command.add_argument("config", help=about)
     command.add_argument("folder", type=Path, help="where to")
     command.add_argument("--count", type=int, default=6, help="images (default: 6)")
     command.set_defaults(run=samples_command)
 
-    command = commands.add_parser("evaluate", help="ImageNet-ReaL, V2, A, R or Sketch, from files that you have")
-    command.add_argument("workdir", help="folder of a run")
-    command.add_argument("images", type=Path, help="folder with a folder of images per class")
-    command.add_argument("--labels", choices=LABEL_SETS, required=True)
-    command.add_argument("--file", type=Path, help="of ReaL: its real.json")
-    command.add_argument("--batch_size", type=int, default=128, help="images at a time (default: 128)")
-    command.set_defaults(run=evaluate_command)
-
     command = commands.add_parser("plan", help="memory, traffic and speed of a config on hardware one has not got yet")
-    command.add_argument("--config", required=True, help="config file; --config.KEY=VALUE changes a value")
+    command.add_argument("--config", required=True, help=about)
     command.add_argument("--devices", type=int, required=True, help="how many")
     command.add_argument("--hardware", choices=HARDWARE, default="tpu-v4", help="of which kind (default: tpu-v4)")
     command.add_argument(
@@ -270,36 +273,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.set_defaults(run=plan_command)
 
-    command = commands.add_parser("average", help="average checkpoints; of a single one, keep the EMA weights alone")
-    command.add_argument("workdirs", nargs="+", help="folders of runs of the same model")
-    command.add_argument("--out", required=True, help="folder for the new checkpoint")
-    command.add_argument("--last", type=int, default=1, help="newest checkpoints of each run (default: 1)")
-    command.add_argument("--raw", action="store_true", help="the raw weights, not their moving averages")
-    command.set_defaults(run=average_command)
-
     command = commands.add_parser("show-batch", help="draw an augmented training batch with its targets")
-    command.add_argument("--config", required=True, help="config file; --config.KEY=VALUE changes a value")
+    command.add_argument("--config", required=True, help=about)
     command.add_argument("--out", type=Path, default=Path("batch.png"), help="picture (default: batch.png)")
     command.add_argument("--step", type=int, default=0, help="of the run (default: 0)")
     command.add_argument("--count", type=int, default=16, help="images (default: 16)")
     command.set_defaults(run=show_batch_command)
 
-    known, changes = parser.parse_known_args(argv)
-    arguments = vars(known)
-    if known.run in (show_batch_command, plan_command):
-        arguments["changes"] = [change for change in changes if re.match(r"--config\.[\w.]+=", change)]
-        changes = [change for change in changes if change not in arguments["changes"]]
-    if changes:
-        parser.error(f"unrecognized arguments: {' '.join(changes)}")
-    logging.set_verbosity(logging.ERROR)
-    try:
-        return arguments.pop("run")(**arguments) or 0
-    except UserError as error:
-        print(f"maxmap: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
 
 if __name__ == "__main__":
-    allocator.keep_freed_memory()
-    compiled.keep()
+    runtime.prepare()
     sys.exit(main())

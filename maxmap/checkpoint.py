@@ -1,62 +1,48 @@
-"""What a run leaves in its folder: checkpoints by orbax, a folder for every saved step, and files that are never half.
+"""What a run leaves in its folder: checkpoints, which orbax writes, with a folder for every saved step.
 
-A step holds the items 'variables' (parameters and the model's other collections), 'ema' (the same, averaged; absent
-without averaging), 'training' (what only training needs) and 'info' (JSON: the model's name and fields, its classes and
-preprocessing), so that whoever only wants the model reads one item. The file SHA256SUMS, which `sha256sum -c` reads,
-comes last: without it a step is unfinished and does not count, and what differs from it is damaged and is not used.
+A step holds four items, so that whoever wants only the model reads one of them:
 
-A folder may lie in a bucket (gs://bucket/run): all files go through etils.epath, all arrays through tensorstore.
+- 'variables': the parameters and the model's other collections.
+- 'ema': their averages; absent without averaging.
+- 'training': what only training needs, such as the state of the optimizer.
+- 'info': JSON with the model's name and fields, its classes and its preprocessing.
+
+The file SHA256SUMS, which `sha256sum -c` reads, is written last. A step without it is unfinished and does not count. A
+step whose files differ from it is damaged and is not used.
 """
 
 import concurrent.futures
 import contextlib
-import errno
-import hashlib
-import importlib.util
 import itertools
 import json
 import mmap
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from maxmap import storage
 from maxmap.errors import UserError
 
 FOLDER = "checkpoints"
 SUMS = "SHA256SUMS"
-BUCKETS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # by scheme: the extra of pyproject.toml, what it installs
-_AT_A_TIME = 100_000_000  # bytes
-
-# What tensorstore says, which has no error numbers: the disk is full, or nobody may write.
-_DISK = re.compile(r"No space left|Disk quota|File too large|Read-only|Permission denied|Input/output error", re.I)
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.EEXIST, errno.ENOTDIR)
-_ORBAX_CHANGES = "_CHECKPOINT_METADATA"  # at its very end orbax notes the time in it
-_BUCKET = re.compile(r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|FAILED_PRECONDITION|NOT_FOUND")  # by tensorstore
-_NETWORK = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}  # whose errors say what a bucket refuses
-
-# Also where TensorFlow is installed, which etils would rather load: seconds, a gigabyte, and rules of its own.
-os.environ.setdefault("EPATH_USE_TF", "false")
-for _extra, _ in BUCKETS.values():  # each is fsspec's name of the file system, too
-    # What tensorstore writes into a bucket does not pass through fsspec, whose listings from before would hide it.
-    fsspec.config.conf.setdefault(_extra, {})["use_listings_cache"] = False
+_BYTES_AT_A_TIME = 100_000_000  # that `write_variables` lays out in memory
+_ORBAX_CHANGES = "_CHECKPOINT_METADATA"  # orbax adds the time to this file after the checksums are taken
 
 
 class Checkpoints:
     """The checkpoints of a run, written in the background.
 
     Args:
-      workdir: of the run; they lie in its folder `checkpoints`.
-      keep: newest ones that are kept, beside the one with the best score.
+      workdir: folder of the run; the checkpoints go to its folder `checkpoints`.
+      keep: how many of the newest checkpoints stay, beside the one with the best score.
     """
 
     def __init__(self, workdir: str | Path, *, keep: int = 3):
@@ -66,19 +52,19 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         if jax.process_index() == 0:
-            with disk_errors(self._workdir, "be written to"):
+            with write_errors(self._workdir, "be written to"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 for unfinished in self._folder.glob("*.orbax-checkpoint-tmp*"):
                     unfinished.rmtree()
 
     def save(self, step: int, items: Mapping[str, Any], info: Mapping[str, Any], score: float | None = None) -> None:
-        """Writes a step in the background; a step that is there and whole is kept.
+        """Writes a step in the background, unless a whole checkpoint of this step exists.
 
         Args:
-          step: its number.
-          items: trees of arrays, which may be overwritten as soon as this returns.
-          info: what JSON can hold.
-          score: the higher, the better; None where the step was not evaluated.
+          step: number of the step.
+          items: trees of arrays by the name of the item; the caller may overwrite the arrays when this returns.
+          info: values that JSON can hold.
+          score: of the model, higher is better; None if the step was not evaluated.
 
         Raises:
           UserError: the checkpoint before this one could not be written.
@@ -88,47 +74,54 @@ class Checkpoints:
         if step in self._scores and damage(path) is None:
             return
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        with disk_errors(self._workdir, f"take step {step}"):
+        with write_errors(self._workdir, f"take step {step}"):
             record = ocp.args.JsonSave({**info, **({} if score is None else {"score": score})})
             self._writer.save(os.fspath(path), args=ocp.args.Composite(**trees, info=record), force=True)
         self._thread = threading.Thread(target=self._finish, args=(step, score), name=f"checkpoint of step {step}")
         self._thread.start()
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """Reads items of a step; `like` holds for each a tree of `jax.ShapeDtypeStruct` with shardings."""
+        """Reads items of a step.
+
+        Args:
+          step: number of the step.
+          like: for each item a tree of `jax.ShapeDtypeStruct` with shardings.
+
+        Returns:
+          The items as trees of arrays.
+        """
         return _read(self._folder / str(step), {name: ocp.args.StandardRestore(tree) for name, tree in like.items()})
 
     def check(self) -> None:
-        """Raises UserError if what was being written could not be."""
+        """Raises UserError if the last checkpoint could not be written."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Waits for what is being written, and raises UserError if it could not be."""
+        """Waits until the last checkpoint is written; raises UserError if it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def close(self) -> None:
-        """Waits for what is being written, and ends the threads."""
+        """Waits until the last checkpoint is written, and ends the threads."""
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # it would tell of the same fault again
+            with contextlib.suppress(Exception):  # it would raise the same error again
                 self._writer.close()
 
     def _finish(self, step: int, score: float | None) -> None:
         try:
-            with disk_errors(self._workdir, f"take step {step}"):
+            with write_errors(self._workdir, f"take step {step}"):
                 self._writer.wait_until_finished()
                 if jax.process_index() == 0:
-                    path = self._folder / str(step)
-                    write_text(path / SUMS, "".join(f"{sum}  {name}\n" for name, sum in _sums(path).items()))
+                    _write_checksums(self._folder / str(step))
                 self._scores[step] = score
                 self._prune()
-        except Exception as error:  # the thread that waits raises it
+        except Exception as error:  # `check` raises it in the thread of the run
             self._error = error
 
     def _prune(self) -> None:
@@ -138,52 +131,51 @@ class Checkpoints:
             if step != best:
                 del self._scores[step]
                 if jax.process_index() == 0:
-                    (self._folder / str(step) / SUMS).unlink(missing_ok=True)  # so that what a crash leaves is no step
+                    # First the checksums: what a crash leaves is then an unfinished step, which does not count.
+                    (self._folder / str(step) / SUMS).unlink(missing_ok=True)
                     (self._folder / str(step)).rmtree(missing_ok=True)
 
 
 def folder(workdir: str | Path) -> epath.Path:
-    """Returns where a run's checkpoints lie."""
-    return place(workdir) / FOLDER
-
-
-def in_bucket(path: str | Path) -> bool:
-    """Whether a path is one in a bucket, gs://bucket/run or s3://bucket/run."""
-    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in BUCKETS))
-
-
-def place(path: str | Path) -> epath.Path:
-    """Returns a path as orbax takes it: absolute, or in a bucket.
-
-    Raises:
-      UserError: it is a URL of something else, or the package that talks to such buckets is not installed.
-    """
-    path = os.fspath(path)
-    if "://" not in path:
-        return epath.Path(os.path.abspath(path))
-    if not in_bucket(path):
-        raise UserError(f"{path} is neither a folder nor in a bucket: write a path, gs://BUCKET/FOLDER or s3://...")
-    extra, package = BUCKETS[path.partition("://")[0]]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{path} needs the package {package}: pip install {package}, or install maxmap with [{extra}].")
-    return epath.Path(path)
+    """Returns the folder of a run's checkpoints."""
+    return storage.resolve(workdir) / FOLDER
 
 
 def finished_steps(workdir: str | Path) -> list[int]:
-    """Returns the steps that were written to their end, in order."""
-    with _bucket_errors(workdir, "be read"):
-        try:  # not is_dir(), which takes a bucket that does not answer for an empty one: the run would begin anew
+    """Returns the steps with a finished checkpoint, in order."""
+    with storage.bucket_errors(workdir, "be read"):
+        try:  # is_dir() would be False for a bucket that does not answer, and the run would start from the beginning
             entries = list(folder(workdir).iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
     return sorted(int(p.name) for p in entries if p.name.isdecimal() and (p / SUMS).exists())
 
 
+@contextlib.contextmanager
+def write_errors(workdir: str | Path, action: str) -> Iterator[None]:
+    """Turns an error of the disk or bucket into one sentence, which names the last good checkpoint.
+
+    Args:
+      workdir: folder of the run.
+      action: what it cannot do if there is an error, for example "take step 3".
+
+    Raises:
+      UserError: see `maxmap.storage.disk_errors`.
+    """
+
+    def kept() -> str:
+        steps = finished_steps(workdir)
+        return f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
+
+    with storage.disk_errors(workdir, action, kept):
+        yield
+
+
 def damage(path: epath.Path) -> str | None:
-    """Returns what differs from the checksums in a step's folder, None if nothing does."""
+    """Returns how the files in a step's folder differ from its checksums, None if they do not."""
     try:
         wanted = dict(reversed(line.split("  ", 1)) for line in (path / SUMS).read_text().splitlines())
-        found = _sums(path)
+        found = _checksums(path)
     except (OSError, ValueError) as error:
         return f"its checksums cannot be read: {error}"
     for name in sorted(wanted.keys() | found.keys()):
@@ -194,11 +186,13 @@ def damage(path: epath.Path) -> str | None:
     return None
 
 
-def newest(workdir: str | Path) -> int | None:
-    """Returns the newest step that is whole, None if none was ever finished; what is damaged is named on stderr.
+def newest_step(workdir: str | Path) -> int | None:
+    """Returns the newest step with a whole checkpoint, None if no step was ever finished.
+
+    It names newer checkpoints that are damaged on stderr.
 
     Raises:
-      UserError: there are finished steps, and all of them are damaged.
+      UserError: every finished checkpoint is damaged.
     """
     faults: list[str] = []
     for step in reversed(finished_steps(workdir)):
@@ -214,9 +208,9 @@ def newest(workdir: str | Path) -> int | None:
 
 
 def read_info(workdir: str | Path, step: int | None = None) -> dict[str, Any] | None:
-    """Returns the info of a step, by default the newest that is whole; None if there is none."""
+    """Returns the info of a step, by default of the newest whole one; None if there is no checkpoint."""
     if step is None:
-        step = newest(workdir)
+        step = newest_step(workdir)
     if step is None:
         return None
     return {**_info(folder(workdir) / str(step)), "step": step}
@@ -225,12 +219,12 @@ def read_info(workdir: str | Path, step: int | None = None) -> dict[str, Any] | 
 def read_variables(
     workdir: str | Path, *, ema: bool = True, step: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads the model of a checkpoint, on whatever devices it was written.
+    """Reads the model of a checkpoint; the devices need not be those that wrote it.
 
     Args:
-      workdir: of a run, or a converted checkpoint.
-      ema: the averaged variables where there are any, else the raw ones.
-      step: which; None for the newest that is whole.
+      workdir: folder of a run or of a converted checkpoint.
+      ema: read the averaged variables, if the checkpoint has them; otherwise the raw ones.
+      step: number of the step; None for the newest whole one.
 
     Returns:
       The variables as NumPy arrays, and the info with 'step' and 'weights' ("ema" or "raw") added.
@@ -248,28 +242,26 @@ def read_variables(
         metadata = reader.metadata(os.fspath(path / item)).item_metadata
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one), dict(metadata))
     variables = _read(path, {item: ocp.args.StandardRestore(like)})[item]
-    return jax.tree.map(np.asarray, variables), {
-        **info,
-        "weights": info.get("weights", "raw") if item != "ema" else item,
-    }
+    weights = "ema" if item == "ema" else info.get("weights", "raw")
+    return jax.tree.map(np.asarray, variables), {**info, "weights": weights}
 
 
-def average(
+def average_checkpoints(
     workdirs: Sequence[str | Path], *, last: int = 1, ema: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Averages checkpoints of the same model ("model soup": Wortsman et al. 2022), in float64.
 
     Args:
-      workdirs: of runs.
-      last: newest checkpoints of each.
-      ema: their averaged variables where there are any, else the raw ones.
+      workdirs: folders of runs.
+      last: how many of the newest checkpoints to take of each run.
+      ema: average the averaged variables of checkpoints that have them; otherwise the raw ones.
 
     Returns:
-      The variables as NumPy arrays, and the newest info of the first run, with 'weights' ("ema" or "raw") and
-      'averaged', the list of [folder, step].
+      The variables as NumPy arrays, and the newest info of the first run with two more entries: 'weights' ("ema" or
+      "raw") and 'averaged', the list of [folder, step].
 
     Raises:
-      UserError: a run has fewer checkpoints that are whole, or holds another model.
+      UserError: a run has fewer than `last` whole checkpoints, or the models differ.
     """
     total: Any = None
     averaged: list[list[Any]] = []
@@ -277,38 +269,41 @@ def average(
     for workdir in workdirs:
         whole = [step for step in finished_steps(workdir) if damage(folder(workdir) / str(step)) is None]
         if last < 1 or len(whole) < last:
-            raise UserError(f"{workdir} has {len(whole)} whole checkpoints, not {last}: give --last from 1 to that.")
+            raise UserError(
+                f"{workdir} has {len(whole)} whole checkpoints, but --last is {last}: give 1 or more, up to the "
+                "number that it has."
+            )
         for step in reversed(whole[-last:]):
             variables, info = read_variables(workdir, ema=ema, step=step)
             first = first or info
             if info["model"] != first["model"] or info["weights"] != first["weights"]:
                 raise UserError(f"{workdir} and {workdirs[0]} hold different models: only the same can be averaged.")
-            wide = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
-            total = wide if total is None else jax.tree.map(np.add, total, wide)
+            upcast = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
+            total = upcast if total is None else jax.tree.map(np.add, total, upcast)
             averaged.append([os.fspath(workdir), step])
     mean = jax.tree.map(lambda sum, like: (sum / len(averaged)).astype(like.dtype), total, variables)
     return mean, {**first, "averaged": averaged}
 
 
 def write_variables(workdir: str | Path, variables: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Writes a checkpoint that holds a model alone.
+    """Writes a checkpoint that holds only a model.
 
-    Without compression, which takes longer than the disk, and without copies: the arrays may lie in a mapped file that
-    is as large as the memory.
+    The arrays may be in a memory-mapped file as large as the memory, so no second copy of all of them is made. They are
+    not compressed, because compressing takes longer than writing.
 
     Args:
-      workdir: to write into.
-      variables: arrays.
-      info: what JSON can hold, with 'step'.
+      workdir: folder to write into.
+      variables: tree of arrays.
+      info: values that JSON can hold; 'step' is the number of the step.
 
     Raises:
-      UserError: there is a checkpoint in `workdir` already, or it cannot be written to.
+      UserError: `workdir` holds a checkpoint already, or cannot be written to.
     """
     if finished_steps(workdir):
         raise UserError(f"{workdir} holds a checkpoint already: give another folder.")
     types = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()),
-        (np.ndarray, _InTurn(deepcopy_host_arrays=False)),
+        (np.ndarray, _FewAtATime(deepcopy_host_arrays=False)),
     )
     handlers = {
         "variables": ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=types),
@@ -317,46 +312,46 @@ def write_variables(workdir: str | Path, variables: Mapping[str, Any], info: Map
     trees = jax.tree.map(lambda leaf: np.asarray(leaf) if np.isscalar(leaf) else leaf, dict(variables))
     items = {"variables": ocp.args.PyTreeSave(trees), "info": ocp.args.JsonSave(dict(info))}
     path = folder(workdir) / str(info["step"])
-    with disk_errors(workdir, "be written to"):
+    with write_errors(workdir, "be written to"):
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
             writer.save(os.fspath(path), args=ocp.args.Composite(**items))
-        write_text(path / SUMS, "".join(f"{sum}  {name}\n" for name, sum in _sums(path).items()))
+        _write_checksums(path)
 
 
-class _InTurn(ocp.type_handlers.NumpyHandler):
-    """Writes a few arrays while it lays out the next: all at once, they would be in memory a second time."""
+class _FewAtATime(ocp.type_handlers.NumpyHandler):
+    """Writes a few arrays while it lays out the next ones; all at once would be a second copy of them in memory."""
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
         args = args or [ocp.SaveArgs()] * len(values)
-        parts, size = [0], 0
+        starts, size = [0], 0
         for i, value in enumerate(values):
-            if size and size + value.nbytes > _AT_A_TIME:
-                parts.append(i)
+            if size and size + value.nbytes > _BYTES_AT_A_TIME:
+                starts.append(i)
                 size = 0
             size += value.nbytes
-        ranges = [slice(*ends) for ends in itertools.pairwise([*parts, len(values)])]
+        ranges = [slice(*ends) for ends in itertools.pairwise([*starts, len(values)])]
         with concurrent.futures.ThreadPoolExecutor(1) as other_thread:
-            laid_out = other_thread.submit(_contiguous, values[ranges[0]])
-            for now, then in itertools.zip_longest(ranges, ranges[1:]):
-                part = laid_out.result()
-                if then:
-                    laid_out = other_thread.submit(_contiguous, values[then])
-                for future in await super().serialize(part, infos[now], args[now]):
+            laid_out = other_thread.submit(_lay_out, values[ranges[0]])
+            for this, following in itertools.zip_longest(ranges, ranges[1:]):
+                arrays = laid_out.result()
+                if following:
+                    laid_out = other_thread.submit(_lay_out, values[following])
+                for future in await super().serialize(arrays, infos[this], args[this]):
                     future.result()
         return []
 
 
-def _contiguous(values: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns arrays in C order, and lets go of the pages of a mapped file that they were read from."""
-    result = [_in_order(value) for value in values]
-    # They would count as memory, and come back when they are read again.
+def _lay_out(values: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns copies of arrays in C order, and frees the pages of the memory-mapped files that hold the originals."""
+    result = [_in_c_order(value) for value in values]
+    # Pages that were read count as memory of the process. The system reads them again if they are needed again.
     for file in {id(file): file for file in map(_mapped_file, values) if file is not None}.values():
         file.madvise(mmap.MADV_DONTNEED)
     return result
 
 
-def _in_order(value: np.ndarray) -> np.ndarray:
-    """Returns an array in C order; a transposed matrix in stripes that the cache holds, several times as fast."""
+def _in_c_order(value: np.ndarray) -> np.ndarray:
+    """Returns a copy in C order; a transposed matrix is copied in stripes that fit the cache, several times as fast."""
     matrix = value.squeeze()
     if matrix.ndim != 2 or not matrix.T.flags.c_contiguous:
         return np.array(value, order="C")
@@ -367,47 +362,23 @@ def _in_order(value: np.ndarray) -> np.ndarray:
 
 
 def _mapped_file(value: Any) -> mmap.mmap | None:
+    """Returns the memory-mapped file that holds an array, None if no file does."""
     while isinstance(value, np.ndarray):
         value = value.base
     return value if isinstance(value, mmap.mmap) and hasattr(value, "madvise") else None
 
 
-def write_text(path: str | Path | epath.Path, text: str) -> None:
-    """Writes a file so that whoever reads it, also after a crash, finds the old text or the new one, never a part."""
-    if in_bucket(path):
-        place(path).write_text(text)  # an object in a bucket appears as a whole
-        return
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+def _write_checksums(path: epath.Path) -> None:
+    """Writes SHA256SUMS into a step's folder, which makes the step a finished one."""
+    storage.write_text(path / SUMS, "".join(f"{digest}  {name}\n" for name, digest in _checksums(path).items()))
 
 
-def _sums(path: epath.Path) -> dict[str, str]:
-    """SHA-256 of every file of a step, by its path in the step's folder."""
-    files = {os.fspath(file)[len(os.fspath(path)) + 1 :]: file for file in sorted(_files(path))}
+def _checksums(path: epath.Path) -> dict[str, str]:
+    """Returns the SHA-256 checksum of every file of a step, by its path in the step's folder."""
+    files = {os.fspath(file)[len(os.fspath(path)) + 1 :]: file for file in sorted(storage.walk(path))}
     counted = [n for n in files if n not in (SUMS, _ORBAX_CHANGES) and not n.endswith(".unfinished")]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return dict(zip(counted, pool.map(_sum, (files[name] for name in counted)), strict=True))
-
-
-def _sum(file: epath.Path) -> str:
-    with file.open("rb") as opened:
-        sum = hashlib.sha256()
-        while block := opened.read(1 << 20):
-            sum.update(block)
-    return sum.hexdigest()
-
-
-def _files(path: epath.Path) -> Iterator[epath.Path]:
-    for entry in path.iterdir():
-        if entry.is_dir():
-            yield from _files(entry)
-        else:
-            yield entry
+        return dict(zip(counted, pool.map(storage.sha256, (files[name] for name in counted)), strict=True))
 
 
 def _info(path: epath.Path) -> dict[str, Any]:
@@ -418,57 +389,10 @@ def _score(path: epath.Path) -> float | None:
     try:
         return _info(path).get("score")
     except (OSError, ValueError):
-        return None  # damaged
+        return None  # the checkpoint is damaged
 
 
 def _read(path: epath.Path, args: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as reader:
         restored = reader.restore(os.fspath(path), args=ocp.args.Composite(**args))
     return {name: restored[name] for name in args}
-
-
-@contextlib.contextmanager
-def disk_errors(workdir: str | Path, what: str) -> Iterator[None]:
-    """Turns what the disk or bucket of a workdir refuses into a sentence; other errors are bugs and stay what they are.
-
-    Args:
-      workdir: of the run.
-      what: that cannot be done, such as "take step 3".
-
-    Raises:
-      UserError: the disk is full, read-only, broken, or not the user's; the bucket is not there, not open to the user,
-        or cannot be reached.
-    """
-    try:
-        with _bucket_errors(workdir, what):
-            yield
-    except Exception as error:
-        reason = _DISK.search(str(error))
-        if isinstance(error, UserError) or (reason is None and getattr(error, "errno", None) not in _REFUSALS):
-            raise
-        steps = finished_steps(workdir)
-        last = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
-        raise UserError(
-            f"{workdir} cannot {what} ({reason[0] if reason else error}); {last}: make room, or the folder writable, "
-            "and start again."
-        ) from error
-
-
-@contextlib.contextmanager
-def _bucket_errors(workdir: str | Path, what: str) -> Iterator[None]:
-    """Turns what a bucket refuses into a sentence."""
-    try:
-        yield
-    except Exception as error:
-        refused = (
-            isinstance(error, ConnectionError | TimeoutError)
-            or (isinstance(error, OSError) and error.errno is None)  # with a number it is of this machine
-            or type(error).__module__.partition(".")[0] in _NETWORK
-            or _BUCKET.search(str(error)) is not None
-        )
-        if not in_bucket(workdir) or isinstance(error, UserError) or not refused:
-            raise
-        raise UserError(
-            f"{workdir} cannot {what} ({' '.join(str(error).split()) or type(error).__name__}): look at the bucket's "
-            "name, your rights and the network, and start again."
-        ) from error

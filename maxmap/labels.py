@@ -1,19 +1,24 @@
-"""Label sets of ImageNet's relatives, and the file of predictions that anyone can count again."""
+"""ImageNet's relatives: data sets with its classes and labels of their own, and evaluation on them."""
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
+from maxmap import checkpoint, storage
+from maxmap.data.pipeline import Data, open_data
 from maxmap.errors import UserError
+from maxmap.evaluate import evaluate, make_eval_step, report, write
+from maxmap.models import create_model
+from maxmap.predictions import accuracies, to_csv
+from maxmap.sharding import make_mesh, replicated
 
-# Every set is a folder of images with one folder per class. "among": only the classes that occur in it are candidates,
-# as its authors evaluate.
+# Every set is a folder with a folder of images per class, which has the class's name or its number ("folders"). With
+# "among", only the classes that occur in the set are candidates, as in its authors' evaluation.
 LABEL_SETS: Mapping[str, Mapping[str, Any]] = {
     "real": {"folders": "names", "among": False},  # Beyer et al. 2020: several labels for the validation images
     "v2": {"folders": "numbers", "among": False},  # Recht et al. 2019: the folders are 0 to 999
@@ -24,10 +29,10 @@ LABEL_SETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def read_real(path: Path) -> list[list[int]]:
-    """Reads ReaL's `real.json`: for each of the 50,000 validation images, in order, the labels that are right.
+    """Reads ReaL's `real.json`: the right labels of each of the 50,000 validation images, in order.
 
     Raises:
-      UserError: it is not such a file.
+      UserError: the file is something else.
     """
     try:
         labels = json.loads(path.read_text("utf-8"))
@@ -39,84 +44,73 @@ def read_real(path: Path) -> list[list[int]]:
 
 
 def real_labels(labels: Sequence[Sequence[int]], name: str) -> Sequence[int]:
-    """Returns the right labels of a validation image by its file name, `ILSVRC2012_val_00000001.JPEG` and on."""
+    """Returns the right labels of a validation image.
+
+    Args:
+      labels: what `read_real` returns.
+      name: file name of the image, for example `ILSVRC2012_val_00000001.JPEG`.
+
+    Raises:
+      UserError: the name is not that of a validation image.
+    """
     number = re.search(r"ILSVRC2012_val_(\d{8})", name)
     if number is None or not 1 <= int(number[1]) <= len(labels):
-        raise UserError(f"{name} is none of the {len(labels)} validation images that ReaL labels, by its file name.")
+        raise UserError(
+            f"{name} is none of the {len(labels)} validation images that ReaL labels: give the folder of ImageNet's "
+            "validation images under their own names, ILSVRC2012_val_00000001.JPEG and so on."
+        )
     return labels[int(number[1]) - 1]
 
 
-def count(rows: Iterable[Mapping[str, Any]], right: Mapping[int, Sequence[int]] | None = None) -> dict[str, Any]:
-    """Counts predictions.
+def evaluate_set(workdir: str | Path, folder: Path, labels: str, file: Path | None, batch_size: int) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of an ImageNet run on one of the `LABEL_SETS`.
 
     Args:
-      rows: of `evaluate`, or of the file, read by `csv.DictReader`.
-      right: labels that are right for each image by its index, ReaL's; an image without any does not count. None: the
-        label of the row.
+      workdir: of the run; `eval_<labels>.json` and `predictions_<labels>.csv` are written into it.
+      folder: of the images, one folder per class: by WordNet number, or, of V2, by label.
+      labels: a key of `LABEL_SETS`.
+      file: of ReaL: its `real.json`; the images are then the validation images.
+      batch_size: images at a time.
 
     Returns:
-      'images', 'top1' and 'top5' (percent), 'branch_top1' (percent of each branch).
+      The content of `eval_<labels>.json`.
+
+    Raises:
+      UserError: there is no checkpoint, it is not one of ImageNet's 1,000 classes, or the files do not fit.
     """
-    images, top1, top5 = 0, 0, 0
-    branches: dict[str, int] = {}
-    for row in rows:
-        if right is None:
-            rank = int(row["rank"])
-            hits = {key: int(value) <= 1 for key, value in row.items() if re.fullmatch(r"branch\d+_rank", key)}
-        else:
-            labels = right[int(row["index"])]
-            if not labels:
-                continue
-            best = [int(value) for key, value in row.items() if re.fullmatch(r"top\d", key)]
-            rank = next((i for i, label in enumerate(best, 1) if label in labels), len(best) + 1)
-            hits = {key: int(value) in labels for key, value in row.items() if re.fullmatch(r"branch\d+", key)}
-        images += 1
-        top1 += rank <= 1
-        top5 += rank <= 5
-        for key, hit in hits.items():
-            branches[key] = branches.get(key, 0) + hit
-    if not images:
-        raise UserError("none of the images has a label that counts.")
-    return {
-        "images": images,
-        "top1": 100 * top1 / images,
-        "top5": 100 * top5 / images,
-        "branch_top1": [100 * hits / images for hits in branches.values()],
-    }
+    variables, info = checkpoint.read_variables(workdir)
+    classes, kind = info["classes"], LABEL_SETS[labels]
+    if len(classes) != 1000 or sorted(classes) != list(classes):
+        raise UserError(f"{workdir} was not trained on ImageNet's 1,000 classes by WordNet number.")
+    if (labels == "real") != (file is not None):
+        raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
+    pre = info["preprocessing"]
+    data = _open_images(folder, pre, [str(i) for i in range(1000)] if kind["folders"] == "numbers" else classes)
+    present = [label for label, name in enumerate(classes) if (folder / name).is_dir()]
+    among = present if kind["among"] else None
+    mesh, model = make_mesh(), create_model(**info["model"])
+    eval_step = make_eval_step(model, pre, mesh, jnp.dtype(jnp.float32), among)
+    rows: list[dict[str, Any]] = []
+    result = evaluate(eval_step, jax.device_put(variables, replicated(mesh)), data, batch_size, mesh, rows)
+    if file is not None:
+        real = read_real(file)
+        del result["loss"]  # of the first label alone
+        result |= accuracies(rows, {row["index"]: real_labels(real, row["name"]) for row in rows})
+    result = report({"labels": labels, **result}, variables["params"], info)
+    write(result, workdir, f"eval_{labels}.json")
+    if jax.process_index() == 0:
+        storage.write_text(storage.resolve(workdir) / f"predictions_{labels}.csv", to_csv({info["weights"]: rows}))
+    return result
 
 
-def rows_of(batch: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], names: Any) -> list[dict[str, Any]]:
-    """Makes a row of each image that counts.
-
-    Args:
-      batch: 'index', 'label' and 'mask', `[B]`.
-      found: 'best' `[B, 5]`, 'rank' `[B]`, 'branch' `[G, B]`, 'branch_rank' `[G, B]`, as `make_eval_step` says.
-      names: function from an index to the name of the file.
-    """
-    rows = []
-    for i in np.flatnonzero(batch["mask"]):
-        row: dict[str, Any] = {"index": int(batch["index"][i]), "name": names(int(batch["index"][i]))}
-        row |= {"label": int(batch["label"][i]), "rank": int(found["rank"][i])}
-        row |= {f"top{k}": int(label) for k, label in enumerate(found["best"][i], 1)}
-        for g, (label, rank) in enumerate(zip(found["branch"][:, i], found["branch_rank"][:, i], strict=True)):
-            row |= {f"branch{g}": int(label), f"branch{g}_rank": int(rank)}
-        rows.append(row)
-    return rows
-
-
-def as_csv(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Returns the text of `predictions.csv`: the rows of every kind of weights, which is the first column.
-
-    `rank` is the rank of the label among the averaged logits (ties count against it), so that top-k accuracy is the
-    share of ranks up to k; `top1` to `top5` are the labels with the largest logits; `branchN` and `branchN_rank` the
-    same of each branch.
-    """
-    text = io.StringIO()
-    writer = None
-    for weights, part in rows.items():
-        for row in part:
-            if writer is None:
-                writer = csv.DictWriter(text, ["weights", *row], lineterminator="\n")
-                writer.writeheader()
-            writer.writerow({"weights": weights, **row})
-    return text.getvalue()
+def _open_images(folder: Path, preprocessing: Mapping[str, Any], classes: Sequence[str]) -> Data:
+    """Opens a folder of class folders for evaluation alone, with the preprocessing of a checkpoint."""
+    return open_data(
+        "folder",
+        folder.absolute().parent,
+        train_split=None,
+        val_split=folder.name,
+        classes=classes,
+        eval_interpolation=preprocessing["interpolation"],
+        **{key: preprocessing[key] for key in ("crop_pct", "crop_mode", "image_size", "mean", "std")},
+    )

@@ -2,7 +2,6 @@
 
 import fnmatch
 import functools
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,16 +10,26 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.backbones import convnext, cswin, fastervit, maxxvit, metaformer, mobilenet, pit, resnet, vit
+from maxmap.backbones import (
+    Variant,
+    convnext,
+    cswin,
+    fastervit,
+    maxxvit,
+    metaformer,
+    mobilenet,
+    pit,
+    resnet,
+    vit,
+)
 from maxmap.errors import UserError, nearest
 from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
-from maxmap.operations import upcast
+from maxmap.layers.primitives import Block, pair
+from maxmap.operations import Array, upcast
 
-Array = jax.Array
-
-FAMILIES: dict[str, Mapping[str, Any]] = {
+FAMILIES: dict[str, Mapping[str, Variant]] = {
     "convnext": convnext.VARIANTS,
     "cswin": cswin.VARIANTS,
     "fastervit": fastervit.VARIANTS,
@@ -33,10 +42,6 @@ FAMILIES: dict[str, Mapping[str, Any]] = {
 }
 BACKBONES = {name: variant for variants in FAMILIES.values() for name, variant in variants.items()}
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "map": MAPHead, "gramian": GramianHead}
-
-
-# The names of backbones' blocks, by which they are rematerialised.
-_BLOCK = re.compile(r"(blocks|layer\d+|stage\d+)_\d+")
 
 
 class Classifier(nn.Module):
@@ -70,7 +75,7 @@ class Classifier(nn.Module):
         """Returns the NHWC maps of the stem and of every stage."""
         if not self.remat or self.is_initializing():
             return self.backbone(images, train=train)
-        with nn.intercept_methods(_rematerialise):
+        with nn.intercept_methods(_rematerialisation()):
             return self.backbone(images, train=train)
 
     def embed(self, images: Array, *, train: bool = False) -> Array:
@@ -78,15 +83,63 @@ class Classifier(nn.Module):
         return self(images, train=train)["embedding"]
 
 
-def _rematerialise(
-    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext
-) -> Any:
-    """Flax's hook around every method of a module: a block becomes a `jax.checkpoint`."""
-    module = context.module
-    if context.method_name != "__call__" or not _BLOCK.fullmatch(module.name or ""):
-        return call(*args, **kwargs)
-    function = cast(functools.partial, context.orig_method).func  # not yet bound to the module, which remat replaces
-    return nn.remat(lambda module, *args: function(module, *args, **kwargs))(module, *args)
+def _rematerialisation() -> Callable[..., Any]:
+    """Returns a hook for `nn.intercept_methods` that calls every block as a `jax.checkpoint`."""
+    inside = False  # of a block: a block that is part of another one is not checkpointed by itself
+
+    def hook(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        nonlocal inside
+        if inside or context.method_name != "__call__" or not isinstance(context.module, Block):
+            return call(*args, **kwargs)
+        # The method without its module, because `nn.remat` passes a module of its own.
+        function = cast(functools.partial, context.orig_method).func
+        inside = True
+        try:
+            return nn.remat(lambda module, *args: function(module, *args, **kwargs))(context.module, *args)
+        finally:
+            inside = False
+
+    return hook
+
+
+def block_paths(model: Classifier) -> list[list[str]]:
+    """Lists the modules of a model's backbone in the order in which they run, by block.
+
+    It traces the model once, which takes some seconds for large ones, and computes nothing.
+
+    Returns:
+      Paths such as 'backbone/stages_0/blocks_1', in one list for the stem and one for each block. A block's list has
+      the modules between the block before and this one (a downsampling), then those inside, and the block itself last.
+    """
+    groups: list[list[str]] = [[]]
+    known: set[str] = set()
+    inside = False
+
+    def record(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        nonlocal inside
+        path = "/".join(context.module.path)
+        if context.method_name != "__call__" or path in known:
+            return call(*args, **kwargs)
+        known.add(path)
+        if inside or not isinstance(context.module, Block):
+            groups[-1].append(path)
+            return call(*args, **kwargs)
+        if len(groups) == 1:
+            groups.append([])  # the first block ends the stem
+        inside = True
+        result = call(*args, **kwargs)
+        inside = False
+        groups[-1].append(path)
+        groups.append([])
+        return result
+
+    images = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(functools.partial(model.init, method="features"), jax.random.key(0), images)
+    if len(groups) > 1:
+        behind = groups.pop()
+        groups[-1][:0] = behind
+    return groups
 
 
 def average(outputs: Mapping[str, Array]) -> Array:
@@ -101,46 +154,6 @@ class _Model:
     backbone: str
     head: Mapping[str, Any]
     fields: Mapping[str, Any] = field(default_factory=dict)
-
-
-# The plain classifiers that the backbones' names stand for, by family; the first pattern that matches counts.
-_CLASSIFIERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "convnext": [(r".*", {"norm": "after", "init_scheme": "trunc_normal"})],
-    "cswin": [(r".*", {"norm": "before", "epsilon": 1e-5, "init_scheme": "trunc_normal"})],
-    "fastervit": [(r".*", {"norm": "before", "norm_type": "batch", "epsilon": 1e-5, "init_scheme": "trunc_normal"})],
-    "maxxvit": [
-        (r"maxvit_t", {"norm": "after", "epsilon": 1e-5, "hidden_ratio": 1.0, "bias": False}),
-        (r"maxvit_\w+_tf_\d+|maxvit_mini_32", {"norm": "after", "epsilon": 1e-5, "hidden_ratio": 1.0}),
-        (
-            r"coatnet_[0-5]_\d+|maxvit_rmlp_base_rw_\d+|maxxvitv2_rmlp_large_rw_\d+",
-            {"norm": "after", "hidden_ratio": 1.0},
-        ),
-        (r"coatnet_bn_0_rw_\d+", {"norm": "before", "norm_type": "batch"}),
-        (r".*", {"norm": "before"}),
-    ],
-    "metaformer": [
-        (
-            r"(conv|ca)former_\w+",
-            {
-                "norm": "after",
-                "hidden_ratio": 4.0,
-                "activation": "relu2",
-                "hidden_epsilon": 1e-5,
-                "init_scheme": "trunc_normal",
-            },
-        ),
-        (r".*", {"norm": "after", "init_scheme": "trunc_normal"}),
-    ],
-    "mobilenet": [(r".*", {"norm": "none"})],
-    "pit": [(r"pit_s_224", {"norm": "before"}), (r".*", {"norm": "none"})],
-    "vit": [(r".*", {"norm": "before", "init_scheme": "trunc_normal"})],
-    "resnet": [(r"resnet50_se_deep", {"norm": "none", "init_scheme": "trunc_normal"}), (r".*", {"norm": "none"})],
-}
-
-
-def _plain(family: str, name: str) -> _Model:
-    fields = next(fields for pattern, fields in _CLASSIFIERS[family] if re.fullmatch(pattern, name))
-    return _Model(name, {"name": "linear", **fields})
 
 
 _ERF = {"conv": {"activation": "gelu"}, "transformer": {"activation": "gelu"}}
@@ -166,7 +179,7 @@ def _ga_cswin(backbone: str, taps: int, aggregation_mlp_groups: int) -> _Model:
 
 
 MODELS: dict[str, _Model] = {
-    name: _plain(family, name) for family, variants in FAMILIES.items() for name in variants
+    name: _Model(name, {"name": "linear", **variant.classifier}) for name, variant in BACKBONES.items()
 } | {
     # MAP's copy of MaxViT-T has the exact GELU where timm's and Google's have the tanh form; its head is `MAPHead`'s
     # default.
@@ -299,15 +312,15 @@ def create_model(
     if head_name not in HEADS:
         raise UserError(f"there is no head '{head_name}', only {', '.join(HEADS)}.")
 
-    backbone = BACKBONES[model.backbone]
+    variant = BACKBONES[model.backbone]
     if image_size is not None:
         fields["image_size"] = image_size
-    merged = dict(backbone.keywords)
+    merged = dict(variant.fields)
     for changes in (model.fields, fields):
         for key, value in changes.items():
             both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
             merged[key] = {**merged[key], **value} if both else value
-    built_backbone = _build(backbone.func, merged, f"model '{name}'")
+    built_backbone = _build(variant.backbone, merged, f"model '{name}'")
     built_head = _build(HEADS[head_name], {"num_classes": 1000} | head_fields, f"head '{head_name}'")
     try:
         built_backbone.validate()
@@ -323,3 +336,13 @@ def _build(module: type[nn.Module], fields: Mapping[str, Any], what: str) -> nn.
         if key not in known:
             raise UserError(f"{what} has no field '{key}'; the nearest are {nearest(key, known)}.")
     return module(**fields)
+
+
+def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """STUB."""
+    keys = [key for key in sorted({*wanted, *found}) if key not in ("drop_path", "remat")]
+    return [
+        f"{key} is {found.get(key, 'not set')} there and {wanted.get(key, 'not set')} here"
+        for key in keys
+        if wanted.get(key) != found.get(key)
+    ]

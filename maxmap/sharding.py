@@ -1,7 +1,8 @@
-"""Devices: the mesh, how state and batches lie on it. Nothing else in maxmap chooses a sharding.
+"""The mesh of devices, and how state and batches are sharded on it. No other module chooses a sharding.
 
-A batch is split over all devices, the axes "data" and "fsdp" together. Every array of the state, be it a parameter, of
-the optimizer or an average, is split over "fsdp" by its shape alone, and the same on every row of "data".
+A batch is split over all devices, so over the axes "data" and "fsdp" together. The state is split over "fsdp" and
+replicated over "data". The shape of an array alone decides along which axis it is split, be it a parameter, an average
+or part of the optimizer's state.
 """
 
 import importlib.util
@@ -13,28 +14,32 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maxmap.errors import UserError
 
 DATA, FSDP = "data", "fsdp"
-HEARTBEAT = 60  # seconds without a sign of life after which the other processes of a job end too
-SMALLEST = 4096  # values; to gather a smaller array costs more in latency than its copies cost in memory
+HEARTBEAT_TIMEOUT = 60  # seconds without a sign of life from a process, after which the others of its job end too
+# Values. A smaller array is replicated: its copies take little memory, and gathering its parts would take long.
+MIN_SHARDED_SIZE = 4096
 
 
-def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the processes of a job, one per host or per GPU, before anything else uses JAX.
+def initialize_processes(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of a job, one per host or per GPU; call it before anything else uses JAX.
 
-    Without arguments it asks the environment: a TPU pod, Slurm's `srun` or Open MPI's `mpirun`; where there is none of
-    these, the process is alone.
+    Without arguments it reads them from the environment of a TPU pod, of Slurm's `srun` or of Open MPI's `mpirun`. If
+    there is no such environment, the process trains alone.
 
     Args:
-      coordinator: host:port of the first process, which it opens.
-      num_processes: of the job.
-      process_id: from 0.
+      coordinator: host:port where the first process listens.
+      num_processes: number of processes in the job.
+      process_id: number of this process, from 0.
 
     Raises:
-      UserError: only some of the three are given and the environment lacks the others, or the processes do not meet.
+      UserError: some of the three are missing here and in the environment, or the processes do not find each other.
     """
     environment = os.environ
     if "OMPI_COMM_WORLD_SIZE" in environment:
@@ -43,7 +48,7 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
         if num_processes == 1:
             return
         if coordinator is None and "OMPI_MCA_orte_hnp_uri" not in environment:
-            raise UserError("this Open MPI does not tell where its first process runs: give --coordinator=HOST:PORT.")
+            raise UserError("this Open MPI does not say where its first process runs: give --coordinator=HOST:PORT.")
     elif (coordinator, num_processes, process_id) == (None, None, None):
         tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
         slurm = "SLURM_STEP_NODELIST" in environment and int(tasks) > 1
@@ -56,19 +61,19 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
             coordinator,
             num_processes,
             process_id,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            # At its end, by an error too, a process waits for the others, which may be waiting for it.
-            shutdown_timeout_seconds=HEARTBEAT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            # A process that ends waits for the others; after an error they may be waiting for it.
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes of this job do not find each other ({' '.join(str(error).split())[:300]}): see whether all "
-            "of them run and reach the coordinator's port."
+            f"the processes of this job do not find each other ({' '.join(str(error).split())[:300]}): check that all "
+            "of them run and can reach the coordinator's port."
         ) from error
 
 
 def _on_tpu_vm() -> bool:
-    """Whether this is a host of Google Cloud with TPUs, be it alone or in a pod."""
+    """Whether this is a Google Cloud host with TPUs, alone or in a pod."""
     devices = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
     return devices and importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in os.environ
 
@@ -80,6 +85,9 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
       data: copies of the state; -1 for as many as the devices allow.
       fsdp: devices that share a copy, each holding a part of it (fully sharded data parallelism, ZeRO: Rajbhandari et
         al. 2020). The batch is split over data * fsdp devices. One device is a mesh of 1 x 1.
+
+    Raises:
+      UserError: the devices do not allow such a mesh.
     """
     available = jax.device_count()
     if not 1 <= fsdp <= available:
@@ -98,50 +106,57 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
         )
     if jax.process_count() > 1 and data * fsdp != available:
         raise UserError(f"config.mesh.data is {data}, which leaves some of {available} devices idle: give -1 for all.")
-    # Explicit axes, JAX's default, put shardings into types, which dropout's masks then break.
+    # With explicit axes, JAX's default, shardings are part of types, and dropout's masks do not type-check.
     axis_types = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((data, fsdp), (DATA, FSDP), axis_types=axis_types, devices=jax.devices()[: data * fsdp])
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The same array on every device."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over all devices."""
+    """Returns the sharding of a batch: its first axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
-def by_shape(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Where an array of the state lies: its longest axis that "fsdp" divides is split, the last of equals.
+def state_sharding(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Returns the sharding of an array of the state.
 
-    An array with fewer than `SMALLEST` values, or with no such axis, is on every device.
+    The longest axis whose length the devices of "fsdp" divide is split; of axes with the same length, the last one. An
+    array without such an axis, or with fewer than `MIN_SHARDED_SIZE` values, is replicated.
     """
     parts = mesh.shape[FSDP]
     axes = [axis for axis, length in enumerate(shape) if length % parts == 0]
-    if parts == 1 or math.prod(shape) < SMALLEST or not axes:
+    if parts == 1 or math.prod(shape) < MIN_SHARDED_SIZE or not axes:
         return replicated(mesh)
     split = max(axes, key=lambda axis: (shape[axis], axis))
     return NamedSharding(mesh, PartitionSpec(*[FSDP if axis == split else None for axis in range(split + 1)]))
 
 
-def scatter(tree: Any, mesh: Mesh | None) -> Any:
-    """Inside of jit: every device keeps its part of each array of the state, or of its gradient."""
+def shard(tree: Any, mesh: Mesh | None) -> Any:
+    """Shards arrays of the state or of its gradient inside jit, so that every device keeps its part of each.
+
+    Without a mesh, it returns the arrays unchanged.
+    """
     if mesh is None:
         return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, by_shape(x.shape, mesh)), tree)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, state_sharding(x.shape, mesh)), tree)
 
 
 def gather(tree: Any, mesh: Mesh | None) -> Any:
-    """Inside of jit: every device gets all of each array."""
+    """Gathers sharded arrays inside jit, so that every device has all of each.
+
+    Without a mesh, it returns the arrays unchanged.
+    """
     if mesh is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh)), tree)
 
 
 def check_batch(size: int, mesh: Mesh | AbstractMesh, what: str) -> None:
-    """Raises UserError unless the devices divide a batch."""
+    """Raises UserError unless the number of devices divides the size of a batch, which the message calls `what`."""
     devices = mesh.size
     if size % devices:
         nearest = max(round(size / devices), 1) * devices
@@ -149,6 +164,13 @@ def check_batch(size: int, mesh: Mesh | AbstractMesh, what: str) -> None:
 
 
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """Makes global arrays of this process's rows of a batch."""
+    """Makes global arrays from the rows of a batch that this process has read."""
     sharding = split_batch(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def gather_processes(column: np.ndarray) -> np.ndarray:
+    """Returns the rows of all processes, one process after another, of whole numbers `[B]`."""
+    if jax.process_count() == 1:
+        return column
+    return np.asarray(multihost_utils.process_allgather(column.astype(np.int32), tiled=True))

@@ -76,12 +76,28 @@ def x64() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tiny_models() -> Iterator[None]:
     """`create_model` makes the small network of tests/tiny.py for every room that calls it."""
-    from tests.tiny import compile_quickly, create_tiny, rooms  # imports JAX's users, after JAX is configured
+    from tests.tiny import compile_quickly, create_tiny, use_models  # imports JAX's users, after JAX is configured
 
     with compile_quickly(), pytest.MonkeyPatch.context() as patch:
-        for room in rooms():
-            patch.setattr(room, "create_model", create_tiny)
+        use_models(create_tiny, patch)
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """XLA optimises little; see tests/tiny.py."""
+    from tests.tiny import compile_quickly
+
+    with compile_quickly():
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small images, `{train,val}/<class>/<number>.png`; see tests/tiny.py."""
+    from tests.tiny import write_folder
+
+    return write_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

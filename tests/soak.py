@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ import numpy as np
 from absl import logging
 
 from maxmap import checkpoint
-from tests.tiny import assert_equal, write_folder
+from tests.tiny import assert_equal, free_port, write_folder
 from tests.tiny_run import PLACES, log_of, outcome, start
 
 TIMEOUT = 300  # seconds, for a process that takes ten on an idle machine
@@ -118,15 +117,9 @@ def terminate(bench: Bench, workdir: Path) -> None:
     bench.same(workdir)
 
 
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def start_two(bench: Bench, workdir: Path, *options: str, at: str | None = None) -> list[subprocess.Popen[str]]:
     """Two processes of four devices; `at` happens in the second one."""
-    address = f"--coordinator=127.0.0.1:{port()}"
+    address = f"--coordinator=127.0.0.1:{free_port()}"
     given = [(address, "--devices=4", "--num_processes=2", f"--process_id={i}", *options) for i in range(2)]
     return [bench.start(workdir, *given[0]), bench.start(workdir, *given[1], *([f"--at={at}"] if at else []))]
 
@@ -201,7 +194,7 @@ def elastic(*legs: tuple[str, int]) -> Try:
 def damage(harm: Callable[[Path], object]) -> Try:
     def try_it(bench: Bench, workdir: Path) -> None:
         bench.run(workdir, "--at=step:14:die", code=-signal.SIGKILL)
-        newest = checkpoint.newest(workdir)
+        newest = checkpoint.newest_step(workdir)
         harm(Path(checkpoint.folder(workdir)) / str(newest))
         bench.same(workdir)
 
@@ -244,7 +237,7 @@ def full_disk(bench: Bench, workdir: Path) -> None:
     with small_disk(workdir, "400k"):
         refuses(bench, workdir, "last good checkpoint", "--set=checkpoint__keep=12")
         kept = checkpoint.finished_steps(workdir)
-        assert kept and checkpoint.newest(workdir) == kept[-1], "a checkpoint is lost"
+        assert kept and checkpoint.newest_step(workdir) == kept[-1], "a checkpoint is lost"
         remount(workdir, "size=64m")
         bench.same(workdir)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import graph, memory
-from maxmap.models import create_model
+from maxmap.models import block_paths, create_model
 from maxmap.train.plan import largest_batch
 
 SMALL = functools.partial(
@@ -22,12 +22,13 @@ SMALL = functools.partial(
 @pytest.mark.parametrize("task", ["forward", "train"])
 @pytest.mark.usefixtures("plain_convolutions")
 def test_every_operation_belongs_to_a_block(task):
-    jaxpr = graph.trace(SMALL(depths=(3,)), task)
-    blocks = graph.by_block(jaxpr)
+    model, deeper = SMALL(depths=(3,)), SMALL(depths=(4,))
+    jaxpr = graph.trace(model, task)
+    blocks = graph.by_block(jaxpr, block_paths(model))
     assert sum(number * mean for number, mean in blocks.values()) == pytest.approx(graph.operations(jaxpr))
     assert {blocks[part][0] for part in graph.PARTS.values()} == {3} and {"stem", "head"} <= blocks.keys()
     # One block more changes nothing but the number of blocks, outside of the optimizer.
-    more = graph.by_block(graph.trace(SMALL(depths=(4,)), task))
+    more = graph.by_block(graph.trace(deeper, task), block_paths(deeper))
     assert {part: more[part][0] for part in graph.PARTS.values()} == dict.fromkeys(graph.PARTS.values(), 4)
     assert more["stem"] == blocks["stem"] and more["head"] == blocks["head"]
     assert ("rest" in blocks) == (task == "train")

@@ -12,19 +12,15 @@ import pytest
 
 from maxmap import checkpoint
 from maxmap.__main__ import main
-from maxmap.checkpoint import Checkpoints, read_info, read_variables, write_text
+from maxmap.checkpoint import Checkpoints, read_info, read_variables
 from maxmap.errors import UserError
 from maxmap.sharding import make_mesh
 from maxmap.train.state import TrainState, abstract, create
-from tests.tiny import Tiny, assert_equal, compile_quickly, copied, files
+from tests.tiny import Tiny, assert_equal, copied, files
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 INFO = {"model": {"name": "tiny", "num_classes": 3}, "classes": ["a", "b", "c"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with compile_quickly():
-        yield
 
 
 def state(seed: int = 0, *, ema: bool = True) -> TrainState:
@@ -47,7 +43,7 @@ def workdir(tmp_path):
 
 def test_all_of_the_state_comes_back(workdir):
     checkpoints = Checkpoints(workdir)
-    assert checkpoint.newest(workdir) == 7
+    assert checkpoint.newest_step(workdir) == 7
     for step in (5, 7):
         like = abstract(jax.eval_shape(lambda: state()), make_mesh(data=1))
         restored = TrainState.from_items(checkpoints.restore(step, like.items()))
@@ -247,19 +243,19 @@ def test_a_folder_that_cannot_be(tmp_path):
 
 
 def test_an_average_by_hand(workdir, tmp_path):
-    variables, info = checkpoint.average([workdir], last=2)
+    variables, info = checkpoint.average_checkpoints([workdir], last=2)
     wanted = jax.tree.map(
         lambda a, b: ((a.astype("f8") + b) / 2).astype(a.dtype), *(copied(state(s).ema) for s in (5, 7))
     )
     assert_equal(variables, wanted)
     assert info["weights"] == "ema" and info["averaged"] == [[str(workdir), 7], [str(workdir), 5]]
-    with pytest.raises(UserError, match="has 2 whole checkpoints, not 3"):
-        checkpoint.average([workdir], last=3)
+    with pytest.raises(UserError, match="has 2 whole checkpoints, but --last is 3"):
+        checkpoint.average_checkpoints([workdir], last=3)
     other = Checkpoints(tmp_path / "other")
     other.save(1, state(1).items(), {**INFO, "model": {"name": "another"}})
     other.close()
     with pytest.raises(UserError, match="different models"):
-        checkpoint.average([workdir, tmp_path / "other"])
+        checkpoint.average_checkpoints([workdir, tmp_path / "other"])
 
 
 def test_the_average_alone_is_a_checkpoint(workdir, tmp_path, capsys):
@@ -273,20 +269,3 @@ def test_the_average_alone_is_a_checkpoint(workdir, tmp_path, capsys):
     assert "holds a checkpoint already" in capsys.readouterr().err
     assert main(["average", str(workdir), "--raw", "--last=2", "--out", str(tmp_path / "raw")]) == 0
     assert read_variables(tmp_path / "raw")[1]["weights"] == "raw"
-
-
-def test_remote_folders_keep_their_scheme(tmp_path, monkeypatch):
-    assert os.fspath(checkpoint.folder("gs://bucket/run")) == "gs://bucket/run/checkpoints"
-    monkeypatch.chdir(tmp_path)
-    assert os.fspath(checkpoint.folder("run")) == str(tmp_path / "run" / "checkpoints")
-
-
-def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
-    path = tmp_path / "eval.json"
-    write_text(path, "old")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="crash"):
-        patch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("crash")))
-        write_text(path, "new and longer")
-    assert path.read_text() == "old"
-    write_text(path, "new")
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

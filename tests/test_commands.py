@@ -1,5 +1,6 @@
 """python -m maxmap: what each command prints, and its one sentence for a mistake."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from PIL import Image
 
 from maxmap import __main__ as commands
 from maxmap import checkpoint
+from maxmap.config import bind, read
+from maxmap.inference import predict
 from maxmap.models import create_model
-from maxmap.predict import predict
-from tests.tiny import CLASSES, ROOT, copied, create_tiny, rooms, write_folder, write_image
+from tests.tiny import CLASSES, ROOT, copied, create_tiny, preprocessing, use_models, write_folder, write_image
 
 
 def mistake(capsys, *argv: object) -> str:
@@ -61,9 +63,9 @@ def test_samples_of_a_folder_are_its_files(capsys, tmp_path):
     folder = write_folder(tmp_path / "images")
     config = tmp_path / "config.py"
     config.write_text(
-        "from ml_collections import ConfigDict\n"
-        "def get_config(path):\n    return ConfigDict({'data': {'source': 'folder', 'path': path, 'image_size': 8, "
-        "'crop_pct': 1.0, 'mean': (0.5,) * 3, 'std': (0.5,) * 3}})\n"
+        "import runpy\n"
+        f"def get_config(path):\n    config = runpy.run_path({str(ROOT / 'configs/cifar10.py')!r})['get_config']()\n"
+        "    config.data.path = path\n    return config\n"
     )
     for _ in range(2):  # the same command twice
         assert commands.main(["samples", f"{config}:{folder}", str(tmp_path / "out"), "--count", "99"]) == 0
@@ -75,20 +77,12 @@ def test_samples_of_a_folder_are_its_files(capsys, tmp_path):
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch) -> Path:
-    for room in rooms():
-        monkeypatch.setattr(room, "create_model", create_tiny)
+    use_models(create_tiny, monkeypatch)
     variables = create_tiny("tiny", num_classes=3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     info = {
         "model": {"name": "tiny", "num_classes": 3},
         "classes": list(CLASSES),
-        "preprocessing": {
-            "image_size": 8,
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "interpolation": "bicubic",
-            "mean": [0.5] * 3,
-            "std": [0.5] * 3,
-        },
+        "preprocessing": preprocessing(),
     }
     checkpoints = checkpoint.Checkpoints(tmp_path / "run")
     checkpoints.save(1, {"variables": copied(variables)}, info)
@@ -122,13 +116,15 @@ def test_an_unknown_command_is_no_stack_trace(capsys):
 
 
 def test_show_batch_draws_what_a_step_trains_on(capsys, tmp_path, monkeypatch):
-    """The images are those that the step's own preparation makes of the batch, and the captions name the targets."""
-    from maxmap.train import loop, preview
+    """The pictures are the first images that the training step itself prepares, and the captions are their targets."""
+    from maxmap.train import build, preview
 
+    use_models(create_tiny, monkeypatch)
     folder = write_folder(tmp_path / "images")
     config = f"{ROOT}/configs/cifar10.py"
     changes = [f"--config.data.path={folder}", "--config.batch_size=8", "--config.accumulate=2"]
-    drawn = []
+    changes += ["--config.model.name=tiny", "--config.mesh.data=1", "--config.augment.rand_augment=rand-m9"]
+    drawn, prepared = [], []
     monkeypatch.setattr(preview, "draw_grid", lambda images, captions: drawn.append((images, captions)) or PICTURE)
     PICTURE = Image.new("RGB", (4, 4))
     out = tmp_path / "batch.png"
@@ -136,14 +132,31 @@ def test_show_batch_draws_what_a_step_trains_on(capsys, tmp_path, monkeypatch):
     assert commands.main(argv) == 0
     assert capsys.readouterr().out == f"{out}\n" and out.is_file()
 
-    settings = commands._load_config(config, changes)
-    data = loop.call(loop.open_data, "data", settings["data"])
+    make_prepare = build.make_prepare
+
+    def watched(*arguments):
+        prepare = make_prepare(*arguments)
+
+        def prepare_and_note(key, images, labels):
+            made = prepare(key, images, labels)
+            jax.debug.callback(lambda *arrays: prepared.append(arrays), *made, ordered=True)
+            return made
+
+        return prepare_and_note
+
+    monkeypatch.setattr(build, "make_prepare", watched)
+    recipe = bind(read(config, changes))
+    mesh, data = recipe.mesh(), recipe.data()
+    parts = build.build(recipe, mesh, data)
+    init, train = parts.keys()
+    state = dataclasses.replace(parts.create_state(init), step=jnp.int32(3))
     batch = list(data.train_batches(8, seed=0, num_steps=4))[3]
-    key = jax.random.fold_in(jax.random.split(jax.random.key(0))[1], 3)
-    key = jax.random.split(jax.random.split(key, 2)[0])[0]  # of the first micro-batch, for its preparation
-    images, targets = loop.make_prepare(settings, data)(key, batch["image"][::2], batch["label"][::2])
-    mean, std = np.asarray(settings["data"]["mean"]), np.asarray(settings["data"]["std"])
+    parts.train_step(state, {key: batch[key] for key in ("image", "label")}, train)
+    jax.effects_barrier()
+    images, targets = prepared[0]  # the first micro-batch's
+    mean, std = (np.asarray(data.preprocessing[name]) for name in ("mean", "std"))
     (pixels, captions), *_ = drawn
+    assert len(prepared) == 2 and len(pixels) == 3
     assert np.abs(pixels - 255 * (np.asarray(images[:3]) * std + mean)).max() < 0.51
     assert captions == [f"{100 * max(t):.0f} % {CLASSES[np.argmax(t)]}" for t in np.asarray(targets[:3])]
 
@@ -165,6 +178,6 @@ def test_the_picture_of_a_batch_has_a_cell_for_every_image():
 def test_a_change_that_the_config_does_not_have(capsys, tmp_path):
     config = f"--config={ROOT}/configs/quickstart.py"
     assert "config.data has no key 'pth'" in mistake(capsys, "show-batch", config, "--config.data.pth=x")
-    assert "batch_size=many" in mistake(capsys, "show-batch", config, "--config.batch_size=many")
+    assert "config.batch_size is 'many'" in mistake(capsys, "show-batch", config, "--config.batch_size=many")
     assert "linaer" in mistake(capsys, "show-batch", f"--config={ROOT}/configs/cifar10.py:linaer")
     assert "cannot write the picture" in mistake(capsys, "show-batch", config, f"--out={tmp_path}/no/such.png")

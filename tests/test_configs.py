@@ -1,38 +1,18 @@
-"""Every config builds, its sections are arguments of one function each, and the flagship is the published recipe."""
+"""Every config builds and says what its recipe says, and the flagship is the published recipe."""
 
-import inspect
 import runpy
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from maxmap import evaluate
-from maxmap.data import augment, mix, pipeline
-from maxmap.errors import call
-from maxmap.losses import total_loss
-from maxmap.models import create_model
-from maxmap.optim import make_optimizer
-from maxmap.schedule import make_schedule
-from maxmap.sharding import make_mesh
-from maxmap.train import loop
+from maxmap.config import _fixed_schema, bind, read
+from maxmap.errors import UserError
+from maxmap.train.build import make_prepare
 from tests.tiny import ROOT
 
-SECTIONS: dict[str, Callable[..., Any]] = {
-    "mesh": make_mesh,
-    "data": pipeline.open_data,
-    "augment": augment.augment,
-    "mix": mix.mix,
-    "erase": augment.erase,
-    "optim": make_optimizer,
-    "schedule": make_schedule,
-    "loss": total_loss,
-    "evaluate": evaluate.settings,
-    "checkpoint": loop._saving,
-    "log": loop._logging,
-}
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
 # The names that a file with several recipes takes after the colon.
 TABLES = ("RECIPES", "PRESETS", "HEADS")
@@ -47,15 +27,7 @@ BUILDS = [name for file in CONFIGS for name in builds(file)]
 
 
 def load(name: str) -> dict[str, Any]:
-    file, *argument = name.split(":")
-    return runpy.run_path(str(ROOT / file))["get_config"](*argument).to_dict()
-
-
-def effective(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A section with the defaults of its function."""
-    bound = inspect.signature(SECTIONS[section]).bind_partial(**values)
-    bound.apply_defaults()
-    return dict(bound.arguments)
+    return read(ROOT / name)
 
 
 def test_the_configs_that_are_promised_exist():
@@ -63,29 +35,29 @@ def test_the_configs_that_are_promised_exist():
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_sections_are_keyword_arguments(name):
-    config = load(name)
-    evaluate.check_config(config)
-    loop._check_numbers(config)
-    for section, function in SECTIONS.items():
-        parameters = inspect.signature(function).parameters
-        unknown = config[section].keys() - parameters.keys()
-        assert not unknown, f"config.{section} has {unknown}, which {function.__name__} does not take"
+def test_a_config_builds(name):
+    recipe = bind(load(name))
+    model = recipe.model(num_classes=10)
+    assert model.head.num_classes == 10
+    schedule = recipe.schedule(steps_per_epoch=5000, epochs=recipe.epochs)
+    assert float(schedule(schedule.total_steps // 2)) > 0
+    state = recipe.optim(schedule).init({"kernel": jnp.zeros((2, 2))})
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) >= 4  # a moment at least
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_a_config_builds(name):
-    config = load(name)
-    kwargs = {key: value for key, value in config["model"].items() if value is not None}
-    model = call(create_model, "model", kwargs | {"num_classes": 10})
-    assert model.head.num_classes == 10
-    for section in ("evaluate", "checkpoint", "log"):
-        call(SECTIONS[section], section, config[section])
-    schedule = call(make_schedule, "schedule", config["schedule"], steps_per_epoch=5000, epochs=config["epochs"])
-    assert float(schedule(schedule.total_steps // 2)) > 0
-    optimizer = call(make_optimizer, "optim", config["optim"], schedule)
-    optimizer.init({"kernel": jnp.zeros((2, 2))})
-    assert config["batch_size"] % config["accumulate"] == 0
+def test_a_file_says_nothing_that_a_default_says(name):
+    """So that what stands in a recipe is the recipe."""
+    file, *argument = name.split(":")
+    module = runpy.run_path(str(ROOT / file))
+    said = module["get_config"](*argument).to_dict()
+    tables = [changes for table in TABLES for changes in module.get(table, {}).values() if changes]
+    allowed = {path for changes in tables for path in changes}  # one recipe of a table may have the default
+    for path, key in _fixed_schema().items():
+        section, _, last = path.rpartition(".")
+        at = said.get(section, {}) if section else said
+        if last in at and path not in allowed:
+            assert at[last] != key.default, f"{name} says {path} = {at[last]!r}, which is the default"
 
 
 # Tracing takes a second: one config for each way to augment.
@@ -94,49 +66,38 @@ TRACED = {repr([load(name)[key] for key in ("augment", "mix", "erase", "loss")])
 
 @pytest.mark.parametrize("name", TRACED.values())
 def test_what_happens_to_a_batch_can_be_traced(name):
-    config = load(name)
-    mean = config["data"]["mean"]
-    size = 32
-    batch = jax.ShapeDtypeStruct((4, size, size, 3), jnp.uint8)
-
-    def prepare(key, images, labels):
-        images = call(augment.augment, "augment", config["augment"], key, images, mean=mean)
-        images, targets = call(mix.mix, "mix", config["mix"], key, images, labels, num_classes=10)
-        images = call(augment.erase, "erase", config["erase"], key, augment.normalize(images, mean, mean))
-        return images, targets
-
-    images, targets = jax.eval_shape(prepare, jax.random.key(0), batch, jax.ShapeDtypeStruct((4,), jnp.int32))
+    recipe = bind(load(name))
+    pre = {key: recipe.values["data"][key] for key in ("mean", "std")}
+    prepare = make_prepare(recipe, SimpleNamespace(preprocessing=pre, classes=range(10)))
+    batch, labels = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8), jax.ShapeDtypeStruct((4,), jnp.int32)
+    images, targets = jax.eval_shape(prepare, jax.random.key(0), batch, labels)
     assert (images.shape, images.dtype, targets.shape) == (batch.shape, jnp.float32, (4, 10))
     outputs = {"logits": jax.ShapeDtypeStruct((4, 4, 10), jnp.float32)}
-    loss, parts = jax.eval_shape(lambda o, t: call(total_loss, "loss", config["loss"], o, t), outputs, targets)
+    loss, parts = jax.eval_shape(recipe.loss, outputs, targets)
     assert loss.shape == () and "loss" in parts
 
 
 def test_the_data_of_the_quickstart_needs_nothing():
-    data = call(pipeline.open_data, "data", load("configs/quickstart.py")["data"])
+    data = bind(load("configs/quickstart.py")).data()
     assert (data.num_train, data.num_eval, len(data.classes)) == (1437, 360, 10)
 
 
 @pytest.mark.parametrize("name", ["linear", "gramian"])
 def test_the_trial_differs_in_the_head_alone(name):
-    one, other = load("configs/cifar10.py:map"), load(f"configs/cifar10.py:{name}")
-    head = other["model"].pop("head")
-    assert one == other and head["name"] == name
-    assert one == load("configs/cifar10.py")
-    map_model, other_model = create_model(**one["model"]), create_model(**other["model"], head=head)
-    assert map_model.backbone == other_model.backbone and type(map_model.head) is not type(other_model.head)
+    one, other = (load(f"configs/cifar10.py:{head}") for head in ("map", name))
+    assert {**other, "model": {**other["model"], "head": None}} == one == load("configs/cifar10.py")
+    ours, its = (bind(values).model(num_classes=10) for values in (one, other))
+    assert ours.backbone == its.backbone and type(ours.head) is not type(its.head)
 
 
 @pytest.mark.parametrize("file", ["cifar10", "map", "gramian", "metaformer", "maxvit", "finetune"])
 def test_a_recipe_that_there_is_not(file):
-    with pytest.raises(ValueError, match=f"{file}.py:linaer is no .*: .* are "):
+    with pytest.raises(UserError, match=f"{file}.py:linaer is no .*: .* are "):
         load(f"configs/{file}.py:linaer")
 
 
 def test_the_flagship_is_one_of_the_map_recipes():
-    one, other = load("configs/maxvit_tiny_map.py"), load("configs/map.py:maxvit_tiny")
-    assert other["data"].pop("eval_image_size") is None
-    assert one == other
+    assert load("configs/maxvit_tiny_map.py") == load("configs/map.py:maxvit_tiny")
 
 
 def test_a_training_set_that_a_preset_is_for_fills_an_epoch():
@@ -159,12 +120,10 @@ def test_the_flagship_is_the_published_recipe():
         "init_from": None,
     }
     assert config["batch_size"] // config["accumulate"] == 2 * 64
-    model = {key: value for key, value in config["model"].items() if value is not None}
-    assert model == {"name": "map_maxvit_tiny_tf_224", "drop_path": 0.2}
+    assert bind(config).model.keywords == {"name": "map_maxvit_tiny_tf_224", "drop_path": 0.2}
 
     def has(section: str, **wanted: Any) -> None:
-        values = effective(section, config[section])
-        assert {key: values[key] for key in wanted} == wanted
+        assert {key: config[section][key] for key in wanted} == wanted
 
     has(
         "data",
@@ -210,9 +169,7 @@ def test_the_flagship_runs_as_long_as_published():
     config = load("configs/maxvit_tiny_map.py")
     # ImageNet with repeated augmentation: an epoch of floor(1281167 / 256) * 256 samples.
     steps_per_epoch = 1281167 // 256 * 256 // config["batch_size"]
-    schedule = call(
-        make_schedule, "schedule", config["schedule"], steps_per_epoch=steps_per_epoch, epochs=config["epochs"]
-    )
+    schedule = bind(config).schedule(steps_per_epoch=steps_per_epoch, epochs=config["epochs"])
     assert steps_per_epoch == 312 and schedule.total_epochs == 310
     rates = {epoch: float(schedule(epoch * steps_per_epoch)) for epoch in (0, 15, 300, 309)}
     assert rates == pytest.approx({0: 1e-6, 15: (1e-6 + 8e-3) / 2, 300: 1e-5, 309: 1e-5}, rel=1e-4)

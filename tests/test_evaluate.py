@@ -9,19 +9,16 @@ import pytest
 from flax import linen as nn
 
 from maxmap import evaluate
+from maxmap.cost import count_parameters
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError
-from maxmap.evaluate import check_same_model, count_parameters, make_eval_step, model_kwargs, rank_of, report
+from maxmap.evaluate import check_same_model, make_eval_step, rank_of, report
 from maxmap.sharding import make_mesh
-from tests.tiny import compile_quickly, write_folder
+from tests.tiny import write_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DIGITS = {"image_size": 8, "crop_pct": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3, "threads": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with compile_quickly():
-        yield
 
 
 class Pixels(nn.Module):
@@ -163,19 +160,9 @@ def test_write_replaces_the_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
 
 
-def test_classes_come_from_the_data():
-    config = {"model": {"name": "tiny", "num_classes": None, "drop_path": 0.1}}
-    assert model_kwargs(config, 7) == {"name": "tiny", "num_classes": 7, "drop_path": 0.1}
-    config["model"]["num_classes"] = 7
-    assert model_kwargs(config, 7)["num_classes"] == 7
-    with pytest.raises(UserError, match="num_classes is 7, but the data has 8 classes: leave it out"):
-        model_kwargs(config, 8)
-
-
 def test_same_model():
-    # JSON made lists of the tuples; drop path is for training alone.
-    check_same_model(
-        {"name": "tiny", "embed_dim": (1, 2), "drop_path": 0.1}, {"name": "tiny", "embed_dim": [1, 2]}, "run"
-    )
-    with pytest.raises(UserError, match=r"in run holds another model \(head is linear there and not set here\)"):
-        check_same_model({"name": "tiny"}, {"name": "tiny", "head": "linear"}, "run")
+    """JSON made lists of the tuples, and stochastic depth is for training alone."""
+    mini = {"name": "maxvit_mini_32", "num_classes": 3}
+    check_same_model({**mini, "embed_dim": (32, 96), "drop_path": 0.1}, {**mini, "embed_dim": [32, 96]}, "run")
+    with pytest.raises(UserError, match=r"in run holds another model \(.*num_classes is 4 there and 3 here"):
+        check_same_model(mini, {**mini, "num_classes": 4}, "run")

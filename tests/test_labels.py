@@ -10,8 +10,9 @@ import pytest
 from maxmap import checkpoint
 from maxmap.__main__ import main
 from maxmap.errors import UserError
-from maxmap.labels import as_csv, count, read_real, real_labels, rows_of
-from tests.tiny import create_tiny, write_image
+from maxmap.labels import read_real, real_labels
+from maxmap.predictions import accuracies, make_rows, to_csv
+from tests.tiny import create_tiny, preprocessing, write_image
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
@@ -30,11 +31,11 @@ FOUND = {
     "branch": np.array([[1, 2, 0, 0], [1, 4, 3, 0]]),
     "branch_rank": np.array([[1, 1, 4, 1], [1, 2, 1, 1]]),
 }
-ROWS = rows_of(BATCH, FOUND, lambda index: f"image{index}")
+ROWS = make_rows(BATCH, FOUND, lambda index: f"image{index}")
 
 
 def test_counting_by_hand():
-    assert count(ROWS) == {
+    assert accuracies(ROWS) == {
         "images": 3,
         "top1": pytest.approx(100 / 3),
         "top5": pytest.approx(200 / 3),
@@ -44,13 +45,13 @@ def test_counting_by_hand():
 
 def test_several_labels_or_none():
     right = {7: [], 8: [4, 9], 9: [3, 5]}
-    assert count(ROWS, right) == {"images": 2, "top1": 50.0, "top5": 100.0, "branch_top1": [0.0, 100.0]}
+    assert accuracies(ROWS, right) == {"images": 2, "top1": 50.0, "top5": 100.0, "branch_top1": [0.0, 100.0]}
     with pytest.raises(UserError, match="none of the images"):
-        count(ROWS, {7: [], 8: [], 9: []})
+        accuracies(ROWS, {7: [], 8: [], 9: []})
 
 
 def test_the_file_of_predictions():
-    lines = as_csv({"ema": ROWS[:1], "raw": ROWS[1:2]}).splitlines()
+    lines = to_csv({"ema": ROWS[:1], "raw": ROWS[1:2]}).splitlines()
     assert lines == [
         "weights,index,name,label,rank,top1,top2,top3,top4,top5,branch0,branch0_rank,branch1,branch1_rank",
         "ema,7,image7,1,1,1,0,2,3,4,1,1,1,1",
@@ -79,14 +80,7 @@ def trained(tmp_path_factory):
         "model": {"name": "tiny", "num_classes": 1000},
         "classes": WORDNET,
         "step": 3,
-        "preprocessing": {
-            "image_size": 8,
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "interpolation": "bicubic",
-            "mean": [0.5] * 3,
-            "std": [0.25] * 3,
-        },
+        "preprocessing": preprocessing(),
     }
     checkpoint.write_variables(workdir, variables, info)
     return workdir

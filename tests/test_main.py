@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -83,7 +82,7 @@ def test_help():
     [
         ((), "say which config: --config=configs/quickstart.py"),
         (("--config=configs/quickstrat.py",), "there is no config file configs/quickstrat.py; the nearest are"),
-        ((f"--config={QUICKSTART}", "--config.epoch=3"), "config has no key 'epoch'"),
+        ((f"--config={QUICKSTART}", "--config.epoch=3"), "the config has no key 'epoch'"),
         ((f"--config={QUICKSTART}", "--config.optim.lr=3"), "config.optim has no key 'lr'"),
         ((f"--config={QUICKSTART}", "--config.optim.name.lr=3"), "config.optim.name has no key 'lr'"),
         ((f"--config={QUICKSTART}:twin",), "get_config"),
@@ -94,12 +93,13 @@ def test_help():
     ],
     ids=["none", "config", "key", "section", "leaf", "argument", "twin", "flag", "mode", "positional"],
 )
-@pytest.mark.filterwarnings("ignore:the load_module")  # how ml_collections reads a config
 def test_wrong_flags(argv, says, capsys, flags_afterwards):
-    with pytest.raises(SystemExit) as stopped:
-        main.parse(["main.py", *argv])
+    try:
+        code = main.main(main.parse(["main.py", *argv]))
+    except SystemExit as stopped:
+        code = stopped.code
     captured = capsys.readouterr()
-    assert stopped.value.code == 2 and captured.out == ""
+    assert code == 2 and captured.out == ""
     assert says in one_sentence(captured.err)
 
 
@@ -111,32 +111,29 @@ def test_a_value_of_the_wrong_type():
 @pytest.fixture
 def flags_afterwards():
     """Puts absl's flags back, which keep what was parsed."""
-    known, held = set(main.flags.FLAGS), main.flags.FLAGS["config"]
-    before = held.value, held.present
     yield
-    for name in set(main.flags.FLAGS) - known:
-        delattr(main.flags.FLAGS, name)
+    for name in ("config", "workdir", "mode", "help_config"):
+        main.flags.FLAGS[name].unparse()
     main.flags.FLAGS.unparse_flags()
-    main.flags.FLAGS["workdir"].unparse()
-    main.flags.FLAGS["mode"].unparse()
-    held.value, held.present = before
 
 
-def test_a_users_mistake_is_printed_and_a_bug_is_not_hidden(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(main, "CONFIG", SimpleNamespace(value=SimpleNamespace(to_dict=lambda: {"a": 1})))
-    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=str(tmp_path)))
-    monkeypatch.setattr(main, "MODE", SimpleNamespace(value="train"))
-    for name in ("CHANGES", "COORDINATOR", "PROCESSES", "PROCESS"):
-        monkeypatch.setattr(main, name, SimpleNamespace(value=None))
+def test_help_config(capsys, flags_afterwards):
+    argv = main.parse(["main.py", f"--config={QUICKSTART}", "--help_config", "--config.epochs=7"])
+    assert main.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "config.epochs = 7  (int; required)\n    Epochs to train for" in printed
+    assert "config.data.draft = True  (bool; default True)\n" in printed
 
-    def fail(config, workdir, *, allow_changes):
-        assert not allow_changes
-        assert config == {"a": 1} and workdir == str(tmp_path)
+
+def test_a_users_mistake_is_printed_and_a_bug_is_not_hidden(capsys, monkeypatch, tmp_path, flags_afterwards):
+    def fail(recipe, workdir, *, allow_changes):
+        assert not allow_changes and recipe.epochs == 25 and workdir == str(tmp_path)
         raise errors.pop()
 
     errors = [ValueError("a bug"), UserError("give\n   another one.")]
-    monkeypatch.setattr(main.train, "run", fail)
-    assert main.main(["main.py"]) == 2
+    monkeypatch.setattr(main.loop, "run", fail)
+    argv = main.parse(["main.py", f"--config={QUICKSTART}", f"--workdir={tmp_path}"])
+    assert main.main(argv) == 2
     assert capsys.readouterr().err == "maxmap: give another one.\n"
     with pytest.raises(ValueError, match="a bug"):
-        main.main(["main.py"])
+        main.main(argv)

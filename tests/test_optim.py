@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from maxmap.errors import UserError
-from maxmap.models import create_model
+from maxmap.models import block_paths, create_model
 from maxmap.optim import OPTIMIZERS, decay_mask, depths, make_optimizer, trainable_mask
 from maxmap.schedule import make_schedule
 from tests.reference import import_timm
@@ -329,7 +329,8 @@ def test_layer_decay_is_timms_for_a_family_that_it_numbers_by_blocks():
         path = flax_path(name, leaf.shape)
         paths[("head", *path[2:]) if path[1] == "head" else path] = (leaf, scales[id(leaf)])
     params = nested({path: jnp.ones(leaf.shape) for path, (leaf, _) in paths.items()})
-    optimizer = make_optimizer(1.0, name="sgd", momentum=0.0, layer_decay=0.5)
+    blocks = block_paths(create_model("convnext_tiny", depths=(1, 2, 3, 1), embed_dim=(8, 8, 8, 8)))
+    optimizer = make_optimizer(1.0, name="sgd", momentum=0.0, layer_decay=0.5, blocks=blocks)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     for path, (_, scale) in paths.items():
         assert float(at(updates, path).ravel()[0]) == -scale, path
@@ -343,7 +344,17 @@ def test_layer_decay_is_timms_for_a_family_that_it_numbers_by_blocks():
         ("resnet50_se_deep", 16, ("stem_0_0/kernel", "layer1_0/conv1_0", "layer1_2/conv1_0", "layer4_2/conv1_0")),
         ("map_mobilenet_v1", 14, ("layers_0_0_0", "layers_0_1_0", "layers_3_5_0", "layers_4_1_0")),
         ("map_pit_s", 12, ("pos_embed", "transformers_0/blocks_1", "transformers_1/pool", "transformers_1/blocks_1")),
-        ("faster_vit_0_224", 16, ("patch_embed", "levels_0/blocks_1", "levels_0/downsample", "levels_1/blocks_1")),
+        (
+            "faster_vit_0_224",
+            16,
+            (
+                "patch_embed",
+                "levels_0/blocks_1",
+                "levels_0/downsample",
+                "levels_2/global_tokenizer",
+                "levels_2/blocks_1",
+            ),
+        ),
         ("CSWin_64_12211_tiny_224", 25, ("stage1_conv_embed_0", "stage1_0", "merge1", "stage2_1")),
         ("vit_small_patch16_224", 12, ("cls_token", "blocks_0", "blocks_9", "blocks_10")),
     ],
@@ -355,7 +366,7 @@ def test_blocks_of_every_family_are_numbered_in_order(name, blocks, order):
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), images))["params"]
     numbers = {
         jax.tree_util.keystr(path, simple=True, separator="/"): number
-        for path, number in jax.tree_util.tree_leaves_with_path(depths(params))
+        for path, number in jax.tree_util.tree_leaves_with_path(depths(params, block_paths(model)))
     }
     assert {number for path, number in numbers.items() if path.startswith("head/")} == {max(numbers.values())}
     assert set(numbers.values()) == set(range(min(numbers.values()), max(numbers.values()) + 1))
@@ -453,7 +464,8 @@ def test_every_optimizer_keeps_the_dtype(name):
         ({"name": "adamw", "clip_norm": 0.0}, "optim.clip_norm"),
         ({"name": "adamw", "clip_value": -1.0}, "optim.clip_value"),
         ({"name": "adamw", "clip_norm": 1.0, "clip_agc": 0.1}, "clip_norm and clip_agc"),
-        ({"name": "adamw", "layer_decay": 1.5}, "optim.layer_decay"),
+        ({"name": "adamw", "layer_decay": 1.5}, "optim.layer_decay is 1.5"),
+        ({"name": "adamw", "layer_decay": 0.5}, "optim.layer_decay needs the blocks of the model"),
         ({"name": "lamb_timm", "max_grad_norm": 0}, "optim.max_grad_norm"),
         ({"name": "adamw", "no_decay": "pos_embed"}, "a list of regexes"),
         ({"name": "adamw", "no_decay": ["(pos_embed"]}, "not a regex"),

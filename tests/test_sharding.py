@@ -14,10 +14,12 @@ from maxmap import sharding
 from maxmap.errors import UserError
 from maxmap.losses import total_loss
 from maxmap.models import create_model
-from maxmap.sharding import by_shape, check_batch, make_mesh, replicated, split_batch, to_devices
+from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, state_sharding, to_devices
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import cast, make_train_step
-from tests.tiny import Tiny, compile_quickly
+from tests.tiny import Tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
 
@@ -37,16 +39,10 @@ MODEL = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with compile_quickly():
-        yield
-
-
 # The tests' network is small: let arrays of 8 values and more be split.
 @pytest.fixture
 def split_small(monkeypatch):
-    monkeypatch.setattr(sharding, "SMALLEST", 8)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 8)
 
 
 def start(model, optimizer) -> TrainState:
@@ -154,7 +150,7 @@ def test_what_a_step_sends(name):
         step, _, _ = compiled_step(model, optimizer, state, mesh, ema_decay=0.5)
     sent = collectives(step.as_text())
     by_kind = {kind: sum(size for k, size in sent if k == kind) for kind in {kind for kind, _ in sent}}
-    split = [p for p in jax.tree.leaves(state.params) if not by_shape(p.shape, mesh).is_fully_replicated]
+    split = [p for p in jax.tree.leaves(state.params) if not state_sharding(p.shape, mesh).is_fully_replicated]
     # Beside the gradients: batch norm sums two numbers per channel forward and two backward.
     few = 4 * 1024
     if fsdp == 1:
@@ -195,8 +191,8 @@ def test_nothing_is_replicated_that_can_be_split():
     ],
 )
 def test_an_array_lies_by_its_shape(shape, axes):
-    assert by_shape(shape, make_mesh(fsdp=4)).spec == PartitionSpec(*axes)
-    assert by_shape(shape, make_mesh(fsdp=1)).is_fully_replicated
+    assert state_sharding(shape, make_mesh(fsdp=4)).spec == PartitionSpec(*axes)
+    assert state_sharding(shape, make_mesh(fsdp=1)).is_fully_replicated
 
 
 def test_a_mesh_has_the_devices_asked_for():

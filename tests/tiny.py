@@ -1,19 +1,22 @@
 """What the tests of the run-time rooms share: a network that compiles in a second, a folder of images, a config."""
 
 import contextlib
-import importlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 from PIL import Image
 
+from maxmap import config, inference, labels, models
 from maxmap.layers.primitives import BatchNorm, Conv, DropPath, Linear
+from maxmap.models import create_model as create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("blue", "green", "red")
@@ -55,16 +58,17 @@ class Tiny(nn.Module):
         return {"logits": jnp.stack(logits)}
 
 
-def rooms() -> list[ModuleType]:
-    """The modules that call `create_model` and can be given `create_tiny` instead."""
-    # Not by attribute: `maxmap.predict` is the function.
-    return [importlib.import_module(f"maxmap.{name}") for name in ("train.loop", "evaluate", "predict")]
+def use_models(create: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:
+    """Has everything in maxmap call `create` in place of `create_model`."""
+    patch.setitem(config.SECTIONS, "model", config.Section(create))
+    for module in (models, inference, labels):
+        patch.setattr(module, "create_model", create)
 
 
-def create_tiny(name: str, *, num_classes: int, **fields: Any) -> Tiny:
+def create_tiny(name: str, *, num_classes: int | None = None, **fields: Any) -> Tiny:
     """Stands for `maxmap.models.create_model`."""
     assert name.startswith("tiny")
-    return Tiny(num_classes=num_classes, **fields)
+    return Tiny(num_classes=1000 if num_classes is None else num_classes, **fields)
 
 
 def write_image(path: Path, number: int, color: int, size: int = 8) -> None:
@@ -84,7 +88,7 @@ def write_folder(root: Path, train: int = 24, val: int = 11, classes: Sequence[s
     return root
 
 
-def config(path: Path | None, **changes: Any) -> dict[str, Any]:
+def settings_for(path: Path | None, **changes: Any) -> dict[str, Any]:
     """A config for the folder of `write_folder`: 3 steps an epoch, 9 in all; changes are `section__key=value`."""
     values: dict[str, Any] = {
         "seed": 0,
@@ -122,6 +126,24 @@ def config(path: Path | None, **changes: Any) -> dict[str, Any]:
         section, _, key = name.rpartition("__")
         (values[section] if section else values)[key] = value
     return values
+
+
+def preprocessing() -> dict[str, Any]:
+    """The preprocessing that a checkpoint of the tests' network carries."""
+    colours = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    return {"image_size": 8, "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic", **colours}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log such as `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def files(folder: Path) -> dict[str, bytes]:

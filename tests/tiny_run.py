@@ -27,11 +27,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
-from maxmap import checkpoint, evaluate
+from maxmap import checkpoint, evaluate, storage
+from maxmap.config import bind
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
-from maxmap.sharding import connect
+from maxmap.sharding import initialize_processes
 from maxmap.train import loop
 from tests import tiny
 
@@ -41,9 +43,9 @@ PLACES: dict[str, tuple[Any, str]] = {
     "log": (loop.Report, "train"),
     "evaluation": (evaluate, "evaluate"),
     "save": (checkpoint.Checkpoints, "save"),
-    "sums": (checkpoint, "_sums"),
+    "sums": (checkpoint, "_checksums"),
     "prune": (checkpoint.Checkpoints, "_prune"),
-    "text": (checkpoint.os, "replace"),
+    "text": (storage.os, "replace"),
 }
 
 
@@ -134,7 +136,7 @@ def log_of(workdir: Path) -> str:
 
 def outcome(workdir: str | Path) -> dict[str, Any]:
     """All that a finished run stands for: the whole state, the metrics, the evaluation, the samples of every step."""
-    step, workdir = checkpoint.newest(workdir), checkpoint.place(workdir)
+    step, workdir = checkpoint.newest_step(workdir), storage.resolve(workdir)
     state, one = {}, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with contextlib.closing(ocp.StandardCheckpointer()) as reader:
         for item in ("variables", "ema", "training"):
@@ -151,7 +153,7 @@ def outcome(workdir: str | Path) -> dict[str, Any]:
                 assert own.setdefault(at, samples) == samples, f"step {at} took other samples the second time"
         for at, samples in own.items():
             order.setdefault(at, []).extend(samples)
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = tiny.read_lines(workdir / "metrics.jsonl")
     return {
         "step": step,
         "state": state,
@@ -178,10 +180,9 @@ def main() -> int:
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(tiny.ROOT / ".cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    connect(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    for room in tiny.rooms():
-        room.create_model = tiny.create_tiny  # type: ignore[attr-defined]
-    if not checkpoint.in_bucket(arguments.workdir):
+    initialize_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    tiny.use_models(tiny.create_tiny, pytest.MonkeyPatch())
+    if not storage.in_bucket(arguments.workdir):
         note_order(Path(arguments.workdir))
     first_image = min((arguments.images / "train").rglob("*.png"))
     for planned in arguments.at:
@@ -189,7 +190,7 @@ def main() -> int:
         happen_at(place, int(count), functools.partial(EVENTS[event], first_image))
     changes = {key: json.loads(value) for key, value in (change.split("=", 1) for change in arguments.set)}
     try:
-        loop.run(tiny.config(arguments.images, mesh__data=-1, **changes), arguments.workdir)
+        loop.run(bind(tiny.settings_for(arguments.images, mesh__data=-1, **changes)), arguments.workdir)
     except UserError as error:
         print(f"maxmap: {error}", file=sys.stderr)
         return 2

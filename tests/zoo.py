@@ -34,6 +34,16 @@ def run(model: nn.Module, x: jax.Array, *, train: bool = False) -> tuple[list[ja
     return features, model.head(features, train=train)
 
 
+def with_gradients(function: Callable[..., Any], direction: Any, *args: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A function's result and, for the gradient `direction` of the result, the gradients of its arguments."""
+
+    def run(*args: Any) -> tuple[Any, tuple[Any, ...]]:
+        y, vjp = jax.vjp(function, *args)
+        return y, vjp(direction)
+
+    return quick(run, *args)
+
+
 def numbers(seed: int, *shape: int) -> np.ndarray:
     """Normally distributed numbers, in float64."""
     return np.random.default_rng(seed).standard_normal(shape)
@@ -67,12 +77,24 @@ def nchw(x: np.ndarray) -> Any:
     return torch.from_numpy(x.transpose(0, 3, 1, 2))
 
 
+def nhwc(x: Any) -> np.ndarray:
+    """Torch's maps as we have them."""
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
 def error(ours: Any, wanted: Any) -> float:
     """The largest difference relative to the largest value; both are float64."""
     ours, wanted = np.asarray(ours), np.asarray(wanted)
     assert ours.shape == wanted.shape
     assert ours.dtype == np.float64
     return np.abs(ours - wanted).max() / np.abs(wanted).max()
+
+
+def assert_close(ours: Any, wanted: Any, tolerance: float = 1e-12) -> None:
+    """Compares arrays of one shape; `tolerance` is relative to the largest value."""
+    ours, wanted = np.asarray(ours), np.asarray(wanted)
+    assert ours.shape == wanted.shape
+    assert np.abs(ours - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
 def assert_same_moments(ours: Mapping[str, np.ndarray], reference: Mapping[str, Any]) -> None:

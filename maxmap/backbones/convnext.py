@@ -4,27 +4,25 @@ Liu et al. 2022, "A ConvNet for the 2020s". Names and parameters are those of ti
 dialect of the converter.
 """
 
-import functools
 from collections.abc import Sequence
 
-import jax
 from flax import linen as nn
 
-from maxmap.layers.blocks import ConvNeXtBlock, tapped
+from maxmap.backbones import Variant
+from maxmap.layers.blocks import ConvNeXtBlock, tapped_blocks
 from maxmap.layers.primitives import TRUNC_NORMAL, Conv, LayerNorm, drop_path_rates, pair
+from maxmap.operations import Array
 
-Array = jax.Array
 
-
-class Stage(nn.Module):
-    """A norm and a strided convolution, unless it is the first stage, then blocks one after another.
+class ConvNeXtStage(nn.Module):
+    """ConvNeXt blocks, after a norm and a strided convolution in all stages but the first.
 
     Attributes:
       channels: output channels.
       downsample: halves the map at the start.
       drop_path: rates of the blocks.
       init_values: initial layer scale.
-      taps: numbers, from 1, of the blocks whose outputs are returned too.
+      taps: numbers of the blocks whose outputs are returned too; the first block is 1.
     """
 
     channels: int
@@ -39,12 +37,12 @@ class Stage(nn.Module):
         if self.downsample:
             x = LayerNorm(1e-6, name="downsample_0")(x)
             x = Conv(self.channels, 2, stride=2, name="downsample_1", **TRUNC_NORMAL)(x)
-        tapped_maps = []
+        features = []
         for i, rate in enumerate(self.drop_path):
             x = ConvNeXtBlock(rate, self.init_values, name=f"blocks_{i}")(x, train=train)
             if i + 1 in self.taps:
-                tapped_maps.append(x)
-        return [*tapped_maps, x]
+                features.append(x)
+        return [*features, x]
 
 
 class ConvNeXt(nn.Module):
@@ -55,9 +53,10 @@ class ConvNeXt(nn.Module):
       embed_dim: channels of the stages.
       depths: blocks of the stages.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
-      drop_path_endpoint: False ends one step short of the rate, which the head's blocks then have (GA).
+      drop_path_endpoint: the last block has the full rate. Otherwise the rates end one step short of it, for a head
+        whose blocks have the full rate (GA).
       init_values: initial layer scale.
-      taps: maps from inside of the third stage that are features too, in front of its own.
+      taps: number of maps from inside of the third stage that are returned before the stage's own.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -78,12 +77,12 @@ class ConvNeXt(nn.Module):
         """Raises ValueError, one sentence, if the fields do not fit each other."""
         if len(self.embed_dim) != len(self.depths):
             raise ValueError("embed_dim and depths need one entry for each stage")
-        tapped(self.depths, self.taps)
+        tapped_blocks(self.depths, self.taps)
         self._check_size(pair(self.image_size))
 
     @nn.nowrap
     def _check_size(self, size: Sequence[int]) -> None:
-        """Raises ValueError if nothing is left of an image in the last stage."""
+        """Raises ValueError if an image is too small to leave a pixel in the last stage."""
         least = 4 * 2 ** (len(self.depths) - 1)
         if min(size) < least:
             raise ValueError(f"image side {min(size)} is too small for {len(self.depths)} stages; the least is {least}")
@@ -96,20 +95,21 @@ class ConvNeXt(nn.Module):
         features = [LayerNorm(1e-6, name="stem_1")(x)]
         rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=self.drop_path_endpoint))
         for i, (channels, depth) in enumerate(zip(self.embed_dim, self.depths, strict=True)):
-            stage = Stage(
+            stage = ConvNeXtStage(
                 channels,
                 downsample=i > 0,
                 drop_path=[next(rates) for _ in range(depth)],
                 init_values=self.init_values,
-                taps=tapped(self.depths, self.taps) if i == 2 else (),
+                taps=tapped_blocks(self.depths, self.taps) if i == 2 else (),
                 name=f"stages_{i}",
             )
             features += stage(features[-1], train=train)
         return features
 
 
-VARIANTS: dict[str, functools.partial[ConvNeXt]] = {
-    "convnext_tiny": functools.partial(ConvNeXt),
-    "convnext_small": functools.partial(ConvNeXt, depths=(3, 3, 27, 3)),
-    "convnext_base": functools.partial(ConvNeXt, depths=(3, 3, 27, 3), embed_dim=(128, 256, 512, 1024)),
+CLASSIFIER = {"norm": "after", "init_scheme": "trunc_normal"}
+VARIANTS = {
+    "convnext_tiny": Variant(ConvNeXt, CLASSIFIER, {}),
+    "convnext_small": Variant(ConvNeXt, CLASSIFIER, {"depths": (3, 3, 27, 3)}),
+    "convnext_base": Variant(ConvNeXt, CLASSIFIER, {"depths": (3, 3, 27, 3), "embed_dim": (128, 256, 512, 1024)}),
 }

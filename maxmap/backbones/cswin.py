@@ -4,17 +4,15 @@ Dong et al. 2022, "CSWin Transformer: A General Vision Transformer Backbone with
 parameters are those of the authors' code.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 
-import jax
 from flax import linen as nn
 
-from maxmap.layers.blocks import CSWinBlock, tapped
+from maxmap.backbones import Variant
+from maxmap.layers.blocks import CSWinBlock, tapped_blocks
 from maxmap.layers.primitives import ACTIVATIONS, Conv, LayerNorm, drop_path_rates, pair, require_divisor
-
-Array = jax.Array
+from maxmap.operations import Array
 
 
 class Merge(nn.Module):
@@ -35,16 +33,16 @@ class CSWin(nn.Module):
     """CSWin's backbone.
 
     Attributes:
-      image_size: height and width, or one number for both, that the stripes are made for. Other sizes work where the
-        stripes still divide every stage's map.
+      image_size: height and width, or one number for both, that the stripes are made for. Another size works if the
+        stripes divide every stage's map.
       embed_dim: channels of the stages.
       depths: blocks of the stages.
       heads: of the attention, by stage.
-      split_size: width of the stripes in pixels, of all stages but the last, which attends over its whole map as does
-        one whose map is as small as its stripes. None for a 32nd of the image's side.
+      split_size: width of the stripes in pixels, by stage, without the last; None for a 32nd of the image's side. The
+        last stage attends over its whole map, and so does a stage whose map is as small as its stripes.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
       deep_stem: three 3x3 convolutions in place of one 7x7 convolution.
-      taps: maps from inside of the third stage that are features too, in front of its own.
+      taps: number of maps from inside of the third stage that are returned before the stage's own.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -57,21 +55,21 @@ class CSWin(nn.Module):
     taps: int = 0
 
     @nn.nowrap
-    def num_features(self) -> int:
-        """Feature maps that a call returns."""
-        return 1 + len(self.depths) + self.taps
-
-    @nn.nowrap
     def validate(self) -> None:
         """Raises ValueError, one sentence, if the fields do not fit each other."""
         if len({len(self.embed_dim), len(self.depths), len(self.heads), len(self.split_size) + 1}) != 1:
             raise ValueError("embed_dim, depths and heads need one entry for each stage, split_size one less")
         for stage, (channels, heads) in enumerate(zip(self.embed_dim, self.heads, strict=True)):
-            directions = 1 if stage == len(self.depths) - 1 else 2  # which share the heads
+            directions = 1 if stage == len(self.depths) - 1 else 2  # vertical and horizontal stripes share the heads
             require_divisor(heads, "heads", channels, f"channels of stage {stage}", step=directions)
-        tapped(self.depths, self.taps)
+        tapped_blocks(self.depths, self.taps)
         for axis, pixels in zip(("height", "width"), pair(self.image_size), strict=True):
             self._check_side(axis, pixels, self._stripes)
+
+    @nn.nowrap
+    def num_features(self) -> int:
+        """Feature maps that a call returns."""
+        return 1 + len(self.depths) + self.taps
 
     @nn.nowrap
     def _stripes(self, pixels: int) -> list[int]:
@@ -114,7 +112,7 @@ class CSWin(nn.Module):
             if stage:
                 x = Merge(self.embed_dim[stage], name=f"merge{stage}")(x)
             stripe = None if stage == last else (stripes[0][stage], stripes[1][stage])
-            taps = tapped(self.depths, self.taps) if stage == 2 else ()
+            taps = tapped_blocks(self.depths, self.taps) if stage == 2 else ()
             for i in range(depth):
                 block = CSWinBlock(self.heads[stage], stripe, drop_path=next(rates), name=f"stage{stage + 1}_{i}")
                 x = block(x, train=train)
@@ -125,7 +123,7 @@ class CSWin(nn.Module):
 
     @nn.nowrap
     def _stem(self, x: Array) -> Array:
-        """Reduces an image to a quarter, under the indices of the reference's `Sequential`."""
+        """Reduces images to a quarter of their size; the numbers in the names are those of the reference's layers."""
         channels = self.embed_dim[0]
         if not self.deep_stem:
             x = Conv(channels, 7, stride=4, padding=2, name="stage1_conv_embed_0")(x)
@@ -141,11 +139,12 @@ _SMALL = {"depths": (2, 4, 32, 2)}
 _BASE = _SMALL | {"embed_dim": (96, 192, 384, 768), "heads": (4, 8, 16, 32)}
 _LARGE = _SMALL | {"embed_dim": (144, 288, 576, 1152), "heads": (6, 12, 24, 24)}
 
-VARIANTS: dict[str, functools.partial[CSWin]] = {
-    "CSWin_64_12211_tiny_224": functools.partial(CSWin),
-    "CSWin_64_24322_small_224": functools.partial(CSWin, **_SMALL),
-    "CSWin_96_24322_base_224": functools.partial(CSWin, **_BASE),
-    "CSWin_144_24322_large_224": functools.partial(CSWin, **_LARGE),
-    "CSWin_96_24322_base_384": functools.partial(CSWin, image_size=384, **_BASE),
-    "CSWin_144_24322_large_384": functools.partial(CSWin, image_size=384, **_LARGE),
+CLASSIFIER = {"norm": "before", "epsilon": 1e-5, "init_scheme": "trunc_normal"}
+VARIANTS = {
+    "CSWin_64_12211_tiny_224": Variant(CSWin, CLASSIFIER, {}),
+    "CSWin_64_24322_small_224": Variant(CSWin, CLASSIFIER, _SMALL),
+    "CSWin_96_24322_base_224": Variant(CSWin, CLASSIFIER, _BASE),
+    "CSWin_144_24322_large_224": Variant(CSWin, CLASSIFIER, _LARGE),
+    "CSWin_96_24322_base_384": Variant(CSWin, CLASSIFIER, {"image_size": 384, **_BASE}),
+    "CSWin_144_24322_large_384": Variant(CSWin, CLASSIFIER, {"image_size": 384, **_LARGE}),
 }

@@ -1,8 +1,8 @@
 """FasterViT: convolution stages, then window attention with carrier tokens (Hatamizadeh et al. 2023).
 
-The published code may not be used commercially; this file was written from a description of what it computes and from
-the paper. Names of the parameters are the author's, so that his checkpoints can be read. The position tables, which he
-keeps in buffers, are computed at every call.
+The license of the published code forbids commercial use, so this file was written from the paper and from a description
+of what the code computes. Parameters have the author's names, so that his checkpoints can be read. The position tables,
+which his code keeps in buffers, are computed at every call.
 """
 
 import functools
@@ -10,17 +10,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.blocks import Mlp, SelfAttention, relative_index
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
     BatchNorm,
+    Block,
     Conv,
     DropPath,
     LayerNorm,
@@ -29,16 +30,20 @@ from maxmap.layers.primitives import (
     drop_path_rates,
     pair,
     require_divisor,
+    scaled,
 )
-from maxmap.operations import broadcast, upcast
-
-Array = jax.Array
+from maxmap.operations import Array, upcast
 
 _HIDDEN = 512  # width of the MLPs of the position tables
 
 
-class PatchEmbed(nn.Module):
-    """Two 3x3 convolutions with stride 2, each with its norm and ReLU."""
+class ConvPatchEmbed(nn.Module):
+    """Two 3x3 convolutions with stride 2, each with its norm and ReLU.
+
+    Attributes:
+      hidden: channels of the first convolution.
+      channels: of the second.
+    """
 
     hidden: int
     channels: int
@@ -52,7 +57,7 @@ class PatchEmbed(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves and doubles: LayerNorm, then a 3x3 convolution with stride 2 to twice the channels."""
+    """Halves the map and doubles its channels by a LayerNorm and a 3x3 convolution with stride 2."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -60,8 +65,12 @@ class Downsample(nn.Module):
         return Conv(2 * x.shape[-1], 3, stride=2, padding=1, bias=False, name="reduction_0")(x)
 
 
-class ConvBlock(nn.Module):
-    """Two 3x3 convolutions, norms and a GELU, with a residual around them and no activation after it."""
+class ConvBlock(Block):
+    """Two 3x3 convolutions with norms and a GELU between them, in a residual branch; no activation after the sum.
+
+    Attributes:
+      drop_path: rate of dropping the branch.
+    """
 
     drop_path: float
 
@@ -74,7 +83,11 @@ class ConvBlock(nn.Module):
 
 
 class ConvLevel(nn.Module):
-    """Convolution blocks, one for each drop path rate, and the downsampling."""
+    """Convolution blocks and the downsampling.
+
+    Attributes:
+      rates: drop path rate of each block.
+    """
 
     rates: Sequence[float]
 
@@ -86,18 +99,22 @@ class ConvLevel(nn.Module):
 
 
 class _PositionMlp(nn.Module):
-    """A small MLP of coordinates, as Swin V2 has it (Liu et al. 2022)."""
+    """A small MLP of coordinates, as in Swin V2 (Liu et al. 2022).
+
+    Attributes:
+      channels: output channels.
+    """
 
     channels: int
 
     def mlp(self, coordinates: np.ndarray) -> Array:
-        """Maps `[..., 2]` to `[..., channels]`; float32 coordinates stay so, whatever the model computes in."""
+        """Maps `[..., 2]` to `[..., channels]`, in the type of the coordinates and not of the model."""
         x = Linear(_HIDDEN, name="cpb_mlp_0", **TRUNC_NORMAL)(jnp.asarray(coordinates))
         return Linear(self.channels, bias=False, name="cpb_mlp_2", **TRUNC_NORMAL)(nn.relu(x))
 
 
 class PositionCode(_PositionMlp):
-    """What is added to the tokens of a square, from their coordinates.
+    """Position code that is added to the tokens of a square, computed from their coordinates.
 
     Attributes:
       channels: of the tokens.
@@ -115,12 +132,12 @@ class PositionCode(_PositionMlp):
 
 
 class PositionBias(_PositionMlp):
-    """What is added to the attention logits of a square's tokens, from the offset between query and key.
+    """Bias of the attention logits of a square's tokens, computed from the offset between query and key.
 
     Attributes:
       channels: heads of the attention.
       side: of the square; at least 2.
-      carriers: tokens in front of the square's, whose pairs get no bias.
+      carriers: number of tokens before the square's own; their queries and keys get no bias.
     """
 
     side: int
@@ -129,7 +146,7 @@ class PositionBias(_PositionMlp):
     @nn.compact
     def __call__(self) -> Array:
         """Returns `[heads, N, N]` (query, key), N = carriers + side * side."""
-        # In float32 like the reference, also where the model computes in float64: the weights were trained with it.
+        # In float32 as in the reference, even if the model computes in float64: the weights were trained with it.
         steps = np.arange(1 - self.side, self.side, dtype=np.float32) / np.float32(self.side - 1)
         steps = np.sign(steps) * np.log2(np.abs(steps * 8) + 1) / np.log2(np.float32(8))
         dy, dx = relative_index((self.side, self.side))
@@ -138,17 +155,17 @@ class PositionBias(_PositionMlp):
         return jnp.pad(bias, [(0, 0), (self.carriers, 0), (self.carriers, 0)])
 
 
-class AttentionBlock(nn.Module):
-    """Attention and an MLP inside of windows; carrier tokens, if there are any, first attend to each other.
+class AttentionBlock(Block):
+    """Attention and an MLP inside of windows, after the same for the carrier tokens of all windows, if there are any.
 
     Attributes:
       heads: of the attention.
       windows: per side of the map.
       window: side of a window, in pixels.
       carriers: side of a window's square of carrier tokens; 0 for none.
-      mlp_ratio: hidden width of the MLPs relative to the channels.
+      mlp_ratio: hidden channels of the MLPs divided by the map's channels.
       layer_scale: initial factor of every residual branch; None for no factors.
-      drop_path: rate of dropping each residual branch, for every window by itself; the carriers' own, for every image.
+      drop_path: rate of dropping each residual branch: per window, or per image for the carriers' own branches.
       propagate: adds every window's carriers to its pixels at the end.
     """
 
@@ -180,18 +197,18 @@ class AttentionBlock(nn.Module):
             for i in (1, 2, 3, 4) if self.carriers else (3, 4):
                 gammas[i] = self.param(f"gamma{i}", initial, (channels,))
 
-        def scaled(y: Array, gamma: int) -> Array:
-            return y * broadcast(gammas[gamma].astype(y.dtype), y.shape) if gammas else y
+        def layer_scale(y: Array, gamma: int) -> Array:
+            return scaled(y, gammas[gamma]) if gammas else y
 
         def transform(x: Array, prefix: str, side: int, carriers: int, gamma: int) -> Array:
-            """A transformer block on `carriers` tokens and the `side * side` of a square."""
+            """A transformer block on `carriers` carrier tokens and the `side * side` tokens of a square."""
             bias = functools.partial(PositionBias, self.heads, side, carriers, name="pos_emb_funct")
             attention = SelfAttention(self.heads, TRUNC_NORMAL, bias, name=f"{prefix}attn")
             mlp = Mlp(int(self.mlp_ratio * channels), channels, inits=TRUNC_NORMAL, name=f"{prefix}mlp")
             branches: tuple[Callable[..., Array], ...] = (attention, mlp)
             for i, branch in enumerate(branches):
                 y = branch(LayerNorm(1e-5, name=f"{prefix}norm{i + 1}")(x), train=train)
-                x = x + DropPath(self.drop_path)(scaled(y, gamma + i), train=train)
+                x = x + DropPath(self.drop_path)(layer_scale(y, gamma + i), train=train)
             return x
 
         x = x + PositionCode(channels, self.window, name="pos_embed")()[None].astype(x.dtype)
@@ -210,13 +227,13 @@ class AttentionBlock(nn.Module):
         if self.propagate:
             nearest = np.arange(self.window) * self.carriers // self.window
             carried = rearrange(upcast(tokens), "b (s u) c -> b s u c", s=self.carriers)[:, nearest][:, :, nearest]
-            # The first factor is the carrier attention's; the released weights were trained with it here too.
-            x = (upcast(x) + scaled(rearrange(carried, "b p q c -> b (p q) c"), gamma=1)).astype(x.dtype)
+            # The reference reuses the factor of the carriers' attention here.
+            x = (upcast(x) + layer_scale(rearrange(carried, "b p q c -> b (p q) c"), gamma=1)).astype(x.dtype)
         return x, rearrange(tokens, "(b i j) (s u) c -> b (i s j u) c", **axes)
 
 
 class Tokenizer(nn.Module):
-    """Carrier tokens from a map: a depthwise convolution, then averages over squares that may overlap.
+    """Computes carrier tokens from a map: a depthwise convolution, then averages over squares that may overlap.
 
     Attributes:
       side: tokens per side of the map.
@@ -234,14 +251,14 @@ class Tokenizer(nn.Module):
 
 
 class AttentionLevel(nn.Module):
-    """Attention blocks on the windows of a map, and the downsampling that ends all levels but the last.
+    """Attention blocks on the windows of a map, then a downsampling in all levels but the last.
 
     Attributes:
       rates: drop path rate of each block.
-      windows: per side of the map; with one window there are no carriers.
+      windows: per side of the map; a single window has no carriers.
       carriers: side of a window's square of carrier tokens; 0 for none.
       propagate: adds the carriers to the pixels at the end of the last block.
-      downsample: to half the size and twice the channels.
+      downsample: ends with half the size and twice the channels.
       heads, mlp_ratio, layer_scale: see `AttentionBlock`.
     """
 
@@ -282,11 +299,11 @@ class FasterViT(nn.Module):
       depths: number of blocks of the four levels.
       heads: of the attention in the last two levels.
       windows: per side of the map, in the last two levels; the windows grow with the images.
-      carriers: side of a window's square of carrier tokens, in the last two levels; 0 for none, and none where there
-        is one window.
+      carriers: side of a window's square of carrier tokens, in the last two levels; 0 for none. A level with a single
+        window has none.
       propagate: adds the carriers to the pixels at the end of a level.
       layer_scale: initial factor of every residual branch of attention blocks; None for no factors.
-      mlp_ratio: hidden width of the MLPs relative to the channels.
+      mlp_ratio: hidden channels of the MLPs divided by the level's channels.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
     """
 
@@ -337,7 +354,7 @@ class FasterViT(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, H, C]` to the map of the patch embedding and that of every level, after downsampling."""
         self._check_size(x.shape[1:3])
-        x = PatchEmbed(self.stem_width, self.embed_dim, name="patch_embed")(x, train=train)
+        x = ConvPatchEmbed(self.stem_width, self.embed_dim, name="patch_embed")(x, train=train)
         features = [x]
         rates = drop_path_rates(self.drop_path, sum(self.depths))
         for level, depth in enumerate(self.depths):
@@ -363,16 +380,17 @@ class FasterViT(nn.Module):
 _LARGE: dict[str, Any] = {"propagate": True, "layer_scale": 1e-5}
 _4: dict[str, Any] = {"embed_dim": 196, "depths": (3, 3, 12, 5), "heads": (16, 32), **_LARGE}
 
-VARIANTS: dict[str, functools.partial[FasterViT]] = {
-    "faster_vit_0_224": functools.partial(FasterViT),
-    "faster_vit_1_224": functools.partial(FasterViT, embed_dim=80, stem_width=32, depths=(1, 3, 8, 5)),
-    "faster_vit_2_224": functools.partial(FasterViT, embed_dim=96, depths=(3, 3, 8, 5)),
-    "faster_vit_3_224": functools.partial(FasterViT, embed_dim=128, depths=(3, 3, 12, 5), **_LARGE),
-    "faster_vit_4_224": functools.partial(FasterViT, **_4),
-    "faster_vit_5_224": functools.partial(FasterViT, **_4 | {"embed_dim": 320}),
-    "faster_vit_6_224": functools.partial(FasterViT, **_4 | {"embed_dim": 320, "depths": (3, 3, 16, 8)}),
+CLASSIFIER = {"norm": "before", "norm_type": "batch", "epsilon": 1e-5, "init_scheme": "trunc_normal"}
+VARIANTS = {
+    "faster_vit_0_224": Variant(FasterViT, CLASSIFIER, {}),
+    "faster_vit_1_224": Variant(FasterViT, CLASSIFIER, {"embed_dim": 80, "stem_width": 32, "depths": (1, 3, 8, 5)}),
+    "faster_vit_2_224": Variant(FasterViT, CLASSIFIER, {"embed_dim": 96, "depths": (3, 3, 8, 5)}),
+    "faster_vit_3_224": Variant(FasterViT, CLASSIFIER, {"embed_dim": 128, "depths": (3, 3, 12, 5), **_LARGE}),
+    "faster_vit_4_224": Variant(FasterViT, CLASSIFIER, _4),
+    "faster_vit_5_224": Variant(FasterViT, CLASSIFIER, _4 | {"embed_dim": 320}),
+    "faster_vit_6_224": Variant(FasterViT, CLASSIFIER, _4 | {"embed_dim": 320, "depths": (3, 3, 16, 8)}),
 } | {
     # Trained on ImageNet-21k, without carriers: one window covers the map of either attention level.
-    f"faster_vit_4_21k_{size}": functools.partial(FasterViT, image_size=size, windows=(1, 1), **_4)
+    f"faster_vit_4_21k_{size}": Variant(FasterViT, CLASSIFIER, {"image_size": size, "windows": (1, 1), **_4})
     for size in (224, 384, 512, 768)
 }

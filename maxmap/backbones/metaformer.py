@@ -1,11 +1,11 @@
 """MetaFormer baselines: IdentityFormer, RandFormer, PoolFormerV2, ConvFormer and CAFormer.
 
-Yu et al. 2022, "MetaFormer Baselines for Vision" (arXiv:2210.13452). Names and parameters are those of timm 1.0.31, and
-the same scheme where timm has no such model (IdentityFormer, RandFormer); sail-sg/metaformer is the authors' code.
+Yu et al. 2022, "MetaFormer Baselines for Vision" (arXiv:2210.13452). Names and parameters are those of timm 1.0.31;
+IdentityFormer and RandFormer, which timm lacks, follow the same scheme. sail-sg/metaformer is the authors' code.
 
-The two disagree in one number, which is the head's: the epsilon of the norm inside of the MLP head of ConvFormer and
-CAFormer is 1e-5 in the authors' code, with which the published weights were trained and measured, and 1e-6 in timm.
-Models by name have the former; `create_model("caformer_s18", head={"hidden_epsilon": 1e-6})` is timm's.
+The two codes differ in the epsilon of the norm inside of the MLP head of ConvFormer and CAFormer: it is 1e-6 in timm,
+and 1e-5 in the authors' code, with which the published weights were trained and measured. Named models have 1e-5;
+`create_model("caformer_s18", head={"hidden_epsilon": 1e-6})` is timm's.
 """
 
 import functools
@@ -16,26 +16,28 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.primitives import (
     TRUNC_NORMAL,
+    Block,
     Conv,
     DropPath,
     LayerNorm,
     Linear,
+    Scale,
+    StarReLU,
     average_pool,
     drop_path_rates,
-    pair,
+    require_image_size,
     require_one_of,
 )
-from maxmap.operations import attention, broadcast
-
-Array = jax.Array
+from maxmap.operations import Array, attention
 
 HEAD_DIM = 32
 
 
 def _norm(kind: str, name: str) -> nn.Module:
-    """A norm without bias: "channels" of every pixel, or the whole "map" of every image with a scale per channel."""
+    """Returns a norm without bias, over the "channels" of each pixel or the whole "map" of each image."""
     if kind == "channels":
         return LayerNorm(1e-6, use_bias=False, name=name)
     return nn.LayerNorm(
@@ -43,35 +45,10 @@ def _norm(kind: str, name: str) -> nn.Module:
     )
 
 
-class StarReLU(nn.Module):
-    """`scale * relu(x)**2 + bias` with one learned scale and bias, which start at 1 and 0 as in both codes.
-
-    The paper derives 0.8944 and -0.4472 from the moments of a normal distribution; neither code starts there.
-    """
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (1,))
-        bias = self.param("bias", nn.initializers.zeros, (1,))
-        scale, bias = (
-            broadcast(jnp.broadcast_to(value.astype(x.dtype), x.shape[-1:]), x.shape) for value in (scale, bias)
-        )
-        return scale * jnp.square(nn.relu(x)) + bias
-
-
-class Scale(nn.Module):
-    """One learned factor per channel, 1 at first."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return x * broadcast(scale.astype(x.dtype), x.shape)
-
-
 class RandomMixing(nn.Module):
-    """Mixes all pixels by a fixed random matrix with rows that sum to one.
+    """Mixes all pixels by a fixed random matrix whose rows sum to one.
 
-    The matrix is drawn once and never trained, so it is no parameter: it is 'random_matrix' `[N, N]` in the collection
+    The matrix is drawn once and never trained, so it is no parameter but 'random_matrix' `[N, N]` in the collection
     'constants', with N = height * width in row-major order.
     """
 
@@ -89,7 +66,7 @@ class RandomMixing(nn.Module):
 
 
 class PoolMixing(nn.Module):
-    """The mean of each pixel's 3x3 neighbourhood (padding not counted) minus the pixel."""
+    """The mean of each pixel's 3x3 neighbourhood minus the pixel; padding is not counted."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -97,7 +74,7 @@ class PoolMixing(nn.Module):
 
 
 class ConvMixing(nn.Module):
-    """Inverted separable convolution: 1x1 to twice the channels, StarReLU, depthwise 7x7, 1x1 back; no biases."""
+    """Separable convolution: 1x1 to twice the channels, StarReLU, depthwise 7x7, 1x1 back; no biases."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -109,7 +86,7 @@ class ConvMixing(nn.Module):
 
 
 class AttentionMixing(nn.Module):
-    """Self-attention over the whole map, heads of 32 channels, without position information or biases."""
+    """Self-attention over the whole map in heads of 32 channels, without positions and biases."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -121,7 +98,7 @@ class AttentionMixing(nn.Module):
         return linear(channels, name="proj")(rearrange(out, "b n (h w) d -> b h w (n d)", h=height))
 
 
-# The last is the identity: its branch adds the normalised input.
+# None is the identity: the branch adds the normalised input.
 MIXERS: dict[str, type[nn.Module] | None] = {
     "attention": AttentionMixing,
     "conv": ConvMixing,
@@ -131,8 +108,8 @@ MIXERS: dict[str, type[nn.Module] | None] = {
 }
 
 
-class Mlp(nn.Module):
-    """Two linear maps without biases, four times as wide between them, with StarReLU.
+class StarReLUMlp(nn.Module):
+    """Two linear maps without biases and a StarReLU between them, where the channels are four times as many.
 
     Attributes:
       layer: `Linear`, or `Conv` where the reference keeps 4-d weights.
@@ -147,13 +124,13 @@ class Mlp(nn.Module):
         return self.layer(channels, bias=False, name="fc2", **TRUNC_NORMAL)(x)
 
 
-class Block(nn.Module):
+class MetaFormerBlock(Block):
     """Token mixer and MLP, each with a norm in front and a residual path.
 
     Attributes:
       mixer: one of `MIXERS`.
       norm: "channels" or "map", see `_norm`.
-      residual_scale: multiplies the residual paths (not the branches) by learned factors.
+      residual_scale: multiplies the residual paths, not the branches, by learned factors.
       drop_path: rate of dropping each branch.
     """
 
@@ -172,13 +149,17 @@ class Block(nn.Module):
         if mixer is not None:
             y = mixer(name="token_mixer")(y)
         x = residual(x, "res_scale1") + DropPath(self.drop_path)(y, train=train)
-        mlp = Mlp(Linear if self.mixer == "attention" else Conv, name="mlp")
+        mlp = StarReLUMlp(Linear if self.mixer == "attention" else Conv, name="mlp")
         y = mlp(_norm(self.norm, "norm2")(x))
         return residual(x, "res_scale2") + DropPath(self.drop_path)(y, train=train)
 
 
 class Stem(nn.Module):
-    """7x7 convolution with stride 4, then a norm."""
+    """7x7 convolution with stride 4, then a norm.
+
+    Attributes:
+      channels: output channels.
+    """
 
     channels: int
 
@@ -189,7 +170,11 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A norm, then a 3x3 convolution with stride 2."""
+    """A norm, then a 3x3 convolution with stride 2.
+
+    Attributes:
+      channels: output channels.
+    """
 
     channels: int
 
@@ -199,13 +184,13 @@ class Downsample(nn.Module):
         return Conv(self.channels, 3, stride=2, padding=1, name="conv", **TRUNC_NORMAL)(x)
 
 
-class Stage(nn.Module):
-    """Blocks one after another, behind a down-sampling in all stages but the first.
+class MetaFormerStage(nn.Module):
+    """MetaFormer blocks, after a downsampling in all stages but the first.
 
     Attributes:
       channels: output channels.
       downsample: halves the map first.
-      mixer, norm, residual_scale: see `Block`.
+      mixer, norm, residual_scale: see `MetaFormerBlock`.
       drop_path: rates of the blocks.
     """
 
@@ -221,7 +206,7 @@ class Stage(nn.Module):
         if self.downsample:
             x = Downsample(self.channels, name="downsample")(x)
         for i, rate in enumerate(self.drop_path):
-            x = Block(self.mixer, self.norm, self.residual_scale, rate, name=f"blocks_{i}")(x, train=train)
+            x = MetaFormerBlock(self.mixer, self.norm, self.residual_scale, rate, name=f"blocks_{i}")(x, train=train)
         return x
 
 
@@ -229,8 +214,8 @@ class MetaFormer(nn.Module):
     """The MetaFormer family's backbone.
 
     Attributes:
-      image_size: height and width, or one number for both. Only random matrices are made for it: without them any other
-        size works too.
+      image_size: height and width, or one number for both. Random matrices are made for this size; models without them
+        take any size.
       embed_dim: channels of the stages.
       depths: blocks of the stages.
       mixers: token mixers of the stages: "attention", "conv", "pool", "random" or "identity".
@@ -268,18 +253,16 @@ class MetaFormer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the stem's map and the map of every stage."""
-        made_for = pair(self.image_size)
-        if "random" in self.mixers and x.shape[1:3] != made_for:
-            raise ValueError(
-                f"the image is {x.shape[1]}x{x.shape[2]} where the random matrices are made for "
-                f"{made_for[0]}x{made_for[1]}; create the model with image_size={x.shape[1:3]}"
-            )
+        if "random" in self.mixers:
+            require_image_size(x, self.image_size, "the random matrices are")
         x = Stem(self.embed_dim[0], name="stem")(x)
         features = [x]
         rates = drop_path_rates(self.drop_path, sum(self.depths))
         for i, (channels, depth, mixer) in enumerate(zip(self.embed_dim, self.depths, self.mixers, strict=True)):
             stage_rates, rates = rates[:depth], rates[depth:]
-            x = Stage(channels, i > 0, mixer, self.norm, i >= 2, stage_rates, name=f"stages_{i}")(x, train=train)
+            x = MetaFormerStage(channels, i > 0, mixer, self.norm, i >= 2, stage_rates, name=f"stages_{i}")(
+                x, train=train
+            )
             features.append(x)
         return features
 
@@ -307,12 +290,17 @@ _CONV_SIZES = {
     "b36": {"depths": (3, 12, 18, 3), "embed_dim": (128, 256, 512, 768)},
 }
 
-VARIANTS: dict[str, functools.partial[MetaFormer]] = {
-    f"{family}_{size}": functools.partial(MetaFormer, **PRESETS[family], **fields)
+CLASSIFIER = {"norm": "after", "init_scheme": "trunc_normal"}
+_MLP_CLASSIFIER = CLASSIFIER | {"hidden_ratio": 4.0, "activation": "relu2", "hidden_epsilon": 1e-5}
+
+VARIANTS = {
+    f"{family}_{size}": Variant(MetaFormer, CLASSIFIER, PRESETS[family] | fields)
     for family in ("identityformer", "randformer", "poolformerv2")
     for size, fields in _SIMPLE_SIZES.items()
 } | {
-    f"{family}_{size}{suffix}": functools.partial(MetaFormer, image_size=pixels, **PRESETS[family], **fields)
+    f"{family}_{size}{suffix}": Variant(
+        MetaFormer, _MLP_CLASSIFIER, {"image_size": pixels, **PRESETS[family], **fields}
+    )
     for family in ("convformer", "caformer")
     for size, fields in _CONV_SIZES.items()
     for suffix, pixels in (("", 224), ("_384", 384))

@@ -4,15 +4,29 @@ Howard et al. 2017, "MobileNets" (arXiv:1704.04861). The activation is ReLU: tim
 with ReLU6, is another function.
 """
 
-import functools
 from collections.abc import Sequence
 
-import jax
 from flax import linen as nn
 
-from maxmap.layers.primitives import BatchNorm, Conv
+from maxmap.backbones import Variant
+from maxmap.layers.primitives import BatchNorm, Block, Conv
+from maxmap.operations import Array
 
-Array = jax.Array
+
+class ConvUnit(Block):
+    """Convolutions one after another, each with a norm and ReLU: the stem or a depthwise-separable unit.
+
+    Attributes:
+      layers: pairs of convolution and norm. They are submodules of the backbone, because the reference's names have no
+        level for the unit.
+    """
+
+    layers: Sequence[tuple[nn.Module, nn.Module]]
+
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        for conv, norm in self.layers:
+            x = nn.relu(norm(conv(x), train=train))
+        return x
 
 
 class MobileNetV1(nn.Module):
@@ -50,21 +64,23 @@ class MobileNetV1(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the maps of the stages; the first has half the size of the images."""
 
-        def unit(x: Array, name: str, index: int, channels: int, **fields: int) -> Array:
-            """Convolution, norm and ReLU; the reference counts them through, hence the index."""
-            x = Conv(channels, bias=False, name=f"{name}_{index}", **fields)(x)
-            return nn.relu(BatchNorm(name=f"{name}_{index + 1}")(x, train=train))
+        def layer(name: str, index: int, channels: int, **fields: int) -> tuple[nn.Module, nn.Module]:
+            conv = Conv(channels, bias=False, name=f"{name}_{index}", **fields)
+            return conv, BatchNorm(name=f"{name}_{index + 1}")
 
-        x = unit(x, "layers_0_0", 0, self.stem_width, kernel_size=3, stride=2, padding=1)
+        stem = layer("layers_0_0", 0, self.stem_width, kernel_size=3, stride=2, padding=1)
+        x = ConvUnit([stem], name="layers_0_0")(x, train=train)
         features = []
         for stage, (channels, depth) in enumerate(zip(self.embed_dim, self.depths, strict=True)):
             for i in range(depth):
                 name = f"layers_{stage}_{i if stage else i + 1}"
                 stride = 2 if stage and i == 0 else 1
-                x = unit(x, name, 0, x.shape[-1], kernel_size=3, stride=stride, padding=1, groups=x.shape[-1])
-                x = unit(x, name, 3, channels)
+                width = x.shape[-1]
+                depthwise = layer(name, 0, width, kernel_size=3, stride=stride, padding=1, groups=width)
+                # The reference counts convolution, norm and ReLU of both convolutions through.
+                x = ConvUnit([depthwise, layer(name, 3, channels)], name=name)(x, train=train)
             features.append(x)
         return features
 
 
-VARIANTS: dict[str, functools.partial[MobileNetV1]] = {"mobilenet_v1": functools.partial(MobileNetV1)}
+VARIANTS = {"mobilenet_v1": Variant(MobileNetV1, {"norm": "none"}, {})}

@@ -1,25 +1,38 @@
 """PiT: a vision transformer that pools its tokens between stages (Heo et al. 2021).
 
 Names and parameters are those of timm's `pit_s_224`, which has a class token. MAP's `pit_s` is the same network without
-one. A class token is returned as the last feature, a map of one pixel, as ViT's is.
+a class token. A class token is returned as the last feature, a map of one pixel, as in ViT.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.blocks import ViTBlock
-from maxmap.layers.primitives import Conv, Linear, drop_path_rates, pair, require_divisor, trunc_normal_02
+from maxmap.layers.primitives import (
+    Conv,
+    Linear,
+    drop_path_rates,
+    pair,
+    require_divisor,
+    require_image_size,
+    trunc_normal_02,
+)
+from maxmap.operations import Array
 
-Array = jax.Array
 
+class OverlappingPatchEmbed(nn.Module):
+    """Linear map of square patches, which overlap if the stride is smaller than the patches.
 
-class PatchEmbed(nn.Module):
-    """Linear map of square patches, which overlap where the stride is smaller than they are."""
+    Attributes:
+      channels: output channels.
+      patch_size: side of the patches.
+      stride: between patches.
+    """
 
     channels: int
     patch_size: int
@@ -30,8 +43,12 @@ class PatchEmbed(nn.Module):
         return Conv(self.channels, self.patch_size, stride=self.stride, name="conv")(x)
 
 
-class Pooling(nn.Module):
-    """Halves and widens the map by a depthwise convolution; widens the class token by a linear map."""
+class TokenPooling(nn.Module):
+    """Halves the map and widens it by a depthwise convolution; widens the class token by a linear map.
+
+    Attributes:
+      channels: output channels, a multiple of the input's.
+    """
 
     channels: int
 
@@ -41,13 +58,13 @@ class Pooling(nn.Module):
         return x, None if token is None else Linear(self.channels, name="fc")(token)
 
 
-class Stage(nn.Module):
-    """Pooling, except in the first stage, then transformer blocks on the class token and the pixels.
+class PiTStage(nn.Module):
+    """Transformer blocks on the class token and the pixels, after a pooling in all stages but the first.
 
     Attributes:
       channels: of the stage.
-      pool: whether it begins with the pooling.
-      blocks: make the `ViTBlock`s, given their names.
+      pool: begins with the pooling.
+      blocks: constructors of the `ViTBlock`s.
     """
 
     channels: int
@@ -58,7 +75,7 @@ class Stage(nn.Module):
     def __call__(self, x: Array, token: Array | None, *, train: bool) -> tuple[Array, Array | None]:
         """Maps `[B, H, W, C]` and the class token `[B, 1, C]`, if there is one, to the same of `channels`."""
         if self.pool:
-            x, token = Pooling(self.channels, name="pool")(x, token)
+            x, token = TokenPooling(self.channels, name="pool")(x, token)
         height = x.shape[1]
         x = rearrange(x, "b h w c -> b (h w) c")
         if token is not None:
@@ -71,7 +88,7 @@ class Stage(nn.Module):
 
 
 class PiT(nn.Module):
-    """The backbone: overlapping patches, then stages of transformer blocks with a pooling before all but the first.
+    """The backbone: overlapping patches, then stages of transformer blocks with a pooling between stages.
 
     Attributes:
       image_size: pixels that the position table is made for, one number or (height, width).
@@ -80,10 +97,10 @@ class PiT(nn.Module):
       embed_dim: channels of each stage, each a multiple of the one before.
       depths: number of blocks of each stage.
       heads: of the attention of each stage.
-      mlp_ratio: hidden width of the MLPs relative to the channels.
-      class_token: puts a learned token in front of the pixels and returns it as the last feature, a map of one pixel.
-      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate; without a class token, as in
-        MAP's code, it ends one step short of it.
+      mlp_ratio: hidden channels of the MLPs divided by the stage's channels.
+      class_token: puts a learned token before the pixels and returns it as the last feature, a map of one pixel.
+      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate; without a class token it ends
+        one step short of this rate, as in MAP's code.
       attn_drop, proj_drop: dropout of the attention probabilities; of the projections.
     """
 
@@ -100,11 +117,6 @@ class PiT(nn.Module):
     proj_drop: float = 0.0
 
     @nn.nowrap
-    def num_features(self) -> int:
-        """Feature maps that a call returns."""
-        return 1 + len(self.depths) + self.class_token
-
-    @nn.nowrap
     def validate(self) -> None:
         """Raises ValueError, one sentence, if the fields do not fit each other."""
         if not len(self.embed_dim) == len(self.depths) == len(self.heads):
@@ -115,8 +127,8 @@ class PiT(nn.Module):
             if channels % before:
                 near = max(round(channels / before), 1) * before
                 raise ValueError(
-                    f"the pooling widens by a whole factor, {before} channels do not divide {channels}; the nearest "
-                    f"that they divide is {near}"
+                    f"the pooling widens by a whole factor, but {before} channels do not divide {channels}; the "
+                    f"nearest that they divide is {near}"
                 )
         for axis, pixels in zip(("height", "width"), pair(self.image_size), strict=True):
             if pixels < self.patch_size:
@@ -124,16 +136,16 @@ class PiT(nn.Module):
                     f"image {axis} {pixels} is smaller than a patch; the nearest size that works is {self.patch_size}"
                 )
 
+    @nn.nowrap
+    def num_features(self) -> int:
+        """Feature maps that a call returns."""
+        return 1 + len(self.depths) + int(self.class_token)
+
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the map of embedded patches, the map of each stage and the class token."""
-        height, width = pair(self.image_size)
-        if x.shape[1:3] != (height, width):
-            raise ValueError(
-                f"the images are {x.shape[1]} x {x.shape[2]} pixels, the position table is for {height} x {width}; "
-                "set image_size"
-            )
-        x = PatchEmbed(self.embed_dim[0], self.patch_size, self.stride, name="patch_embed")(x)
+        require_image_size(x, self.image_size, "the position table is")
+        x = OverlappingPatchEmbed(self.embed_dim[0], self.patch_size, self.stride, name="patch_embed")(x)
         x = x + self.param("pos_embed", trunc_normal_02, (1, *x.shape[1:])).astype(x.dtype)
         token = None
         if self.class_token:
@@ -153,12 +165,12 @@ class PiT(nn.Module):
                 )
                 for _ in range(depth)
             ]
-            x, token = Stage(channels, stage > 0, blocks, name=f"transformers_{stage}")(x, token, train=train)
+            x, token = PiTStage(channels, stage > 0, blocks, name=f"transformers_{stage}")(x, token, train=train)
             features.append(x)
         return features if token is None else [*features, token[:, None]]
 
 
-VARIANTS: dict[str, functools.partial[PiT]] = {
-    "pit_s_224": functools.partial(PiT, class_token=True),
-    "pit_s": functools.partial(PiT),
+VARIANTS = {
+    "pit_s_224": Variant(PiT, {"norm": "before"}, {"class_token": True}),
+    "pit_s": Variant(PiT, {"norm": "none"}, {}),
 }

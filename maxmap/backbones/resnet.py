@@ -5,29 +5,35 @@ convolution). `resnet50_se_deep` is the backbone of `map_resnet50` in Lab-LVM/im
 convolutions, squeeze-excitation (Hu et al. 2018), GELU inside of the blocks, and a last stage of half the width.
 """
 
-import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.layers.primitives import ACTIVATIONS, BatchNorm, Conv, DropPath, Initializer, drop_path_rates, he_fan_out
-from maxmap.operations import max_pool
-
-Array = jax.Array
+from maxmap.backbones import Variant
+from maxmap.layers.primitives import (
+    ACTIVATIONS,
+    BatchNorm,
+    Block,
+    Conv,
+    DropPath,
+    Initializer,
+    drop_path_rates,
+    he_fan_out,
+)
+from maxmap.operations import Array, max_pool
 
 EXPANSION = 4  # output channels of a block over its inner channels
 SQUEEZE = 16  # output channels of a block over those of its squeeze-excitation
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, 3x3 and 1x1 convolution with a residual path; the scale of the last norm starts at zero.
 
     Attributes:
       channels: output channels.
       stride: of the 3x3 convolution and of the residual path.
-      squeeze: MAP's form, with GELU inside and squeeze-excitation.
+      squeeze: MAP's form, with GELU between the convolutions and squeeze-excitation after them.
       drop_path: rate of dropping the branch.
     """
 
@@ -78,9 +84,9 @@ class ResNet(nn.Module):
       image_size: height and width, or one number for both; any other size works too.
       embed_dim: channels of the stages.
       depths: blocks of the stages.
-      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate; in MAP's form block i of N has
-        i / N of it, so that the last has a little less, as published.
-      squeeze: MAP's form, with a stem of three 3x3 convolutions, squeeze-excitation and GELU.
+      drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate. In MAP's form it ends one step
+        short of this rate, as published.
+      squeeze: MAP's form, with a stem of three 3x3 convolutions, squeeze-excitation, and GELU inside of the blocks.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -133,7 +139,7 @@ class SEResNet(ResNet):
     squeeze: bool = True
 
 
-VARIANTS: dict[str, functools.partial[ResNet]] = {
-    "resnet50": functools.partial(ResNet),
-    "resnet50_se_deep": functools.partial(SEResNet),
+VARIANTS = {
+    "resnet50": Variant(ResNet, {"norm": "none"}, {}),
+    "resnet50_se_deep": Variant(SEResNet, {"norm": "none", "init_scheme": "trunc_normal"}, {}),
 }

@@ -1,22 +1,28 @@
 """ViT: the plain vision transformer (Dosovitskiy et al. 2021), with timm's names, fields and parameters.
 
-A head here reads maps, and timm's classifier reads the class token: a backbone with one returns it as a last feature
-map of one pixel, `[B, 1, 1, C]`, behind the maps of patch tokens. The mean over that map is the token, so the plain
-linear head needs to know nothing of it. The same convention holds for PiT.
+Heads read maps, but timm's classifier reads the class token. So a backbone with a class token returns it as the last
+feature, a map of one pixel `[B, 1, 1, C]`. The mean over that map is the token, and the linear head needs no special
+case. PiT follows the same convention.
 """
 
-import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from maxmap.backbones import Variant
 from maxmap.layers.blocks import ViTBlock
-from maxmap.layers.primitives import TRUNC_NORMAL, Conv, drop_path_rates, pair, require_divisor, trunc_normal_02
-
-Array = jax.Array
+from maxmap.layers.primitives import (
+    TRUNC_NORMAL,
+    Conv,
+    drop_path_rates,
+    pair,
+    require_divisor,
+    require_image_size,
+    trunc_normal_02,
+)
+from maxmap.operations import Array
 
 
 class PatchEmbed(nn.Module):
@@ -37,11 +43,10 @@ class ViT(nn.Module):
       image_size: pixels that the position table is made for, one number or (height, width).
       patch_size: side of the patches.
       embed_dim: channels.
-      depths: numbers of blocks; a feature map is returned after each of these groups.
+      depths: blocks of each group; a feature map is returned after each group.
       heads: of the attention.
-      mlp_ratio: hidden width of the MLPs relative to the channels.
-      class_token: puts a learned token in front of the patch tokens and returns it as the last feature, a map of one
-        pixel. Without it the last feature is the map after the last block.
+      mlp_ratio: hidden channels of the MLPs divided by `embed_dim`.
+      class_token: puts a learned token before the patch tokens and returns it as the last feature, a map of one pixel.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
       attn_drop, proj_drop: dropout of the attention probabilities; of the projections.
     """
@@ -60,7 +65,7 @@ class ViT(nn.Module):
     @nn.nowrap
     def num_features(self) -> int:
         """Feature maps that a call returns."""
-        return 1 + len(self.depths) + self.class_token
+        return 1 + len(self.depths) + int(self.class_token)
 
     @nn.nowrap
     def validate(self) -> None:
@@ -77,12 +82,7 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the map of embedded patches, one map per group of blocks, the class token."""
-        height, width = pair(self.image_size)
-        if x.shape[1:3] != (height, width):
-            raise ValueError(
-                f"the images are {x.shape[1]} x {x.shape[2]} pixels, the position table is for {height} x {width}; "
-                "set image_size"
-            )
+        require_image_size(x, self.image_size, "the position table is")
         x = PatchEmbed(self.embed_dim, self.patch_size, name="patch_embed")(x)
         height = x.shape[1]
         x = rearrange(x, "b h w c -> b (h w) c")
@@ -107,7 +107,8 @@ class ViT(nn.Module):
         return [*features, x[:, None, :1]] if self.class_token else features
 
 
-VARIANTS: dict[str, functools.partial[ViT]] = {
-    "vit_small_patch16_224": functools.partial(ViT, embed_dim=384, heads=6),
-    "vit_base_patch16_224": functools.partial(ViT, embed_dim=768, heads=12),
+CLASSIFIER = {"norm": "before", "init_scheme": "trunc_normal"}
+VARIANTS = {
+    "vit_small_patch16_224": Variant(ViT, CLASSIFIER, {"embed_dim": 384, "heads": 6}),
+    "vit_base_patch16_224": Variant(ViT, CLASSIFIER, {"embed_dim": 768, "heads": 12}),
 }

@@ -20,11 +20,12 @@ from huggingface_hub.errors import (
 )
 
 from maxmap.convert.sources import shards_of
+from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
 from maxmap.errors import UserError, nearest
 
 TABLE = resources.files("maxmap") / "pretrained.csv"
 NORMALISATIONS = {
-    "imagenet": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+    "imagenet": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
     "half": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 }
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -12,7 +12,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from maxmap import checkpoint
+from maxmap import checkpoint, storage
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
 from maxmap.convert.sources import ForeignCheckpoint, read_source
@@ -52,7 +52,7 @@ def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], d
     Raises:
       UserError: there is no such checkpoint, or it does not fit the model that it names.
     """
-    if checkpoint.in_bucket(path):
+    if storage.in_bucket(path):
         return checkpoint.read_variables(path, ema=ema)
     exists = Path(path).exists()
     # The name of a repository may start with hf://, which looks like the scheme of a bucket's path.
@@ -136,7 +136,7 @@ def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **
     Raises:
       UserError: the source does not fit, or `dest` exists. Nothing was written.
     """
-    if checkpoint.in_bucket(dest):
+    if storage.in_bucket(dest):
         raise UserError(
             f"{dest} is in a bucket, where no folder can be renamed: convert to a local folder and copy that."
         )

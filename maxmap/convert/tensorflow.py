@@ -1,9 +1,10 @@
 """The official TensorFlow checkpoints of MaxViT (google-research/maxvit), read without TensorFlow.
 
-A checkpoint of TensorFlow is a table in LevelDB's format (`.index`: names, shapes and places) and the raw bytes of the
-variables (`.data-*`), which stay in the mapped file. Reading that takes less code than installing TensorFlow does time.
+A TensorFlow checkpoint is a table in LevelDB's format (`.index`: names, shapes and offsets) and the raw bytes of the
+variables (`.data-*`), which stay in the mapped file. Its entries are protocol buffers, see `maxmap.protobuf`.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from maxmap.errors import UserError
+from maxmap.protobuf import Message, read_bytes, read_varint
 
 _MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 _FOOTER = 48  # bytes
@@ -30,7 +32,7 @@ _TYPES: dict[int, Any] = {
 }
 _AVERAGE = "/ExponentialMovingAverage"
 
-# Official names to timm's; attention in windows has no number, attention in the grid has "_1".
+# Official names to timm's. Attention in windows has no number in its name, attention in the grid has "_1".
 MODULES = (
     (r"stem/conv_0", "stem.conv1"),
     (r"stem/norm_0", "stem.norm1"),
@@ -69,7 +71,7 @@ _LEAVES = {
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path names a TensorFlow checkpoint: its folder, its prefix or one of its files."""
+    """Returns whether a path names a TensorFlow checkpoint: its folder, its prefix or one of its files."""
     return _prefix(path) is not None
 
 
@@ -77,12 +79,12 @@ def read_checkpoint(path: Path, *, ema: bool | None = None) -> tuple[dict[str, n
     """Reads an official checkpoint under timm's names and in PyTorch's layout.
 
     Args:
-      path: of the folder (the newest checkpoint that its file `checkpoint` names), or the prefix of the files.
-      ema: the averaged variables, which the official driver reads, or the raw ones; None for the averaged ones where
-        there are any.
+      path: the checkpoint's folder (its file `checkpoint` names the newest), the prefix of its files or one of them.
+      ema: whether to read the averaged variables, as the official driver does, or the raw ones; None: the averaged ones
+        if there are any.
 
     Returns:
-      The arrays, position tables as stored; and which weights they are, "ema" or "raw".
+      The arrays, with the position tables as stored, and which weights they are, "ema" or "raw".
 
     Raises:
       UserError: the checkpoint is damaged or of another kind.
@@ -94,7 +96,7 @@ def read_checkpoint(path: Path, *, ema: bool | None = None) -> tuple[dict[str, n
     if ema and not averages:
         raise UserError(f"{path} has no averaged variables: leave --ema out.")
     averaged = bool(averages) and ema is not False
-    # What an optimizer keeps of a variable is named <variable>/<slot>.
+    # An optimizer's state of a variable is named <variable>/<slot>.
     raw = {name: value for name, value in variables.items() if name.rpartition("/")[0] not in variables}
     chosen = averages if averaged else {name: value for name, value in raw.items() if not name.endswith(_AVERAGE)}
     return from_tensorflow(
@@ -103,16 +105,16 @@ def read_checkpoint(path: Path, *, ema: bool | None = None) -> tuple[dict[str, n
 
 
 def from_tensorflow(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names and lays out the variables of the official MaxViT as timm's state dict; `from_torch` does the rest.
+    """Turns the variables of the official MaxViT into timm's state dict, which `from_torch` reads.
 
     Args:
-      variables: by name, for example 'maxvit/stem/conv_0/kernel'. What is no variable of MaxViT keeps its name.
+      variables: by name, for example 'maxvit/stem/conv_0/kernel'. A variable that is not MaxViT's keeps its name.
 
     Returns:
-      The state dict; position tables keep the size that they are stored in, 13 x 13 at every resolution.
+      The state dict. Position tables keep their stored size, which is 13 x 13 at every resolution.
     """
     state_dict: dict[str, np.ndarray] = {}
-    parts: dict[str, dict[str, np.ndarray]] = {}  # of queries, keys and values, which timm has in one
+    parts: dict[str, dict[str, np.ndarray]] = {}  # queries, keys and values, which are one tensor in timm
     for name, value in variables.items():
         key = timm_name(name)
         if key is None:
@@ -130,7 +132,7 @@ def from_tensorflow(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def timm_name(name: str) -> str | None:
-    """Returns timm's name of a variable, None for what is no variable of MaxViT."""
+    """Returns timm's name of a variable, None if it is no variable of MaxViT."""
     match = re.fullmatch(r"maxvit/(?:block_(\d+)_(\d+)/)?(.+)/(\w+)", name)
     if match is None or match[4] not in _LEAVES:
         return None
@@ -157,52 +159,53 @@ def _to_torch_layout(value: np.ndarray, module: str, leaf: str) -> np.ndarray:
 
 
 def read_variables(prefix: Path) -> dict[str, np.ndarray]:
-    """Reads every numeric variable below a checkpoint's prefix, by name, as arrays in the mapped files."""
+    """Reads every numeric variable of a checkpoint.
+
+    Args:
+      prefix: what the checkpoint's file names have in common, for example 'model.ckpt-92002'.
+
+    Returns:
+      The variables by name, as arrays in the mapped files.
+
+    Raises:
+      UserError: a file is missing or damaged, or a variable is partitioned.
+    """
     index = prefix.with_name(prefix.name + ".index")
     try:
         return dict(_read_variables(prefix, index.read_bytes()))
-    except (IndexError, ValueError, KeyError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (ValueError, OSError, OverflowError) as error:
         raise UserError(
             f"the TensorFlow checkpoint {prefix} is damaged or not complete ({error}): get it again."
         ) from None
 
 
 def _read_variables(prefix: Path, index: bytes) -> Iterator[tuple[str, np.ndarray]]:
-    if index[-8:] != _MAGIC:
-        raise ValueError("the index does not end as one does")
-    _, _, position = _handle(index, len(index) - _FOOTER)  # of what describes the table
-    offset, size, _ = _handle(index, position)
-    files: dict[int, np.ndarray] = {}
+    """Yields name and value of each variable, as tensor_bundle.proto describes them."""
     shards = 1
-    for _, handle in _read_block(index, offset, size):
-        offset, size, _ = _handle(handle, 0)
-        for name, value in _read_block(index, offset, size):
-            fields = _read_message(value)
-            if not name:  # the header
-                shards = fields.get(1, [1])[0]
-                continue
-            dtype = _TYPES.get(fields.get(1, [0])[0])
-            if dtype is None:  # text, such as the graph of objects
-                continue
-            if 7 in fields:
-                raise UserError(f"the TensorFlow checkpoint {prefix} has the partitioned variable {name.decode()}.")
-            shape = [_read_message(dim).get(1, [0])[0] for dim in _read_message(fields.get(2, [b""])[0]).get(2, [])]
-            shard, start, length = (fields.get(number, [0])[0] for number in (3, 4, 5))
-            if shard not in files:
-                file = prefix.with_name(f"{prefix.name}.data-{shard:05}-of-{shards:05}")
-                files[shard] = np.memmap(file, np.uint8, "r")
-            if (
-                start + length > files[shard].size
-                or length != int(np.prod(np.array(shape, object))) * np.dtype(dtype).itemsize
-            ):
-                raise ValueError(f"{name.decode()} is cut off")
-            yield name.decode(), np.asarray(files[shard][start : start + length]).view(dtype).reshape(shape)
+    files: dict[int, np.ndarray] = {}
+    for name, value in _read_table(index):
+        entry = Message(value)
+        if not name:  # the header
+            shards = entry.integer(1, default=1)
+            continue
+        dtype = _TYPES.get(entry.integer(1))
+        if dtype is None:  # text, such as the graph of objects
+            continue
+        if 7 in entry:
+            raise UserError(f"the TensorFlow checkpoint {prefix} has the partitioned variable {name.decode()}.")
+        shape = [dim.integer(1) for shape in entry.messages(2) for dim in shape.messages(2)]
+        shard, start, length = (entry.integer(number) for number in (3, 4, 5))
+        if shard not in files:
+            files[shard] = np.memmap(prefix.with_name(f"{prefix.name}.data-{shard:05}-of-{shards:05}"), np.uint8, "r")
+        if start + length > files[shard].size or length != math.prod(shape) * np.dtype(dtype).itemsize:
+            raise ValueError(f"{name.decode()} is cut off")
+        yield name.decode(), np.asarray(files[shard][start : start + length]).view(dtype).reshape(shape)
 
 
 def _prefix(path: Path) -> Path | None:
-    """The prefix of the files of a TensorFlow checkpoint, None if there is none."""
+    """Returns the prefix of a TensorFlow checkpoint's files, None if there is no checkpoint."""
     if path.is_dir():
         state = path / "checkpoint"
         named = re.search(r'^model_checkpoint_path: "(.*)"', state.read_text(), re.M) if state.is_file() else None
@@ -213,56 +216,39 @@ def _prefix(path: Path) -> Path | None:
     return path if path.with_name(path.name + ".index").is_file() else None
 
 
+def _read_table(index: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields the keys and values of a table in LevelDB's format, uncompressed and with one level of blocks below it."""
+    if len(index) < _FOOTER or index[-8:] != _MAGIC:
+        raise ValueError("the index does not end as a table's index does")
+    _, _, position = _read_handle(index, len(index) - _FOOTER)  # of a block that describes the table
+    offset, size, _ = _read_handle(index, position)
+    for _, handle in _read_block(index, offset, size):
+        offset, size, _ = _read_handle(handle, 0)
+        yield from _read_block(index, offset, size)
+
+
 def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a block of the table; a key shares its beginning with the one before."""
-    if data[offset + size]:
+    """Yields the keys and values of a block; each key is stored without what it shares with the key before."""
+    block, position = read_bytes(data, offset, size)
+    compression, _ = read_bytes(data, position, 1)
+    if compression != b"\0":
         raise ValueError("its index is compressed")
-    block = data[offset : offset + size]
     restarts = int.from_bytes(block[-4:], "little")
     position, end, key = 0, size - 4 - 4 * restarts, b""
+    if end < 0:
+        raise ValueError("a block of its index is cut off")
     while position < end:
-        shared, position = _varint(block, position)
-        rest, position = _varint(block, position)
-        length, position = _varint(block, position)
-        key = key[:shared] + block[position : position + rest]
-        position += rest
-        yield key, block[position : position + length]
-        position += length
+        shared, position = read_varint(block, position)
+        added, position = read_varint(block, position)
+        length, position = read_varint(block, position)
+        suffix, position = read_bytes(block, position, added)
+        value, position = read_bytes(block, position, length)
+        key = key[:shared] + suffix
+        yield key, value
 
 
-def _handle(data: bytes, position: int) -> tuple[int, int, int]:
-    """Offset and size of a block, and where the next handle is."""
-    offset, position = _varint(data, position)
-    size, position = _varint(data, position)
+def _read_handle(data: bytes, position: int) -> tuple[int, int, int]:
+    """Returns offset and size of a block, and the position after this handle."""
+    offset, position = read_varint(data, position)
+    size, position = read_varint(data, position)
     return offset, size, position
-
-
-def _read_message(data: bytes) -> dict[int, list[Any]]:
-    """The fields of a protocol buffer: numbers, or bytes for what is nested."""
-    fields: dict[int, list[Any]] = {}
-    position = 0
-    while position < len(data):
-        tag, position = _varint(data, position)
-        kind = tag & 7
-        value: int | bytes
-        if kind == 0:
-            value, position = _varint(data, position)
-        else:
-            length = {1: 8, 5: 4}.get(kind)
-            if length is None:
-                length, position = _varint(data, position)
-            value = data[position : position + length]
-            position += length
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """An integer in groups of 7 bits, the lowest first, and the position after it."""
-    value = shift = 0
-    while True:
-        byte = data[position]
-        value |= (byte & 127) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 128:
-            return value, position

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from maxmap import checkpoint
+from maxmap import checkpoint, storage
 from maxmap.convert import hub
 from maxmap.convert.load import read_model
 from maxmap.convert.sources import read_source
@@ -78,8 +78,8 @@ def verify(
             report[dtype] = {**row, "tolerance": allowed}
             worst = max(row["logits"], row["gradient"], *row["features"])
             report["ok"] = report["ok"] and bool(worst <= allowed)
-    if checkpoint.in_bucket(path) or (Path(path) / checkpoint.FOLDER).is_dir():
-        checkpoint.write_text(checkpoint.place(path) / REPORT, json.dumps(report, indent=2) + "\n")
+    if storage.in_bucket(path) or (Path(path) / checkpoint.FOLDER).is_dir():
+        storage.write_text(storage.resolve(path) / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 

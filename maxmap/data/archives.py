@@ -1,27 +1,30 @@
 """Files that hold many examples, read by index: tar archives, and TFRecord without TensorFlow.
 
-Both are made for reading from front to back. Here they are looked through once, header by header, and each example is
-then read where it lies, so that any order costs the same.
+Both are made for reading from front to back. Here the headers are read once, and then each example is read where it
+lies, so that any order costs the same.
 """
 
 import os
 import struct
 import tarfile
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from maxmap.errors import UserError
+from maxmap.protobuf import Message
 
 
-class Member(NamedTuple):
-    """A file inside of a tar archive: its name, and where its bytes lie."""
+class TarMember(NamedTuple):
+    """A file in a tar archive: its name, and where its bytes lie."""
 
     name: str
     offset: int
     size: int
 
 
-def tar_members(path: str) -> list[Member]:
+def tar_members(path: str) -> list[TarMember]:
     """Lists the files of an uncompressed tar archive, in order; names do not start with './'.
 
     Raises:
@@ -29,19 +32,19 @@ def tar_members(path: str) -> list[Member]:
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [Member(m.name.removeprefix("./"), m.offset_data, m.size) for m in tar if m.isfile()]
-            # tarfile takes an archive that ends in the middle for a whole one, unless its first header is cut.
+            members = [TarMember(m.name.removeprefix("./"), m.offset_data, m.size) for m in tar if m.isfile()]
+            # tarfile notices a cut in the first header only: it takes any other archive for complete.
             if members and members[-1].offset + members[-1].size > os.path.getsize(path):
                 raise tarfile.ReadError("unexpected end of data")
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"{path} cannot be read as an uncompressed tar archive ({error}): unpack a .gz or .xz, or fetch it anew"
+            f"{path} cannot be read as an uncompressed tar archive ({error}): unpack a .gz or .xz, or copy it again."
         ) from error
     return members
 
 
 def record_positions(path: str) -> list[tuple[int, int]]:
-    """Lists offset and length of every record of a TFRecord file; checksums are not looked at.
+    """Lists offset and length of every record of a TFRecord file, without a look at the checksums.
 
     Raises:
       UserError: the file is missing, cut off or no TFRecord file.
@@ -54,12 +57,49 @@ def record_positions(path: str) -> list[tuple[int, int]]:
                 header = os.pread(file.fileno(), 8, offset)
                 length = struct.unpack("<Q", header)[0] if len(header) == 8 else size
                 if offset + 16 + length > size:
-                    raise OSError("it ends inside of a record")
+                    raise OSError("it ends inside a record")
                 positions.append((offset + 12, length))
                 offset += 16 + length
     except OSError as error:
-        raise UserError(f"{path} cannot be read as TFRecord ({error.strerror or error}): prepare it anew") from error
+        raise UserError(f"{path} cannot be read as TFRecord ({error.strerror or error}): prepare it anew.") from error
     return positions
+
+
+class TFRecords:
+    """The examples of TFRecord files by index: 'image', the bytes of an image file, and 'label', its class number.
+
+    Args:
+      instructions: TFDS's `FileInstruction`s: from each file's `examples_in_shard` records, `take` are read after the
+        first `skip`.
+
+    Raises:
+      UserError: a file is damaged or holds another number of records.
+    """
+
+    def __init__(self, instructions: Sequence):
+        self._files = [os.fspath(instruction.filename) for instruction in instructions]
+        parts = [np.empty((0, 3), np.int64)]
+        for number, instruction in enumerate(instructions):
+            positions = record_positions(self._files[number])
+            if len(positions) != instruction.examples_in_shard:
+                raise UserError(
+                    f"{self._files[number]} has {len(positions)} records, but the data set's dataset_info.json says "
+                    f"{instruction.examples_in_shard}: copy the file again, or prepare the data set anew."
+                )
+            chosen = positions[instruction.skip : instruction.skip + instruction.take]
+            parts.append(np.array([(number, *position) for position in chosen], np.int64).reshape(-1, 3))
+        self._positions = np.concatenate(parts)  # [N, 3]: file, offset, length
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, offset, length = self._positions[index].tolist()
+        example = parse_example(read_at(self._files[number], offset, length))
+        try:
+            return {"image": example["image"][0], "label": example["label"][0]}
+        except LookupError as error:
+            raise OSError(f"a record of {self._files[number]} lacks an image or its label") from error
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:
@@ -72,59 +112,26 @@ def read_at(path: str, offset: int, size: int) -> bytes:
 
 
 def parse_example(record: bytes) -> dict[str, list[bytes] | list[int]]:
-    """Parses a serialised `tf.train.Example`: feature name -> values; floats are left out.
+    """Parses an encoded `tf.train.Example`, without its lists of floats.
 
-    https://protobuf.dev/programming-guides/encoding, and TensorFlow's example.proto and feature.proto.
+    The fields are those of TensorFlow's example.proto and feature.proto.
+
+    Returns:
+      The values of each feature by its name.
+
+    Raises:
+      OSError: the record is damaged.
     """
     features: dict[str, list[bytes] | list[int]] = {}
-    for _, all_features in _fields(record):
-        for _, entry in _fields(all_features):
-            pair = dict(_fields(entry))
-            for kind, values in _fields(pair.get(2, b"")):
-                if kind == 1:
-                    features[pair[1].decode()] = [value for _, value in _fields(values)]
-                elif kind == 3:
-                    numbers = []
-                    for _, packed in _fields(values):
-                        numbers += list(_varints(packed)) if isinstance(packed, bytes) else [packed]
-                    features[pair[1].decode()] = numbers
+    try:
+        for all_features in Message(record).messages(1):
+            for entry in all_features.messages(1):
+                name = b"".join(entry.strings(1)).decode()
+                for feature in entry.messages(2):
+                    for values in feature.messages(1):
+                        features[name] = values.strings(1)
+                    for values in feature.messages(3):
+                        features[name] = values.integers(1)
+    except ValueError as error:  # the name is no UTF-8, or the message is malformed
+        raise OSError(f"a record cannot be parsed: {error}") from error
     return features
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yields the number and the bytes of every field of a message; an integer is yielded as it is."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        if tag & 7 == 0:
-            value, at = _varint(message, at)
-            yield tag >> 3, value  # type: ignore[misc]
-            continue
-        if tag & 7 == 2:
-            size, at = _varint(message, at)
-        elif tag & 7 in (1, 5):
-            size = 8 if tag & 7 == 1 else 4
-        else:
-            raise OSError(f"a record has a field of the unknown kind {tag & 7}")
-        yield tag >> 3, message[at : at + size]
-        at += size
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """Reads 7 bits a byte, least first, until a byte is below 128."""
-    value = shift = 0
-    while True:
-        if at >= len(message):
-            raise OSError("a record is cut off")
-        value |= (message[at] & 127) << shift
-        at += 1
-        if message[at - 1] < 128:
-            return value, at
-        shift += 7
-
-
-def _varints(packed: bytes) -> Iterator[int]:
-    at = 0
-    while at < len(packed):
-        value, at = _varint(packed, at)
-        yield value

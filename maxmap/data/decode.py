@@ -1,7 +1,8 @@
-"""An image file to the uint8 crop that a network sees, with the crops of torchvision and timm.
+"""Decodes an image file and crops it as torchvision and timm do: from bytes to the uint8 image that a network sees.
 
-Evaluation is PIL's to the grey level. Training decodes JPEGs with simplejpeg, which gives PIL's very pixels in less
-time, and resizes with cykooz.resizer: PIL's filters in SIMD, a grey level away here and there. PIL does the rest.
+Evaluation gives exactly PIL's pixels. Training decodes JPEGs with simplejpeg, which gives PIL's pixels in less time.
+It resizes with cykooz.resizer, which has PIL's filters in SIMD and rounds some values to the next grey level. PIL does
+the rest.
 """
 
 import concurrent.futures
@@ -17,7 +18,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from maxmap.data.sources import Source
+from maxmap.data.sources import ImageSource
 from maxmap.errors import UserError, nearest
 
 FILTERS = {
@@ -30,6 +31,10 @@ FILTERS = {
 }
 CROP_MODES = ("center", "squash", "border")
 
+# Of ImageNet's colours in 0..1, per channel: most published networks were trained with these.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 try:
     import cykooz_resizer as simd
 except ImportError:  # no wheel for Linux on ARM: PIL resizes
@@ -40,23 +45,27 @@ else:
         FILTERS["bicubic"]: simd.ResizeAlg.convolution(simd.FilterType.catmull_rom),
         FILTERS["lanczos"]: simd.ResizeAlg.convolution(simd.FilterType.lanczos3),
     }
-_OF_THREAD = threading.local()  # a resizer each: it locks itself while it works
+_THREAD = threading.local()  # each thread has a resizer of its own, because a resizer locks itself while it works
 
 
 def decode(image: bytes | np.ndarray) -> Image.Image:
     """Decodes an image file, or wraps an array, as an 8-bit RGB image.
 
-    Follows what torchvision and timm do with PIL: CMYK, palette, grey and transparent images are converted to RGB
-    (transparency is dropped), the first frame of an animation counts, and the EXIF orientation is *not* applied:
-    the published networks were trained and tested on files as stored. Departs from them for 16-bit grey images:
-    PIL clips their values to 255, which leaves them nearly white; here they keep their high byte, as PIL itself
-    does for 16-bit RGB.
+    It does what torchvision and timm do with PIL. CMYK, palette, grey and transparent images are converted to RGB
+    without their transparency. The first frame of an animation counts. The EXIF orientation is *not* applied, because
+    the published networks were trained and tested without it.
+
+    16-bit grey images are an exception: PIL clips their values to 255, which leaves them nearly white. Here they keep
+    their high byte, as PIL itself does for 16-bit RGB.
 
     Args:
-        image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+      image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+
+    Returns:
+      The image in mode RGB.
 
     Raises:
-        OSError: the image is truncated, broken, of unknown format, or so large that PIL takes it for an attack.
+      OSError: the image is truncated, broken, of unknown format, or so large that PIL takes it for an attack.
     """
     with _broken_is_oserror():
         return _rgb(_open(image))
@@ -74,26 +83,28 @@ def train_crop(
 ) -> np.ndarray:
     """Decodes an image and resizes a random crop of it: the Inception crop (Szegedy et al., 2015), as torchvision's.
 
-    Three departures, none of which moves the crop. The resize takes the box directly, so that its filter sees the
-    pixels next to the crop where torchvision repeats the edge. It is not PIL's but rounds otherwise, by a grey level in
-    places. And a JPEG whose crop is at least twice, 4 or 8 times as large as the output is decoded at 1/2, 1/4 or 1/8
-    of its size (libjpeg's scaled decoding, PIL's `draft`); never further, so a crop is never enlarged on account of
-    it. `draft=False` decodes all pixels, at up to twice the time for large photographs.
+    It differs from torchvision in three ways, none of which moves the crop:
+
+    - The resize takes the box directly, so its filter sees the pixels next to the crop. torchvision repeats the edge.
+    - The resize rounds some values to another grey level than PIL's does.
+    - With `draft`, a JPEG whose crop is at least 2, 4 or 8 times as large as the output is decoded at 1/2, 1/4 or 1/8
+      of its size (libjpeg's scaled decoding, PIL's `draft`). So the decoded crop is never smaller than the output.
+      Without it all pixels are decoded, which takes up to twice the time for large photographs.
 
     Args:
-        image: see `decode`.
-        rng: where all randomness comes from.
-        size: side of the output in pixels.
-        scale: range of the crop's area as a fraction of the image's.
-        ratio: range of the crop's width / height.
-        interpolation: a key of `FILTERS`, or 'random': bilinear or bicubic, drawn per image as timm does.
-        draft: whether large JPEGs may be decoded at a reduced size.
+      image: see `decode`.
+      rng: the source of all randomness.
+      size: side of the output in pixels.
+      scale: range of the crop's area as a fraction of the image's.
+      ratio: range of the crop's width / height.
+      interpolation: a key of `FILTERS`, or 'random': bilinear or bicubic, drawn per image as timm does.
+      draft: whether large JPEGs may be decoded at a reduced size.
 
     Returns:
-        uint8 [size, size, 3].
+      uint8 [size, size, 3].
 
     Raises:
-        OSError: see `decode`.
+      OSError: see `decode`.
     """
     with _broken_is_oserror():
         (full_width, full_height), load = _train_pixels(image)
@@ -112,8 +123,8 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """Draws the box (left, top, width, height) of a random crop with the semantics of torchvision's RandomResizedCrop.
 
-    The area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. After ten boxes that do not fit, it is
-    the largest central box whose aspect ratio is within `ratio`.
+    The area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. If ten boxes in a row do not fit, the
+    result is the largest central box whose aspect ratio is within `ratio`.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -124,7 +135,7 @@ def random_box(
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             return left, top, w, h
     w, h = width, height
-    # At least a pixel: a line of pixels longer than 1 / ratio has no such box, and torchvision fails there.
+    # At least one pixel: an image one pixel wide may be too long for any such box, and torchvision fails there.
     if width / height < ratio[0]:
         h = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
@@ -144,19 +155,19 @@ def eval_crop(
     """Decodes, resizes and crops an image for evaluation, equal to timm's evaluation transform to the grey level.
 
     Args:
-        image: see `decode`.
-        size: side of the output in pixels.
-        crop_pct: what part of the resized side the crop keeps; the image is resized to floor(size / crop_pct).
-        mode: 'center' resizes the shorter side, 'squash' both sides, 'border' the longer side; then the centre is
-            cropped, and what lies outside the image is black, or for 'border' the mean colour.
-        interpolation: a key of `FILTERS`.
-        mean: the mean colour, from 0 to 1; only 'border' uses it.
+      image: see `decode`.
+      size: side of the output in pixels.
+      crop_pct: part of the resized side that the crop keeps; the image is resized to floor(size / crop_pct).
+      mode: which side is resized to that: 'center' the shorter, 'squash' both, 'border' the longer. Then the centre is
+        cropped; what lies outside the image is black or, for 'border', of the mean colour.
+      interpolation: a key of `FILTERS`.
+      mean: the mean colour in 0..1, for 'border'.
 
     Returns:
-        uint8 [size, size, 3].
+      uint8 [size, size, 3].
 
     Raises:
-        OSError: see `decode`.
+      OSError: see `decode`.
     """
     rgb = decode(image)
     resized = _eval_size(rgb.width, rgb.height, math.floor(size / crop_pct), mode)
@@ -165,11 +176,15 @@ def eval_crop(
         return np.asarray(_center_crop(rgb.resize(resized, FILTERS[interpolation]), size, fill))
 
 
-def check_images(source: Source, limit: int) -> None:
-    """Decodes up to `limit` images, spread evenly over the source, on a thread pool.
+def check_images(source: ImageSource, limit: int) -> None:
+    """Decodes up to `limit` images, evenly distributed over the source, on a thread pool.
+
+    Args:
+      source: the images.
+      limit: how many to decode at most.
 
     Raises:
-        UserError: some are broken; the message counts them and names the first.
+      UserError: some are broken; the message counts them and names the first.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64))
 
@@ -177,7 +192,7 @@ def check_images(source: Source, limit: int) -> None:
         try:
             with _broken_is_oserror():
                 opened = _open(source[int(index)].image)
-                _draft(opened, 8)  # reads the whole file, but transforms a 64th of the pixels
+                _draft(opened, 8)  # still reads the whole file, but computes a 64th of the pixels
                 opened.load()
         except OSError:
             return True
@@ -188,25 +203,25 @@ def check_images(source: Source, limit: int) -> None:
     if len(broken):
         named = ", ".join(source.name(int(index)) for index in broken[:3])
         raise UserError(
-            f"{len(broken)} of the {len(chosen)} images looked at are broken or cut off: {named}"
+            f"{len(broken)} of the {len(chosen)} images checked are broken or cut off: {named}"
             f"{', ...' if len(broken) > 3 else ''}; remove or replace them, or skip this check with "
-            "--config.data.check=0, and broken files are then left out and counted during training"
+            "--config.data.check=0: training then leaves out and counts broken files."
         )
 
 
 def check_filter(name: str, option: str, extra: Sequence[str] = ()) -> None:
-    """Raises UserError unless `name` is a key of FILTERS or in `extra`; `option` is what the user set it with."""
+    """Raises UserError unless `name` is in FILTERS or in `extra`; `option` is what the user sets it with."""
     known = (*FILTERS, *extra)
     if name not in known:
         raise UserError(
             f"unknown interpolation {name!r} ({option}): did you mean {nearest(name, known, 1)!r}? "
-            f"Known are {', '.join(known)}"
+            f"Known are {', '.join(known)}."
         )
 
 
 @contextlib.contextmanager
 def _broken_is_oserror() -> Iterator[None]:
-    """PIL's readers fail on broken files with SyntaxError, ValueError, struct.error and others: all mean the same."""
+    """Turns into OSError what else PIL raises for broken files: SyntaxError, ValueError, struct.error and others."""
     try:
         yield
     except OSError:
@@ -235,27 +250,27 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _draft(image: Image.Image, most: int) -> int:
-    """Asks a JPEG to decode at 1/8, 1/4 or 1/2 of its size, at least 1 / `most`; returns by what it shrinks."""
+    """Sets a JPEG to decode at 1/8, 1/4 or 1/2 of its size, at least 1 / `most`; returns 8, 4, 2 or 1."""
     shrink = _shrink(image.size, most)
     if shrink == 1:
         return 1
     width = image.width
     drafted = image.draft(None, (image.width // shrink, image.height // shrink))
-    # (mode, the image's box in the draft): None where the format cannot do it.
+    # PIL returns mode and box, or None where the format has no reduced size.
     return 1 if drafted is None else round(width / drafted[1][2])
 
 
 def _shrink(size: tuple[int, int], most: int) -> int:
-    """By how much a JPEG of that size can shrink in decoding: by no more than `most`, and a pixel remains."""
+    """Returns 8, 4, 2 or 1: the reduction of a JPEG that is at most `most` and leaves at least a pixel on each side."""
     return next((power for power in (8, 4, 2) if power <= min(most, *size)), 1)
 
 
-# What decodes an image, given by how much it may shrink at most, and returns by how much it did.
+# Decodes an image. It takes the largest reduction allowed, and returns the pixels and the actual reduction.
 _Load = Callable[[int], tuple[Image.Image, int]]
 
 
 def _train_pixels(image: bytes | np.ndarray) -> tuple[tuple[int, int], _Load]:
-    """Reads the header only; returns the (width, height) and how to decode the pixels."""
+    """Reads the header only; returns (width, height) and the function that decodes the pixels."""
     if isinstance(image, bytes) and image.startswith(b"\xff\xd8"):
         with contextlib.suppress(ValueError):
             height, width, colors, _ = simplejpeg.decode_jpeg_header(image)
@@ -272,28 +287,29 @@ def _load(opened: Image.Image, most: int) -> tuple[Image.Image, int]:
 
 
 def _load_jpeg(file: bytes, size: tuple[int, int], most: int) -> tuple[Image.Image, int]:
-    """Decodes a JPEG of this (width, height) to PIL's pixels; a fourth channel, which means nothing, saves a copy."""
+    """Decodes a JPEG of `size` (width, height) to PIL's pixels, and a fourth channel that has no meaning."""
     shrink = _shrink(size, most)
     width, height = (-(-side // shrink) for side in size)
     try:
         pixels = simplejpeg.decode_jpeg(file, "RGBX", min_width=width, min_height=height)
-    except ValueError:  # PIL forgives some faults
+    except ValueError:  # PIL decodes some files that simplejpeg refuses
         return _load(_open(file), most)
-    # Not CMYK, but of the modes with four equal channels the one that both PIL and the resizer take as it is.
+    # PIL holds RGB in four bytes too, so four channels need no copy. It and the resizer treat all four alike in this
+    # mode; that the pixels are not CMYK does not matter to them.
     return Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK", 0, 1), shrink
 
 
 def _resized(
     image: Image.Image, size: int, resample: Image.Resampling, box: tuple[float, float, float, float]
 ) -> Image.Image:
-    """Resizes what `_load` or `_load_jpeg` returns; the result is RGB."""
+    """Resizes a box (left, top, right, bottom) of an image from `_load` or `_load_jpeg` to an RGB square."""
     if resample in SIMD_FILTERS:
-        if not hasattr(_OF_THREAD, "resizer"):
-            _OF_THREAD.resizer = simd.Resizer()
+        if not hasattr(_THREAD, "resizer"):
+            _THREAD.resizer = simd.Resizer()
         left, top, right, bottom = box
         crop = simd.CropBox(left, top, right - left, bottom - top)
         resized = Image.new(image.mode, (size, size), None)
-        _OF_THREAD.resizer.resize_pil(image, resized, simd.ResizeOptions(SIMD_FILTERS[resample], crop_box=crop))
+        _THREAD.resizer.resize_pil(image, resized, simd.ResizeOptions(SIMD_FILTERS[resample], crop_box=crop))
     else:
         resized = image.resize((size, size), resample, box=box)
     if resized.mode == "RGB":
@@ -302,12 +318,12 @@ def _resized(
 
 
 def _eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]:
-    """Returns (width, height) after the resize, rounded as torchvision (center) and timm (border) round."""
+    """Returns (width, height) after the resize, rounded as in torchvision ('center') and timm ('border')."""
     if mode == "squash":
         return side, side
     if mode == "border":
         shrink = max(width / side, height / side)
-        # timm lets a side round to nothing and then fails: a line of pixels keeps one.
+        # At least one pixel: timm rounds the shorter side of a very long image to 0 and then fails.
         return max(1, round(width / shrink)), max(1, round(height / shrink))
     if width <= height:
         return side, int(side * height / width)
@@ -324,5 +340,5 @@ def _center_crop(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.
 
 
 def _offset(side: int, size: int) -> int:
-    """torchvision rounds the offset of a crop to even, and that of padding down."""
+    """Returns the first pixel of a central crop; as in torchvision, it rounds half to even, and padding down."""
     return round((side - size) / 2) if side >= size else -((size - side) // 2)

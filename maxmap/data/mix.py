@@ -1,10 +1,10 @@
-"""Mixup and CutMix on the device: pairs of images and the dense targets that go with them.
+"""Mixup and CutMix on the device: mixed images and their dense targets.
 
-Both work on whole uint8 batches before normalisation. The partner of image i is image B - 1 - i: the batch reversed,
-which under `jit` is the global batch even if it is sharded. One draw serves the whole batch.
+Both work on whole uint8 batches before normalisation. The partner of image i is image B - 1 - i. Under `jit` that is
+the global batch reversed, even if it is sharded. One random draw serves the whole batch.
 
-The rules, with the rounding to uint8 and the CutMix box, are those of `FastCollateMixup` in timm 0.9.2 (batch mode),
-with which the published recipes were trained.
+The rules, the rounding to uint8 and the CutMix box are those of `FastCollateMixup` in timm 0.9.2 (batch mode), with
+which the published recipes were trained.
 """
 
 import jax
@@ -23,7 +23,7 @@ def mix(
     switch_prob: float = 0.5,
     smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes every image with its partner and returns the targets that say so.
+    """Mixes every image with its partner, and their targets alike.
 
     With `mixup` and `cutmix` both 0 the images stay as they are and the targets are smoothed one-hot vectors.
 
@@ -31,14 +31,15 @@ def mix(
       key: PRNG key.
       images: uint8 [B, H, W, C]; the middle image of an odd batch is its own partner.
       labels: int [B]; a label outside 0..num_classes-1 gets a target without a peak.
-      num_classes: K.
-      mixup: parameter of the Beta distribution of lam for mixup (https://arxiv.org/abs/1710.09412); 0 is off.
-      cutmix: the same for CutMix (https://arxiv.org/abs/1905.04899); 0 is off.
-      prob: probability that the batch is mixed at all.
-      switch_prob: probability of CutMix where both are on.
+      num_classes: number of classes, K.
+      mixup: parameter of the Beta distribution for mixup (https://arxiv.org/abs/1710.09412); 0 is off.
+      cutmix: parameter of the Beta distribution for CutMix (https://arxiv.org/abs/1905.04899); 0 is off.
+      prob: probability that a batch is mixed at all.
+      switch_prob: probability of CutMix instead of mixup where both are on.
       smoothing: label smoothing, applied to both partners before they are mixed.
 
-    Returns: images uint8 [B, H, W, C] and targets float32 [B, K], whose rows sum to 1.
+    Returns:
+      Images uint8 [B, H, W, C] and targets float32 [B, K], whose rows sum to 1.
     """
     if not (mixup or cutmix):
         return images, mix_targets(labels, 1.0, num_classes=num_classes, smoothing=smoothing)
@@ -65,7 +66,15 @@ def mixup_images(images: jax.Array, lam: jax.Array) -> jax.Array:
 
 
 def cutmix_images(images: jax.Array, box: jax.Array) -> jax.Array:
-    """Pastes the box (top, bottom, left, right; the ends exclusive) of every image's partner: uint8 [B, H, W, C]."""
+    """Pastes a box of its partner into every image, uint8 [B, H, W, C].
+
+    Args:
+      images: uint8 [B, H, W, C].
+      box: int32 [4]: top, bottom, left, right; the ends exclusive.
+
+    Returns:
+      uint8 [B, H, W, C].
+    """
     _, height, width, _ = images.shape
     top, bottom, left, right = box
     rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
@@ -74,13 +83,20 @@ def cutmix_images(images: jax.Array, box: jax.Array) -> jax.Array:
 
 
 def cutmix_box(center: jax.Array, lam: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the CutMix box around a centre (y, x) and the lam that belongs to it.
+    """Returns the CutMix box around a centre, and the lam that corresponds to its area.
 
-    A side is int(side of the image * sqrt(1 - lam)), and the box reaches from c - side // 2 to c + side // 2: as in
-    timm 0.9.2, an odd side loses a pixel (timm 1.0.31 keeps it). The box is clipped to the image, and lam becomes the
-    part of the image outside of it.
+    A side of the box is int(side of the image * sqrt(1 - lam)), and the box reaches from center - side // 2 to
+    center + side // 2. So an odd side loses a pixel, as in timm 0.9.2; timm 1.0.31 keeps it. The box is clipped to the
+    image, and lam becomes the part of the image outside the box.
 
-    Returns: box int32 [4] (top, bottom, left, right; the ends exclusive) and lam, a float32 scalar.
+    Args:
+      center: int32 [2], (y, x).
+      lam: weight of the image itself, a float32 scalar.
+      height: of the image.
+      width: of the image.
+
+    Returns:
+      Box int32 [4] (top, bottom, left, right; the ends exclusive) and lam, a float32 scalar.
     """
     limit = jnp.array([height, width])
     half = (limit * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
@@ -92,7 +108,7 @@ def cutmix_box(center: jax.Array, lam: jax.Array, height: int, width: int) -> tu
 def mix_targets(labels: jax.Array, lam: jax.Array | float, *, num_classes: int, smoothing: float) -> jax.Array:
     """Returns lam * targets + (1 - lam) * partners' targets, float32 [B, K], of labels int [B].
 
-    A target is smoothing / K everywhere and 1 - smoothing more at the label.
+    Before mixing, a target is smoothing / K everywhere, plus 1 - smoothing at the label.
     """
     targets = smoothing / num_classes + (1 - smoothing) * jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     return lam * targets + (1 - lam) * targets[::-1]
@@ -105,6 +121,7 @@ def _cutmix_share(mixup: float, cutmix: float, switch_prob: float) -> float:
 
 
 def _draw_beta(key: jax.Array, alpha: jax.Array) -> jax.Array:
-    """Draws from Beta(alpha, alpha): the share of one of two Gamma draws, which compile as one here."""
+    """Draws from Beta(alpha, alpha), as x / (x + y) of two draws from Gamma(alpha)."""
+    # Two draws in one call compile faster than jax.random.beta's two calls.
     first, second = jax.random.loggamma(key, alpha, (2,))
     return jax.nn.sigmoid(first - second)

@@ -1,19 +1,18 @@
 """GA: Gramian attention heads (Ryu et al., ICCV 2023), as Lab-LVM/imagenet-models has them.
 
-One map, aggregated from all stages, serves `branches` independent branches. Each turns the Gram matrix of a narrow copy
-of the map into one class token, lets the token attend to the map and classifies it. The branches are trained to differ,
-and the mean over their logits is the prediction.
+All feature maps are aggregated to one map, which several branches read. A branch reduces the map's channels, turns the
+Gram matrix of the result into one class token, lets the token attend to the map, and classifies it. The branches are
+trained to differ from each other; the prediction is the mean of their logits.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock, GroupedMlp
+from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock, GroupedMlp, SqueezeExcite
 from maxmap.layers.pooling import adaptive_average, bilinear, gram_values
 from maxmap.layers.primitives import (
     CONV_INITS,
@@ -21,22 +20,22 @@ from maxmap.layers.primitives import (
     BatchNorm,
     Conv,
     DropPath,
+    Initializer,
     LayerNorm,
     Linear,
     require_divisor,
     require_one_of,
+    scaled,
 )
-from maxmap.operations import attention, broadcast
-
-Array = jax.Array
+from maxmap.operations import Array, attention
 
 HEAD_DIM = 32  # channels of an attention head in the "cswin" blocks
 
 
-def gather(features: Sequence[Array]) -> Array:
-    """Concatenates all feature maps but the stem's at the size of the last but one.
+def concatenate_features(features: Sequence[Array]) -> Array:
+    """Concatenates the channels of all feature maps except the stem's, at the size of the second to last map.
 
-    Larger maps are averaged, smaller ones enlarged by bilinear interpolation.
+    Larger maps are reduced by averaging, smaller ones enlarged by bilinear interpolation.
     """
     size = features[-2].shape[1:3]
     maps = features[1:] if len(features) > 2 else features
@@ -47,61 +46,56 @@ def _resize(x: Array, size: Sequence[int]) -> Array:
     return (adaptive_average if x.shape[1] > size[0] else bilinear)(x, size)
 
 
-class SqueezeExcite(nn.Module):
-    """Channel gates from the mean of the map (Hu et al. 2018)."""
-
-    width: int
-    init_scheme: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        inits = CONV_INITS[self.init_scheme]
-        gate = nn.relu(Conv(self.width, name="fc1", **inits)(jnp.mean(x, axis=(1, 2), keepdims=True)))
-        return x * nn.sigmoid(Conv(x.shape[-1], name="fc2", **inits)(gate))
-
-
-class Bottleneck(nn.Module):
-    """Aggregates by a residual bottleneck with squeeze-excitation; the shortcut is a 1x1 convolution with a norm.
+class BottleneckAggregation(nn.Module):
+    """Aggregation by a residual bottleneck with squeeze-excitation; the shortcut is a 1x1 convolution with a norm.
 
     Attributes:
       channels: output channels.
+      inits: initialisers of all convolutions.
       drop_path: rate of dropping the residual branch.
-      init_scheme: see `GramianHead`.
     """
 
     channels: int
+    inits: Mapping[str, Initializer]
     drop_path: float
-    init_scheme: str
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        inits = CONV_INITS[self.init_scheme]
         width = self.channels // 4
-        shortcut = Conv(self.channels, name="downsample_0", **inits)(x)
+        shortcut = Conv(self.channels, name="downsample_0", **self.inits)(x)
         shortcut = BatchNorm(name="downsample_1")(shortcut, train=train)
-        y = Conv(width, bias=False, name="conv1", **inits)(x)
+        y = Conv(width, bias=False, name="conv1", **self.inits)(x)
         y = nn.relu(BatchNorm(name="bn1")(y, train=train))
-        y = Conv(width, 3, padding=1, bias=False, name="conv2", **inits)(y)
+        y = Conv(width, 3, padding=1, bias=False, name="conv2", **self.inits)(y)
         y = nn.relu(BatchNorm(name="bn2")(y, train=train))
-        y = SqueezeExcite(max((width // 4 + 4) // 8, 1) * 8, self.init_scheme, name="se")(y)
-        y = Conv(self.channels, bias=False, name="conv3", **inits)(y)
+        y = SqueezeExcite(max((width // 4 + 4) // 8, 1) * 8, inits=self.inits, name="se")(y)
+        y = Conv(self.channels, bias=False, name="conv3", **self.inits)(y)
         y = BatchNorm(name="bn3")(y, train=train)
         return nn.relu(DropPath(self.drop_path)(y, train=train) + shortcut)
 
 
 class ConvNorm(nn.Module):
-    """A 1x1 convolution and a LayerNorm, under the reference's names."""
+    """A 1x1 convolution and a LayerNorm, under the reference's names.
+
+    Attributes:
+      channels: output channels.
+      inits: initialisers of the convolution.
+    """
 
     channels: int
-    init_scheme: str
+    inits: Mapping[str, Initializer]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return LayerNorm(1e-5, name="norm")(Conv(self.channels, name="conv", **CONV_INITS[self.init_scheme])(x))
+        return LayerNorm(1e-5, name="norm")(Conv(self.channels, name="conv", **self.inits)(x))
 
 
 class ConvNeXtLayer(nn.Module):
-    """One ConvNeXt block, under the reference's name."""
+    """One ConvNeXt block, under the reference's name.
+
+    Attributes:
+      drop_path: rate of dropping the residual branch.
+    """
 
     drop_path: float
 
@@ -111,7 +105,7 @@ class ConvNeXtLayer(nn.Module):
 
 
 def cswin_block(x: Array, mlp_groups: int, drop_path: float, name: str) -> CSWinBlock:
-    """A CSWin block for the map `x`, with stripes half as wide as the map, or the whole of it where that is odd."""
+    """Returns a CSWin block for the map `x`: its stripes cover half of a side, or all of a side of odd length."""
     stripe = tuple(n if n % 2 else n // 2 for n in x.shape[1:3])
     return CSWinBlock(x.shape[-1] // HEAD_DIM, stripe, mlp_groups, drop_path, name=name)
 
@@ -120,7 +114,7 @@ class ClassAttention(nn.Module):
     """Attention of one token over itself and the map (Touvron et al. 2021, CaiT).
 
     Attributes:
-      width: of queries, keys and values together over the heads.
+      width: channels of the queries, keys and values of all heads together.
       heads: of the attention.
       init_scheme: see `GramianHead`.
     """
@@ -142,12 +136,12 @@ class ClassAttention(nn.Module):
 
 
 class ClassAttentionBlock(nn.Module):
-    """Class attention and a grouped MLP, each with a residual and a layer scale.
+    """Class attention and a grouped MLP, each with a residual path and a layer scale.
 
     Attributes:
       width, heads: see `ClassAttention`.
-      mlp_ratio: hidden width of the MLP relative to D.
-      mlp_groups: of the MLP's convolutions.
+      mlp_ratio: hidden channels of the MLP divided by D.
+      mlp_groups: groups of the MLP's convolutions.
       init_scheme: see `GramianHead`.
     """
 
@@ -161,15 +155,14 @@ class ClassAttentionBlock(nn.Module):
     def __call__(self, token: Array, x: Array) -> Array:
         """Maps the token `[B, 1, D]` and the map `[B, N, D]` to a token `[B, 1, D]`."""
 
-        def scale(name: str, y: Array) -> Array:
-            gamma = self.param(name, nn.initializers.constant(1e-4), (y.shape[-1],))
-            return y * broadcast(gamma.astype(y.dtype), y.shape)
+        def layer_scale(name: str, y: Array) -> Array:
+            return scaled(y, self.param(name, nn.initializers.constant(1e-4), y.shape[-1:]))
 
         norm = LayerNorm(1e-5, name="norm1")
         attention = ClassAttention(self.width, self.heads, self.init_scheme, name="attn")
-        token = token + scale("gamma_1", attention(norm(token), norm(x)))
+        token = token + layer_scale("gamma_1", attention(norm(token), norm(x)))
         mlp = GroupedMlp(self.mlp_groups, self.mlp_ratio, inits=CONV_INITS[self.init_scheme], name="mlp")
-        return token + scale("gamma_2", mlp(LayerNorm(1e-5, name="norm2")(token)[:, None])[:, 0])
+        return token + layer_scale("gamma_2", mlp(LayerNorm(1e-5, name="norm2")(token)[:, None])[:, 0])
 
 
 class GramianHead(nn.Module):
@@ -177,22 +170,23 @@ class GramianHead(nn.Module):
 
     Attributes:
       num_classes: K; 0 returns each branch's token in place of logits.
-      channels: D, width of the aggregated map and of the tokens.
+      channels: D, channels of the aggregated map and of the tokens.
       branches: G.
-      aggregation: "bottleneck" or "cswin", the block that turns all feature maps into one.
-      aggregation_mlp_groups: of the "cswin" aggregation's MLP.
-      block: "convnext" or "cswin", the block in front of a branch's Gram matrix.
-      gram_channels: P, of which the Gram matrix is taken.
-      contraction_groups: of the convolution from D to P channels.
-      embedding_groups: of the convolution from P(P+1)/2 Gram values to the token.
+      aggregation: "bottleneck" or "cswin", the block that aggregates all feature maps to one.
+      aggregation_mlp_groups: groups of the MLP in the "cswin" aggregation.
+      block: "convnext" or "cswin", the block in front of each branch's Gram matrix.
+      gram_channels: P, channels of the map from which the Gram matrix is computed.
+      contraction_groups: groups of the convolution from D to P channels.
+      embedding_groups: groups of the convolution from the P(P+1)/2 Gram values to the token.
       heads: of the class attention.
-      attention_width: of its queries, keys and values; None for D // 4.
-      mlp_ratio: hidden width of the class attention's MLP relative to D.
-      mlp_groups: of that MLP.
+      attention_width: channels of all its heads together; None for D // 4.
+      mlp_ratio: hidden channels of the class attention's MLP divided by D.
+      mlp_groups: groups of that MLP.
       drop_path: rate of dropping the residual branches of the aggregation and of the blocks. The recipes give the
         backbone's.
-      init_scheme: "torch" (PyTorch's defaults), "trunc_normal" (weights 0.02 wide, biases 0), "trunc_normal_linear"
-        (that for linear maps only) or "he" (convolutions by He's rule); the blocks start as in their families.
+      init_scheme: "torch" (PyTorch's defaults), "trunc_normal" (weights with a deviation of 0.02, biases 0),
+        "trunc_normal_linear" (the same for linear maps only) or "he" (convolutions by He's rule). The blocks follow
+        their own families.
     """
 
     num_classes: int
@@ -213,7 +207,14 @@ class GramianHead(nn.Module):
 
     @nn.nowrap
     def validate(self, num_features: int) -> None:
-        """Raises ValueError, one sentence, if the fields do not fit each other or a backbone's `num_features` maps."""
+        """Checks that the fields fit each other and the backbone.
+
+        Args:
+          num_features: feature maps of the backbone.
+
+        Raises:
+          ValueError: they do not; one sentence.
+        """
         if num_features < 2:
             raise ValueError(f"the Gramian head needs 2 feature maps or more, the backbone has {num_features}")
         choices = {
@@ -252,25 +253,11 @@ class GramianHead(nn.Module):
         Returns:
           'logits' `[G, B, K]` and 'embedding' `[B, G * D]`.
         """
-        x = self._aggregate(gather(features), train)
+        x = self._aggregate(concatenate_features(features), train)
         pixels = rearrange(x, "b h w d -> b (h w) d")
-        inits = CONV_INITS[self.init_scheme]
         tokens, logits = [], []
         for k in range(self.branches):
-            y = Conv(self.gram_channels, groups=self.contraction_groups, name=f"gram_contraction_{k}_0", **inits)(x)
-            y = BatchNorm(name=f"gram_contraction_{k}_1")(y, train=train)
-            if self.block == "convnext":
-                layer = ConvNeXtLayer(self.drop_path, name=f"gram_layer_{k}")
-            else:
-                layer = cswin_block(y, 1, self.drop_path, name=f"gram_layer_{k}_1")
-            values = gram_values(layer(y, train=train))[:, None, None]  # [B, 1, 1, P(P+1)/2]
-            embed = Conv(self.channels, groups=self.embedding_groups, name=f"gram_embedding_{k}_0", **inits)
-            token = BatchNorm(name=f"gram_embedding_{k}_1")(embed(values), train=train)[:, 0]  # [B, 1, D]
-            width = self.attention_width or self.channels // 4
-            attend = ClassAttentionBlock(
-                width, self.heads, self.mlp_ratio, self.mlp_groups, self.init_scheme, name=f"ga_{k}"
-            )
-            token = attend(token, pixels)[:, 0]  # [B, D]
+            token = self._branch(k, x, pixels, train)
             tokens.append(token)
             if self.num_classes:
                 logits.append(Linear(self.num_classes, name=f"fc_{k}", **LINEAR_INITS[self.init_scheme])(token))
@@ -281,8 +268,28 @@ class GramianHead(nn.Module):
 
     @nn.nowrap
     def _aggregate(self, x: Array, train: bool) -> Array:
-        """Maps the gathered maps `[B, H, W, C]` to `[B, H, W, D]`, under the references' names for a fifth stage."""
+        """Maps the concatenated maps `[B, H, W, C]` to `[B, H, W, D]`; the references call the result a fifth stage."""
+        inits = CONV_INITS[self.init_scheme]
         if self.aggregation == "bottleneck":
-            return Bottleneck(self.channels, self.drop_path, self.init_scheme, name="stages_4")(x, train=train)
-        x = ConvNorm(self.channels, self.init_scheme, name="stage5_1")(x)
+            return BottleneckAggregation(self.channels, inits, self.drop_path, name="stages_4")(x, train=train)
+        x = ConvNorm(self.channels, inits, name="stage5_1")(x)
         return cswin_block(x, self.aggregation_mlp_groups, self.drop_path, name="stage5_2")(x, train=train)
+
+    @nn.nowrap
+    def _branch(self, k: int, x: Array, pixels: Array, train: bool) -> Array:
+        """Maps the aggregated map, as `[B, H, W, D]` and as `[B, N, D]`, to the token `[B, D]` of branch `k`."""
+        conv = functools.partial(Conv, **CONV_INITS[self.init_scheme])
+        y = conv(self.gram_channels, groups=self.contraction_groups, name=f"gram_contraction_{k}_0")(x)
+        y = BatchNorm(name=f"gram_contraction_{k}_1")(y, train=train)
+        if self.block == "convnext":
+            layer = ConvNeXtLayer(self.drop_path, name=f"gram_layer_{k}")
+        else:
+            layer = cswin_block(y, 1, self.drop_path, name=f"gram_layer_{k}_1")
+        values = gram_values(layer(y, train=train))[:, None, None]  # [B, 1, 1, P(P+1)/2]
+        values = conv(self.channels, groups=self.embedding_groups, name=f"gram_embedding_{k}_0")(values)
+        token = BatchNorm(name=f"gram_embedding_{k}_1")(values, train=train)[:, 0]  # [B, 1, D]
+        width = self.attention_width or self.channels // 4
+        attend = ClassAttentionBlock(
+            width, self.heads, self.mlp_ratio, self.mlp_groups, self.init_scheme, name=f"ga_{k}"
+        )
+        return attend(token, pixels)[:, 0]

@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from maxmap.layers.primitives import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear, require_one_of
-
-Array = jax.Array
+from maxmap.operations import Array
 
 
 class _Hidden(nn.Module):
-    """The hidden layer, as MaxViT names it: `pre_logits.fc`."""
+    """The hidden layer under MaxViT's name, `pre_logits.fc`.
+
+    Attributes:
+      channels: of the layer.
+      init_scheme: see `LinearHead`.
+    """
 
     channels: int
     init_scheme: str
@@ -23,14 +26,15 @@ class _Hidden(nn.Module):
 
 
 class _MlpClassifier(nn.Module):
-    """The hidden layer, its norm and the last linear map, as MetaFormer names them: `fc.{fc1,norm,fc2}`.
+    """The hidden layer, its norm and the last linear map under MetaFormer's names, `fc.{fc1,norm,fc2}`.
 
     Attributes:
-      channels: of the hidden layer.
-      others: see `LinearHead`.
+      hidden: channels of the hidden layer.
+      num_classes, activation, dropout, init_scheme: see `LinearHead`.
+      epsilon: of the norm.
     """
 
-    channels: int
+    hidden: int
     num_classes: int
     activation: str
     epsilon: float
@@ -41,7 +45,7 @@ class _MlpClassifier(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps `[B, C]` to logits `[B, K]`."""
         inits = LINEAR_INITS[self.init_scheme]
-        x = ACTIVATIONS[self.activation](Linear(self.channels, name="fc1", **inits)(x))
+        x = ACTIVATIONS[self.activation](Linear(self.hidden, name="fc1", **inits)(x))
         x = nn.Dropout(self.dropout)(LayerNorm(self.epsilon, name="norm")(x), deterministic=not train)
         return Linear(self.num_classes, name="fc2", **inits)(x)
 
@@ -51,16 +55,16 @@ class LinearHead(nn.Module):
 
     Attributes:
       num_classes: K; 0 returns the embedding in place of logits.
-      norm: "before" the pooling (of the map), "after" it, or "none".
+      norm: "before" the pooling (of the map), "after" it (of the mean), or "none".
       norm_type: "layer" or "batch".
       epsilon: of the norm.
-      hidden_ratio: width of the hidden layer relative to the map's channels; 0 for no hidden layer.
-      hidden_epsilon: of a LayerNorm after the hidden layer. With it the hidden layer belongs to the classifier
-        (MetaFormer's MLP head); None for no norm, where the hidden layer belongs to the embedding (MaxViT).
+      hidden_ratio: channels of the hidden layer divided by the map's; 0 for no hidden layer.
+      hidden_epsilon: of a LayerNorm after the hidden layer, which then is a part of the classifier (MetaFormer's MLP
+        head). None for no such norm: the hidden layer then is a part of the embedding (MaxViT).
       activation: after the hidden layer.
       dropout: before the last linear map.
       bias: of the last linear map.
-      init_scheme: "torch" (PyTorch's defaults) or "trunc_normal" (weights 0.02 wide, biases 0).
+      init_scheme: "torch" (PyTorch's defaults) or "trunc_normal" (weights with a deviation of 0.02, biases 0).
     """
 
     num_classes: int

@@ -1,8 +1,8 @@
 """MAP: multi-token attention pooling with Gram tokens (Lee et al., WACV 2025), as Lab-LVM/imagenet-models has it.
 
-One fused map serves `branches` independent branches. Each takes `tokens` Gram tokens from second-order statistics of
-the map, lets them attend to the map once, and classifies them; the mean over the branches' logits is the prediction.
-Not to be confused with the single-probe attention pooling that other libraries call MAP.
+All feature maps are fused to one map, which several branches read. A branch computes a few tokens from the Gram matrix
+of the map, lets them attend to the map, and classifies them. The prediction is the mean of the branches' logits. Other
+libraries call another method MAP: attention pooling with one learned query.
 """
 
 import functools
@@ -27,16 +27,14 @@ from maxmap.layers.primitives import (
     require_divisor,
     require_one_of,
 )
-from maxmap.operations import softmax
-
-Array = jax.Array
+from maxmap.operations import Array, softmax
 
 
 def resize_to(x: Array, size: Sequence[int]) -> Array:
-    """Brings a map `[B, H, W, C]` to `size` as MAP's multi-scale fusion does, looking at the height only.
+    """Resizes a map `[B, H, W, C]` as MAP's multi-scale fusion does; the height alone decides in which way.
 
-    A smaller map is enlarged by adaptive average pooling (nearest neighbour for whole factors); a larger one is reduced
-    by bilinear interpolation without antialiasing. That is the released code, and what its weights were trained with.
+    A smaller map is enlarged by adaptive average pooling, which for whole factors repeats pixels. A larger map is
+    reduced by bilinear interpolation without antialiasing. The released weights were trained with this choice.
     """
     if x.shape[1] == size[0]:
         return x
@@ -48,7 +46,7 @@ class MultiScale(nn.Module):
 
     Attributes:
       channels: D of the fused map.
-      level: index of the feature map that gives the size.
+      level: index of the feature map whose size the fused map takes.
       activation: after the norm.
       init_scheme: see `MAPHead`.
     """
@@ -73,7 +71,7 @@ class GramTokens(nn.Module):
       tokens: T.
       gram_channels: P, channels of the reduced map.
       token_channels: Q, channels of a token.
-      gram_groups: groups of the map from the P(P+1)/2 second-order values to the tokens.
+      gram_groups: groups of the convolution from the P(P+1)/2 Gram values to the tokens.
       init_scheme: see `MAPHead`.
     """
 
@@ -94,14 +92,14 @@ class GramTokens(nn.Module):
         return rearrange(v, "b 1 1 (q t) -> b t q", t=self.tokens)
 
 
-class ClassAttention(nn.Module):
+class TokenAttention(nn.Module):
     """Attention of the tokens over the tokens and the map (Touvron et al. 2021, CaiT).
 
     Attributes:
       channels: D of the map and of the output.
-      width: E of queries, keys and values together over the heads.
+      width: E, channels of the queries, keys and values of all heads together.
       heads: H.
-      interactive: mixes the heads before and after the softmax.
+      interactive: mixes the heads by a linear map before the softmax and by another one after it.
       dropout: of the attention probabilities.
       proj_dropout: of the output.
       init_scheme: see `MAPHead`.
@@ -142,15 +140,22 @@ class ClassAttention(nn.Module):
 
 
 def _mix(linear: Linear, x: Array) -> Array:
-    """A learned mixture of the heads' maps `[B, H, T, N]` at every query and key."""
+    """Applies a linear map to the heads' values at every query and key of `[B, H, T, N]`."""
     return rearrange(linear(rearrange(x, "b h t n -> b t n h")), "b t n h -> b h t n")
 
 
-class ClassAttentionBlock(nn.Module):
-    """Class attention and the grouped MLP; tokens of another width than the map's have no residual around attention.
+class TokenAttentionBlock(nn.Module):
+    """Class attention, then a grouped MLP, each with a residual path.
+
+    Where the tokens have other channels than the map, the attention has no residual path.
 
     Attributes:
-      fields of `ClassAttention` and `GroupedMlp`.
+      channels, width, heads, interactive: see `TokenAttention`.
+      attention_dropout: of the attention probabilities.
+      dropout: of the attention's output and inside of the MLP.
+      mlp_ratio: hidden channels of the MLP divided by D.
+      mlp_groups: groups of the MLP's convolutions.
+      init_scheme: see `MAPHead`.
     """
 
     channels: int
@@ -166,7 +171,7 @@ class ClassAttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array, x: Array, *, train: bool) -> Array:
         """Maps tokens `[B, T, Q]` and the map `[B, N, D]` to tokens `[B, T, D]`."""
-        attention = ClassAttention(
+        attention = TokenAttention(
             self.channels,
             self.width,
             self.heads,
@@ -192,15 +197,15 @@ class Branch(nn.Module):
     """One branch: tokens from the fused map, then class attention.
 
     Attributes:
-      tokens: makes the `GramTokens`, given a name; None for learned tokens.
-      num_tokens: T.
-      self_distill: appends the mean of the tokens as one more.
+      gram_tokens: constructor of the `GramTokens`; None for learned tokens.
+      tokens: T.
+      self_distill: appends the mean of the tokens as one more token.
       layers: number of class attention blocks.
-      block: makes a `ClassAttentionBlock`, given its name.
+      block: constructor of a `TokenAttentionBlock`.
     """
 
-    tokens: Callable[..., nn.Module] | None
-    num_tokens: int
+    gram_tokens: Callable[..., nn.Module] | None
+    tokens: int
     self_distill: bool
     layers: int
     block: Callable[..., nn.Module]
@@ -208,11 +213,11 @@ class Branch(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps the fused map `[B, H, W, D]` to tokens `[B, T (+ 1), D]`."""
-        if self.tokens is None:
-            learned = self.param("x_cls", nn.initializers.zeros, (1, self.num_tokens, x.shape[-1]))
+        if self.gram_tokens is None:
+            learned = self.param("x_cls", nn.initializers.zeros, (1, self.tokens, x.shape[-1]))
             tokens = jnp.broadcast_to(learned.astype(x.dtype), (x.shape[0], *learned.shape[1:]))
         else:
-            tokens = self.tokens(name="gram_token_extraction")(x, train=train)
+            tokens = self.gram_tokens(name="gram_token_extraction")(x, train=train)
         if self.self_distill:
             tokens = jnp.concatenate([tokens, jnp.mean(tokens, axis=1, keepdims=True)], axis=1)
         x = rearrange(x, "b h w d -> b (h w) d")
@@ -221,15 +226,15 @@ class Branch(nn.Module):
         return tokens
 
 
-class Pooling(nn.Module):
+class MultiBranchPooling(nn.Module):
     """Fusion of the feature maps, then the branches.
 
     Attributes:
       channels: D.
-      level: feature map whose size the fused map takes; 0 or less for the last feature map alone.
+      level: index of the feature map whose size the fused map takes; 0 or less for the last feature map alone.
       activation: of the fusion.
       branches: G.
-      branch: makes a `Branch`, given its name.
+      branch: constructor of a `Branch`.
       init_scheme: see `MAPHead`.
     """
 
@@ -255,7 +260,7 @@ class Pooling(nn.Module):
 
 
 class NormClassifier(nn.Module):
-    """LayerNorm over all values of the flattened tokens, dropout, linear map.
+    """LayerNorm over all values of the flattened tokens, then dropout and a linear map.
 
     Attributes:
       num_classes: K.
@@ -278,39 +283,40 @@ class MAPHead(nn.Module):
 
     Attributes:
       num_classes: K; 0 returns each branch's flattened tokens in place of logits.
-      channels: D, width of the fused map and of the tokens after attention.
-      level: index of the feature map whose size the fusion takes; 0 or less uses the last feature map alone.
+      channels: D, channels of the fused map and of the tokens after the attention.
+      level: index of the feature map whose size the fused map takes; 0 or less for the last feature map alone.
       branches: G.
-      tokens: T per branch.
       self_distill: adds the mean token and a second classifier per branch, which learns from the first.
-      light: predicts with the second classifiers; while training, the first ones get no gradient.
-      gram: tokens from the Gram matrix; False for learned tokens.
-      gram_channels: P.
-      token_channels: Q, None for D. Another width than D has no residual around the attention, and one layer only.
-      gram_groups: groups of the map from Gram values to tokens.
-      layers: class attention blocks.
+      light: predicts with the second classifiers. While training, the first ones get no gradient.
+      tokens: T per branch.
+      gram: computes the tokens from the Gram matrix; False for learned tokens.
+      gram_channels: P, channels of the map from which the Gram matrix is computed.
+      token_channels: Q, channels of the Gram tokens; None for D. Other channels than D allow one attention block only,
+        which then has no residual path around the attention.
+      gram_groups: groups of the convolution from the Gram values to the tokens.
+      layers: number of class attention blocks.
       heads: of the class attention.
-      attention_width: E, None for D.
+      attention_width: E, channels of all its heads together; None for D.
       interactive: mixes the attention heads.
-      mlp_ratio: hidden width of the MLP relative to D.
-      mlp_groups: groups of the MLP.
+      mlp_ratio: hidden channels of the MLP divided by D.
+      mlp_groups: groups of the MLP's convolutions.
       activation: of the fusion.
       classifier: "norm" (LayerNorm first) or "linear".
       attention_dropout: of the attention probabilities.
       token_dropout: after the attention's projection and inside of the MLP.
-      dropout: before the classifiers' linear maps ("norm" only, as in the reference).
-      init_scheme: "torch" (PyTorch's defaults), "trunc_normal" (weights 0.02 wide, biases 0), "trunc_normal_linear"
-        (linear maps alone so) or "he" (convolutions by He's rule, linear maps as in "trunc_normal"): the rule of the
-        network that the head was published with.
+      dropout: before the linear maps of the classifiers; "norm" classifiers only, as in the reference.
+      init_scheme: "torch" (PyTorch's defaults), "trunc_normal" (weights with a deviation of 0.02, biases 0),
+        "trunc_normal_linear" (the same for linear maps only) or "he" (convolutions by He's rule, linear maps as in
+        "trunc_normal"). A published head follows the scheme of its backbone.
     """
 
     num_classes: int
     channels: int = 384
     level: int = 3
     branches: int = 4
-    tokens: int = 2
     self_distill: bool = True
     light: bool = False
+    tokens: int = 2
     gram: bool = True
     gram_channels: int = 384
     token_channels: int | None = None
@@ -371,7 +377,35 @@ class MAPHead(nn.Module):
           'logits' `[G, B, K]`, 'embedding' `[B, G * T * D]`, and while training with self-distillation 'distill'
           `[G, B, K]`.
         """
-        gram = functools.partial(
+        pooling = MultiBranchPooling(
+            self.channels,
+            self.level,
+            self.activation,
+            self.branches,
+            self._branch_constructor(),
+            self.init_scheme,
+            name="mmcap",
+        )
+        tokens = jnp.stack(pooling(features, train=train))  # [G, B, T (+ 1), D]
+        main = rearrange(tokens[:, :, : self.tokens], "g b t d -> g b (t d)")
+        outputs = {"logits": main, "embedding": rearrange(main, "g b n -> b (g n)")}
+        if not self.num_classes:
+            return outputs
+        outputs["logits"] = self._classify(main, train)
+        if self.self_distill:
+            normed = functools.partial(NormClassifier, self.num_classes, self.dropout, self.init_scheme)
+            distill = [
+                normed(name=f"self_dt_heads_{g}")(tokens[g, :, self.tokens], train=train) for g in range(self.branches)
+            ]
+            if train:
+                outputs["distill"] = jnp.stack(distill)
+            elif self.light:
+                outputs["logits"] = jnp.stack(distill)
+        return outputs
+
+    @nn.nowrap
+    def _branch_constructor(self) -> functools.partial[nn.Module]:
+        gram_tokens = functools.partial(
             GramTokens,
             self.tokens,
             self.gram_channels,
@@ -380,7 +414,7 @@ class MAPHead(nn.Module):
             self.init_scheme,
         )
         block = functools.partial(
-            ClassAttentionBlock,
+            TokenAttentionBlock,
             channels=self.channels,
             width=self.attention_width or self.channels,
             heads=self.heads,
@@ -391,38 +425,25 @@ class MAPHead(nn.Module):
             mlp_groups=self.mlp_groups,
             init_scheme=self.init_scheme,
         )
-        branch = functools.partial(
-            Branch, gram if self.gram else None, self.tokens, self.self_distill, self.layers, block
+        return functools.partial(
+            Branch, gram_tokens if self.gram else None, self.tokens, self.self_distill, self.layers, block
         )
-        pooling = Pooling(
-            self.channels, self.level, self.activation, self.branches, branch, self.init_scheme, name="mmcap"
-        )
-        tokens = jnp.stack(pooling(features, train=train))  # [G, B, T (+ 1), D]
-        main = rearrange(tokens[:, :, : self.tokens], "g b t d -> g b (t d)")
-        embedding = rearrange(main, "g b n -> b (g n)")
-        if not self.num_classes:
-            return {"logits": main, "embedding": embedding}
 
-        normed = functools.partial(NormClassifier, self.num_classes, self.dropout, self.init_scheme)
-        linear = functools.partial(_LinearClassifier, self.num_classes, **LINEAR_INITS[self.init_scheme])
-        classifier: Any = normed if self.classifier == "norm" else linear
+    @nn.nowrap
+    def _classify(self, tokens: Array, train: bool) -> Array:
+        """Maps each branch's flattened tokens `[G, B, T * D]` to the logits `[G, B, K]` of the first classifiers."""
+        classifier: Any
+        if self.classifier == "norm":
+            classifier = functools.partial(NormClassifier, self.num_classes, self.dropout, self.init_scheme)
+        else:
+            classifier = functools.partial(_LinearClassifier, self.num_classes, **LINEAR_INITS[self.init_scheme])
         if self.light:
             classifier = _without_gradient(classifier, self.is_initializing())
-        logits = [classifier(name=f"heads_{g}")(main[g], train=train) for g in range(self.branches)]
-        outputs = {"logits": jnp.stack(logits), "embedding": embedding}
-        if self.self_distill:
-            distill = [
-                normed(name=f"self_dt_heads_{g}")(tokens[g, :, self.tokens], train=train) for g in range(self.branches)
-            ]
-            if train:
-                outputs["distill"] = jnp.stack(distill)
-            elif self.light:
-                outputs["logits"] = jnp.stack(distill)
-        return outputs
+        return jnp.stack([classifier(name=f"heads_{g}")(tokens[g], train=train) for g in range(self.branches)])
 
 
 class _LinearClassifier(Linear):
-    """A linear map that takes `train` like its alternative."""
+    """A linear map that takes and ignores `train`, to be called like `NormClassifier`."""
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         del train
@@ -430,7 +451,7 @@ class _LinearClassifier(Linear):
 
 
 def _without_gradient(classifier: functools.partial[nn.Module], initializing: bool) -> Callable[..., nn.Module]:
-    """The same classifier with its parameters held constant."""
+    """Returns the constructor of a classifier whose parameters get no gradient."""
 
     def make(name: str) -> nn.Module:
         frozen = nn.map_variables(classifier.func, "params", trans_in_fn=jax.lax.stop_gradient, init=initializing)

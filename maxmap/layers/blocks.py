@@ -1,28 +1,35 @@
-"""Blocks that at least two families or heads share, each from the paper that it names."""
+"""Published blocks that several families or heads share; each names its paper."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Conv, DropPath, Initializer, LayerNorm, Linear
-from maxmap.operations import attention, broadcast
-
-Array = jax.Array
+from maxmap.layers.primitives import (
+    ACTIVATIONS,
+    TRUNC_NORMAL,
+    Block,
+    Conv,
+    DropPath,
+    Initializer,
+    LayerNorm,
+    Linear,
+    scaled,
+)
+from maxmap.operations import Array, attention
 
 
 class Mlp(nn.Module):
-    """Two linear maps of the last axis with an activation between.
+    """Two linear maps of the last axis with an activation between them.
 
     Attributes:
-      hidden: channels in between.
+      hidden: channels between the two maps.
       channels: output channels.
-      activation: in between.
+      activation: between the two maps.
       inits: 'kernel_init' and 'bias_init' of both maps; PyTorch's defaults for what is not given.
       layer: `Linear`, or `Conv` where the reference keeps 4-d weights.
       hidden_dropout, dropout: after the activation, and at the end.
@@ -45,11 +52,11 @@ class Mlp(nn.Module):
 
 
 class GroupedMlp(nn.Module):
-    """Two grouped 1x1 convolutions of a map with an activation and a channel shuffle between.
+    """Two grouped 1x1 convolutions of a map with an activation and a channel shuffle between them.
 
     Attributes:
       groups: of both convolutions.
-      ratio: hidden width relative to the channels.
+      ratio: hidden channels divided by the input's.
       activation: between the convolutions.
       dropout: after the activation.
       inits: 'kernel_init' and 'bias_init' of both convolutions; PyTorch's defaults for what is not given.
@@ -70,17 +77,17 @@ class GroupedMlp(nn.Module):
 
 
 def channel_shuffle(x: Array, groups: int) -> Array:
-    """Reorders channels `h'[j * C/g + i] = h[i * g + j]`, the direction of the released MAP and GA heads."""
+    """Reorders C channels in g groups: `y[j * C/g + i] = x[i * g + j]`, as the released MAP and GA heads do."""
     return rearrange(x, "... (c g) -> ... (g c)", g=groups)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of tokens over each other; the fused projection's output is ordered (qkv, heads, head_dim).
+    """Multi-head self-attention. The output of the fused projection is ordered (qkv, heads, head_dim).
 
     Attributes:
       heads: of the attention; they divide the channels.
       inits: 'kernel_init' and 'bias_init' of both projections; PyTorch's defaults for what is not given.
-      position_bias: makes the submodule, its name included, that returns a bias `[heads, N, N]` of the logits.
+      position_bias: constructor of a named submodule that returns a bias of the logits, `[heads, N, N]`.
       attn_drop, proj_drop: dropout of the attention probabilities and of the output.
     """
 
@@ -106,12 +113,12 @@ class SelfAttention(nn.Module):
         return nn.Dropout(self.proj_drop)(x, deterministic=not train)
 
 
-class ViTBlock(nn.Module):
+class ViTBlock(Block):
     """Self-attention and an MLP, each behind a LayerNorm and with a residual (Dosovitskiy et al. 2021).
 
     Attributes:
       heads: of the attention.
-      mlp_ratio: hidden width of the MLP relative to the channels.
+      mlp_ratio: hidden channels of the MLP divided by the tokens' channels.
       drop_path: rate of dropping each residual branch.
       inits: 'kernel_init' and 'bias_init' of all linear maps; PyTorch's defaults for what is not given.
       attn_drop, proj_drop: dropout of the attention probabilities; of the attention's output and in the MLP.
@@ -146,7 +153,7 @@ class ViTBlock(nn.Module):
 
 
 def relative_index(window: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets query - key of all pairs of positions of a window, shifted to start at zero.
+    """Offsets query - key of all pairs of positions of a window, plus what makes the least offset zero.
 
     Args:
       window: height and width.
@@ -159,7 +166,27 @@ def relative_index(window: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return y[:, None] - y[None] + h - 1, x[:, None] - x[None] + w - 1
 
 
-class ConvNeXtBlock(nn.Module):
+class SqueezeExcite(nn.Module):
+    """Multiplies every channel by a gate that is computed from the mean of the map (Hu et al. 2018).
+
+    Attributes:
+      hidden: channels between the two 1x1 convolutions.
+      activation: between them.
+      inits: 'kernel_init' and 'bias_init' of both; PyTorch's defaults for what is not given.
+    """
+
+    hidden: int
+    activation: str = "relu"
+    inits: Mapping[str, Initializer] = FrozenDict()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gate = jnp.mean(x, axis=(1, 2), keepdims=True)
+        gate = ACTIVATIONS[self.activation](Conv(self.hidden, name="fc1", **self.inits)(gate))
+        return x * nn.sigmoid(Conv(x.shape[-1], name="fc2", **self.inits)(gate))
+
+
+class ConvNeXtBlock(Block):
     """Depthwise 7x7 convolution, LayerNorm, MLP and layer scale on a residual branch (Liu et al. 2022).
 
     Attributes:
@@ -177,12 +204,11 @@ class ConvNeXtBlock(nn.Module):
         y = LayerNorm(1e-6, name="norm")(y)
         y = Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")(y, train=train)
         gamma = self.param("gamma", nn.initializers.constant(self.init_values), (channels,))
-        y = y * broadcast(gamma.astype(y.dtype), y.shape)
-        return x + DropPath(self.drop_path)(y, train=train)
+        return x + DropPath(self.drop_path)(scaled(y, gamma), train=train)
 
 
 class StripeAttention(nn.Module):
-    """Attention inside of windows, plus a depthwise convolution of the values (CSWin's LePE).
+    """Attention inside of windows, plus a depthwise convolution of the values: CSWin's position encoding, LePE.
 
     Attributes:
       heads: of the attention.
@@ -198,7 +224,7 @@ class StripeAttention(nn.Module):
         sizes = dict(zip(("h", "w"), self.window, strict=True))
         rows = v.shape[1] // self.window[0]
         columns = v.shape[2] // self.window[1]
-        # Every window is padded as an image of its own: a stripe of width 1 sees zeros on both sides.
+        # Every window is padded by itself: the convolution never reads pixels of a neighbouring stripe.
         local = rearrange(v, "b (i h) (j w) c -> (b i j) h w c", **sizes)
         position = Conv(v.shape[-1], 3, padding=1, groups=v.shape[-1], name="get_v")(local)
         q, k, v = (
@@ -209,15 +235,15 @@ class StripeAttention(nn.Module):
         return rearrange(out + position, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
 
 
-class CSWinBlock(nn.Module):
+class CSWinBlock(Block):
     """Attention in vertical and horizontal stripes side by side, then an MLP (Dong et al. 2022).
 
-    The first half of the channels attends in stripes of full height, the second half in stripes of full width. Where
-    the stripes cover the map there is one branch: all channels attend over the whole map.
+    The first half of the channels attends in stripes of full height, the second half in stripes of full width. If a
+    stripe covers the map, all channels attend over the whole map in one branch.
 
     Attributes:
       heads: of both halves together.
-      stripe: height of the horizontal and width of the vertical stripes in pixels; None for one branch.
+      stripe: height of the horizontal and width of the vertical stripes in pixels; None for the whole map.
       mlp_groups: 1 for linear maps, more for grouped convolutions.
       drop_path: rate of dropping each residual branch.
     """
@@ -250,8 +276,16 @@ class CSWinBlock(nn.Module):
         return x + DropPath(self.drop_path)(y, train=train)
 
 
-def tapped(depths: Sequence[int], taps: int) -> list[int]:
-    """Numbers, from 1, of the `taps` blocks inside of a backbone's third stage whose outputs are features too."""
+def tapped_blocks(depths: Sequence[int], taps: int) -> list[int]:
+    """Numbers of the blocks of a backbone's third stage whose outputs are feature maps too; the first block is 1.
+
+    Args:
+      depths: blocks of the stages.
+      taps: number of such blocks, at equal distances inside of the stage.
+
+    Raises:
+      ValueError: the stage has too few blocks.
+    """
     depth = depths[2] if len(depths) > 2 else 0
     if taps and taps >= depth:
         raise ValueError(

@@ -1,17 +1,14 @@
-"""What only pooling heads need: maps brought to one size, and second-order statistics of a map."""
+"""For pooling heads alone: resizing of feature maps, and second-order statistics of a map."""
 
 import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import lax
 
-from maxmap.operations import upcast
-
-Array = jax.Array
+from maxmap.operations import Array, upcast
 
 
 def adaptive_average(x: Array, size: Sequence[int]) -> Array:
@@ -47,13 +44,14 @@ def _resample(x: Array, size: Sequence[int], weights: Callable[[int, int], np.nd
         n_in = x.shape[axis]
         matrix = weights(n_in, n_out)
         stride = n_in // n_out
-        taps = {int(tap): matrix[0, tap].astype(x.dtype) for tap in np.flatnonzero(matrix[0])}
+        filters = {int(i): matrix[0, i].astype(x.dtype) for i in np.flatnonzero(matrix[0])}  # weight by offset
         same = all(np.array_equal(row, np.roll(matrix[0], i * stride)) for i, row in enumerate(matrix))
-        if stride > 1 and same and len(taps) <= 4:
-            # The same few pixels of every stretch of the map: strided views, instead of products that are mostly zero.
+        if stride > 1 and same and len(filters) <= 4:
+            # All outputs have the same few weights: a sum of strided slices is cheaper than a product with a matrix
+            # that is mostly zero.
             last = stride * (n_out - 1) + 1
-            views = (lax.slice_in_dim(x, tap, tap + last, stride, axis) * weight for tap, weight in taps.items())
-            x = functools.reduce(jnp.add, views)
+            slices = (lax.slice_in_dim(x, i, i + last, stride, axis) * weight for i, weight in filters.items())
+            x = functools.reduce(jnp.add, slices)
         else:
             x = jnp.einsum("oh,bhwc->bowc" if axis == 1 else "pw,bowc->bopc", jnp.asarray(matrix, x.dtype), x)
     return x
@@ -62,8 +60,8 @@ def _resample(x: Array, size: Sequence[int], weights: Callable[[int, int], np.nd
 def gram_values(x: Array) -> Array:
     """Second-order statistics of maps `[B, H, W, P]`: the Gram matrix's upper triangle, L2-normalised, `[B, P(P+1)/2]`.
 
-    The triangle is read row by row and has the diagonal. Second moments cancel and span many magnitudes, so that they
-    are computed in float32 at full precision whatever the compute type.
+    The triangle is read row by row, with the diagonal. Second moments cancel and span many magnitudes, so they are
+    computed in float32 at full precision, whatever the type of `x`.
     """
     z = rearrange(upcast(x), "b h w p -> b (h w) p")
     z = z / z.shape[1]

@@ -15,40 +15,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from maxmap.operations import Padding, broadcast, convolve, layer_norm, linear, upcast
+from maxmap.operations import Array, Padding, activate, broadcast, convolve, layer_norm, linear, upcast
 
-Array = jax.Array
 Initializer = Callable[..., Array]
 
 
-def _from_input(function: Callable[[Array], Array], derivative: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """An activation, in float32 or wider, whose backward pass computes the derivative from the input.
-
-    Left to itself, the forward pass writes what is expensive in it for the backward pass to read: more memory, and no
-    less time. The two have to be written differently, or else XLA finds what they share and keeps it after all.
-    """
-
-    @jax.custom_vjp
-    def activation(x: Array) -> Array:
-        return function(upcast(x)).astype(x.dtype)
-
-    def forward(x: Array) -> tuple[Array, Array]:
-        return activation(x), x
-
-    def backward(x: Array, grad: Array) -> tuple[Array]:
-        return ((upcast(grad) * derivative(upcast(x))).astype(grad.dtype),)
-
-    activation.defvjp(forward, backward)
-    return activation
-
-
 def _gelu(x: Array) -> Array:
-    """x * Phi(x), by erf, for erfc (as in Flax) takes 3 times as long on a CPU."""
+    """x * Phi(x) by erf, because erfc, as in Flax, takes three times as long on a CPU."""
     return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
 
 
 def _gelu_derivative(x: Array) -> Array:
     return 0.5 - 0.5 * lax.erf(-x * math.sqrt(0.5)) + x * jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return nn.gelu(x, approximate=True)
 
 
 def _gelu_tanh_derivative(x: Array) -> Array:
@@ -66,14 +48,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
     "relu2": lambda x: jnp.square(nn.relu(x)),
-    "silu": _from_input(nn.silu, _silu_derivative),
-    "gelu": _from_input(_gelu, _gelu_derivative),
-    "gelu_tanh": _from_input(functools.partial(nn.gelu, approximate=True), _gelu_tanh_derivative),
+    "silu": functools.partial(activate, function=nn.silu, derivative=_silu_derivative),
+    "gelu": functools.partial(activate, function=_gelu, derivative=_gelu_derivative),
+    "gelu_tanh": functools.partial(activate, function=_gelu_tanh, derivative=_gelu_tanh_derivative),
     "tanh": jnp.tanh,
 }
 
 # Initialisers, by the names of the PyTorch schemes that the reference networks use.
-trunc_normal_02 = nn.initializers.truncated_normal(stddev=0.02, lower=-100.0, upper=100.0)  # cut at +-2, 100 sigma
+trunc_normal_02 = nn.initializers.truncated_normal(
+    stddev=0.02, lower=-100.0, upper=100.0
+)  # truncated at -2 and 2, as in timm
 torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in))
 xavier_uniform = nn.initializers.xavier_uniform()
 
@@ -89,8 +73,8 @@ def torch_bias(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-# How a head is initialised: fields of its `Conv` and `Linear` layers by scheme. "he" leaves the convolutions' biases to
-# PyTorch's default, as the reference does.
+# Initialisers of a head's `Conv` and `Linear` layers, by scheme. With "he" the biases of convolutions follow PyTorch's
+# default, as in the reference.
 TRUNC_NORMAL: dict[str, Initializer] = {"kernel_init": trunc_normal_02, "bias_init": nn.initializers.zeros}
 CONV_INITS: dict[str, dict[str, Initializer]] = {
     "torch": {},
@@ -107,7 +91,7 @@ LINEAR_INITS: dict[str, dict[str, Initializer]] = {
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width of a size, which is those two or one number for both."""
+    """Returns height and width of a size that is one number for both, or the two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -125,10 +109,24 @@ def require_divisor(number: int, what: str, total: int, of: str, step: int = 1, 
         raise ValueError(f"{owner}{number} {what} do not divide {total} {of}{multiples}; the nearest that do is {near}")
 
 
+def require_image_size(images: Array, image_size: int | Sequence[int], what: str) -> None:
+    """Raises ValueError unless images `[B, H, W, C]` have the size that `what` is made for."""
+    height, width = pair(image_size)
+    if images.shape[1:3] != (height, width):
+        raise ValueError(
+            f"the images are {images.shape[1]} x {images.shape[2]} pixels, {what} for {height} x {width}; "
+            "set image_size"
+        )
+
+
 def require_one_of(value: str, what: str, allowed: Iterable[str]) -> None:
     """Raises ValueError, one sentence, unless a choice is one of the allowed."""
     if value not in (allowed := list(allowed)):
         raise ValueError(f"{what} '{value}' is not one of {', '.join(allowed)}")
+
+
+class Block(nn.Module):
+    """Marks the modules that a backbone repeats: its depth counts them, and `remat` computes one at a time anew."""
 
 
 class Conv(nn.Module):
@@ -194,17 +192,17 @@ class Linear(nn.Module):
         return linear(x, kernel, bias)
 
 
-# Groups of a batch with statistics of their own, and whether those of the first alone are kept.
+# The number of groups of a batch that have their own statistics, and whether only those of the first group are kept.
 _batch_groups: contextvars.ContextVar[tuple[int, bool]] = contextvars.ContextVar("batch groups", default=(1, False))
 
 
 @contextlib.contextmanager
 def batch_norm_groups(groups: int, *, keep_first: bool = False) -> Iterator[None]:
-    """While a function is traced: every `BatchNorm` normalises each of `groups` equal parts of the batch by itself.
+    """Traces functions in which every `BatchNorm` normalises each of several equal parts of the batch by itself.
 
     Args:
-      groups: parts of consecutive samples; it has to divide the batch.
-      keep_first: the running statistics follow the first part, and not the mean over all.
+      groups: number of parts, each of consecutive samples; it has to divide the batch.
+      keep_first: the running statistics follow the first part, and not the mean over all parts.
     """
     token = _batch_groups.set((groups, keep_first))
     try:
@@ -216,15 +214,15 @@ def batch_norm_groups(groups: int, *, keep_first: bool = False) -> Iterator[None
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, as PyTorch keeps its statistics.
 
-    While training it normalises with the biased variance of the batch and stores the unbiased one; Flax's own
-    layer stores the biased one, which differs visibly where few values enter (Gram tokens, squeeze-excitation).
-    Under jit with a sharded batch the statistics are those of the global batch ("sync BN"), unless `batch_norm_groups`
-    says otherwise.
+    While training it normalises with the biased variance of the batch and stores the unbiased one. Flax's own layer
+    stores the biased variance, which differs much where few values enter (Gram tokens, squeeze-excitation). Under jit
+    with a sharded batch the statistics are those of the global batch ("sync BN"), unless `batch_norm_groups` says
+    otherwise.
 
     Attributes:
       epsilon: added to the variance.
       momentum: share of the old running statistics that is kept (PyTorch's 0.1 is 0.9 here).
-      scale_init: of the scale; zeros make a residual branch start as nothing.
+      scale_init: of the scale; with zeros, a residual branch adds nothing at first.
     """
 
     epsilon: float = 1e-5
@@ -278,6 +276,50 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, self.epsilon)
 
 
+def scaled(x: Array, factor: Array) -> Array:
+    """Multiplies `x` `[..., C]` by one factor per channel `[C]`, in the type of `x`."""
+    return x * broadcast(factor.astype(x.dtype), x.shape)
+
+
+class Scale(nn.Module):
+    """One learned factor per channel, 1 at first."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return scaled(x, self.param("scale", nn.initializers.ones, x.shape[-1:]))
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel for the output of a residual branch (Touvron et al. 2021, CaiT).
+
+    Attributes:
+      initial: value of all factors at the start.
+    """
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return scaled(x, self.param("gamma", nn.initializers.constant(self.initial), x.shape[-1:]))
+
+
+class StarReLU(nn.Module):
+    """`scale * relu(x)**2 + bias` with one learned scale and one learned bias (Yu et al. 2022, MetaFormer).
+
+    They start at 1 and 0, as in the authors' code and in timm. The paper derives 0.8944 and -0.4472 from the moments of
+    a normal distribution.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (1,))
+        bias = self.param("bias", nn.initializers.zeros, (1,))
+        scale, bias = (
+            broadcast(jnp.broadcast_to(value.astype(x.dtype), x.shape[-1:]), x.shape) for value in (scale, bias)
+        )
+        return scale * jnp.square(nn.relu(x)) + bias
+
+
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): drops a residual branch per sample, and scales the kept ones by 1/(1-rate).
 
@@ -293,7 +335,7 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(rate: float, depth: int, *, endpoint: bool = True) -> list[float]:
-    """Rates that rise linearly from 0 at the first of `depth` blocks to `rate` at the last, or one step short of it."""
+    """Rates of `depth` blocks, rising linearly from 0 to `rate`; without `endpoint` they end one step short of it."""
     return [rate * i / (max(depth - 1, 1) if endpoint else depth) for i in range(depth)]
 
 

@@ -1,5 +1,1 @@
-"""Training: losses, optimizers, schedules, the step and the loop."""
-
-from maxmap.train.loop import run
-
-__all__ = ["run"]
+"""Training: the loop, what builds its parts, the step, and what a run reports."""

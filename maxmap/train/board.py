@@ -12,11 +12,14 @@ from tensorboardX.record_writer import masked_crc32c
 
 
 class Board:
-    """TensorBoard's file, written at once: the library's thread dies where the disk is full, and its queue then blocks.
+    """Writes TensorBoard's file, every value at once.
+
+    tensorboardX's own writer queues values for a thread. When the disk is full, this thread dies and the queue blocks
+    the run.
 
     Args:
-      folder: for the file.
-      step: from which on what an earlier run wrote does not count.
+      folder: where the file goes.
+      step: TensorBoard discards the values of earlier runs from this step on.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -27,6 +30,7 @@ class Board:
         self._write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
+        """Writes the value of a curve at a step."""
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
@@ -37,4 +41,5 @@ class Board:
         self._file.write(length + sums[0] + data + sums[1])
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()

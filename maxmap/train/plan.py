@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from maxmap.errors import UserError, call
-from maxmap.evaluate import check_config, count_parameters, model_kwargs, multiply_adds
-from maxmap.models import create_model
-from maxmap.optim import make_optimizer
-from maxmap.sharding import DATA, FSDP, by_shape, check_batch
+from maxmap.cost import count_parameters, multiply_adds
+from maxmap.errors import UserError
+from maxmap.recipe import Recipe
+from maxmap.sharding import DATA, FSDP, check_batch, state_sharding
+from maxmap.train.build import make_optimizer
 from maxmap.train.state import create
 from maxmap.train.step import cast
 
@@ -50,11 +50,11 @@ HARDWARE = {
 }
 
 
-def plan(config: Mapping[str, Any], devices: int, hardware: str, utilisation: float) -> dict[str, Any]:
-    """Counts what a config needs.
+def plan(recipe: Recipe, devices: int, hardware: str, utilisation: float) -> dict[str, Any]:
+    """Counts what a recipe needs.
 
     Args:
-      config: as for training; where `model.num_classes` is not set, 1,000 classes.
+      recipe: As for training; 1,000 classes where it does not set `model.num_classes`.
       devices: of the job.
       hardware: a key of HARDWARE.
       utilisation: share of the peak that the model's arithmetic reaches, 0 to 1; it has to be measured.
@@ -64,20 +64,18 @@ def plan(config: Mapping[str, Any], devices: int, hardware: str, utilisation: fl
       'flops' of a step on a device, 'compute_seconds', 'network_seconds', 'efficiency' (where nothing overlaps), 'fits'
       and 'largest_batch', images at a time on a device.
     """
-    check_config(config)
     machine = HARDWARE[hardware]
-    mesh = _mesh(devices, **config["mesh"])
+    mesh = _mesh(devices, **recipe.mesh.keywords)
     data, fsdp = mesh.shape[DATA], mesh.shape[FSDP]
-    batch, accumulate = config["batch_size"], config["accumulate"]
-    check_batch(batch // accumulate, mesh, "config.batch_size / config.accumulate =")
-    local = batch // accumulate // devices
-    kwargs = model_kwargs(config, config["model"].get("num_classes") or 1000)
-    model = call(create_model, "model", kwargs)
-    dtype, size = jnp.dtype(config["dtype"]), config["data"]["image_size"]
-    optimizer = call(make_optimizer, "optim", config["optim"], 1e-3)
+    accumulate = recipe.accumulate
+    check_batch(recipe.batch_size // accumulate, mesh, "config.batch_size / config.accumulate =")
+    local = recipe.batch_size // accumulate // devices
+    model = recipe.model(num_classes=recipe.model.keywords.get("num_classes", 1000))
+    dtype, size = jnp.dtype(recipe.dtype), recipe.data.keywords["image_size"]
+    optimizer = make_optimizer(recipe, model, 1e-3)
     images = jax.ShapeDtypeStruct((local, size, size, 3), dtype)
     one = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    averaged = config["ema_decay"] is not None
+    averaged = recipe.ema_decay is not None
     state = jax.eval_shape(lambda: create(model, optimizer, jax.random.key(0), one, ema=averaged))
     params = jax.eval_shape(lambda params: cast(params, dtype), state.params)
 
@@ -95,9 +93,9 @@ def plan(config: Mapping[str, Any], devices: int, hardware: str, utilisation: fl
 
     kept = jax.eval_shape(backward, params, state.model_state, images)
     flops = 2 * accumulate * multiply_adds(forward, params, state.model_state, images)
-    flops *= 4 if kwargs.get("remat") else 3  # backward: twice the forward pass, and blocks once more
+    flops *= 4 if recipe.model.keywords.get("remat") else 3  # backward: twice the forward pass, and blocks once more
 
-    split = [leaf for leaf in jax.tree.leaves(params) if not by_shape(leaf.shape, mesh).is_fully_replicated]
+    split = [leaf for leaf in jax.tree.leaves(params) if not state_sharding(leaf.shape, mesh).is_fully_replicated]
     whole = _bytes(params)
     part = whole - _bytes(split) * (1 - 1 / fsdp)  # of the gradients, what a device keeps
     memory = {
@@ -178,6 +176,6 @@ def _bytes(tree: Any) -> int:
 def _held(tree: Any, mesh: Any) -> int:
     """Bytes of a tree on one device."""
     return sum(
-        math.prod(by_shape(leaf.shape, mesh).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(state_sharding(leaf.shape, mesh).shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )

@@ -1,17 +1,15 @@
 """A picture of a training batch as the network sees it: look at it before training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from maxmap import evaluate
-from maxmap.data.pipeline import open_data
-from maxmap.errors import UserError, call
-from maxmap.train.loop import make_prepare
+from maxmap.errors import UserError
+from maxmap.recipe import Recipe
+from maxmap.train.build import make_prepare
 
 Array = np.ndarray
 
@@ -19,13 +17,13 @@ CELL = 160  # pixels of an image in the picture, or a little more
 CAPTION = 30  # and of the two lines under it
 
 
-def show_batch(config: Mapping[str, Any], path: str | Path, *, step: int = 0, count: int = 16) -> None:
+def show_batch(recipe: Recipe, path: str | Path, *, step: int = 0, count: int = 16) -> None:
     """Writes the first images of a step's first micro-batch, augmented, mixed and erased, with their targets.
 
-    These are the very images that a run of this config trains on, by (seed, step).
+    These are the very images that a run of this recipe trains on, by (seed, step).
 
     Args:
-      config: as the files in `configs/` make it.
+      recipe: Of the run.
       path: of the picture; its ending says the format.
       step: of the run.
       count: images shown.
@@ -33,14 +31,13 @@ def show_batch(config: Mapping[str, Any], path: str | Path, *, step: int = 0, co
     Raises:
       UserError: something in the config or the data does not fit, or the picture cannot be written.
     """
-    evaluate.check_config(config)
-    data = call(open_data, "data", config["data"])
-    prepare = make_prepare(config, data)
-    key = jax.random.fold_in(jax.random.split(jax.random.key(config["seed"]))[1], step)
-    accumulate = config["accumulate"]
+    data = recipe.data()
+    prepare = make_prepare(recipe, data)
+    key = jax.random.fold_in(jax.random.split(jax.random.key(recipe.seed))[1], step)
+    accumulate = recipe.accumulate
     if accumulate > 1:
         key = jax.random.split(key, accumulate)[0]
-    batches = data.train_batches(config["batch_size"], seed=config["seed"], start_step=step, num_steps=1)
+    batches = data.train_batches(recipe.batch_size, seed=recipe.seed, start_step=step, num_steps=1)
     batch = next(batches)
     batches.close()
     images, labels = batch["image"][::accumulate], batch["label"][::accumulate]

@@ -1,4 +1,4 @@
-"""What a run tells: the terminal, `metrics.jsonl`, TensorBoard and `curves.png`."""
+"""What a run reports: lines on the terminal, `metrics.jsonl`, TensorBoard's file and `curves.png`."""
 
 import contextlib
 import json
@@ -12,30 +12,30 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from maxmap.checkpoint import in_bucket, place, write_text
+from maxmap import storage
 
-LOGS = ("metrics.jsonl", "events.jsonl")  # what a run that goes on adds to
-INPUT_BOUND = 0.1  # share of the time spent waiting for data above which the log says so
+LOGS = ("metrics.jsonl", "events.jsonl")  # a run that goes on adds lines to them
+INPUT_BOUND = 0.1  # share of the time that steps wait for data, above which the report says so
 
 
 class Report:
-    """Writes metrics; on all processes but the first it does nothing.
+    """Reports the metrics of a run; only the first process writes files and prints.
 
-    An object in a bucket is only ever written as a whole. There `metrics.jsonl`, `events.jsonl` and TensorBoard's file
-    grow in a temporary folder, and `keep` copies them: after every evaluation, before every checkpoint, at the end. So
-    the bucket has every line up to the newest checkpoint, and what a killed run did not copy is of steps that the next
-    one takes again.
+    An object in a bucket cannot grow, only be written as a whole. If the workdir is in a bucket, `metrics.jsonl`,
+    `events.jsonl` and TensorBoard's file grow in a temporary folder, and `upload` copies them to the bucket: after
+    every evaluation, before every checkpoint, and at the end. So the bucket has every line up to the newest checkpoint.
+    When a run is killed, it loses only lines of later steps, which the next run takes again.
 
     Args:
-      workdir: of the run.
-      step: at which it starts or goes on; what was written of later steps is dropped, since they are taken again. What
-        is evaluated at this very step was evaluated before: it is told, not written twice.
-      total_steps: of the whole run.
+      workdir: folder of the run, perhaps in a bucket.
+      step: that the run starts or goes on from. Lines of later steps are dropped, because the run takes these steps
+        again. An evaluation at this step is printed but not written, because the log has it already.
+      total_steps: number of steps of the whole run.
       batch_size: images per step.
-      look: is called before anything is copied to a bucket; see `maxmap.train.resume.only_run`.
+      check_ownership: called before anything is copied to a bucket; see `maxmap.train.resume.only_run`.
 
     Attributes:
-      folder: where the files grow, on the first process: the workdir itself unless that is in a bucket.
+      folder: where the first process writes its files: the workdir, or the temporary folder for one in a bucket.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Report:
         step: int,
         total_steps: int,
         batch_size: int,
-        look: Callable[[], None] = lambda: None,
+        check_ownership: Callable[[], None] = lambda: None,
     ):
         self._main = jax.process_index() == 0
-        self._workdir, self._look = workdir, look
+        self._workdir, self._check_ownership = workdir, check_ownership
         self._batch_size = batch_size
         self._first, self._total = step, total_steps
         self._time, self._step, self._waited = time.perf_counter(), step, 0.0
@@ -58,15 +58,15 @@ class Report:
         self.folder = Path(workdir)
         self._copied: dict[Path, int] = {}
         self._temporary = contextlib.ExitStack()
-        if in_bucket(workdir):
+        if storage.in_bucket(workdir):
             self.folder = Path(self._temporary.enter_context(tempfile.TemporaryDirectory(prefix="maxmap-")))
             for name in LOGS:
-                if (place(workdir) / name).exists():
-                    (self.folder / name).write_bytes((place(workdir) / name).read_bytes())
+                if (storage.resolve(workdir) / name).exists():
+                    (self.folder / name).write_bytes((storage.resolve(workdir) / name).read_bytes())
         self._path = self.folder / LOGS[0]
         drop_after(self._path, step)
         self._file = self._path.open("ab", buffering=0)
-        from maxmap.train.board import Board  # it imports PyTorch where that is installed, which takes a second
+        from maxmap.train.board import Board  # it imports PyTorch if that is installed, which takes a second
 
         self._board = Board(self.folder / "tensorboard", step + 1)
         self._bar = tqdm(
@@ -74,7 +74,7 @@ class Report:
         )
 
     def waited(self, seconds: float) -> None:
-        """Adds time that a step waited for data."""
+        """Counts seconds that a step waited for data."""
         self._waited += seconds
 
     def advanced(self) -> None:
@@ -83,7 +83,7 @@ class Report:
             self._bar.update()
 
     def train(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
-        """Logs the metrics of a training step, with the speed since the last time."""
+        """Reports the metrics of a training step, and the speed since the last report."""
         now = time.perf_counter()
         seconds, steps = now - self._time, max(step - self._step, 1)
         speed = {"images_per_second": steps * self._batch_size / seconds, "waiting_for_data": self._waited / seconds}
@@ -98,10 +98,10 @@ class Report:
             self._bar.set_postfix_str(f"{text}, {waiting}")
         if speed["waiting_for_data"] > INPUT_BOUND and step > 100 and not self._told_input_bound:
             self._told_input_bound = True
-            self.tell(f"input-bound: the step waits for data {waiting.split()[0]} % of the time; raise data.workers")
+            self.tell(f"input-bound: the step waits for data {waiting.split()[0]} % of the time; raise data.workers.")
 
     def evaluation(self, step: int, epoch: float, result: Mapping[str, Any]) -> None:
-        """Logs an evaluation; its time does not count as training time."""
+        """Reports an evaluation."""
         numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
         if step > self._first:
             self._write("eval", step, {"epoch": epoch, **numbers})
@@ -111,38 +111,39 @@ class Report:
         )
 
     def left_out(self, seconds: float) -> None:
-        """Leaves time that was not training out of the speed: evaluation, saving."""
+        """Leaves seconds of evaluating or saving out of the training speed."""
         self._time += seconds
 
     def tell(self, text: str) -> None:
-        """Prints a line above the progress bar."""
+        """Prints a line above the progress bar, on the first process."""
         if self._main:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        """Prints a line on this process, be it the first or not: each reads files of its own."""
+        """Prints a line on any process, because each one reads other files."""
         tqdm.write(text, file=sys.stderr)
 
-    def keep(self) -> None:
-        """Copies what has grown to the bucket, if the workdir is in one."""
-        if not self._main or not in_bucket(self._workdir):
+    def upload(self) -> None:
+        """Copies files that have grown to the bucket, if the workdir is in one."""
+        if not self._main or not storage.in_bucket(self._workdir):
             return
-        self._look()
+        self._check_ownership()
         for file in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-            if self._copied.get(file) != (size := file.stat().st_size):  # they only grow
+            # A file only grows, so its content is new if its size is.
+            if self._copied.get(file) != (size := file.stat().st_size):
                 data = file.read_bytes()
-                (place(self._workdir) / file.relative_to(self.folder).as_posix()).write_bytes(data)
+                (storage.resolve(self._workdir) / file.relative_to(self.folder).as_posix()).write_bytes(data)
                 self._copied[file] = size
 
     def close(self) -> None:
-        """Ends the bar and the files, and draws `curves.png`."""
+        """Closes the progress bar and the files, and draws `curves.png`."""
         if self._main:
             with self._temporary:
                 self._bar.close()
                 self._file.close()
                 self._board.close()
                 draw_curves(self._path, self._path.with_name("curves.png"))
-                self.keep()
+                self.upload()
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._main:
@@ -153,7 +154,7 @@ class Report:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a line that was cut off."""
+    """Removes the lines of later steps from a log, and a last line that a crash has cut off."""
     if not path.exists():
         return
     kept = []
@@ -163,7 +164,7 @@ def drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    write_text(path, "".join(kept))
+    storage.write_text(path, "".join(kept))
 
 
 def _clock(seconds: float) -> str:
@@ -173,8 +174,8 @@ def _clock(seconds: float) -> str:
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draws loss, accuracy and learning rate of a `metrics.jsonl` into a PNG."""
-    # Not pyplot: it would look for a display and keep the figure.
+    """Draws the losses, accuracies and learning rates of a `metrics.jsonl` into a PNG file."""
+    # Without pyplot, which would look for a display and keep the figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

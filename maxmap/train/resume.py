@@ -1,4 +1,4 @@
-"""Going on with a run: one process of it at a time, and with the config that it was made with."""
+"""What a run needs to go on: nobody else writes to its folder, and its config computes the same as before."""
 
 import contextlib
 import fcntl
@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 
-from maxmap.checkpoint import in_bucket, place
+from maxmap import storage
 from maxmap.errors import UserError
 
 LOCK = "lock"
 
-# Keys, and sections by their dot, that leave what is computed as it is, but for the rounding of sums on other devices.
-HARMLESS = (
+# Keys and (with a dot) sections that may change when a run goes on: it computes the same, apart from rounding, because
+# other devices add numbers in another order.
+CHANGEABLE = (
     *("log.", "checkpoint.", "evaluate.", "mesh.", "steps", "init_from", "model.remat"),
     *("data.path", "data.threads", "data.workers", "data.prefetch", "data.check"),
 )
@@ -26,31 +27,39 @@ HARMLESS = (
 
 @contextlib.contextmanager
 def only_run(workdir: str | Path) -> Iterator[Callable[[], None]]:
-    """Keeps a second run out of a run's folder.
+    """Makes sure that only one run writes to a workdir.
 
-    A folder has a lock, which the operating system drops when the process ends, however it ends: the second run is
-    refused. A bucket has none, and what a killed run leaves there must not stop the next one. So there the second run
-    takes over: it writes itself into the object `lock`, and the first one ends when it looks there the next time, which
-    it does before it evaluates, saves or copies its logs. What it is writing at that moment, it still writes.
+    In a folder, the second run is refused. The first one holds a lock, which the operating system releases when the
+    process ends in any way.
+
+    A bucket has no locks, and what a killed run leaves there must not stop the next run. So the second run takes over:
+    it writes its name into the object `lock`. The first run reads that object before it evaluates, saves or copies its
+    logs, and ends when the name is not its own. It still finishes what it is writing when the other run takes over.
+
+    Args:
+      workdir: folder of the run, perhaps in a bucket.
 
     Yields:
-      What to call before anything is written; it raises UserError where another run has taken over.
+      A function to call before anything is written; it raises UserError if another run has taken over.
 
     Raises:
-      UserError: another run holds the lock.
+      UserError: another run holds the lock, or the folder cannot be written to.
     """
     if jax.process_index() > 0:
         yield lambda: None
         return
-    if in_bucket(workdir):
-        lock, own = place(workdir) / LOCK, f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4()}\n"
+    if storage.in_bucket(workdir):
+        lock, own = (
+            storage.resolve(workdir) / LOCK,
+            f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4()}\n",
+        )
         lock.write_text(own)
 
-        def look() -> None:
+        def check_ownership() -> None:
             if (holder := lock.read_text()) != own:
                 raise UserError(f"another run ({holder.strip()}) has taken over {workdir}: this one ends.")
 
-        yield look
+        yield check_ownership
         return
     path = Path(workdir) / LOCK
     try:
@@ -73,37 +82,38 @@ def only_run(workdir: str | Path) -> Iterator[Callable[[], None]]:
 
 
 def check_changes(there: Mapping[str, Any], here: Mapping[str, Any], workdir: str | Path, *, allow: bool) -> list[str]:
-    """Compares the config that a checkpoint was made with and the one that is to go on.
+    """Compares the config of a checkpoint with the config that is to go on from it.
 
     Args:
-      there: as the checkpoint has it.
-      here: as it is now.
-      workdir: for the message.
-      allow: go on with any change.
+      there: the config of the checkpoint.
+      here: the config of this run.
+      workdir: folder of the run, for the message.
+      allow: accept every change.
 
     Returns:
-      The changes, "section.key: before -> now".
+      The changes, each as "section.key: before -> now".
 
     Raises:
-      UserError: a value changed that changes what is computed, and `allow` is not set.
+      UserError: a changed value changes what is computed, and `allow` is False.
     """
     there, here = _flat(json.loads(json.dumps(there))), _flat(json.loads(json.dumps(here)))
     changes = {
         key: f"{key}: {there.get(key, 'not set')} -> {here.get(key, 'not set')}"
         for key in sorted(there.keys() | here.keys())
-        # A key that is not set and one that is None are the same to every section.
+        # For every section, a key that is missing means the same as None.
         if there.get(key) != here.get(key)
     }
-    serious = [text for key, text in changes.items() if not key.startswith(HARMLESS)]
+    serious = [text for key, text in changes.items() if not key.startswith(CHANGEABLE)]
     if serious and not allow:
         raise UserError(
             f"the run in {workdir} was made with another config ({'; '.join(serious)}): give the values that it has, "
-            "another --workdir, or --continue_with_changes to go on all the same."
+            "another --workdir, or --continue_with_changes to go on with these."
         )
     return list(changes.values())
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested sections by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, Mapping):

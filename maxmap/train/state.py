@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
-from maxmap.sharding import by_shape
+from maxmap.sharding import state_sharding
 
 Array = jax.Array
 
@@ -20,11 +20,11 @@ class TrainState:
     """The state of training; a pytree.
 
     Attributes:
-      step: int32, optimizer steps taken.
-      params: float32.
-      model_state: the model's other collections: 'batch_stats', and 'constants' where a model has any.
-      opt_state: of the optimizer.
-      ema: averages of 'params' and 'batch_stats' with the constants beside them, None without averaging.
+      step: number of optimizer steps taken, int32.
+      params: parameters, float32.
+      model_state: the model's other collections: 'batch_stats', and 'constants' if the model has any.
+      opt_state: state of the optimizer.
+      ema: averages of 'params' and 'batch_stats', and the constants; None without averaging.
     """
 
     step: Array
@@ -34,17 +34,17 @@ class TrainState:
     ema: Mapping[str, Any] | None
 
     def variables(self) -> dict[str, Any]:
-        """The newest variables, as `model.apply` takes them."""
+        """Returns the newest variables, as `model.apply` takes them."""
         return {"params": self.params, **self.model_state}
 
     def items(self) -> dict[str, Any]:
-        """The trees that a checkpoint holds; see `maxmap.checkpoint`."""
+        """Returns the items of a checkpoint; see `maxmap.checkpoint`."""
         items = {"variables": self.variables(), "training": {"step": self.step, "opt_state": self.opt_state}}
         return items if self.ema is None else items | {"ema": self.ema}
 
     @classmethod
     def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
-        """The inverse of `items`."""
+        """Returns the state whose `items` these are."""
         model_state = dict(items["variables"])
         params = model_state.pop("params")
         training = items["training"]
@@ -54,24 +54,24 @@ class TrainState:
 def create(
     model: nn.Module, optimizer: optax.GradientTransformation, key: Array, images: jax.ShapeDtypeStruct, *, ema: bool
 ) -> TrainState:
-    """Initialises everything; call it under `jax.eval_shape` or `jax.jit`.
+    """Returns the state before the first step; call it under `jax.eval_shape` or `jax.jit`.
 
     Args:
-      model: with `init(key, images)`.
-      optimizer: whose state goes with it.
-      key: PRNG key.
+      model: module with `init(key, images)`.
+      optimizer: initialises its own state.
+      key: PRNG key of the initial parameters.
       images: shape and type of a batch.
       ema: keep averages.
     """
     variables = dict(model.init(key, jnp.zeros(images.shape, images.dtype)))
     params = variables.pop("params")
-    # A copy, because a step donates its input: no buffer may be in it twice.
+    # Copies, because a step donates the buffers of its input, and a buffer can be donated only once.
     average = jax.tree.map(jnp.copy, {"params": params, **variables}) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), average)
 
 
 def abstract(state: TrainState, mesh: Mesh) -> TrainState:
-    """Adds where every array of an abstract state lies on the mesh."""
+    """Returns shape, type and sharding of every array of a state."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_shape(leaf.shape, mesh)), state
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=state_sharding(leaf.shape, mesh)), state
     )

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from maxmap.layers.primitives import batch_norm_groups
-from maxmap.sharding import gather, scatter
+from maxmap.sharding import gather, shard
 from maxmap.train.state import TrainState
 
 Array = jax.Array
@@ -84,7 +84,7 @@ def make_train_step(
 
         (value, (mutated, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(full)
         return (
-            scatter(cast(grads, jnp.promote_types(dtype, jnp.float32)), mesh),
+            shard(cast(grads, jnp.promote_types(dtype, jnp.float32)), mesh),
             {**model_state, **mutated},
             metrics | {"objective": value},
         )

@@ -1,4 +1,4 @@
-"""Watching a run: signals, numbers that are not finite, losses that jump, steps that hang."""
+"""What watches a run: for losses that are not finite or jump, for steps that hang, for signals to stop."""
 
 import faulthandler
 import json
@@ -17,58 +17,71 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maxmap.checkpoint import place, write_text
+from maxmap import storage
 from maxmap.errors import UserError
+from maxmap.sharding import gather_processes
 from maxmap.train.report import Report, drop_after
 
-RESTART = 75  # exit code after SIGTERM (EX_TEMPFAIL): the run is saved and wants to be started again
+RESTART = 75  # exit code after SIGTERM (EX_TEMPFAIL): the run is saved, and the scheduler is to start it again
 
-MEMORY = 0.98  # share of the old mean and variance of the loss that a step keeps
-SPIKE = 6.0  # standard deviations above the mean
-CALM = 100  # steps before a spike can be told from the noise
+LOSS_DECAY = 0.98  # of the moving average of the loss, and of its variance
+SPIKE_DEVIATIONS = 6.0  # standard deviations above the average from which a loss is a spike
+SPIKE_WARMUP = 100  # steps after which the average and the variance are known well enough to tell a spike
 
 
 class Watch:
-    """Looks at the loss of every step, a step late, on every process alike.
+    """Checks the loss of every step, and gives the same verdict on every process.
 
-    What it finds goes to `events.jsonl`: step, kind ("skipped" or "spike"), loss, gradient norm and the samples of the
-    batch, which are indices into the training split.
+    It writes what it finds to `events.jsonl`: step, kind ("skipped" or "spike"), loss, gradient norm and the samples of
+    the batch as indices into the training split.
 
     Args:
-      workdir: of the run.
-      report: where it is told.
-      step: at which the run starts or goes on.
-      max_skips: steps in a row that may be left out because loss or gradients are not finite.
+      workdir: folder of the run.
+      report: prints what is found.
+      step: that the run starts or goes on from.
+      max_skips: how many steps in a row may be skipped because loss or gradients are not finite.
+
+    Attributes:
+      skips: how many steps in a row were skipped up to now.
     """
 
     def __init__(self, workdir: str | Path, report: Report, *, step: int, max_skips: int):
-        self._workdir, self._report, self._max = workdir, report, max_skips
+        self._workdir, self._report, self._max_skips = workdir, report, max_skips
         self._mean, self._variance, self._seen = 0.0, 0.0, 0
-        self.skips = 0  # in a row
+        self.skips = 0
         if jax.process_index() == 0:
             drop_after(report.folder / "events.jsonl", step)
 
-    def look(self, step: int, metrics: Mapping[str, Any], samples: np.ndarray) -> bool:
-        """Looks at the metrics of step number `step`; returns whether the run has to stop."""
+    def check(self, step: int, metrics: Mapping[str, Any], samples: np.ndarray) -> bool:
+        """Checks a step's loss and gradient norm.
+
+        Args:
+          step: number of the step.
+          metrics: of the step: 'loss', 'grad_norm' and 'skipped'.
+          samples: of this process: indices into the training split.
+
+        Returns:
+          Whether the run has to stop, because too many steps in a row were skipped.
+        """
         loss, norm, skipped = (float(x) for x in jax.device_get([metrics[k] for k in ("loss", "grad_norm", "skipped")]))
         if skipped:
             self.skips += 1
-            self._note("skipped", step, loss, norm, samples)
+            self._write_event("skipped", step, loss, norm, samples)
             self._report.tell(
                 f"step {step} left out: its loss is {loss}, its gradient norm {norm} ({self.skips} in a row, at most "
-                f"{self._max})"
+                f"{self._max_skips})"
             )
-            return self.skips > self._max
+            return self.skips > self._max_skips
         self.skips = 0
         deviation = math.sqrt(self._variance)
-        if self._seen >= CALM and loss > self._mean + SPIKE * deviation:
-            self._note("spike", step, loss, norm, samples)
+        if self._seen >= SPIKE_WARMUP and loss > self._mean + SPIKE_DEVIATIONS * deviation:
+            self._write_event("spike", step, loss, norm, samples)
             self._report.tell(
                 f"loss spike at step {step}: {loss:.4f} after {self._mean:.4f} +- {deviation:.4f}, gradient norm "
                 f"{norm:.3g}"
             )
-        # Of the mean of all steps first, of the newest later.
-        keep = min(MEMORY, self._seen / (self._seen + 1))
+        # The decay grows up to LOSS_DECAY, so that the first steps have equal weights in the average.
+        keep = min(LOSS_DECAY, self._seen / (self._seen + 1))
         change = loss - self._mean
         self._mean += (1 - keep) * change
         self._variance = keep * (self._variance + (1 - keep) * change**2)
@@ -79,14 +92,17 @@ class Watch:
         """Writes `not_finite.json` and returns the error that ends the run.
 
         Args:
-          step: the last that was left out.
-          metrics: of it.
-          samples: of this process.
+          step: number of the last step that was skipped.
+          metrics: of this step.
+          samples: of this process: indices into the training split.
           names: function from the index of a sample to its name.
-          layers: tree of the numbers that `maxmap.train.step.make_diagnosis` returns.
+          layers: what `maxmap.train.step.make_diagnosis` returns: a tree of 'largest' and 'not_finite'.
+
+        Returns:
+          The error, which names the file.
         """
-        samples = _of_all_processes(samples)
-        path = place(self._workdir) / "not_finite.json"
+        samples = gather_processes(samples)
+        path = storage.resolve(self._workdir) / "not_finite.json"
         if jax.process_index() == 0:
             flat = jax.tree_util.tree_leaves_with_path(jax.device_get(layers), is_leaf=lambda x: "not_finite" in x)
             table = [
@@ -103,37 +119,33 @@ class Watch:
                 "samples": [{"index": int(i), "name": names(int(i))} for i in samples],
                 "layers": table,
             }
-            write_text(path, json.dumps(found, indent=1) + "\n")
+            storage.write_text(path, json.dumps(found, indent=1) + "\n")
         return UserError(
             f"loss or gradients were not finite in {self.skips} steps in a row, up to step {step}: {path} names the "
-            "samples and every layer's numbers; the newest checkpoint is from before, go on from it with a lower rate."
+            "samples and the layers; the newest checkpoint is from before, go on from it with a lower learning rate."
         )
 
-    def _note(self, kind: str, step: int, loss: float, norm: float, samples: np.ndarray) -> None:
-        samples = _of_all_processes(samples)
+    def _write_event(self, kind: str, step: int, loss: float, norm: float, samples: np.ndarray) -> None:
+        samples = gather_processes(samples)
         if jax.process_index() == 0:
             row = {"kind": kind, "step": step, "loss": str(loss), "grad_norm": str(norm), "samples": samples.tolist()}
             with (self._report.folder / "events.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
 
-def _of_all_processes(samples: np.ndarray) -> np.ndarray:
-    if jax.process_count() == 1:
-        return samples
-    return np.asarray(multihost_utils.process_allgather(samples.astype(np.int32), tiled=True))
-
-
 class Watchdog:
-    """Says where the run stands, and prints the stack of every thread, when nothing has moved for too long.
+    """Reports a phase of the run that takes too long, with the stack of every thread.
+
+    It prints one line to stderr, and adds this line and the stacks to a file.
 
     Args:
-      path: file that it adds to, beside stderr; it may be in a bucket.
-      seconds: that a phase may take.
+      path: the file, perhaps in a bucket.
+      seconds: how long a phase may take.
     """
 
     def __init__(self, path: str | Path, seconds: float):
         self._path, self._seconds = path, seconds
-        self._phase, self._since, self._told = "starting", time.monotonic(), False
+        self._phase, self._since, self._reported = "starting", time.monotonic(), False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
 
@@ -142,24 +154,24 @@ class Watchdog:
         return self
 
     def enter(self, phase: str) -> None:
-        """Notes what is being done from now on."""
-        self._phase, self._since, self._told = phase, time.monotonic(), False
+        """Begins a phase; its name says what the run does, such as "step 7 waits for its data"."""
+        self._phase, self._since, self._reported = phase, time.monotonic(), False
 
     def _run(self) -> None:
         while not self._ended.wait(min(self._seconds / 4, 10)):
             stood = time.monotonic() - self._since
-            if stood > self._seconds and not self._told:
-                self._told = True
+            if stood > self._seconds and not self._reported:
+                self._reported = True
                 text = (
-                    f"nothing has moved for {stood:.0f} s while {self._phase}; where every thread stands: {self._path}"
+                    f"nothing has moved for {stood:.0f} s while {self._phase}; the threads' stacks are in {self._path}."
                 )
                 print(f"maxmap: {text}", file=sys.stderr, flush=True)
                 with tempfile.TemporaryFile("w+") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
                     file.seek(0)
-                    path = place(self._path)
+                    path = storage.resolve(self._path)
                     before = path.read_text() if path.exists() else ""
-                    write_text(path, f"{before}{text}\n{file.read()}")
+                    storage.write_text(path, f"{before}{text}\n{file.read()}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -169,10 +181,10 @@ class Watchdog:
 
 
 class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after this step; a second one is not held up.
+    """Holds back the first Ctrl-C or SIGTERM until the step is done; a second one ends the process at once.
 
-    Several processes have to stop after the same step. JAX agrees on it for SIGTERM, which is what a scheduler sends;
-    Ctrl-C has no such meaning there and ends the process at once.
+    Several processes have to stop after the same step. JAX makes them agree on it when a scheduler sends SIGTERM. It
+    does not do so for Ctrl-C, which therefore ends a process of several at once.
     """
 
     def __init__(self) -> None:
@@ -186,7 +198,7 @@ class Interrupts:
         return self
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this many steps; to be asked once for every one."""
+        """Returns whether to stop after this many steps; call it once for every step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self._received = signal.SIGTERM
         return self._received is not None
@@ -201,4 +213,5 @@ class Interrupts:
             signal.signal(number, handler)
 
     def exit_code(self) -> int:
+        """Returns what the process ends with after the signal: `RESTART` for SIGTERM, 130 for Ctrl-C."""
         return RESTART if self._received == signal.SIGTERM else 128 + signal.SIGINT

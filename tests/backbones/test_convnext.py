@@ -12,7 +12,7 @@ from maxmap.convert.dialects import detect_naming
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.layers import blocks
-from maxmap.layers.blocks import tapped
+from maxmap.layers.blocks import tapped_blocks
 from maxmap.losses import total_loss
 from maxmap.models import create_model
 from tests.reference import fill_state_dict, import_timm, read_golden, read_manifest
@@ -148,7 +148,7 @@ def test_equals_timm(x64, plain_convolutions):
     [(9, 2, [3, 6]), (27, 4, [5, 10, 15, 20]), (21, 5, [3, 6, 9, 12, 15]), (3, 2, [1, 2]), (9, 0, [])],
 )
 def test_tapped_blocks(depth, taps, blocks):
-    assert tapped((3, 3, depth, 3), taps) == blocks
+    assert tapped_blocks((3, 3, depth, 3), taps) == blocks
 
 
 def test_taps_are_outputs_of_blocks_inside_of_the_third_stage(plain_convolutions):

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 
 from maxmap.backbones import maxxvit
 from maxmap.convert.torch import from_torch, to_torch
-from maxmap.layers import primitives
+from maxmap.layers.primitives import DropPath
 from maxmap.models import create_model
 from tests.reference import import_timm
 from tests.zoo import assert_same_moments, named, numbers, quick, randomised
@@ -126,7 +127,7 @@ def depths_of(config):
 def shrunken(config, **fields):
     """The model of a configuration with its widths and depths cut."""
     name = next(name for name in maxxvit.VARIANTS if re.sub(r"_\d+$", "", name) == config)
-    stem = maxxvit.VARIANTS[name].keywords.get("stem_width", 64)
+    stem = maxxvit.VARIANTS[name].fields.get("stem_width", 64)
     cut = {
         "image_size": SIZE,
         "embed_dim": WIDTHS,
@@ -344,15 +345,16 @@ def test_training_step_equals_timm(config, x64):
 
 
 @pytest.mark.parametrize("config", ["maxvit_tiny_tf", "maxvit_tiny_pm", "maxxvitv2_nano_rw", "coatnet_0"])
-def test_drop_path_rates_equal_timm(config, monkeypatch, plain_convolutions):
+def test_drop_path_rates_equal_timm(config, plain_convolutions):
     rates = []
 
-    def recorded(rate):
-        rates.append(rate)
-        return primitives.DropPath(rate)
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, DropPath) and context.method_name == "__call__":
+            rates.append(context.module.rate)
+        return call(*args, **kwargs)
 
-    monkeypatch.setattr(maxxvit, "DropPath", recorded)
-    trace(shrunken(config, drop_path=0.4))
+    with nn.intercept_methods(record):
+        trace(shrunken(config, drop_path=0.4))
     reference = timm_model(timm_config(config), drop_path_rate=0.4)
     wanted = [module.drop_prob for module in reference.modules() if hasattr(module, "drop_prob")]
     assert max(wanted) == pytest.approx(0.4)

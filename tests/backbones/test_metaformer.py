@@ -318,5 +318,5 @@ def test_bad_fields(fields, sentence):
 def test_random_matrices_have_one_size():
     model = create_model("randformer_s12")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    with pytest.raises(ValueError, match=r"image is 256x224 .* made for 224x224; .* image_size=\(256, 224\)"):
+    with pytest.raises(ValueError, match="the images are 256 x 224 pixels, the random matrices are for 224 x 224; set"):
         jax.eval_shape(model.apply, shapes, jnp.zeros((1, 256, 224, 3)))

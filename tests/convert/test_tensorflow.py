@@ -188,7 +188,7 @@ def test_damaged_checkpoints_are_refused(folder, tmp_path, capsys, mini):
 
     for file, part, why in (
         (f"{prefix}.data-00000-of-00001", slice(-1000), "is cut off"),
-        (f"{prefix}.index", slice(-1000), "does not end as one does"),
+        (f"{prefix}.index", slice(-1000), "does not end as a table's index does"),
         (f"{prefix}.index", slice(1000, None), "damaged or not complete"),
     ):
         shutil.copytree(folder, tmp_path / "copy")
@@ -198,6 +198,25 @@ def test_damaged_checkpoints_are_refused(folder, tmp_path, capsys, mini):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / f"{prefix}.data-00000-of-00001").unlink()
     refused("damaged or not complete")
+
+
+def test_a_damaged_index_never_ends_in_another_error(folder, tmp_path):
+    """Any bytes of it may be wrong: what is read is then a variable or a refusal, and it ends."""
+    prefix = tmp_path / "model.ckpt-92002"
+    (tmp_path / f"{prefix.name}.data-00000-of-00001").symlink_to(folder / f"{prefix.name}.data-00000-of-00001")
+    index = (folder / f"{prefix.name}.index").read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(100):
+        damaged = bytearray(index)
+        for position in rng.integers(0, len(index) - 8, 20):  # the last 8 bytes say that it is an index
+            damaged[position] = rng.integers(256)
+        prefix.with_name(f"{prefix.name}.index").write_bytes(damaged)
+        try:
+            tensorflow.read_variables(prefix)
+        except UserError as error:
+            assert "damaged or not complete" in str(error) or "partitioned" in str(error)
+            refused += 1
+    assert refused > 50
 
 
 def test_another_model_is_refused(folder):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maxmap.data import decode, pipeline
+from maxmap.data import decode, order
 from maxmap.data.pipeline import Data, open_data, preprocess
-from maxmap.data.sources import Record, open_source
+from maxmap.data.sources import LabelledImage, open_source
 from maxmap.errors import UserError
 from tests.reference import import_timm
 
@@ -88,7 +88,7 @@ def test_one_process_equals_several_together(data, processes):
 
 def test_threads_and_workers_do_not_change_the_batches(data):
     wanted = list(data.train_batches(70, seed=2, num_steps=3))
-    for other in (dataclasses.replace(data, threads=1, prefetch=1), dataclasses.replace(data, workers=2)):
+    for other in (dataclasses.replace(data, threads=1), dataclasses.replace(data, workers=2)):
         batches = list(other.train_batches(70, seed=2, num_steps=3))
         assert len(batches) == 3
         for one, two in zip(wanted, batches, strict=True):
@@ -102,8 +102,8 @@ def test_an_epoch_is_a_permutation_and_each_seed_and_epoch_has_its_own(data):
         concatenate(data.train_batches(100, seed=seed, start_step=start, num_steps=steps))["index"]
         for seed, start in [(0, 0), (0, steps), (1, 0)]
     ]
-    for order in orders:
-        assert len(set(order)) == 1400 and order.min() >= 0 and order.max() < 1437
+    for indices in orders:
+        assert len(set(indices)) == 1400 and indices.min() >= 0 and indices.max() < 1437
     for one, other in itertools.combinations(orders, 2):
         assert np.mean(one == other) < 0.02
         assert set(one) != set(other)  # what is left out differs too
@@ -114,7 +114,7 @@ def test_rows_are_the_crops_of_the_images_they_name(data):
     for row in range(50):
         record = data.train[int(batch["index"][row])]
         assert batch["label"][row] == record.label
-        rng = pipeline._Order(1437, 1, 1400, 5).generator(2 * 50 + row)
+        rng = order.SampleOrder(1437, 1, 1400, 5).generator(2 * 50 + row)
         assert np.array_equal(batch["image"][row], decode.train_crop(record.image, rng, size=6))
 
 
@@ -186,13 +186,13 @@ def test_repeats_are_timms_repeat_aug_sampler_for_the_same_permutation(monkeypat
     import torch
     from timm.data.distributed_sampler import RepeatAugSampler
 
-    permutation = pipeline._permutation(num, 7, 0)
+    permutation = order.permutation(num, 7, 0)
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.tensor(permutation))
     shares = [list(RepeatAugSampler(range(num), ranks, rank, num_repeats=3)) for rank in range(ranks)]
     wanted = [index for row in zip(*shares, strict=True) for index in row]
-    length = pipeline._epoch_length(num, 3)
-    order = pipeline._Order(num, 3, length, 7)
-    assert [order.index(position) for position in range(length)] == wanted
+    length = order.epoch_length(num, 3)
+    samples = order.SampleOrder(num, 3, length, 7)
+    assert [samples.index(position) for position in range(length)] == wanted
 
 
 # Broken images -----------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_a_broken_image_in_training_is_replaced_by_the_next_and_reported(folder)
     whole = concatenate(data.train_batches(10, seed=0, num_steps=4))
     bad = int(whole["index"][12])
     cut(Path(data.train.name(bad)))
-    with pytest.raises(UserError, match=r"1 of the 40 images looked at"):
+    with pytest.raises(UserError, match=r"1 of the 40 images checked"):
         open_data("folder", folder, **OPTIONS)
     data = open_data("folder", folder, check=0, **OPTIONS)
     rows = concatenate(data.train_batches(10, seed=0, num_steps=4))
@@ -265,7 +265,7 @@ class Faulty:
     def __len__(self) -> int:
         return 50
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> LabelledImage:
         raise RuntimeError(f"fault at {index}")
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core.utils.shard_utils import FileInstruction, get_file_instructions
 
-from maxmap.data.archives import parse_example
+from maxmap.data.archives import TFRecords, parse_example, record_positions
 from maxmap.data.sources import SOURCES, FolderSource, open_source
 from maxmap.errors import UserError
 
@@ -262,15 +263,45 @@ def test_tfds_as_tfrecord_is_read_by_index_without_tensorflow(prepared, as_tfrec
     assert "tensorflow" not in sys.modules
 
 
+def test_a_slice_without_images(prepared, as_tfrecord):
+    for folder in (prepared, as_tfrecord):
+        assert "'train[2:2]' of TFDS" in message("tfds", folder, "train[2:2]", name="maxmap_tiny")
+
+
 def test_a_tfrecord_file_that_is_cut_off(as_tfrecord, tmp_path):
     shutil.copytree(as_tfrecord, tmp_path / "cut")
     (file,) = (tmp_path / "cut").rglob("*-train.tfrecord-*")
     data = file.read_bytes()
     file.write_bytes(data[:-3])
-    assert "ends inside of a record" in message("tfds", tmp_path / "cut", name="maxmap_tiny")
+    assert "ends inside a record" in message("tfds", tmp_path / "cut", name="maxmap_tiny")
     length = struct.unpack("<Q", data[:8])[0]
     file.write_bytes(data[: 16 + length])
     assert "has 1 records" in message("tfds", tmp_path / "cut", name="maxmap_tiny")
+
+
+def test_a_tfrecord_file_of_another_data_set(as_tfrecord, tmp_path):
+    """One record more than the data set's own description says: an index would name another image."""
+    shutil.copytree(as_tfrecord, tmp_path / "other")
+    (file,) = (tmp_path / "other").rglob("*-train.tfrecord-*")
+    data = file.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    file.write_bytes(data[: 16 + length] + data)
+    for split in ("train", "train[:2]", "train[50%:]"):
+        text = message("tfds", tmp_path / "other", split, name="maxmap_tiny")
+        assert "has 7 records" in text and "says 6" in text and str(file) in text
+
+
+def test_slices_across_shards_are_read_where_they_lie(as_tfrecord, tmp_path):
+    (file,) = as_tfrecord.rglob("*-train.tfrecord-*")
+    records = [file.read_bytes()[start - 12 : start + length + 4] for start, length in record_positions(str(file))]
+    shards = [tmp_path / str(number) for number in range(3)]
+    for number, shard in enumerate(shards):
+        shard.write_bytes(b"".join(records[2 * number : 2 * number + 2]))
+    whole = TFRecords([FileInstruction(str(file), skip=0, take=6, examples_in_shard=6)])
+    for start, stop in ((0, 6), (1, 6), (1, 2), (2, 4), (3, 6), (0, 3)):
+        instructions = get_file_instructions(start, stop, list(map(str, shards)), [2, 2, 2])
+        part = TFRecords(instructions)
+        assert [part[i] for i in range(len(part))] == [whole[i] for i in range(start, stop)]
 
 
 def test_examples_are_parsed_by_the_wire_format():
@@ -291,8 +322,13 @@ def test_examples_are_parsed_by_the_wire_format():
         + feature(b"box", 2, floats),
     )
     assert parse_example(record) == {"image": [b"abc"], "label": [5, 150], "one": [7]}
-    with pytest.raises(OSError, match="cut off"):
-        parse_example(b"\x80")
+    for end in range(1, len(record)):
+        with pytest.raises(OSError, match="cannot be parsed: the data are cut off"):
+            parse_example(record[:end])
+    with pytest.raises(OSError, match="integer where bytes"):
+        parse_example(bytes([1 << 3, 7]))
+    with pytest.raises(OSError, match="utf-8"):
+        parse_example(field(1, feature(b"\xff", 1, field(1, b"abc"))))
 
 
 def pack(file, members: dict[str, bytes], mode: str = "w") -> None:

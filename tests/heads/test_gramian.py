@@ -9,9 +9,8 @@ import pytest
 
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
-from maxmap.heads.gramian import GramianHead, gather
+from maxmap.heads.gramian import GramianHead, concatenate_features
 from maxmap.layers import blocks
-from maxmap.layers.pooling import gram_values
 from maxmap.models import create_model
 from tests.reference import read_golden
 from tests.zoo import error, filled, named, numbers, quick, run
@@ -106,11 +105,11 @@ def test_golden(name, goldens, x64, plain_convolutions):
     assert all(np.array_equal(back[key], weights[key]) for key in back)
 
 
-def test_gather(x64):
+def test_features_are_concatenated_at_one_size(x64):
     """All maps but the stem's in order, averaged or enlarged to the last but one's size."""
     stem, large = numbers(0, 2, 8, 12, 1), numbers(1, 2, 8, 12, 2)
     tap, middle, small = numbers(2, 2, 4, 6, 3), numbers(3, 2, 4, 6, 4), numbers(4, 2, 2, 3, 5)
-    x = gather([jnp.asarray(feature) for feature in (stem, large, tap, middle, small)])
+    x = concatenate_features([jnp.asarray(feature) for feature in (stem, large, tap, middle, small)])
     halved = large.reshape(2, 4, 2, 6, 2, 2).mean((2, 4))
 
     def doubled(x):
@@ -120,25 +119,6 @@ def test_gather(x64):
 
     enlarged = doubled(doubled(small).swapaxes(1, 2)).swapaxes(1, 2)
     assert error(x, np.concatenate([halved, tap, middle, enlarged], axis=-1)) < 1e-12
-
-
-def test_gram_values(x64):
-    """The upper triangle of the channels' second moments, row by row with its diagonal, at length one."""
-    x = numbers(0, 2, 3, 4, 3)
-    z = x.reshape(2, 12, 3)
-    gram = np.einsum("bnp,bnq->bpq", z, z)
-    wanted = np.stack([gram[:, i, j] for i in range(3) for j in range(i, 3)], axis=-1)
-    assert error(gram_values(x), wanted / np.linalg.norm(wanted, axis=-1, keepdims=True)) < 1e-12
-    assert np.array_equal(gram_values(jnp.zeros((1, 2, 2, 3))), np.zeros((1, 6)))
-
-
-def test_gram_values_are_computed_in_float32():
-    """A mean far above the deviations, in bfloat16: the products must not be rounded before they are summed."""
-    x = jnp.asarray(numbers(0, 1, 14, 14, 8), jnp.bfloat16)
-    ours = gram_values(x)
-    assert ours.dtype == jnp.bfloat16
-    exact = gram_values(x.astype(jnp.float32))
-    assert np.array_equal(ours, exact.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -1,7 +1,6 @@
 """A run in a bucket, of a server on this machine (tests/gcs.py): killed, resumed, evaluated, used."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -12,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from maxmap import checkpoint, evaluate
+from maxmap import checkpoint, evaluate, storage
 from maxmap.__main__ import main
+from maxmap.config import bind
 from maxmap.errors import UserError
-from maxmap.predict import load, predict
+from maxmap.inference import load, predict
 from maxmap.train import loop
 from maxmap.train.report import Report
 from maxmap.train.resume import only_run
 from maxmap.train.watch import Watchdog
-from tests.tiny import ROOT, assert_equal, config, write_folder
+from tests.tiny import ROOT, assert_equal, free_port, settings_for
 from tests.tiny_run import outcome, start
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -31,9 +31,7 @@ TIMEOUT = 240  # seconds, for a process that takes ten on an idle machine
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """An empty bucket; etils (by gcsfs) and tensorstore find its server by the environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen([sys.executable, "-m", "tests.gcs", str(port)], cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -52,11 +50,6 @@ def bucket() -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +74,7 @@ def test_a_killed_run_in_a_bucket_ends_as_one_in_a_folder(runs):
 
 
 def test_what_a_run_leaves_in_a_bucket(runs):
-    remote, local = checkpoint.place(runs[0]), runs[1]
+    remote, local = storage.resolve(runs[0]), runs[1]
     names = {path.name for path in remote.iterdir()}
     assert names == {path.name for path in local.iterdir() if not path.name.startswith("order")}
     assert json.loads((remote / "config.json").read_text()) == json.loads((local / "config.json").read_text())
@@ -93,28 +86,28 @@ def test_what_a_run_leaves_in_a_bucket(runs):
 
 def test_what_is_used_from_a_bucket(runs, images, tmp_path, capsys):
     workdir, local = runs
-    settings = config(images, mesh__data=1)
+    settings = settings_for(images, mesh__data=1)
     (tmp_path / "checkpoints").symlink_to(local / "checkpoints")
-    assert evaluate.run(settings, workdir) == evaluate.run(settings, tmp_path)
+    assert evaluate.run(bind(settings), workdir) == evaluate.run(bind(settings), tmp_path)
     for name in ("eval.json", "predictions.csv"):
-        assert (checkpoint.place(workdir) / name).read_text() == (tmp_path / name).read_text()
+        assert (storage.resolve(workdir) / name).read_text() == (tmp_path / name).read_text()
     image = str(next((images / "val").rglob("*.png")))
     assert predict(workdir, [image]) == predict(local, [image])
     assert main(["predict", workdir, image]) == 0 and image in capsys.readouterr().out
     assert_equal(load(workdir)[1], load(local)[1])
     assert main(["average", workdir, "--last=2", f"--out={workdir}-mean"]) == 0
-    assert_equal(load(f"{workdir}-mean")[1], checkpoint.average([local], last=2)[0])
-    result = loop.run(config(images, init_from=workdir, steps=1), tmp_path / "next")
+    assert_equal(load(f"{workdir}-mean")[1], checkpoint.average_checkpoints([local], last=2)[0])
+    result = loop.run(bind(settings_for(images, init_from=workdir, steps=1)), tmp_path / "next")
     assert result["step"] == 1
 
 
 def test_a_checkpoint_in_a_bucket_that_is_damaged(runs, bucket, capsys):
-    workdir, copy = checkpoint.place(runs[0]), checkpoint.place(f"{bucket}/copy")
-    for file in checkpoint._files(workdir / "checkpoints"):
+    workdir, copy = storage.resolve(runs[0]), storage.resolve(f"{bucket}/copy")
+    for file in storage.walk(workdir / "checkpoints"):
         (copy / file.relative_to(workdir)).write_bytes(file.read_bytes())
-    part = next(f for f in checkpoint._files(copy / "checkpoints" / "9") if f.stat().length > 1000)
+    part = next(f for f in storage.walk(copy / "checkpoints" / "9") if f.stat().length > 1000)
     part.write_bytes(part.read_bytes()[:-1] + b"?")
-    assert checkpoint.newest(copy) == 8
+    assert checkpoint.newest_step(copy) == 8
     assert "step 9 in gs://bucket/copy is damaged" in capsys.readouterr().err
 
 
@@ -129,11 +122,11 @@ def test_the_newer_of_two_runs_in_a_bucket_goes_on(bucket):
 
 def test_the_older_run_copies_nothing_any_more(bucket, tmp_path):
     workdir = f"{bucket}/older"
-    metrics = checkpoint.place(workdir) / "metrics.jsonl"
-    with only_run(workdir) as look:
-        report = Report(workdir, step=0, total_steps=9, batch_size=8, look=look)
+    metrics = storage.resolve(workdir) / "metrics.jsonl"
+    with only_run(workdir) as check_ownership:
+        report = Report(workdir, step=0, total_steps=9, batch_size=8, check_ownership=check_ownership)
         report.train(1, 0.1, {"loss": 2.0, "learning_rate": 0.1})
-        report.keep()
+        report.upload()
         written = metrics.read_text()
         report.train(2, 0.2, {"loss": 2.0, "learning_rate": 0.1})
         folder = report.folder
@@ -144,7 +137,7 @@ def test_the_older_run_copies_nothing_any_more(bucket, tmp_path):
 
 
 def test_a_hang_is_told_in_the_bucket(bucket):
-    path = checkpoint.place(bucket) / "hang.txt"
+    path = storage.resolve(bucket) / "hang.txt"
     path.write_text("before\n")
     with Watchdog(path, 0.1) as dog:
         dog.enter("step 7 waits for its data")
@@ -157,12 +150,12 @@ def test_a_hang_is_told_in_the_bucket(bucket):
 
 def test_a_bucket_that_is_not_there(bucket, images):
     with pytest.raises(UserError, match=r"gs://nowhere/run cannot be written to \(.*\): look at the bucket's name"):
-        loop.run(config(images), "gs://nowhere/run")
+        loop.run(bind(settings_for(images)), "gs://nowhere/run")
     with pytest.raises(UserError, match="there is no checkpoint in gs://nowhere/run"):
-        evaluate.run(config(images), "gs://nowhere/run")
+        evaluate.run(bind(settings_for(images)), "gs://nowhere/run")
 
 
 def test_buckets_need_a_package(monkeypatch):
-    monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"gs://bucket/run needs the package gcsfs: pip install gcsfs, or .*\[gcs\]"):
         load("gs://bucket/run")

@@ -3,8 +3,6 @@
 `make soak` tries the same at random moments, and what takes longer.
 """
 
-import json
-import socket
 from pathlib import Path
 
 import jax
@@ -12,23 +10,12 @@ import numpy as np
 import pytest
 
 from maxmap.errors import UserError
-from maxmap.sharding import connect
+from maxmap.sharding import initialize_processes
 from maxmap.train.resume import check_changes, only_run
-from tests.tiny import assert_equal, config, write_folder
+from tests.tiny import assert_equal, free_port, read_lines, settings_for
 from tests.tiny_run import log_of, outcome, start
 
 TIMEOUT = 240  # seconds, for a process that takes ten on an idle machine
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("images"))
-
-
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def end(process, workdir: Path, code: int = 0) -> None:
@@ -54,7 +41,7 @@ def test_two_processes_train_as_one_does(images, tmp_path, environment):
     sets = ("--set", "steps=4", "--set", f"mesh__fsdp={2 if environment == 'flags' else 1}")
     one, two = tmp_path / "one", tmp_path / "two"
     single = start(images, one, "--devices=8", *sets)
-    number = port()
+    number = free_port()
     processes = []
     for i in range(2):
         flags = (f"--coordinator=127.0.0.1:{number}", "--num_processes=2", f"--process_id={i}")
@@ -72,7 +59,7 @@ def test_two_processes_train_as_one_does(images, tmp_path, environment):
     wanted, found = outcome(one), outcome(two)
     assert found["order"] == wanted["order"]  # and each process read its half alone:
     for i in range(2):
-        rows = [json.loads(line) for line in (two / f"order{i}.jsonl").read_text().splitlines()]
+        rows = read_lines(two / f"order{i}.jsonl")
         assert [samples for _, samples in rows] == [wanted["order"][at][4 * i : 4 * i + 4] for at, _ in rows]
     assert [row["step"] for row in found["metrics"]] == [row["step"] for row in wanted["metrics"]]  # one wrote the log
     for ours, theirs in zip(found["metrics"], wanted["metrics"], strict=True):
@@ -84,12 +71,12 @@ def test_two_processes_train_as_one_does(images, tmp_path, environment):
 
 def test_processes_that_are_only_half_described(monkeypatch):
     with pytest.raises(UserError, match="all of --coordinator"):
-        connect("127.0.0.1:1234")
-    connect()  # alone
+        initialize_processes("127.0.0.1:1234")
+    initialize_processes()  # alone
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    with pytest.raises(UserError, match="does not tell where its first process runs: give --coordinator"):
-        connect()
+    with pytest.raises(UserError, match="does not say where its first process runs: give --coordinator"):
+        initialize_processes()
 
 
 @pytest.mark.fault("two runs in one workdir")
@@ -103,11 +90,11 @@ def test_a_second_run_in_a_workdir_refuses(tmp_path):
 
 @pytest.mark.fault("config changed between runs")
 def test_changes_of_the_config():
-    before = config(None)
-    assert check_changes(before, config(None), "run", allow=False) == []
-    harmless = config(None, log__every=7, mesh__data=4, steps=3, checkpoint__keep=9, data__threads=3)
+    before = settings_for(None)
+    assert check_changes(before, settings_for(None), "run", allow=False) == []
+    harmless = settings_for(None, log__every=7, mesh__data=4, steps=3, checkpoint__keep=9, data__threads=3)
     assert "log.every: 2 -> 7" in check_changes(before, harmless, "run", allow=False)
-    serious = config(None, optim__weight_decay=0.1, log__every=7, seed=3)
+    serious = settings_for(None, optim__weight_decay=0.1, log__every=7, seed=3)
     with pytest.raises(UserError) as error:
         check_changes(before, serious, "run", allow=False)
     assert "(optim.weight_decay: 0.05 -> 0.1; seed: 0 -> 3)" in str(error.value)

@@ -1,8 +1,10 @@
 """A whole run: what it writes, that it goes on where it was stopped, and what it says to bad input."""
 
 import csv
+import hashlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,31 +14,27 @@ import numpy as np
 import pytest
 
 from maxmap import checkpoint, evaluate
+from maxmap.config import bind, complete
 from maxmap.convert.torch import abstract_variables
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
-from maxmap.labels import count
-from maxmap.schedule import make_schedule
+from maxmap.predictions import accuracies
 from maxmap.sharding import to_devices
 from maxmap.train import loop
 from tests.tiny import (
     assert_equal,
-    config,
     copied,
     create_tiny,
     files,
-    rooms,
+    read_lines,
+    settings_for,
+    use_models,
     without_timings,
     write_folder,
     write_image,
 )
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("images"))
 
 
 def run(settings: dict, workdir: Path) -> tuple[dict, dict]:
@@ -50,7 +48,7 @@ def run(settings: dict, workdir: Path) -> tuple[dict, dict]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", remember)
-        result = loop.run(settings, workdir)
+        result = loop.run(bind(settings), workdir)
     return result, saved
 
 
@@ -67,20 +65,20 @@ def interrupt(number: int, settings: dict, workdir: Path, *, step: int) -> int:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(loop, "to_devices", send)
-        loop.run(settings, workdir)
+        loop.run(bind(settings), workdir)
     assert len(calls) == step
     return stopped.value.code
 
 
 def metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(workdir / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
 def finished(images, tmp_path_factory) -> SimpleNamespace:
     """A run from beginning to end."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    settings = config(images)
+    settings = settings_for(images)
     result, saved = run(settings, workdir)
     return SimpleNamespace(workdir=workdir, config=settings, result=result, saved=saved)
 
@@ -112,7 +110,7 @@ def test_the_log_has_every_step_that_it_should(finished):
     assert [step for kind, step in steps if kind == "train"] == [1, 2, 4, 6, 8, 9]
     assert [step for kind, step in steps if kind == "eval"] == [3, 6, 9]
     assert rows[-1]["top1"] == finished.result["top1"] and rows[-1]["loss"] == finished.result["loss"]
-    schedule = make_schedule(steps_per_epoch=3, epochs=3, **finished.config["schedule"])
+    schedule = bind(finished.config).schedule(steps_per_epoch=3, epochs=3)
     for row in rows:
         assert row["epoch"] == row["step"] / 3
         if row["kind"] == "train":
@@ -128,7 +126,8 @@ def test_what_a_run_leaves_in_its_folder(finished):
     assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {"8", "9"}  # keep = 2
     assert finished.saved.keys() == {4, 8, 9}
     assert (finished.workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((finished.workdir / "config.json").read_text()) == json.loads(json.dumps(finished.config))
+    written = json.loads((finished.workdir / "config.json").read_text())
+    assert written == json.loads(json.dumps(complete(finished.config)))
     assert not [name for name in names if "unfinished" in name]
 
 
@@ -145,8 +144,8 @@ def test_the_checkpoint_is_the_state_when_it_was_saved(finished):
 def test_the_average_is_what_is_evaluated(finished):
     results = []
     for item in ("ema", "variables"):
-        data = loop.open_data(**finished.config["data"])
-        mesh = loop.make_mesh(data=1)
+        recipe = bind(finished.config)
+        data, mesh = recipe.data(), recipe.mesh()
         model = create_tiny("tiny", num_classes=3)
         step = evaluate.make_eval_step(model, data.preprocessing, mesh, np.dtype("float32"))
         results.append(evaluate.evaluate(step, finished.saved[9][item], data, 4, mesh)["loss"])
@@ -188,7 +187,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(finished, tmp_path, mo
 
     with monkeypatch.context() as patch, pytest.raises(Died):
         patch.setattr(loop, "to_devices", die)
-        loop.run(finished.config, tmp_path)
+        loop.run(bind(finished.config), tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # the line that the crash cut off
     assert checkpoint.read_info(tmp_path)["step"] == 4 and metrics_steps(tmp_path)[-1] > 4
@@ -208,7 +207,7 @@ def metrics_steps(workdir: Path) -> list[int]:
 def test_a_finished_run_is_only_evaluated(finished, monkeypatch):
     before = files(finished.workdir)
     monkeypatch.setattr(Data, "train_batches", lambda *args, **kwargs: pytest.fail("it trains"))
-    assert loop.run(finished.config, finished.workdir) == finished.result
+    assert loop.run(bind(finished.config), finished.workdir) == finished.result
     after = files(finished.workdir)
     # No second line for an evaluation that is there already, no other checkpoint.
     for name in before:
@@ -217,7 +216,7 @@ def test_a_finished_run_is_only_evaluated(finished, monkeypatch):
 
 
 def test_steps_end_a_run_early_on_another_mesh(finished, tmp_path):
-    settings = config(finished.config["data"]["path"], steps=2)
+    settings = settings_for(finished.config["data"]["path"], steps=2)
     assert run(settings, tmp_path)[0]["step"] == 2
     # The same run goes on, on two devices instead of one.
     result, saved = run({**settings, "steps": 4, "mesh": {"data": 2}}, tmp_path)
@@ -226,16 +225,16 @@ def test_steps_end_a_run_early_on_another_mesh(finished, tmp_path):
 
 
 def test_batch_norms_of_each_device_stay_on_as_many_devices(finished, tmp_path):
-    settings = config(finished.config["data"]["path"], steps=1, batch_norm="averaged", mesh={"data": 2})
+    settings = settings_for(finished.config["data"]["path"], steps=1, batch_norm="averaged", mesh={"data": 2})
     run(settings, tmp_path)
     settings = {**settings, "steps": 2, "mesh": {"data": 4}}
     assert "devices: 2 -> 4" in sentence(settings, tmp_path)
-    assert loop.run(settings, tmp_path, allow_changes=True)["step"] == 2
+    assert loop.run(bind(settings), tmp_path, allow_changes=True)["step"] == 2
 
 
 def test_mode_eval_repeats_the_last_evaluation(finished, tmp_path):
     (finished.workdir / "eval.json").unlink()
-    result = evaluate.run(finished.config, finished.workdir)
+    result = evaluate.run(bind(finished.config), finished.workdir)
     assert json.loads((finished.workdir / "eval.json").read_text()) == result
     raw = result.pop("raw")
     assert result == finished.result and raw["loss"] != result["loss"]
@@ -244,20 +243,20 @@ def test_mode_eval_repeats_the_last_evaluation(finished, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 11
     for weights, wanted in {"ema": result, "raw": raw}.items():
-        counted = count(row for row in rows if row["weights"] == weights)
+        counted = accuracies(row for row in rows if row["weights"] == weights)
         assert counted == {key: {**result, **wanted}[key] for key in ("images", "top1", "top5", "branch_top1")}
     assert rows[0]["name"].endswith("val/blue/000.png") and rows[0]["label"] == "0"
 
 
 def test_init_from_starts_with_the_average_of_another_run(finished, tmp_path):
-    settings = config(
+    settings = settings_for(
         finished.config["data"]["path"],
         steps=1,
         init_from=str(finished.workdir),
         optim={"name": "sgd"},
         schedule={"name": "constant", "lr": 1e-30},  # which moves nothing
     )
-    assert evaluate.run(settings, tmp_path / "none")["loss"] == finished.result["loss"]
+    assert evaluate.run(bind(settings), tmp_path / "none")["loss"] == finished.result["loss"]
     result, saved = run(settings, tmp_path / "run")
     assert result["step"] == 1
     start, _ = checkpoint.read_variables(finished.workdir)
@@ -266,7 +265,7 @@ def test_init_from_starts_with_the_average_of_another_run(finished, tmp_path):
     statistics = jax.tree.map(np.array_equal, saved[1]["variables"]["batch_stats"], start["batch_stats"])
     assert not any(jax.tree.leaves(statistics))  # a step of training has moved them
     # The run's own checkpoint now counts, not the one that it started from.
-    again = evaluate.run(settings, tmp_path / "run")
+    again = evaluate.run(bind(settings), tmp_path / "run")
     del again["raw"]
     assert again == result
 
@@ -275,7 +274,7 @@ def sentence(settings: dict, workdir: Path) -> str:
     """Trains on bad input: one sentence, and every file is as it was before."""
     before, existed = files(workdir), workdir.exists()
     with pytest.raises(UserError) as error:
-        loop.run(settings, workdir)
+        loop.run(bind(settings), workdir)
     assert files(workdir) == before and workdir.exists() == existed
     return str(error.value)
 
@@ -284,14 +283,13 @@ REAL = {"name": "maxvit_mini_32", "embed_dim": (16, 16), "depths": (1, 1), "tran
 
 
 def test_init_from_that_does_not_fit(images, tmp_path, monkeypatch):
-    from maxmap.models import create_model
+    from tests.tiny import create_model
 
-    for room in rooms():
-        monkeypatch.setattr(room, "create_model", create_model)
+    use_models(create_model, monkeypatch)
     other = create_model(**{**REAL, "embed_dim": (16, 32)}, num_classes=3)
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_variables(other))
     checkpoint.write_variables(tmp_path / "other", variables, {"model": {}, "step": 0})
-    settings = config(images, model=REAL, data__image_size=32, init_from=str(tmp_path / "other"))
+    settings = settings_for(images, model=REAL, data__image_size=32, init_from=str(tmp_path / "other"))
     message = sentence(settings, tmp_path / "run")
     assert str(tmp_path / "other") in message and "does not fit the model" in message
     assert "misshapen: stages.1." in message and "is (96,), the model has (48,)" in message
@@ -301,15 +299,14 @@ def test_init_from_that_does_not_fit(images, tmp_path, monkeypatch):
 
 def test_init_from_fits_a_model_to_new_classes(tmp_path, monkeypatch, capfd):
     """Everything but the classifier is the other model's; the log says so."""
-    from maxmap.models import create_model
+    from tests.tiny import create_model
 
-    for room in rooms():
-        monkeypatch.setattr(room, "create_model", create_model)
+    use_models(create_model, monkeypatch)
     model = create_model(**REAL, num_classes=5)
     shapes = abstract_variables(model)
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
     checkpoint.write_variables(tmp_path / "other", variables, {"model": {**REAL, "num_classes": 5}, "step": 0})
-    settings = config(
+    settings = settings_for(
         write_folder(tmp_path / "images", classes=("blue", "green")),
         model=REAL,
         data__image_size=32,
@@ -329,37 +326,37 @@ def test_init_from_fits_a_model_to_new_classes(tmp_path, monkeypatch, capfd):
 
 def test_a_workdir_of_another_run_is_left_alone(finished, images, tmp_path):
     workdir = finished.workdir
-    message = sentence(config(images, model__name="tiny_other"), workdir)
+    message = sentence(settings_for(images, model__name="tiny_other"), workdir)
     assert "name is tiny there and tiny_other here" in message and "another folder" in message
-    assert "branches is not set there and 3 here" in sentence(config(images, model__branches=3), workdir)
+    assert "branches is 2 there and 3 here" in sentence(settings_for(images, model__branches=3), workdir)
     folder = write_folder(tmp_path / "two", classes=("blue", "green"))
-    assert "num_classes is 3 there and 2 here" in sentence(config(folder), workdir)
+    assert "num_classes is 3 there and 2 here" in sentence(settings_for(folder), workdir)
     with pytest.raises(UserError, match="num_classes is 3 there and 2 here"):
-        evaluate.run(config(folder), workdir)
-    assert "optim.name: adamw -> lion" in sentence(config(images, optim={"name": "lion"}), workdir)
+        evaluate.run(bind(settings_for(folder)), workdir)
+    assert "optim.name: adamw -> lion" in sentence(settings_for(images, optim={"name": "lion"}), workdir)
 
 
 def test_a_run_without_an_average_cannot_go_on_with_one(images, tmp_path):
-    settings = config(images, ema_decay=None, steps=1)
+    settings = settings_for(images, ema_decay=None, steps=1)
     result, saved = run(settings, tmp_path)
     assert result["weights"] == "raw" and "ema" not in saved[1]
     changed = {**settings, "ema_decay": 0.5, "steps": 2}
     assert "ema_decay: None -> 0.5" in sentence(changed, tmp_path)
     with pytest.raises(UserError, match="another optimizer or averaging"):
-        loop.run(changed, tmp_path, allow_changes=True)
+        loop.run(bind(changed), tmp_path, allow_changes=True)
 
 
 def test_a_changed_config_goes_on_when_told(finished, tmp_path, capfd):
     settings = {**finished.config, "steps": 2}
     run(settings, tmp_path)
     settings = {**settings, "steps": 4, "loss": {"name": "softmax"}, "log": {"every": 1}}
-    assert "loss.decorrelation: -0.1 -> not set" in sentence(settings, tmp_path)
-    assert loop.run(settings, tmp_path, allow_changes=True)["step"] == 4
+    assert "loss.decorrelation: -0.1 -> 0.0" in sentence(settings, tmp_path)
+    assert loop.run(bind(settings), tmp_path, allow_changes=True)["step"] == 4
     told = capfd.readouterr().err
     assert "changed since the checkpoint: loss.decorrelation" in told
     assert "changed since the checkpoint: log.every: 2 -> 1" in told
     # From then on it is the run's own.
-    assert loop.run({**settings, "steps": 5}, tmp_path)["step"] == 5
+    assert loop.run(bind({**settings, "steps": 5}), tmp_path)["step"] == 5
 
 
 @pytest.mark.parametrize(
@@ -367,6 +364,8 @@ def test_a_changed_config_goes_on_when_told(finished, tmp_path, capfd):
     [
         ({"epoch": 3}, "no key 'epoch'; the nearest are epochs"),
         ({"mesh__dat": 3}, "config.mesh has no key 'dat'; the nearest are data"),
+        ({"batch_size": "8"}, "config.batch_size is '8': give a value of type int"),
+        ({"data__scale": 0.5}, "config.data.scale is 0.5: give a value of type list of float"),
         ({"data__pth": 3}, "config.data has no key 'pth'; the nearest are path"),
         ({"augment__flip": 3}, "config.augment has no key 'flip'; the nearest are"),
         ({"mix__mixap": 3}, "config.mix has no key 'mixap'; the nearest are mixup"),
@@ -377,7 +376,7 @@ def test_a_changed_config_goes_on_when_told(finished, tmp_path, capfd):
         ({"evaluate__every": 3}, "config.evaluate has no key 'every'; the nearest are every_epochs"),
         ({"checkpoint__evry": 3}, "config.checkpoint has no key 'evry'; the nearest are every"),
         ({"log__evry": 3}, "config.log has no key 'evry'; the nearest are every"),
-        ({"log": {}}, "config.log lacks the key 'every'"),
+        ({"optim": {}}, "config.optim lacks the key 'name'"),
         ({"model__num_classes": 4}, "config.model.num_classes is 4, but the data has 3 classes"),
         ({"seed": -1}, "config.seed is -1: give one from 0"),
         ({"steps": 0}, "config.steps is 0: give 1 or more"),
@@ -407,53 +406,63 @@ def test_a_changed_config_goes_on_when_told(finished, tmp_path, capfd):
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
 def test_bad_values_are_one_sentence_before_anything_is_written(images, tmp_path, change, says):
-    message = sentence(config(images, **change), tmp_path / "run")
+    message = sentence(settings_for(images, **change), tmp_path / "run")
     assert says in message
     assert message.rstrip(".").count(". ") == 0 and message[-1] != "!"
 
 
-def test_a_key_that_is_missing(images, tmp_path):
-    settings = config(images)
-    del settings["erase"]
-    assert "lacks the key 'erase'" in sentence(settings, tmp_path / "run")
-    with pytest.raises(UserError, match="lacks the key 'erase'"):
-        evaluate.run(settings, tmp_path)
+def test_an_old_run_goes_on_with_its_config_as_it_was_written(images, tmp_path):
+    """Configs of older versions lack the keys that were left at their defaults; this changes nothing."""
+    settings = settings_for(images, steps=1)
+    run(settings, tmp_path)
+    info = tmp_path / "checkpoints/1/info/metadata"
+    written = json.loads(info.read_text())
+    written["config"] = json.loads(json.dumps({**settings, "model": {**settings["model"], "num_classes": None}}))
+    assert "draft" not in written["config"]["data"] and "optim" in written["config"]
+    info.write_text(json.dumps(written))
+    (tmp_path / "checkpoints/1/SHA256SUMS").write_text(
+        re.sub(
+            r"\w+(?=  info/metadata)",
+            hashlib.sha256(info.read_bytes()).hexdigest(),
+            (tmp_path / "checkpoints/1/SHA256SUMS").read_text(),
+        )
+    )
+    assert run({**settings, "steps": 2}, tmp_path)[0]["step"] == 2
 
 
 def test_a_workdir_that_is_some_url(images):
     with pytest.raises(UserError, match=r"http://bucket/run is neither a folder nor in a bucket: write a path, gs://"):
-        loop.run(config(images), "http://bucket/run")
+        loop.run(bind(settings_for(images)), "http://bucket/run")
 
 
 def test_a_workdir_that_is_a_file(images, tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(UserError, match=r"cannot make the folder .*run .*another --workdir"):
-        loop.run(config(images), tmp_path / "run")
+        loop.run(bind(settings_for(images)), tmp_path / "run")
     assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_images_that_the_windows_do_not_divide(tmp_path, images, monkeypatch):
-    from maxmap.models import create_model
+    from tests.tiny import create_model
 
-    for room in rooms():
-        monkeypatch.setattr(room, "create_model", create_model)
+    use_models(create_model, monkeypatch)
     model = REAL
     for changes in (
         {"data__image_size": 36},  # the data's size is not the model's
         {"data__image_size": 32, "data__eval_image_size": 36},  # found before training, not after an epoch of it
         {"data__image_size": 36, "model__image_size": 36},
     ):
-        settings = config(images, **{"model": model, **changes})
+        settings = settings_for(images, **{"model": model, **changes})
         message = sentence(settings, tmp_path / "run")
         assert "36" in message and "the nearest size that works is 32" in message
     assert "there is no model 'maxvit_mini_23'" in sentence(
-        config(images, model={"name": "maxvit_mini_23"}), tmp_path / "run"
+        settings_for(images, model={"name": "maxvit_mini_23"}), tmp_path / "run"
     )
     assert "there is no head 'mapp', only linear, map" in sentence(
-        config(images, model={**model, "head": "mapp"}), tmp_path / "run"
+        settings_for(images, model={**model, "head": "mapp"}), tmp_path / "run"
     )
-    assert "has no field 'windowsize'; the nearest are window_size" in sentence(
-        config(images, model={**model, "windowsize": 4}), tmp_path / "run"
+    assert "has no key 'windowsize'; the nearest are window_size" in sentence(
+        settings_for(images, model={**model, "windowsize": 4}), tmp_path / "run"
     )
 
 
@@ -464,10 +473,10 @@ def test_files_that_cannot_be_decoded(tmp_path, capfd):
     text.write_text("not an image")
     bad.write_bytes(bad.read_bytes()[:90])
     # Looked at beforehand, they end the run before it begins.
-    message = sentence(config(folder), tmp_path / "run")
-    assert "2 of the 24 images looked at are broken" in message and str(cut) in message and str(text) in message
+    message = sentence(settings_for(folder), tmp_path / "run")
+    assert "2 of the 24 images checked are broken" in message and str(cut) in message and str(text) in message
     # In the middle of training they are left out, counted and named.
-    result, _ = run(config(folder, data__check=0, steps=6), tmp_path / "run")
+    result, _ = run(settings_for(folder, data__check=0, steps=6), tmp_path / "run")
     log = capfd.readouterr().err
     for number, path in ((cut, "train/red/002.png"), (text, "train/blue/006.png")):
         assert log.count(f"cannot be decoded: {number}") == 2, path  # once in each of two epochs
@@ -481,21 +490,21 @@ def test_where_nothing_can_be_decoded(tmp_path):
     for path in (folder / "val").rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no image of the evaluation split could be decoded"):
-        loop.run(config(folder, data__check=0, steps=1), tmp_path / "run")
+        loop.run(bind(settings_for(folder, data__check=0, steps=1)), tmp_path / "run")
 
 
 def test_folders_that_are_missing_or_wrong(tmp_path):
     workdir = tmp_path / "run"
-    message = sentence(config(tmp_path / "nowhere"), workdir)
+    message = sentence(settings_for(tmp_path / "nowhere"), workdir)
     assert all(text in message for text in (f"{tmp_path}/nowhere", "--config.data.path", "source=tfds", "make demo"))
     (tmp_path / "empty").mkdir()
-    message = sentence(config(tmp_path / "empty"), workdir)
+    message = sentence(settings_for(tmp_path / "empty"), workdir)
     assert all(text in message for text in (f"{tmp_path}/empty", "--config.data.path", "source=tfds", "make demo"))
     folder = write_folder(tmp_path / "images")
     write_image(folder / "val/yellow/000.png", 0, 0)
-    message = sentence(config(folder), workdir)
+    message = sentence(settings_for(folder), workdir)
     assert "'yellow'" in message and "training split" in message
     (tmp_path / "hollow/train").mkdir(parents=True)
     (tmp_path / "hollow/val").mkdir()
-    assert "holds no class folders" in sentence(config(tmp_path / "hollow"), workdir)
-    assert "no path" in sentence(config(None), workdir)
+    assert "holds no class folders" in sentence(settings_for(tmp_path / "hollow"), workdir)
+    assert "no path" in sentence(settings_for(None), workdir)

@@ -5,19 +5,20 @@ import jax.numpy as jnp
 import pytest
 
 from maxmap.__main__ import main
+from maxmap.config import bind
 from maxmap.errors import UserError
 from maxmap.models import create_model
 from maxmap.optim import make_optimizer
 from maxmap.sharding import make_mesh
 from maxmap.train.plan import plan
 from maxmap.train.state import abstract, create
-from tests.tiny import ROOT, config
+from tests.tiny import ROOT, settings_for
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 
 
 def settings(**changes):
-    values = config(
+    values = settings_for(
         None, model={"name": "maxvit_mini_32", "num_classes": 10}, data__image_size=32, batch_size=32, mesh={}
     )
     for key, value in changes.items():
@@ -27,7 +28,7 @@ def settings(**changes):
 
 def test_the_state_is_counted_to_the_byte():
     values = settings(mesh={"data": 4, "fsdp": 2})
-    found = plan(values, 8, "tpu-v4", 0.3)
+    found = plan(bind(values), 8, "tpu-v4", 0.3)
     optimizer = make_optimizer(1e-3, **values["optim"])
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     model = create_model("maxvit_mini_32", num_classes=10)
@@ -49,22 +50,22 @@ def test_the_state_is_counted_to_the_byte():
 
 def test_what_is_sent():
     # tests/test_sharding.py reads the same from the compiled step.
-    whole = 4 * plan(settings(), 1, "tpu-v4", 0.3)["parameters"]
-    one, eight = (plan(settings(), n, "tpu-v4", 0.3)["sent"] for n in (1, 8))
+    whole = 4 * plan(bind(settings()), 1, "tpu-v4", 0.3)["parameters"]
+    one, eight = (plan(bind(settings()), n, "tpu-v4", 0.3)["sent"] for n in (1, 8))
     assert sum(one.values()) == 0
     assert eight["gradients summed over data"] == pytest.approx(2 * whole * 7 / 8)
     assert eight["parameters gathered"] == 0
-    split = plan(settings(mesh={"fsdp": 8}), 8, "tpu-v4", 0.3)["sent"]
+    split = plan(bind(settings(mesh={"fsdp": 8})), 8, "tpu-v4", 0.3)["sent"]
     assert split["gradients summed over data"] == 0
     assert 0.9 * whole * 7 / 8 < split["parameters gathered"] <= whole * 7 / 8
     # Every micro-batch sums its gradients.
-    twice = plan(settings(accumulate=2), 8, "tpu-v4", 0.3)["sent"]
+    twice = plan(bind(settings(accumulate=2)), 8, "tpu-v4", 0.3)["sent"]
     assert twice["gradients summed over data"] == pytest.approx(2 * eight["gradients summed over data"])
 
 
 def test_recomputation_is_less_memory_and_more_arithmetic():
     model = {"name": "maxvit_mini_32", "num_classes": 10}
-    kept, again = (plan(settings(model={**model, "remat": on}), 1, "tpu-v4", 0.3) for on in (False, True))
+    kept, again = (plan(bind(settings(model={**model, "remat": on})), 1, "tpu-v4", 0.3) for on in (False, True))
     assert again["memory"]["activations, at most"] < 0.5 * kept["memory"]["activations, at most"]
     assert again["flops"] == pytest.approx(4 / 3 * kept["flops"])
 
@@ -78,4 +79,4 @@ def test_the_command(capsys):
     assert main(["plan", f"--config={QUICKSTART}", "--devices=4", "--config.batch=3"]) == 2
     assert "no key 'batch'; the nearest are batch_size" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not make 6 devices"):
-        plan(settings(mesh={"fsdp": 4}), 6, "tpu-v4", 0.3)
+        plan(bind(settings(mesh={"fsdp": 4})), 6, "tpu-v4", 0.3)

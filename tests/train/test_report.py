@@ -2,7 +2,6 @@
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from PIL import Image
 
 from maxmap.train import report as module
 from maxmap.train.report import Report, draw_curves
+from tests.tiny import read_lines
 
 RESULT = {"top1": 50.0, "top5": 75.0, "loss": 1.5, "images": 4, "skipped": [], "branch_top1": [50.0, 25.0]}
 
@@ -30,10 +30,6 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def rows(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def metrics(loss: float = 2.0) -> dict:
     return {"loss": loss, "learning_rate": 0.1}
 
@@ -48,7 +44,7 @@ def test_speed_leaves_out_evaluations_and_says_what_waiting_took(clock, tmp_path
     report.waited(0.5)
     report.train(20, 2.0, metrics())
     report.close()
-    (row,) = rows(tmp_path)
+    (row,) = read_lines(tmp_path / "metrics.jsonl")
     assert row == {
         "kind": "train",
         "step": 20,
@@ -68,8 +64,8 @@ def test_the_clock_starts_anew_with_every_line(clock, tmp_path):
         clock.now += seconds
         report.train(step, 0.0, metrics())
     report.close()
-    assert [row["images_per_second"] for row in rows(tmp_path)] == [8 / 20, 4 * 8 / 2]
-    assert [row["waiting_for_data"] for row in rows(tmp_path)] == [0.0, 0.0]
+    assert [row["images_per_second"] for row in read_lines(tmp_path / "metrics.jsonl")] == [8 / 20, 4 * 8 / 2]
+    assert [row["waiting_for_data"] for row in read_lines(tmp_path / "metrics.jsonl")] == [0.0, 0.0]
 
 
 def test_going_on_drops_what_is_done_again_and_a_line_that_was_cut_off(tmp_path):
@@ -85,7 +81,7 @@ def test_going_on_drops_what_is_done_again_and_a_line_that_was_cut_off(tmp_path)
     report.evaluation(3, 1.0, RESULT)  # of a run that has nothing left to train: it is there already
     report.train(4, 4 / 3, metrics(5))
     report.close()
-    assert [(row["kind"], row["step"], row["loss"]) for row in rows(tmp_path)] == [
+    assert [(row["kind"], row["step"], row["loss"]) for row in read_lines(tmp_path / "metrics.jsonl")] == [
         ("train", 1, 1),
         ("train", 2, 2),
         ("train", 3, 3),
@@ -100,14 +96,14 @@ def test_a_new_run_starts_with_an_empty_log(tmp_path):
         report = Report(tmp_path, step=0, total_steps=9, batch_size=8)
         report.train(1, 0.1, metrics(loss))
         report.close()
-    assert [row["loss"] for row in rows(tmp_path)] == [2.0]
+    assert [row["loss"] for row in read_lines(tmp_path / "metrics.jsonl")] == [2.0]
 
 
 def test_evaluations_go_to_the_log_with_their_numbers_only(tmp_path, capfd):
     report = Report(tmp_path, step=0, total_steps=9, batch_size=8)
     report.evaluation(3, 1.0, RESULT)
     report.close()
-    (row,) = rows(tmp_path)
+    (row,) = read_lines(tmp_path / "metrics.jsonl")
     assert row == {"kind": "eval", "step": 3, "epoch": 1.0, "top1": 50.0, "top5": 75.0, "loss": 1.5, "images": 4}
     assert "epoch 1: top-1 50.00 %, top-5 75.00 %, loss 1.5000 (4 images)" in capfd.readouterr().err
 
@@ -173,6 +169,18 @@ def test_curves_are_drawn_from_the_log(tmp_path):
     assert left.any() and not right.any()  # only the losses differ
 
 
-def test_curves_of_a_run_that_did_nothing_yet(tmp_path):
+def test_the_plots_of_a_run_without_steps_are_empty(tmp_path):
+    def has_a_rate() -> bool:
+        """Whether the plot on the right, which has no legend, shows anything coloured: its curve."""
+        picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"), int)
+        right = picture[:, 2 * picture.shape[1] // 3 :]
+        assert right.min() < 50, "there is no plot"
+        return (right.max(axis=2) - right.min(axis=2)).max() > 50
+
     Report(tmp_path, step=0, total_steps=9, batch_size=8).close()
-    assert (tmp_path / "curves.png").is_file()
+    assert not has_a_rate()
+    report = Report(tmp_path, step=0, total_steps=9, batch_size=8)
+    for step in (1, 2):
+        report.train(step, step / 3, metrics())
+    report.close()
+    assert has_a_rate()

@@ -8,15 +8,11 @@ import pytest
 
 from maxmap.sharding import make_mesh, replicated
 from maxmap.train.state import TrainState, abstract, create
-from tests.tiny import Tiny, assert_equal, compile_quickly
+from tests.tiny import Tiny, assert_equal
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 IMAGES = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with compile_quickly():
-        yield
 
 
 def test_items_are_the_whole_state():

@@ -10,15 +10,11 @@ from flax import linen as nn
 from maxmap.losses import total_loss
 from maxmap.train.state import TrainState, create
 from maxmap.train.step import cast, make_train_step
-from tests.tiny import Tiny, assert_equal, compile_quickly, copied
+from tests.tiny import Tiny, assert_equal, copied
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(7)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with compile_quickly():
-        yield
 
 
 def prepare(key, images, labels):

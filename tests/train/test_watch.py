@@ -7,18 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxmap.config import bind
 from maxmap.errors import UserError
 from maxmap.train import loop
 from maxmap.train.report import Report
-from maxmap.train.watch import CALM, Watch, Watchdog
-from tests.tiny import assert_equal, config, copied, write_folder
+from maxmap.train.watch import SPIKE_WARMUP as WARMUP
+from maxmap.train.watch import Watch, Watchdog
+from tests.tiny import assert_equal, copied, read_lines, settings_for
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("images"))
 
 
 def poisoned(*steps: int):
@@ -44,14 +41,14 @@ def poisoned(*steps: int):
 @pytest.mark.fault("loss not finite")
 def test_steps_that_are_not_finite_are_left_out(images, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(loop, "make_train_step", poisoned(3, 4))
-    result = loop.run(config(images, steps=6, log={"every": 2, "max_skips": 2}), tmp_path)
+    result = loop.run(bind(settings_for(images, steps=6, log={"every": 2, "max_skips": 2})), tmp_path)
     assert result["step"] == 6 and np.isfinite(result["loss"])
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    events = read_lines(tmp_path / "events.jsonl")
     assert [(e["kind"], e["step"], e["loss"]) for e in events] == [("skipped", 4, "nan"), ("skipped", 5, "nan")]
     assert all(len(e["samples"]) == 8 for e in events) and events[0]["samples"] != events[1]["samples"]
     said = capfd.readouterr().err
     assert "step 4 left out" in said and "2 in a row, at most 2" in said
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 6]
 
 
@@ -61,7 +58,7 @@ def test_too_many_of_them_end_the_run(images, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"not finite in 2 steps in a row, up to step 6: .*not_finite.json names"
     ) as error:
-        loop.run(config(images, log={"every": 2, "max_skips": 1}), tmp_path)
+        loop.run(bind(settings_for(images, log={"every": 2, "max_skips": 1})), tmp_path)
     assert str(error.value).rstrip(".").count(". ") == 0
     found = json.loads((tmp_path / "not_finite.json").read_text())
     assert found["step"] == 6 and len(found["samples"]) == 8
@@ -86,7 +83,7 @@ def test_a_step_that_is_left_out_changes_nothing(images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.Checkpoints, "save", remember)
     monkeypatch.setattr(loop, "make_train_step", poisoned(*range(3, 9)))
-    loop.run(config(images, checkpoint__every=3), tmp_path)
+    loop.run(bind(settings_for(images, checkpoint__every=3)), tmp_path)
     for item in ("variables", "ema"):
         assert_equal(saved[9][item], saved[3][item])
     assert_equal(saved[9]["training"]["opt_state"], saved[3]["training"]["opt_state"])
@@ -99,14 +96,14 @@ def metrics(loss: float, *, skipped: int = 0) -> dict:
 def test_spikes_are_told(tmp_path, capfd):
     report = Report(tmp_path, step=0, total_steps=1000, batch_size=2)
     watch = Watch(tmp_path, report, step=0, max_skips=1)
-    noise = 2 + 0.1 * np.random.default_rng(0).standard_normal(CALM + 50)
+    noise = 2 + 0.1 * np.random.default_rng(0).standard_normal(WARMUP + 50)
     for step, loss in enumerate(noise, 1):
-        assert not watch.look(step, metrics(9.0 if step in (5, CALM + 20) else loss), np.array([step, step]))
+        assert not watch.check(step, metrics(9.0 if step in (5, WARMUP + 20) else loss), np.array([step, step]))
     report.close()
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    events = read_lines(tmp_path / "events.jsonl")
     # Not the first one: nothing is known of the noise so early.
-    assert [(e["kind"], e["step"], e["samples"]) for e in events] == [("spike", CALM + 20, [CALM + 20] * 2)]
-    assert f"loss spike at step {CALM + 20}: 9.0000 after" in capfd.readouterr().err
+    assert [(e["kind"], e["step"], e["samples"]) for e in events] == [("spike", WARMUP + 20, [WARMUP + 20] * 2)]
+    assert f"loss spike at step {WARMUP + 20}: 9.0000 after" in capfd.readouterr().err
     # A run that goes on from an earlier step drops what it will meet again.
     Watch(tmp_path, report, step=50, max_skips=1)
     assert (tmp_path / "events.jsonl").read_text() == ""

@@ -1,4 +1,4 @@
-"""Kernels in Pallas for GPUs; on a CPU they run in Pallas' interpreter, which is for tests."""
+"""Kernels in Pallas for GPUs. Programs for a CPU run them in Pallas' interpreter, which is for tests."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,23 +10,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-Array = jax.Array
-Ref = Any  # of JAX: a place in memory, which has a shape and a type
+from maxmap.kernels.target import Array, accumulator, platform
 
-# A program holds the logits of a whole window, so windows have to be small: in float32, 128 x 128 of them take a
-# quarter of the registers of a multiprocessor.
+Ref = Any  # JAX's reference to an array in memory, with a shape and a type
+
+# Tokens of a window. One program keeps the logits of a whole window in registers: 128 x 128 logits in float32 fill a
+# quarter of a multiprocessor's registers.
 LARGEST_WINDOW = 128
-# Windows that a program of the backward pass takes one after another: it sums their gradients of the bias, so that a
-# sixteenth of what the logits would take goes to memory.
-GROUP = 16
+# Windows of one program in the backward pass. The program sums the bias's gradient over these windows and writes the
+# sum once: a sixteenth of the memory that one gradient for each window would take.
+WINDOWS_PER_PROGRAM = 16
 
 
 @jax.custom_vjp
 def window_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-    """softmax(q k^T + bias) v of many small windows, whose logits stay on the chip, in the backward pass too.
+    """softmax(q k^T + bias) v of many small windows. The logits never go to memory, in the backward pass neither.
 
-    Products are of the input's type and summed in float32 or wider, in which bias and softmax are computed. The
-    backward pass computes the weights again from the inputs, which are all that it keeps.
+    Matrix products take the input's type and sum in float32 or wider; bias and softmax are computed in that wider type.
+    Only the inputs are kept for the backward pass, which computes the weights again.
 
     Args:
       q: `[W, H, Q, D]`, scaled; W windows of at most `LARGEST_WINDOW` queries.
@@ -49,9 +50,9 @@ def _backward(residuals: tuple[Array, Array, Array, Array | None], grad: Array) 
     q, k, v, bias = residuals
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     if bias is None:
-        return *_call(_backward_kernel, [q, k, v, grad], None, out, group=GROUP), None
-    parts = jax.ShapeDtypeStruct((pl.cdiv(len(q), GROUP), *bias.shape), _wide(bias.dtype))
-    *grads, of_bias = _call(_backward_kernel, [q, k, v, grad], bias, [*out, parts], group=GROUP)
+        return *_call(_backward_kernel, [q, k, v, grad], None, out, group=WINDOWS_PER_PROGRAM), None
+    parts = jax.ShapeDtypeStruct((pl.cdiv(len(q), WINDOWS_PER_PROGRAM), *bias.shape), accumulator(bias.dtype))
+    *grads, of_bias = _call(_backward_kernel, [q, k, v, grad], bias, [*out, parts], group=WINDOWS_PER_PROGRAM)
     return *grads, jnp.sum(of_bias, axis=0).astype(bias.dtype)
 
 
@@ -66,10 +67,21 @@ def _call(
     *,
     group: int | None,
 ) -> Sequence[Array]:
-    """Runs a kernel for every head of every `group` windows, or of each alone, on tiles padded to powers of two."""
+    """Runs one program of a kernel for every head and every `group` windows, on tiles padded to powers of two.
+
+    Args:
+      kernel: of one program; it takes references to the inputs, to the bias unless it is None, and to the outputs.
+      inputs: `[windows, heads, tokens, channels]`.
+      bias: `[heads, queries, keys]`, the same for all windows, or None.
+      out: shapes of the outputs. The first three are like the inputs; the fourth, the bias's gradient, has one part for
+        each program.
+      group: windows of one program; None for one window, without an axis for it.
+
+    Returns:
+      The outputs.
+    """
     windows, heads, queries, _ = inputs[0].shape
     keys = inputs[1].shape[2]
-    # Windows; the bias, which all of them share; the parts of its gradient, one for every program.
     in_specs = [pl.BlockSpec((group, None, *_padded(x)), lambda i, head: (i, head, 0, 0)) for x in inputs]
     out_specs = [pl.BlockSpec((group, None, *_padded(x)), lambda i, head: (i, head, 0, 0)) for x in out[:3]]
     out_specs += [pl.BlockSpec((None, None, *_padded(x)), lambda i, head: (i, head, 0, 0)) for x in out[3:]]
@@ -81,14 +93,14 @@ def _call(
         grid=(pl.cdiv(windows, group or 1), heads),
         in_specs=in_specs,
         out_specs=out_specs,
-        # Triton by its name: what a GPU takes by default differs between the versions of JAX.
+        # Explicitly Triton: the default for GPUs differs between versions of JAX.
         compiler_params=triton.CompilerParams(num_warps=4 if max(queries, keys) <= 64 else 8),
-        interpret=jax.default_backend() == "cpu",
+        interpret=platform() == "cpu",
     )(*inputs, *([] if bias is None else [bias]))
 
 
 def _padded(x: Array | jax.ShapeDtypeStruct) -> tuple[int, int]:
-    """The last two axes of a tile: powers of two, and at least 16, which a product on the chip needs."""
+    """The last two axes of a tile: powers of two, and at least 16, which Triton's matrix product needs."""
     rows, columns = (max(16, pl.next_power_of_2(n)) for n in x.shape[-2:])
     return rows, columns
 
@@ -120,8 +132,8 @@ def _backward_kernel(*refs: Ref, sizes: tuple[int, int, int, int], biased: bool)
         return total_grad + grad_logits
 
     rows, columns = q_ref.shape[1], k_ref.shape[1]
-    total_grad = jnp.zeros((rows, columns), _wide(q_ref.dtype))
-    left = jnp.minimum(windows - pl.program_id(0) * GROUP, GROUP)
+    total_grad = jnp.zeros((rows, columns), accumulator(q_ref.dtype))
+    left = jnp.minimum(windows - pl.program_id(0) * WINDOWS_PER_PROGRAM, WINDOWS_PER_PROGRAM)
     total_grad = lax.fori_loop(0, left.astype(int), window, total_grad)
     if biased:
         _write(grad_bias_ref[0], total_grad, queries, keys)
@@ -138,11 +150,7 @@ def _weights(q: Array, k: Array, bias: Array | None, keys: int) -> tuple[Array, 
 
 
 def _product(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=_wide(a.dtype))
-
-
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dot(a, b, preferred_element_type=accumulator(a.dtype))
 
 
 def _inside(shape: tuple[int, ...], rows: int, columns: int) -> Array:

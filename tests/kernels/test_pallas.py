@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxmap import kernels, operations
-from maxmap.backbones.maxxvit import Attention
+from maxmap import operations
+from maxmap.backbones.maxxvit.attention import TransformerFields, WindowAttention
+from maxmap.kernels import pallas
 from maxmap.layers.blocks import SelfAttention, StripeAttention
-from maxmap.layers.primitives import Linear
-from maxmap.operations import attention
+from maxmap.operations import attention, compiled_for
 
 
 @pytest.fixture
-def pallas(monkeypatch: pytest.MonkeyPatch) -> None:
+def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS["cpu"] | {"attention": "pallas"})
 
 
@@ -38,7 +38,7 @@ def plain(q, k, v, bias):
 
 # Windows, heads, queries, keys, channels of a head; more windows than a program takes, tiles with and without padding.
 CASES = [
-    ((kernels.GROUP + 3, 2, 49, 49, 32), "float64", True, 1e-11),
+    ((pallas.WINDOWS_PER_PROGRAM + 3, 2, 49, 49, 32), "float64", True, 1e-11),
     ((3, 1, 1, 50, 24), "float64", False, 1e-11),
     ((2, 2, 16, 16, 16), "float32", False, 1e-4),
     ((2, 3, 98, 98, 8), "float32", True, 1e-4),
@@ -57,7 +57,7 @@ def test_window_attention_equals_the_plain_one(sizes, dtype, biased, tolerance, 
         (windows, heads, queries, channels),
     )
     inputs = (q, k, v, bias if biased else None, grad)
-    ours, wanted = both_ways(kernels.window_attention, *inputs), both_ways(plain, *inputs)
+    ours, wanted = both_ways(pallas.window_attention, *inputs), both_ways(plain, *inputs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), atol=tolerance)
@@ -66,15 +66,13 @@ def test_window_attention_equals_the_plain_one(sizes, dtype, biased, tolerance, 
 def test_window_attention_takes_logits_of_any_size(x64):
     q, k, v = numbers("float64", (2, 2, 49, 16), (2, 2, 49, 16), (2, 2, 49, 16))
     np.testing.assert_allclose(
-        kernels.window_attention(1000 * q, k, v, None), attention(1000 * q, k, v), rtol=1e-9, atol=1e-12
+        pallas.window_attention(1000 * q, k, v, None), attention(1000 * q, k, v), rtol=1e-9, atol=1e-12
     )
 
 
 LAYERS = {
     "window": (
-        Attention(
-            64, 64, (4, 4), Linear, 32, True, False, "bias_tf", 0, attn_drop=0.5, proj_drop=0, init_scheme="normal"
-        ),
+        WindowAttention(64, 64, (4, 4), TransformerFields(rel_pos_type="bias_tf", attn_drop=0.5), "normal"),
         [(2, 3, 16, 64)],
         {"train": False},
     ),
@@ -84,7 +82,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_take_the_kernel_where_it_is_chosen(name, x64, pallas, monkeypatch):
+def test_layers_take_the_kernel_where_it_is_chosen(name, x64, chosen, monkeypatch):
     layer, shapes, options = LAYERS[name]
     inputs = numbers("float64", *shapes)
     like, tree = jax.tree.flatten(jax.eval_shape(lambda: layer.init(jax.random.key(0), *inputs, **options)))
@@ -97,8 +95,8 @@ def test_layers_take_the_kernel_where_it_is_chosen(name, x64, pallas, monkeypatc
     np.testing.assert_allclose(*results, atol=1e-10)
 
 
-@pytest.mark.parametrize(("tokens", "rate"), [(kernels.LARGEST_WINDOW + 1, 0.0), (16, 0.5)])
-def test_what_the_kernel_cannot_is_computed_plainly(tokens, rate, pallas):
+@pytest.mark.parametrize(("tokens", "rate"), [(pallas.LARGEST_WINDOW + 1, 0.0), (16, 0.5)])
+def test_what_the_kernel_cannot_is_computed_plainly(tokens, rate, chosen):
     layer = SelfAttention(1, attn_drop=rate)
     x = jnp.zeros((1, tokens, 16))
 
@@ -110,15 +108,16 @@ def test_what_the_kernel_cannot_is_computed_plainly(tokens, rate, pallas):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_window_attention_is_written_for_a_gpu(biased, monkeypatch):
+def test_window_attention_is_written_for_a_gpu(biased):
     """Lowers to Triton, which needs no GPU: every operation of both directions is one that it has."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     shape = jax.ShapeDtypeStruct((20, 2, 49, 32), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((2, 49, 49), jnp.float32) if biased else None
 
     def run(q, k, v, bias, grad):
-        out, vjp = jax.vjp(kernels.window_attention, q, k, v, bias)
+        out, vjp = jax.vjp(pallas.window_attention, q, k, v, bias)
         return out, vjp(grad)
 
-    text = jax.jit(run).trace(shape, shape, shape, bias, shape).lower(lowering_platforms=("cuda",)).as_text()
+    with compiled_for("gpu"):
+        traced = jax.jit(run).trace(shape, shape, shape, bias, shape)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2

@@ -1,6 +1,5 @@
 """Predictions with the model, the classes and the preprocessing that a checkpoint carries."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -11,19 +10,10 @@ from PIL import Image
 
 from maxmap import checkpoint
 from maxmap.errors import UserError
-from maxmap.predict import load, predict
-from tests.tiny import CLASSES, assert_equal, copied, create_tiny, write_image
+from maxmap.inference import load, predict
+from tests.tiny import CLASSES, assert_equal, copied, create_tiny, preprocessing, write_image
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
-
-PREPROCESSING = {
-    "image_size": 8,
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-    "interpolation": "bicubic",
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.25, 0.25, 0.25],
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +28,7 @@ def save(workdir: Path, variables: dict, **changes) -> Path:
     info = {
         "model": {"name": "tiny", "num_classes": 3},
         "classes": list(CLASSES),
-        "preprocessing": {**PREPROCESSING, **changes},
+        "preprocessing": {**preprocessing(), **changes},
     }
     checkpoints.save(1, {"variables": variables}, info)
     checkpoints.close()
@@ -66,7 +56,7 @@ def test_load_returns_model_variables_and_info(workdir, variables):
     assert model == create_tiny("tiny", num_classes=3)
     assert_equal(loaded, variables)
     assert (info["classes"], info["step"], info["weights"]) == (list(CLASSES), 1, "raw")
-    assert info["preprocessing"] == json.loads(json.dumps(PREPROCESSING))
+    assert info["preprocessing"] == preprocessing()
 
 
 def test_probabilities_are_those_of_the_model(workdir, images, variables):

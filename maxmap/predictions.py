@@ -1,0 +1,102 @@
+"""The file of predictions, from which anyone can compute the accuracies again."""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from maxmap.errors import UserError
+
+
+def accuracies(rows: Iterable[Mapping[str, Any]], right: Mapping[int, Sequence[int]] | None = None) -> dict[str, Any]:
+    """Computes accuracies from the rows of predictions.
+
+    Args:
+      rows: what `make_rows` returns, or the rows of `predictions.csv`, read by `csv.DictReader`.
+      right: the right labels of each image by its index, as ReaL has them; an image without right labels does not
+        count. None: the label of the row is the only right one.
+
+    Returns:
+      'images' (how many count), 'top1' and 'top5' (percent), 'branch_top1' (percent, for each branch).
+
+    Raises:
+      UserError: no image counts.
+    """
+    images, top1, top5 = 0, 0, 0
+    branches: dict[str, int] = {}
+    for row in rows:
+        if right is None:
+            rank = int(row["rank"])
+            hits = {key: int(value) <= 1 for key, value in row.items() if re.fullmatch(r"branch\d+_rank", key)}
+        else:
+            labels = right[int(row["index"])]
+            if not labels:
+                continue
+            best = [int(value) for key, value in row.items() if re.fullmatch(r"top\d", key)]
+            rank = next((i for i, label in enumerate(best, 1) if label in labels), len(best) + 1)
+            hits = {key: int(value) in labels for key, value in row.items() if re.fullmatch(r"branch\d+", key)}
+        images += 1
+        top1 += rank <= 1
+        top5 += rank <= 5
+        for key, hit in hits.items():
+            branches[key] = branches.get(key, 0) + hit
+    if not images:
+        raise UserError("none of the images has a right label: check that the labels belong to these images.")
+    return {
+        "images": images,
+        "top1": 100 * top1 / images,
+        "top5": 100 * top5 / images,
+        "branch_top1": [100 * hits / images for hits in branches.values()],
+    }
+
+
+def make_rows(
+    batch: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], names: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    """Returns a row for each image of a batch that is not padding.
+
+    Args:
+      batch: 'index', 'label' and 'mask' (False for padding), each `[B]`.
+      found: 'best' `[B, 5]`, 'rank' `[B]`, 'branch' `[G, B]`, 'branch_rank' `[G, B]`; see
+        `maxmap.evaluate.make_eval_step`.
+      names: function from the index of an image to the name of its file.
+    """
+    rows = []
+    for i in np.flatnonzero(batch["mask"]):
+        row: dict[str, Any] = {"index": int(batch["index"][i]), "name": names(int(batch["index"][i]))}
+        row |= {"label": int(batch["label"][i]), "rank": int(found["rank"][i])}
+        row |= {f"top{k}": int(label) for k, label in enumerate(found["best"][i], 1)}
+        for g, (label, rank) in enumerate(zip(found["branch"][:, i], found["branch_rank"][:, i], strict=True)):
+            row |= {f"branch{g}": int(label), f"branch{g}_rank": int(rank)}
+        rows.append(row)
+    return rows
+
+
+def to_csv(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Returns the text of `predictions.csv`: a line for each image and kind of weights.
+
+    Its columns:
+
+    - `weights`: "ema" or "raw".
+    - `index`, `name`, `label`: the image's index, its file and its label.
+    - `rank`: rank of the label among the logits, averaged over the branches. Ties count against it. The top-k accuracy
+      is the share of ranks up to k.
+    - `top1` to `top5`: the classes with the largest averaged logits.
+    - `branchN`, `branchN_rank`: the class with the largest logit of a branch, and the rank of the label among its
+      logits.
+
+    Args:
+      rows: for each kind of weights what `make_rows` returns.
+    """
+    text = io.StringIO()
+    writer = None
+    for weights, part in rows.items():
+        for row in part:
+            if writer is None:
+                writer = csv.DictWriter(text, ["weights", *row], lineterminator="\n")
+                writer.writeheader()
+            writer.writerow({"weights": weights, **row})
+    return text.getvalue()

@@ -1,0 +1,163 @@
+"""The record of a run: what training, evaluation and the commands get of a config, checked and bound."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from maxmap.data.pipeline import Data
+from maxmap.errors import UserError
+from maxmap.models import Classifier
+from maxmap.schedule import Schedule
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The section `evaluate`.
+
+    Attributes:
+      batch_size: Images at a time, over all devices.
+      every_epochs: Epochs between two evaluations of a training run.
+    """
+
+    batch_size: int = 1024
+    every_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        _require_one_or_more("evaluate", batch_size=self.batch_size, every_epochs=self.every_epochs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """The section `checkpoint`.
+
+    Attributes:
+      every: Steps between two checkpoints; None for an epoch.
+      keep: Newest checkpoints to keep, beside the one with the best top-1 accuracy.
+    """
+
+    every: int | None = None
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        _require_one_or_more("checkpoint", every=1 if self.every is None else self.every, keep=self.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """The section `log`.
+
+    Attributes:
+      every: Steps between two lines of the log.
+      max_skips: Steps in a row that may be left out because loss or gradients are not finite; one more ends the run.
+      hang_minutes: Minutes after which a step, an evaluation or a save that does not end is reported with its stack.
+    """
+
+    every: int = 50
+    max_skips: int = 10
+    hang_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        _require_one_or_more("log", every=self.every)
+        if self.max_skips < 0:
+            raise UserError(f"config.log.max_skips is {self.max_skips}: give 0 or more.")
+        if self.hang_minutes <= 0:
+            raise UserError(f"config.log.hang_minutes is {self.hang_minutes}: give minutes, such as 30.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a run computes, checked: the numbers of the run, and each section bound to its function.
+
+    Attributes:
+      epochs: Epochs to train for, cool-down not included.
+      batch_size: Images of a step, over all devices and micro-batches.
+      mesh: Makes the device mesh.
+      model: Makes the model; takes `num_classes`.
+      data: Opens the data.
+      augment: Augments images on the device; takes key, images and mean.
+      mix: Mixes images and labels; takes key, images, labels and `num_classes`.
+      erase: Erases rectangles; takes key and images.
+      optim: Makes the optimizer; takes the learning rate.
+      schedule: Makes the learning rate schedule; takes `steps_per_epoch` and `epochs`.
+      loss: Computes the loss; takes outputs and targets.
+      evaluate: When and how to evaluate.
+      checkpoint: When to save, and how many checkpoints to keep.
+      log: When to log, and what ends a run.
+      values: The complete config that this is made of, as `read` returns it.
+      seed: Seed of the initialisation, of the order of the samples and of every random draw.
+      steps: Steps after which training ends; None to train for `epochs`.
+      accumulate: Micro-batches of a step, computed one after another.
+      dtype: Type that the model computes in; parameters and statistics stay in float32.
+      batch_norm: Whose samples a batch norm sees in training; see `maxmap.train.step.make_train_step`.
+      ema_decay: Share of the old moving average of the weights that a step keeps, such as 0.9999; None for no average.
+      init_from: Checkpoint to start from: folder of a run or of a converted checkpoint, or a published name.
+    """
+
+    epochs: int
+    batch_size: int
+    mesh: functools.partial[Mesh]
+    model: functools.partial[Classifier]
+    data: functools.partial[Data]
+    augment: Callable[..., Array]
+    mix: Callable[..., tuple[Array, Array]]
+    erase: Callable[..., Array]
+    optim: functools.partial[optax.GradientTransformation]
+    schedule: Callable[..., Schedule]
+    loss: Callable[..., tuple[Array, dict[str, Array]]]
+    evaluate: Evaluation
+    checkpoint: Saving
+    log: Logging
+    values: Mapping[str, Any]
+    seed: int = 0
+    steps: int | None = None
+    accumulate: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_norm: Literal["sync", "averaged", "per_device"] = "sync"
+    ema_decay: float | None = None
+    init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"config.seed is {self.seed}: give one from 0 to {2**32 - 1}.")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"config.steps is {self.steps}: give 1 or more, or leave it out to train for the epochs.")
+        if self.accumulate < 1:
+            raise UserError(f"config.accumulate is {self.accumulate}: give the number of micro-batches, 1 or more.")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"config.accumulate is {self.accumulate}, which does not divide config.batch_size {self.batch_size}."
+            )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(
+                f"config.ema_decay is {self.ema_decay}: give the share to keep, such as 0.9999, or leave it out."
+            )
+
+    def describe_model(self, num_classes: int) -> dict[str, Any]:
+        """Returns the keyword arguments of `create_model`, as a checkpoint stores them.
+
+        Args:
+          num_classes: Classes that the data has.
+
+        Raises:
+          UserError: The recipe names another number of classes.
+        """
+        given = self.model.keywords.get("num_classes", num_classes)
+        if given != num_classes:
+            raise UserError(
+                f"config.model.num_classes is {given}, but the data has {num_classes} classes: leave it out or give "
+                "other data."
+            )
+        return {**self.model.keywords, "num_classes": num_classes}
+
+
+def _require_one_or_more(section: str, **values: int) -> None:
+    for key, value in values.items():
+        if value < 1:
+            raise UserError(f"config.{section}.{key} is {value}: give 1 or more.")

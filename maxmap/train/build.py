@@ -1,0 +1,183 @@
+"""What a training run is built of: model, optimizer, state, steps; tried out by tracing before anything is written."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.errors import FlaxError
+from jax.sharding import Mesh
+
+from maxmap.data.augment import normalize
+from maxmap.data.pipeline import Data
+from maxmap.errors import UserError
+from maxmap.evaluate import EvalStep, check_image_size, make_eval_step
+from maxmap.models import Classifier, block_paths
+from maxmap.recipe import Recipe
+from maxmap.schedule import Schedule
+from maxmap.sharding import check_batch, replicated, split_batch
+from maxmap.train.state import TrainState, abstract, create
+from maxmap.train.step import Loss, Prepare, make_diagnosis, make_train_step
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """All that a recipe describes, built; nothing of it changes while the run goes on.
+
+    Attributes:
+      recipe: That the parts are built from.
+      mesh: Of the state and of the batches.
+      data: Training and evaluation split.
+      model: The network.
+      schedule: The learning rate by step.
+      steps_per_epoch: Steps of an epoch.
+      total_steps: Steps of the run.
+      create_state: Function of a key that makes a fresh state.
+      like: Shapes, types and shardings of a state.
+      train_step: Jitted function of state, batch and key; see `maxmap.train.step.make_train_step`.
+      diagnose: Jitted function of the same arguments; see `maxmap.train.step.make_diagnosis`.
+      eval_step: Jitted function of variables and batch; see `maxmap.evaluate.make_eval_step`.
+      info: What a checkpoint says of itself.
+    """
+
+    recipe: Recipe
+    mesh: Mesh
+    data: Data
+    model: Classifier
+    schedule: Schedule
+    steps_per_epoch: int
+    total_steps: int
+    create_state: Callable[[Array], TrainState]
+    like: TrainState
+    train_step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    diagnose: Callable[..., Any]
+    eval_step: EvalStep
+    info: dict[str, Any]
+
+    def keys(self) -> tuple[Array, Array]:
+        """Returns the keys of the fresh state and of the steps."""
+        init, train = jax.random.split(jax.random.key(self.recipe.seed))
+        return init, train
+
+    @property
+    def state_sharding(self) -> TrainState:
+        """The sharding of every array of a state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.like)
+
+
+def open_data(recipe: Recipe) -> Data:
+    """Opens the data of a training run, which needs both splits."""
+    data = recipe.data()
+    if data.train is None:
+        raise UserError("there is no training data: set --config.data.train_split.")
+    if data.val is None:
+        raise UserError("there is no evaluation data: set --config.data.val_split.")
+    return data
+
+
+def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
+    """Builds the parts of a run.
+
+    Args:
+      recipe: What the run is.
+      mesh: Of all devices of the run.
+      data: With both splits.
+
+    Raises:
+      UserError: Batch, mesh, model and images do not fit each other.
+    """
+    description = recipe.describe_model(len(data.classes))
+    model = recipe.model(num_classes=len(data.classes))
+    check_batch(recipe.batch_size // recipe.accumulate, mesh, "config.batch_size / config.accumulate =")
+    steps_per_epoch = data.steps_per_epoch(recipe.batch_size)
+    schedule = recipe.schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
+    optimizer = make_optimizer(recipe, model, schedule)
+    prepare = make_prepare(recipe, data)
+    images = jax.ShapeDtypeStruct((recipe.batch_size, data.image_size, data.image_size, 3), jnp.uint8)
+    _trace_once(prepare, recipe.loss, images, len(data.classes))
+
+    def create_state(key: Array) -> TrainState:
+        one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
+        return create(model, optimizer, key, one, ema=recipe.ema_decay is not None)
+
+    try:
+        like = abstract(jax.eval_shape(create_state, jax.random.key(0)), mesh)
+    except (ValueError, TypeError, FlaxError) as error:
+        raise UserError(f"{description['name']} with images of {data.image_size} pixels: {error}.") from None
+    if data.preprocessing["image_size"] != data.image_size:
+        check_image_size(model, like.variables(), data.preprocessing["image_size"])
+
+    dtype = jnp.dtype(recipe.dtype)
+    same, split = replicated(mesh), split_batch(mesh)
+    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        recipe.loss,
+        prepare,
+        mesh=mesh,
+        dtype=dtype,
+        ema_decay=recipe.ema_decay,
+        accumulate=recipe.accumulate,
+        batch_norm=recipe.batch_norm,
+    )
+    return Parts(
+        recipe=recipe,
+        mesh=mesh,
+        data=data,
+        model=model,
+        schedule=schedule,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=min(schedule.total_steps, recipe.steps or schedule.total_steps),
+        create_state=create_state,
+        like=like,
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(state_sharding, {"image": split, "label": split}, same),
+            out_shardings=(state_sharding, same),
+            donate_argnums=0,
+        ),
+        diagnose=jax.jit(make_diagnosis(model, recipe.loss, prepare, mesh=mesh, dtype=dtype)),
+        eval_step=make_eval_step(model, data.preprocessing, mesh, dtype),
+        info={
+            "model": description,
+            "classes": list(data.classes),
+            "preprocessing": data.preprocessing,
+            "devices": mesh.size,
+            "config": json.loads(json.dumps(recipe.values)),
+        },
+    )
+
+
+def make_optimizer(
+    recipe: Recipe, model: Classifier, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """Builds the optimizer of a recipe; finding the model's blocks takes a trace, which only layer-wise decay needs."""
+    blocks = () if recipe.optim.keywords["layer_decay"] is None else block_paths(model)
+    return recipe.optim(learning_rate, blocks=blocks)
+
+
+def make_prepare(recipe: Recipe, data: Data) -> Prepare:
+    """Returns what a step does to its batch on the device: flips and RandAugment, mixing, normalisation, erasing."""
+    mean, std, num_classes = data.preprocessing["mean"], data.preprocessing["std"], len(data.classes)
+
+    def prepare(key: Array, images: Array, labels: Array) -> tuple[Array, Array]:
+        augment_key, mix_key, erase_key = jax.random.split(key, 3)
+        images = recipe.augment(augment_key, images, mean=mean)
+        images, targets = recipe.mix(mix_key, images, labels, num_classes=num_classes)
+        return recipe.erase(erase_key, normalize(images, mean, std)), targets
+
+    return prepare
+
+
+def _trace_once(prepare: Prepare, loss: Loss, images: jax.ShapeDtypeStruct, num_classes: int) -> None:
+    """Traces augmentation and loss, so that a mistake in their sections shows before anything is built."""
+    labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32)
+    _, targets = jax.eval_shape(prepare, jax.random.key(0), images, labels)
+    logits = jax.ShapeDtypeStruct((1, images.shape[0], num_classes), jnp.float32)
+    jax.eval_shape(loss, {"logits": logits}, targets)

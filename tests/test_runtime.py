@@ -1,0 +1,122 @@
+"""On a CPU freed memory stays with the process; compiled programs are cached where the user says and nowhere else."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maxmap import runtime
+from maxmap.runtime import freed_memory
+from tests.tiny import ROOT
+
+# Whole pages of the 64 MB that a step takes. The first and the last may hold another block too, with which they stay.
+PAGES = 16384 - 2
+
+STEPS = """
+import ctypes, resource, sys, time
+import jax, jax.numpy as jnp, numpy as np
+from maxmap import runtime
+
+assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE: no huge pages, a fault is one of 4 kB
+if sys.argv[1] != "return":
+    assert runtime.freed_memory.keep()
+if sys.argv[1] == "full":
+    runtime.available_bytes = lambda: 1
+if sys.argv[1] == "compiled":
+    runtime.available_bytes = lambda: 1 << 30
+    np.ones(1 << 28)  # 2 GB, for which there is no room a second time, and free before the first step
+
+@jax.jit
+def product(x):
+    return jnp.sin(jnp.outer(x, x)) @ x  # the left side fills 64 MB
+
+def faults(size, wait=0):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    product(jnp.ones(size)).block_until_ready()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    time.sleep(wait)
+    runtime.freed_memory.trim_if_grown()
+    return faults
+
+print(sum([faults(4096) for _ in range(40)][20:]))
+faults(12288, wait=2)  # the process grows by 576 MB, which XLA frees soon after
+print(faults(4096))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.parametrize("memory", ["keep", "compiled", "return", "full"])
+def test_steps_take_no_pages_from_the_kernel_until_the_process_has_grown(memory: str) -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", STEPS, memory]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    faults, after_growth = map(int, output.split())
+    # On a busy machine XLA may free a step's memory after the next one has begun, which then takes its own, once.
+    assert faults < 4 * PAGES if memory in ("keep", "compiled") else faults >= 20 * PAGES
+    assert after_growth >= PAGES  # given back, or never kept: the pages are taken anew
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's control groups")
+def test_a_control_group_leaves_what_it_has_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtime, "_CONTROL_GROUP", tmp_path)
+    machine = runtime.available_bytes()  # there is no group
+    for name, text in {"max": "1000000", "current": "600000", "stat": "anon 500000\ninactive_file 70000\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert runtime.available_bytes() == 470_000  # files that were read can be dropped
+    (tmp_path / "memory.max").write_text("max")
+    assert runtime.available_bytes() == pytest.approx(machine, rel=0.5)
+
+
+def test_nothing_is_kept_where_an_accelerator_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert not freed_memory.keep()
+
+
+# What a command does first, and then a program that compiles within a second.
+COMMAND = """
+import jax
+from maxmap import runtime
+
+runtime.prepare()
+jax.jit(lambda x: x + 1)(1.0).block_until_ready()
+"""
+
+
+def run(command: list[str], home: Path, **settings: str) -> None:
+    """Runs a command as a user who has set nothing but this."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XDG_"))}
+    environment = {**own, "HOME": str(home), "JAX_PLATFORMS": "cpu", **settings}
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({}, ".cache/maxmap/xla"),
+        ({"XDG_CACHE_HOME": "{home}/xdg"}, "xdg/maxmap/xla"),
+        ({"JAX_COMPILATION_CACHE_DIR": "{home}/own"}, "own"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, None),
+        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}, None),
+    ],
+    ids=["home", "xdg", "folder", "off", "long"],
+)
+def test_programs_are_cached_where_the_user_says(settings, where, tmp_path):
+    run(["-c", COMMAND], tmp_path, **{key: each.format(home=tmp_path) for key, each in settings.items()})
+    assert {path.parent for path in tmp_path.rglob("*-cache")} == ({tmp_path / where} if where else set())
+
+
+@pytest.mark.parametrize("command", [["main.py", "--helpshort"], ["-m", "maxmap", "list", "maxvit_mini_32"]])
+def test_the_commands_cache_programs(command, tmp_path):
+    told = tmp_path / "told"
+    (tmp_path / "sitecustomize.py").write_text(  # at the end of the command JAX says which folder it uses
+        "import atexit, pathlib, sys\n"
+        "@atexit.register\n"
+        "def tell():\n"
+        f"    pathlib.Path({str(told)!r}).write_text(sys.modules['jax'].config.jax_compilation_cache_dir)\n"
+    )
+    with contextlib.suppress(subprocess.CalledProcessError):  # absl's help ends with 1
+        run(command, tmp_path, PYTHONPATH=str(tmp_path))
+    assert told.read_text() == str(tmp_path / ".cache/maxmap/xla")
