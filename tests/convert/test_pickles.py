@@ -226,6 +226,8 @@ def crafted():
     )
     files["checksum"] = (good.replace(text("a"), text("b")), "the checksum of its pickle")
     files["big-endian"] = (archive(tensor(), byteorder=b"big"), "has big-endian numbers")
+    cycle = b"\x80\x02}q\x00" + text("model") + b"h\x00s."
+    files["cycle"] = (archive(b"N", **{"data.pkl": cycle}), "holds no state dict but 'model'")
     files["program"] = (archive(tensor(), **{"constants.pkl": b""}), "holds a TorchScript program")
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(file := io.BytesIO(good), "a") as zipped:
         zipped.writestr("file/data/0", bytes(16))
