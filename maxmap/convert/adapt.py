@@ -96,7 +96,7 @@ def adapt(
         elif value.shape == leaf.shape and not class_maps.get(path):
             report.loaded.append(name)
             leaves[path] = to_float32(value)
-        elif path in classifier and value.shape[:-1] == leaf.shape[:-1] and not class_map:
+        elif path in classifier and _differ_in_classes(value.shape, leaf.shape) and not class_map:
             report.dropped.append(name)
             report.initialised.append(name)
         elif changed := _change(value, path, leaf.shape, path == input_kernel, class_maps.get(path), resize):
@@ -144,7 +144,7 @@ def _set_channels(
 ) -> tuple[LeafShapes, LeafPath | None]:
     """Returns the shapes for images of `in_channels` (None: as in the source), and the path of the input kernel."""
     path = image_kernel(shapes)
-    if path is None or path not in source:
+    if path is None or path not in source or source[path].ndim != 4:
         return shapes, path
     height, width, _, features = shapes[path].shape
     channels = source[path].shape[2] if in_channels is None else in_channels
@@ -187,7 +187,7 @@ def _change(
       class_map: for leaves of the classifier, see `adapt`; None for others.
       resize: see `adapt`.
     """
-    if class_map and value.shape[:-1] == shape[:-1]:
+    if class_map and _differ_in_classes(value.shape, shape):
         mapped = _map_classes(value, class_map, shape[-1])
         return mapped, f"mapped from {value.shape[-1]} to {shape[-1]} classes"
     if is_input_kernel and value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]:
@@ -197,6 +197,11 @@ def _change(
         if resized is not None:
             return resized, f"resized ({resize}) from {table_size(value.shape)} to {table_size(shape)}"
     return None
+
+
+def _differ_in_classes(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two shapes of a leaf of the classifier have at most another number of classes."""
+    return len(one) == len(other) and one[:-1] == other[:-1]
 
 
 def _initialise(model: Classifier, paths: Sequence[LeafPath], seed: int) -> dict[LeafPath, np.ndarray]:

@@ -246,7 +246,7 @@ def _count_classes(found: ForeignCheckpoint, classifier: Collection[str]) -> int
     shapes = [
         as_array(found.tensors[key]).shape for key, name in canonical_names(found.tensors).items() if name in classifier
     ]
-    return int(shapes[0][0]) if shapes and len(shapes[0]) else 0
+    return max((int(shape[0]) for shape in shapes if shape), default=0)
 
 
 def _class_names(found: ForeignCheckpoint, count: int) -> list[str]:

@@ -39,6 +39,7 @@ _SAFETENSORS_TYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_MOST_CONTAINERS = 10  # around a state dict
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
@@ -204,7 +205,9 @@ def _find_state_dict(content: Any, ema: bool | None, path: Path) -> tuple[Mappin
       The state dict, and its kind of weights: "raw" or "ema".
     """
     weights = "raw"
-    while isinstance(content, Mapping):
+    for _ in range(_MOST_CONTAINERS):  # a pickle may hold a container that holds itself
+        if not isinstance(content, Mapping):
+            break
         inside = {key for key, value in content.items() if isinstance(value, Mapping)}
         averaged, raw = (next((key for key in keys if key in inside), None) for keys in (AVERAGED_KEYS, RAW_KEYS))
         if ema and averaged is None and weights == "raw" and (raw is None or not _has_any(content[raw], AVERAGED_KEYS)):

@@ -95,7 +95,7 @@ def read_torch(path: Path) -> Any:
             "read from a pickle."
         ) from None
     except (*_DAMAGE, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or no file of torch.save ({_printable(error)}).") from None
+        raise UserError(f"{path} is damaged or no file of torch.save ({_printable(error)}): get it again.") from None
 
 
 def _printable(error: Exception) -> str:

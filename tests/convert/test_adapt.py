@@ -179,15 +179,15 @@ def test_another_head_only_where_that_is_wanted():
     _, after, report = adapted(plain, mapped, other_head=True)
     assert all(name.startswith(("head.", "norm.")) for name in report.dropped) and report.dropped
     assert set(report.initialised) == {name for name in after if name.startswith("head.")}
-    # The head is as its own initialisers draw it: what is constant there is so here, the rest depends on the seed.
-    drawn = mapped.init(jax.random.key(1), np.zeros((1, 64, 64, 3), np.float32))
+    # The head is as its own initialisers draw it: constant leaves are equal, the others as large.
+    with compile_quickly():
+        drawn = jax.jit(mapped.init)(jax.random.key(1), np.zeros((1, 64, 64, 3), np.float32))
     drawn = to_torch(jax.tree.map(np.asarray, drawn), mapped)
-    again = adapted(plain, mapped, other_head=True, seed=1)[1]
     for name in report.initialised:
-        assert np.array_equal(after[name], drawn[name]) == np.array_equal(after[name], again[name]), name
-        if drawn[name].size >= 500:
+        constant = drawn[name].min() == drawn[name].max()
+        assert np.array_equal(after[name], drawn[name]) == constant, name
+        if drawn[name].size >= 500 and not constant:
             assert 0.7 < after[name].std() / drawn[name].std() < 1.4, name
-    assert not np.array_equal(after["head.heads.0.head.weight"], again["head.heads.0.head.weight"])
 
 
 def test_everything_that_may_not_change_is_named():

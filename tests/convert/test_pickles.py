@@ -18,8 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maxmap.convert.load import read_foreign
 from maxmap.convert.pickles import Name
+from maxmap.convert.torch import to_torch
 from maxmap.convert.torch_files import read_torch
+from maxmap.errors import UserError
+from maxmap.models import create_model
+from tests.convert.test_torch import random_variables
 
 torch = pytest.importorskip("torch")
 
@@ -226,6 +231,8 @@ def crafted():
     )
     files["checksum"] = (good.replace(text("a"), text("b")), "the checksum of its pickle")
     files["big-endian"] = (archive(tensor(), byteorder=b"big"), "has big-endian numbers")
+    cycle = b"\x80\x02}q\x00" + text("model") + b"h\x00s."
+    files["cycle"] = (archive(b"N", **{"data.pkl": cycle}), "holds no state dict but 'model'")
     files["program"] = (archive(tensor(), **{"constants.pkl": b""}), "holds a TorchScript program")
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(file := io.BytesIO(good), "a") as zipped:
         zipped.writestr("file/data/0", bytes(16))
@@ -304,3 +311,16 @@ def test_random_changes_are_read_or_one_sentence(tmp_path):
         (tmp_path / f"{number:03}").write_bytes(data)
     results = read_apart(tmp_path)
     assert len(results) == 300 and sum(sentence is not None for sentence in results.values()) > 200
+
+
+@pytest.mark.parametrize("name", ["stem.conv1.weight", "head.fc.weight", "head.fc.bias"])
+def test_entries_that_are_no_tensors_of_the_model_are_named(name, tmp_path):
+    """A value of any kind in the place of a tensor is a fault of that entry, not an error in the program."""
+    model = create_model("test_maxvit", num_classes=3)
+    arrays = to_torch(random_variables(model), model)
+    tensors = {key: torch.from_numpy(np.array(value)) for key, value in arrays.items()}
+    path = tmp_path / "file.pth"
+    for value in ([[1], [2, 3]], {"a": 1}, "text", None, argparse.Namespace(), 1.5, np.float64(2), torch.tensor(1j)):
+        torch.save(tensors | {name: value}, path)
+        with pytest.raises(UserError, match=rf"(misshapen|no floating-point numbers): {name}"):
+            read_foreign(path, name="test_maxvit")
