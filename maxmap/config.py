@@ -94,7 +94,7 @@ def read(file: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
       UserError: There is no such file, or a key or a value does not fit.
     """
-    values = _flat(_load(str(file)))
+    values = flatten(_load(str(file)))
     texts = {}
     for override in overrides:
         name, equals, text = override.lstrip("-").removeprefix("config.").partition("=")
@@ -117,7 +117,7 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: A key is unknown or missing, or a value has another type.
     """
-    keys, flat = schema(values), _flat(values)
+    keys, flat = schema(values), flatten(values)
     for name, value in flat.items():
         _check_key(name, keys)
         if name in keys and not fits(value, keys[name].type):
@@ -134,7 +134,7 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Adds the defaults to a config and checks nothing: the config of an old checkpoint may have other keys."""
     defaults = {name: key.default for name, key in _fixed_schema().items() if key.default is not REQUIRED}
-    return {section: {} for section in SECTIONS} | _nested(defaults | _flat(values))
+    return {section: {} for section in SECTIONS} | _nested(defaults | flatten(values))
 
 
 def bind(values: Mapping[str, Any]) -> Recipe:
@@ -163,7 +163,7 @@ def bind(values: Mapping[str, Any]) -> Recipe:
 
 def explain(values: Mapping[str, Any]) -> str:
     """Returns a text with every key of a config: its value, its type, its default and what it means."""
-    flat, lines = _flat(values), []
+    flat, lines = flatten(values), []
     for name, key in schema(values).items():
         default = "required" if key.default is REQUIRED else f"default {key.default!r}"
         lines.append(f"config.{name} = {flat.get(name, key.default)!r}  ({_type_text(key.type)}; {default})")
@@ -176,7 +176,7 @@ def explain(values: Mapping[str, Any]) -> str:
 
 def schema(values: Mapping[str, Any]) -> dict[str, Key]:
     """Returns every key that a config with these values may have, by its path: 'epochs', 'optim.name'."""
-    model = _flat({"model": values.get("model")})
+    model = flatten({"model": values.get("model")})
     name, head = model.get("model.name"), model.get("model.head.name", model.get("model.head"))
     keys = _fixed_schema()
     if isinstance(name, str):
@@ -250,16 +250,16 @@ def _load(path: str) -> dict[str, Any]:
     return made.to_dict() if isinstance(made, ConfigDict) else made
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the values of a nested config by their paths."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `_flat`; a head by its name becomes a head with fields where there are fields."""
+    """The inverse of `flatten`; a head by its name becomes a head with fields where there are fields."""
     nested: dict[str, Any] = {}
     for path, value in flat.items():
         *sections, last = path.split(".")

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 
 from maxmap import storage
+from maxmap.config import flatten
 from maxmap.errors import UserError
 
 LOCK = "lock"
 
 # Keys and (with a dot) sections that may change when a run goes on: it computes the same, apart from rounding, because
-# other devices add numbers in another order.
+# other devices add numbers in another order. Only configs of older versions have data.prefetch.
 CHANGEABLE = (
     *("log.", "checkpoint.", "evaluate.", "mesh.", "steps", "init_from", "model.remat"),
     *("data.path", "data.threads", "data.workers", "data.prefetch", "data.check"),
@@ -96,7 +97,7 @@ def check_changes(there: Mapping[str, Any], here: Mapping[str, Any], workdir: st
     Raises:
       UserError: a changed value changes what is computed, and `allow` is False.
     """
-    there, here = _flat(json.loads(json.dumps(there))), _flat(json.loads(json.dumps(here)))
+    there, here = flatten(json.loads(json.dumps(there))), flatten(json.loads(json.dumps(here)))
     changes = {
         key: f"{key}: {there.get(key, 'not set')} -> {here.get(key, 'not set')}"
         for key in sorted(there.keys() | here.keys())
@@ -110,14 +111,3 @@ def check_changes(there: Mapping[str, Any], here: Mapping[str, Any], workdir: st
             "another --workdir, or --continue_with_changes to go on with these."
         )
     return list(changes.values())
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested sections by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
