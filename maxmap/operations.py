@@ -161,6 +161,11 @@ def _broadcast_backward(shape: tuple[int, ...], way: str, _: None, grad: Array) 
 _broadcast.defvjp(_broadcast_forward, _broadcast_backward)
 
 
+def scaled(x: Array, factor: Array) -> Array:
+    """Multiplies `x` `[..., C]` by one factor per channel `[C]`, in the type of `x`."""
+    return x * broadcast(factor.astype(x.dtype), x.shape)
+
+
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """Normalises `[..., C]` over C, computed in float32 or wider, returned in the type of `x`.
 

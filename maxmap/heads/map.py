@@ -285,10 +285,11 @@ class MAPHead(nn.Module):
       num_classes: K; 0 returns each branch's flattened tokens in place of logits.
       channels: D, channels of the fused map and of the tokens after the attention.
       level: index of the feature map whose size the fused map takes; 0 or less for the last feature map alone.
+      activation: of the fusion.
       branches: G.
+      tokens: T per branch.
       self_distill: adds the mean token and a second classifier per branch, which learns from the first.
       light: predicts with the second classifiers. While training, the first ones get no gradient.
-      tokens: T per branch.
       gram: computes the tokens from the Gram matrix; False for learned tokens.
       gram_channels: P, channels of the map from which the Gram matrix is computed.
       token_channels: Q, channels of the Gram tokens; None for D. Other channels than D allow one attention block only,
@@ -300,7 +301,6 @@ class MAPHead(nn.Module):
       interactive: mixes the attention heads.
       mlp_ratio: hidden channels of the MLP divided by D.
       mlp_groups: groups of the MLP's convolutions.
-      activation: of the fusion.
       classifier: "norm" (LayerNorm first) or "linear".
       attention_dropout: of the attention probabilities.
       token_dropout: after the attention's projection and inside of the MLP.
@@ -313,10 +313,11 @@ class MAPHead(nn.Module):
     num_classes: int
     channels: int = 384
     level: int = 3
+    activation: str = "gelu"
     branches: int = 4
+    tokens: int = 2
     self_distill: bool = True
     light: bool = False
-    tokens: int = 2
     gram: bool = True
     gram_channels: int = 384
     token_channels: int | None = None
@@ -327,7 +328,6 @@ class MAPHead(nn.Module):
     interactive: bool = False
     mlp_ratio: float = 4.0
     mlp_groups: int = 2
-    activation: str = "gelu"
     classifier: str = "norm"
     attention_dropout: float = 0.05
     token_dropout: float = 0.05

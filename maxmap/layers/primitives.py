@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from maxmap.operations import Array, Padding, activate, broadcast, convolve, layer_norm, linear, upcast
+from maxmap.operations import Array, Padding, activate, broadcast, convolve, layer_norm, linear, scaled, upcast
 
 Initializer = Callable[..., Array]
 
@@ -274,11 +274,6 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.use_bias else jnp.zeros_like(scale)
         return layer_norm(x, scale, bias, self.epsilon)
-
-
-def scaled(x: Array, factor: Array) -> Array:
-    """Multiplies `x` `[..., C]` by one factor per channel `[C]`, in the type of `x`."""
-    return x * broadcast(factor.astype(x.dtype), x.shape)
 
 
 class Scale(nn.Module):
