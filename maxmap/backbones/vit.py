@@ -34,9 +34,9 @@ class ViT(nn.Module):
       depths: blocks of each group; a feature map is returned after each group.
       heads: of the attention.
       mlp_ratio: hidden channels of the MLPs divided by `embed_dim`.
-      class_token: puts a learned token before the patch tokens and returns it as the last feature, a map of one pixel.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
       attn_drop, proj_drop: dropout of the attention probabilities; of the projections.
+      class_token: puts a learned token before the patch tokens and returns it as the last feature, a map of one pixel.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -45,10 +45,10 @@ class ViT(nn.Module):
     depths: Sequence[int] = (3, 3, 3, 3)
     heads: int = 6
     mlp_ratio: float = 4.0
-    class_token: bool = True
     drop_path: float = 0.0
     attn_drop: float = 0.0
     proj_drop: float = 0.0
+    class_token: bool = True
 
     @nn.nowrap
     def num_features(self) -> int:

@@ -178,11 +178,11 @@ class GramianHead(nn.Module):
       attention_width: channels of all its heads together; None for D // 4.
       mlp_ratio: hidden channels of the class attention's MLP divided by D.
       mlp_groups: groups of that MLP.
-      drop_path: rate of dropping the residual branches of the aggregation and of the blocks. The recipes give the
-        backbone's.
       init_scheme: "torch" (PyTorch's defaults), "trunc_normal" (weights with a deviation of 0.02, biases 0),
         "trunc_normal_linear" (the same for linear maps only) or "he" (convolutions by He's rule). The blocks follow
         their own families.
+      drop_path: rate of dropping the residual branches of the aggregation and of the blocks. The recipes give the
+        backbone's.
     """
 
     num_classes: int
@@ -198,8 +198,8 @@ class GramianHead(nn.Module):
     attention_width: int | None = None
     mlp_ratio: float = 4.0
     mlp_groups: int = 4
-    drop_path: float = 0.0
     init_scheme: str = "trunc_normal"
+    drop_path: float = 0.0
 
     @nn.nowrap
     def validate(self, num_features: int) -> None:
@@ -286,5 +286,5 @@ class GramianHead(nn.Module):
         token = BatchNorm(name=f"gram_embedding_{k}_1")(values, train=train)[:, 0]  # [B, 1, D]
         width = self.attention_width or self.channels // 4
         mlp = functools.partial(GroupedMlp, self.mlp_groups, self.mlp_ratio, inits=CONV_INITS[self.init_scheme])
-        attend = ClassAttentionBlock(width, self.heads, self.init_scheme, mlp, name=f"ga_{k}")
-        return attend(token, pixels)[:, 0]
+        block = ClassAttentionBlock(width, self.heads, self.init_scheme, mlp, name=f"ga_{k}")
+        return block(token, pixels)[:, 0]

@@ -150,47 +150,24 @@ class TokenAttentionBlock(nn.Module):
     Where the tokens have other channels than the map, the attention has no residual path.
 
     Attributes:
-      channels, width, heads, interactive: see `TokenAttention`.
-      attention_dropout: of the attention probabilities.
-      dropout: of the attention's output and inside of the MLP.
-      mlp_ratio: hidden channels of the MLP divided by D.
-      mlp_groups: groups of the MLP's convolutions.
-      init_scheme: see `MAPHead`.
+      attention: constructor of the `TokenAttention`.
+      mlp: constructor of the grouped MLP.
     """
 
-    channels: int
-    width: int
-    heads: int
-    interactive: bool
-    attention_dropout: float
-    dropout: float
-    mlp_ratio: float
-    mlp_groups: int
-    init_scheme: str
+    attention: Callable[..., nn.Module]
+    mlp: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, tokens: Array, x: Array, *, train: bool) -> Array:
         """Maps tokens `[B, T, Q]` and the map `[B, N, D]` to tokens `[B, T, D]`."""
-        attention = TokenAttention(
-            self.channels,
-            self.width,
-            self.heads,
-            self.interactive,
-            self.attention_dropout,
-            self.dropout,
-            self.init_scheme,
-            name="attn",
-        )
+        attention = self.attention(name="attn")
         if tokens.shape[-1] == x.shape[-1]:
             norm = LayerNorm(1e-6, name="norm1")
             tokens = tokens + attention(norm(tokens), norm(x), train=train)
         else:
             tokens = attention(LayerNorm(1e-6, name="norm1_1")(tokens), LayerNorm(1e-6, name="norm1_2")(x), train=train)
-        # The released networks use ReLU here, whatever the activation of the fusion.
-        mlp = GroupedMlp(
-            self.mlp_groups, self.mlp_ratio, "relu", self.dropout, CONV_INITS[self.init_scheme], name="mlp"
-        )
-        return tokens + mlp(LayerNorm(1e-6, name="norm2")(tokens)[:, None], train=train)[:, 0]
+        y = LayerNorm(1e-6, name="norm2")(tokens)[:, None]
+        return tokens + self.mlp(name="mlp")(y, train=train)[:, 0]
 
 
 class Branch(nn.Module):
@@ -413,18 +390,20 @@ class MAPHead(nn.Module):
             self.gram_groups,
             self.init_scheme,
         )
-        block = functools.partial(
-            TokenAttentionBlock,
-            channels=self.channels,
-            width=self.attention_width or self.channels,
-            heads=self.heads,
-            interactive=self.interactive,
-            attention_dropout=self.attention_dropout,
-            dropout=self.token_dropout,
-            mlp_ratio=self.mlp_ratio,
-            mlp_groups=self.mlp_groups,
-            init_scheme=self.init_scheme,
+        attention = functools.partial(
+            TokenAttention,
+            self.channels,
+            self.attention_width or self.channels,
+            self.heads,
+            self.interactive,
+            self.attention_dropout,
+            self.token_dropout,
+            self.init_scheme,
         )
+        # The released networks use ReLU here, whatever the activation of the fusion.
+        inits = CONV_INITS[self.init_scheme]
+        mlp = functools.partial(GroupedMlp, self.mlp_groups, self.mlp_ratio, "relu", self.token_dropout, inits)
+        block = functools.partial(TokenAttentionBlock, attention, mlp)
         return functools.partial(
             Branch, gram_tokens if self.gram else None, self.tokens, self.self_distill, self.layers, block
         )

@@ -34,7 +34,7 @@ def _gelu_tanh(x: Array) -> Array:
 
 
 def _gelu_tanh_derivative(x: Array) -> Array:
-    """Of x * s(2 u), s the logistic function: the same as x / 2 * (1 + tanh(u))."""
+    """The derivative of x * s(2 u) with the logistic function s, another form of x / 2 * (1 + tanh(u))."""
     s = nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
     return s + x * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * jnp.square(x))
 
@@ -54,10 +54,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
-# Initialisers, by the names of the PyTorch schemes that the reference networks use.
-trunc_normal_02 = nn.initializers.truncated_normal(
-    stddev=0.02, lower=-100.0, upper=100.0
-)  # truncated at -2 and 2, as in timm
+# Initialisers under the names of the PyTorch schemes that the reference networks use.
+trunc_normal_02 = nn.initializers.truncated_normal(stddev=0.02, lower=-100.0, upper=100.0)  # cut at -2 and 2
 torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in))
 xavier_uniform = nn.initializers.xavier_uniform()
 

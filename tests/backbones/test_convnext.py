@@ -15,20 +15,9 @@ from maxmap.layers import blocks
 from maxmap.layers.blocks import tapped_blocks
 from maxmap.losses import total_loss
 from maxmap.models import create_model
+from tests import zoo
 from tests.reference import fill_state_dict, import_timm, read_golden, read_manifest
-from tests.zoo import (
-    assert_equals_golden,
-    assert_equals_timm,
-    assert_initialised_like,
-    assert_rates_equal_timm,
-    assert_same_names,
-    assert_size,
-    named,
-    numbers,
-    pyramid,
-    quick,
-    rates_of,
-)
+from tests.zoo import named, numbers, quick
 
 # Parameters with 1000 classes, channels of the stem's and the stages' maps.
 ROWS = {
@@ -57,16 +46,16 @@ def test_every_variant_has_a_row():
 @pytest.mark.parametrize("name", ROWS)
 def test_parameters_and_features(name, plain_convolutions):
     params, channels = ROWS[name]
-    assert_size(create_model(name), params, pyramid(224, (4, 4, 8, 16, 32), channels))
+    zoo.assert_size(create_model(name), params, zoo.pyramid(224, (4, 4, 8, 16, 32), channels))
 
 
 def test_golden(goldens, x64, plain_convolutions):
     """The authors' network under their own names."""
     golden = read_golden(goldens, "convnext_tiny")
     model = create_model("convnext_tiny")
-    variables = assert_equals_golden(model, golden)
+    variables = zoo.assert_equals_golden(model, golden)
     assert recognise(golden[0]).dialect == "fair"
-    assert_same_names(variables, model, golden[0], "fair")
+    zoo.assert_same_names(variables, model, golden[0], "fair")
 
 
 def summaries(key, value):
@@ -109,7 +98,7 @@ def test_training_step_of_map(goldens, x64):
 
 def test_equals_timm(x64, plain_convolutions):
     model = create_model("convnext_tiny", **SMALL)
-    assert_equals_timm(model, timm_model(), numbers(0, 3, *SIZE, 3), slice(1, None))
+    zoo.assert_equals_timm(model, timm_model(), numbers(0, 3, *SIZE, 3), slice(1, None))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +128,7 @@ def test_taps_are_outputs_of_blocks_inside_of_the_third_stage(plain_convolutions
 
 
 def test_initialisation_follows_timm(plain_convolutions):
-    assert_initialised_like(create_model("convnext_tiny", **SMALL), SIZE, timm_model)
+    zoo.assert_initialised_like(create_model("convnext_tiny", **SMALL), SIZE, timm_model)
 
 
 def test_initialisation_of_map(plain_convolutions):
@@ -160,9 +149,9 @@ def test_initialisation_of_map(plain_convolutions):
 def test_drop_path_rates(endpoint, monkeypatch, plain_convolutions):
     """timm's; a network with a head that goes on dropping ends one step short."""
     model = convnext.ConvNeXt(depths=DEPTHS, embed_dim=WIDTHS, drop_path=0.42, drop_path_endpoint=endpoint)
-    rates = rates_of(model, SIZE, monkeypatch, blocks)
+    rates = zoo.rates_of(model, SIZE, monkeypatch, blocks)
     if endpoint:
-        assert_rates_equal_timm(rates, timm_model(drop_path_rate=0.42))
+        zoo.assert_rates_equal_timm(rates, timm_model(drop_path_rate=0.42))
     else:
         assert rates == pytest.approx([0.42 * i / 7 for i in range(7)])
 

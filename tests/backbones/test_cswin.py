@@ -13,29 +13,21 @@ from maxmap.errors import UserError
 from maxmap.layers import blocks
 from maxmap.layers.blocks import CSWinBlock
 from maxmap.models import create_model
+from tests import zoo
 from tests.reference import read_golden
-from tests.zoo import (
-    assert_equals_golden,
-    assert_same_names,
-    assert_size,
-    error,
-    idle_parameters,
-    named,
-    numbers,
-    pyramid,
-    quick,
-    rates_of,
-    run,
-)
+from tests.zoo import error, named, numbers, quick, run
 
-# Parameters with 1000 classes, image size, channels of the first stage.
+# Parameters with 1000 classes, image sizes, channels of the first stage.
+MODELS = {
+    "64_12211_tiny": (22_320_552, (224,), 64),
+    "64_24322_small": (34_643_304, (224,), 64),
+    "96_24322_base": (77_382_184, (224, 384), 96),
+    "144_24322_large": (173_262_664, (224, 384), 144),
+}
 ROWS = {
-    "CSWin_64_12211_tiny_224": (22_320_552, 224, 64),
-    "CSWin_64_24322_small_224": (34_643_304, 224, 64),
-    "CSWin_96_24322_base_224": (77_382_184, 224, 96),
-    "CSWin_144_24322_large_224": (173_262_664, 224, 144),
-    "CSWin_96_24322_base_384": (77_382_184, 384, 96),
-    "CSWin_144_24322_large_384": (173_262_664, 384, 144),
+    f"CSWin_{name}_{size}": (params, size, channels)
+    for name, (params, sizes, channels) in MODELS.items()
+    for size in sizes
 }
 SIZE, CLASSES = (64, 96), 10  # height and width cannot be mixed up unseen
 SMALL = {
@@ -54,16 +46,16 @@ def test_every_variant_has_a_row():
 @pytest.mark.parametrize("name", ROWS)
 def test_parameters_and_features(name, plain_convolutions):
     params, size, channels = ROWS[name]
+    widths = [channels * factor for factor in (1, 1, 2, 4, 8)]
     model = create_model(name)
     assert model.backbone.image_size == size
-    widths = [channels * factor for factor in (1, 1, 2, 4, 8)]
-    assert_size(model, params, pyramid(size, (4, 4, 8, 16, 32), widths))
+    zoo.assert_size(model, params, zoo.pyramid(size, (4, 4, 8, 16, 32), widths))
 
 
 def test_golden(goldens, x64, plain_convolutions):
     golden = read_golden(goldens, "CSWin_64_12211_tiny_224")
     model = create_model("CSWin_64_12211_tiny_224")
-    assert_same_names(assert_equals_golden(model, golden), model, golden[0])
+    zoo.assert_same_names(zoo.assert_equals_golden(model, golden), model, golden[0])
 
 
 def stripes_by_hand(q, k, v, p, heads, window):
@@ -141,7 +133,7 @@ def test_stripes_follow_the_image_size(plain_convolutions):
 @pytest.mark.parametrize("deep_stem", [False, True])
 def test_gradients_reach_every_parameter(deep_stem, x64, plain_convolutions):
     model = create_model("CSWin_64_12211_tiny_224", deep_stem=deep_stem, taps=1, **SMALL)
-    assert idle_parameters(model, SIZE, least=1e-6) == set()
+    assert zoo.idle_parameters(model, SIZE, least=1e-6) == set()
 
 
 def test_initialisation(plain_convolutions):
@@ -163,7 +155,7 @@ def test_initialisation(plain_convolutions):
 def test_drop_path_rates(monkeypatch, plain_convolutions):
     """They rise to the full rate over all blocks, both branches of a block alike."""
     model = create_model("CSWin_64_12211_tiny_224", drop_path=0.6, **SMALL)
-    assert rates_of(model, SIZE, monkeypatch, blocks) == pytest.approx([0.15 * (i // 2) for i in range(10)])
+    assert zoo.rates_of(model, SIZE, monkeypatch, blocks) == pytest.approx([0.15 * (i // 2) for i in range(10)])
 
 
 @pytest.mark.parametrize(

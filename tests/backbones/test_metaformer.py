@@ -14,20 +14,9 @@ from maxmap.backbones import metaformer
 from maxmap.convert.torch import to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
+from tests import zoo
 from tests.reference import import_timm, read_golden
-from tests.zoo import (
-    QUICK,
-    assert_equals_golden,
-    assert_equals_timm,
-    assert_initialised_like,
-    assert_rates_equal_timm,
-    idle_parameters,
-    named,
-    numbers,
-    pyramid,
-    rates_of,
-    traced,
-)
+from tests.zoo import QUICK, named, numbers
 
 S, M = (64, 64, 128, 320, 512), (96, 96, 192, 384, 768)
 
@@ -101,9 +90,9 @@ def test_every_variant_has_a_row():
 def count(model, depths):
     """Sizes of a model's collections, and shapes of its features.
 
-    All blocks of a stage are alike: the first is traced, and counts for `depths` of them.
+    All blocks of a stage are alike: the first is zoo.traced, and counts for `depths` of them.
     """
-    sizes, shapes = traced(model)
+    sizes, shapes = zoo.traced(model)
     totals = {"params": 0, "constants": 0}
     for path, size in sizes.items():
         totals[path[0]] += size * (depths[int(path[2][-1])] if "blocks_0" in path else 1)
@@ -119,7 +108,7 @@ def test_parameters_and_features(name, plain_convolutions):
     shallow = model.clone(backbone=model.backbone.clone(depths=(1, 1, 1, 1)))
     sizes, features = count(shallow, model.backbone.depths)
     assert sizes == {"params": params, "constants": constants}
-    assert features == pyramid(pixels, (4, 4, 8, 16, 32), channels)
+    assert features == zoo.pyramid(pixels, (4, 4, 8, 16, 32), channels)
     assert model.backbone.num_features() == len(features)
 
 
@@ -133,12 +122,12 @@ def test_blocks_are_alike(name, plain_convolutions):
 def test_goldens(family, goldens, x64):
     """The authors' code: also the names of the authors' checkpoints."""
     name = f"{family}_{FAMILIES[family]}"
-    assert_equals_golden(create_model(name), read_golden(goldens, name), level=1)
+    zoo.assert_equals_golden(create_model(name), read_golden(goldens, name), level=1)
 
 
 @pytest.mark.parametrize("family", ["poolformerv2", "convformer", "caformer"])
 def test_equals_timm(family, x64):
-    assert_equals_timm(like_timm(family), timm_model(family), numbers(0, 2, *SIZE, 3), slice(1, None))
+    zoo.assert_equals_timm(like_timm(family), timm_model(family), numbers(0, 2, *SIZE, 3), slice(1, None))
 
 
 def head_variables(model):
@@ -188,7 +177,7 @@ def test_without_classes_the_embedding_comes_out():
 @pytest.mark.parametrize("family", ["identityformer", "randformer"])
 def test_gradients_reach_every_parameter(family, x64, plain_convolutions):
     """Without exception: no bias stands before a softmax or a norm that would cancel it; constants are none."""
-    assert idle_parameters(shrunken(family), SIZE, least=1e-6) == set()
+    assert zoo.idle_parameters(shrunken(family), SIZE, least=1e-6) == set()
 
 
 def test_random_matrices():
@@ -212,12 +201,12 @@ def test_random_matrices():
 
 @pytest.mark.parametrize("family", ["poolformerv2", "convformer", "caformer"])
 def test_initialisation_follows_timm(family, plain_convolutions):
-    assert_initialised_like(shrunken(family), SIZE, lambda: timm_model(family))
+    zoo.assert_initialised_like(shrunken(family), SIZE, lambda: timm_model(family))
 
 
 def test_drop_path_rates_equal_timm(monkeypatch, plain_convolutions):
-    rates = rates_of(shrunken("poolformerv2", drop_path=0.4), SIZE, monkeypatch, metaformer)
-    assert_rates_equal_timm(rates, timm_model("poolformerv2", drop_path_rate=0.4))
+    rates = zoo.rates_of(shrunken("poolformerv2", drop_path=0.4), SIZE, monkeypatch, metaformer)
+    zoo.assert_rates_equal_timm(rates, timm_model("poolformerv2", drop_path_rate=0.4))
     assert rates[-1] == pytest.approx(0.4)
 
 

@@ -11,21 +11,9 @@ from maxmap.backbones import resnet
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
+from tests import zoo
 from tests.reference import import_timm, read_golden
-from tests.zoo import (
-    assert_equals_timm,
-    assert_initialised_like,
-    assert_rates_equal_timm,
-    assert_same_names,
-    assert_size,
-    error,
-    idle_parameters,
-    named,
-    numbers,
-    pyramid,
-    quick,
-    rates_of,
-)
+from tests.zoo import error, named, numbers, quick
 
 # Parameters with 1000 classes, channels of the stem's and the stages' maps.
 ROWS = {
@@ -59,10 +47,10 @@ def test_every_variant_has_a_row():
     assert set(ROWS) == named("resnet")
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_parameters_and_features(name, plain_convolutions):
-    params, channels = ROWS[name]
-    assert_size(create_model(name), params, pyramid(224, (2, 4, 8, 16, 32), channels))
+@pytest.mark.parametrize(("name", "row"), ROWS.items())
+def test_parameters_and_features(name, row, plain_convolutions):
+    params, channels = row
+    zoo.assert_size(create_model(name), params, zoo.pyramid(224, (2, 4, 8, 16, 32), channels))
 
 
 def test_golden(goldens, x64):
@@ -84,15 +72,15 @@ def test_golden(goldens, x64):
     assert np.abs(distill - wanted["distill_logits"]).max() < 1e-9 * wanted["distill_logits"].std()
     for i, feature in enumerate(features):
         assert error(feature.mean((1, 2)), wanted[f"feature_{i}"]) < 1e-9
-    assert_same_names(variables, model, weights)
+    zoo.assert_same_names(variables, model, weights)
 
 
 def test_equals_timm(x64, plain_convolutions):
-    assert_equals_timm(small_resnet50(), timm_model(), numbers(0, 3, *SIZE, 3), slice(None))
+    zoo.assert_equals_timm(small_resnet50(), timm_model(), numbers(0, 3, *SIZE, 3), slice(None))
 
 
 def test_initialisation_follows_timm(plain_convolutions):
-    assert_initialised_like(small_resnet50(), SIZE, timm_model)
+    zoo.assert_initialised_like(small_resnet50(), SIZE, timm_model)
 
 
 def test_initialisation_of_map(plain_convolutions):
@@ -119,18 +107,18 @@ def test_initialisation_of_map(plain_convolutions):
 def test_gradients_of_map(x64, plain_convolutions):
     """They reach every parameter but the biases that a softmax cancels."""
     cancelled = {f"head.mmcap.mmcap.{g}.attention.0.attn.{name}.bias" for g in range(2) for name in ("k", "w1")}
-    assert idle_parameters(create_model("map_resnet50", **SMALL), SIZE, batch=4) == cancelled
+    assert zoo.idle_parameters(create_model("map_resnet50", **SMALL), SIZE, batch=4) == cancelled
 
 
 def test_drop_path_rates_equal_timm(monkeypatch, plain_convolutions):
-    rates = rates_of(small_resnet50(drop_path=0.4), SIZE, monkeypatch, resnet)
-    assert_rates_equal_timm(rates, timm_model(drop_path_rate=0.4))
+    rates = zoo.rates_of(small_resnet50(drop_path=0.4), SIZE, monkeypatch, resnet)
+    zoo.assert_rates_equal_timm(rates, timm_model(drop_path_rate=0.4))
     assert rates[-1] == pytest.approx(0.4)
 
 
 def test_drop_path_rates_of_map(monkeypatch, plain_convolutions):
     """i / N of the rate: the last block gets less than all of it."""
-    rates = rates_of(create_model("map_resnet50", drop_path=0.1, **SMALL), SIZE, monkeypatch, resnet)
+    rates = zoo.rates_of(create_model("map_resnet50", drop_path=0.1, **SMALL), SIZE, monkeypatch, resnet)
     assert rates == pytest.approx([0, 0.02, 0.04, 0.06, 0.08])
 
 
