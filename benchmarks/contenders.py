@@ -59,8 +59,8 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
     kind = jnp.dtype(dtype)
     key = jax.random.key(0)
     if attention:
-        for kinds in IMPLEMENTATIONS.values():
-            kinds["attention"] = attention
+        for platform in ("cpu", "default"):
+            IMPLEMENTATIONS[platform]["attention"] = attention
     if task == "forward":
         shapes = jax.eval_shape(built.init, key, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
         variables = jax.tree.map(lambda leaf: _random(leaf.shape), shapes)

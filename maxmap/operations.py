@@ -1,7 +1,7 @@
 """How single operations are computed: convolutions, linear maps, pooling, activations, softmax, attention, sums.
 
 `IMPLEMENTATIONS` names the way of each operation by target platform; maxmap/kernels/ has the ways that XLA does not
-have. All ways of an operation give the same results, which tests/test_layers.py shows in float64. Nothing here has
+have. All ways of an operation give the same results, which tests/test_operations.py shows in float64. Nothing here has
 parameters: `maxmap.layers` has the modules.
 """
 
@@ -88,9 +88,9 @@ def softmax(logits: Array) -> Array:
 def attention(
     q: Array, k: Array, v: Array, bias: Array | None = None, dropout: Callable[[Array], Array] | None = None
 ) -> Array:
-    """Multi-head attention, computed in the way that `implementation` names for the platform.
+    """Multi-head attention in the way of the platform.
 
-    The kernel takes at most 128 tokens and no dropout; what does not fit it is computed plainly.
+    The "pallas" kernel takes at most 128 tokens and no dropout; otherwise the "plain" way computes it.
 
     Args:
       q: queries `[..., H, Q, D]`, scaled.
@@ -110,13 +110,15 @@ def attention(
             return pallas.window_attention(*windows, bias).reshape(q.shape)
     logits = jnp.einsum("...qd,...kd->...qk", q, k)
     if bias is not None:
-        everywhere = broadcast(bias.reshape(-1).astype(logits.dtype), (logits.size // bias.size, bias.size))
-        logits = logits + everywhere.reshape(logits.shape)
+        repeated = broadcast(bias.reshape(-1).astype(logits.dtype), (logits.size // bias.size, bias.size))
+        logits = logits + repeated.reshape(logits.shape)
     return attend(logits, v, dropout)
 
 
 def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] | None = None) -> Array:
-    """Averages values with the softmax of logits as weights; divides after the product, where there is less to divide.
+    """Averages values with the softmax of logits as weights.
+
+    It divides by the sum of the weights after the product with the values, which has fewer entries than the weights.
 
     Args:
       logits: `[..., queries, keys]`.
@@ -136,9 +138,9 @@ def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] | Non
 
 
 def broadcast(x: Array, shape: tuple[int, ...]) -> Array:
-    """A parameter of every channel, `[C]`, at every position of `shape`, `[..., C]`.
+    """Broadcasts one value per channel, `[C]`, to all positions of `shape`, `[..., C]`.
 
-    Its gradient is a sum over the positions, in float32 or wider.
+    The gradient is a sum over the positions, in float32 or wider.
     """
     return _broadcast(x, shape, implementation("sum"))
 
@@ -159,6 +161,11 @@ def _broadcast_backward(shape: tuple[int, ...], way: str, _: None, grad: Array) 
 
 
 _broadcast.defvjp(_broadcast_forward, _broadcast_backward)
+
+
+def scaled(x: Array, factor: Array) -> Array:
+    """Multiplies `x` `[..., C]` by one factor per channel `[C]`, in the type of `x`."""
+    return x * broadcast(factor.astype(x.dtype), x.shape)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
@@ -184,8 +191,8 @@ def activate(x: Array, function: Callable[[Array], Array], derivative: Callable[
     Args:
       x: of any shape.
       function: of one value.
-      derivative: of the function. It is written without the function's costly parts, because XLA would find what both
-        have in common, compute it once, and keep it.
+      derivative: of the function, written in other terms than the function: what both have in common, XLA would compute
+        once and keep for the backward pass.
     """
     if implementation("activation") == "recompute":
         return _recomputed(x, function, derivative)
@@ -215,6 +222,9 @@ _recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
     """Largest value of every window; the first of several equal ones gets the gradient, as in PyTorch.
 
+    XLA's own backward pass agrees on a CPU. Its specification leaves the order of comparison, and so the choice between
+    equal values, to each platform.
+
     Args:
       x: `[B, H, W, C]`.
       size: of the windows.
@@ -230,7 +240,7 @@ def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
 
 
 def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
-    """Linear map of the last axis; on two axes, because XLA's CPU backend is much faster on those than on more."""
+    """Linear map of the last axis. All other axes become one, because XLA's CPU backend takes longer with several."""
     y = x.reshape(-1, x.shape[-1]) @ kernel
     if bias is not None:
         y = y + broadcast(bias, y.shape)
@@ -238,7 +248,7 @@ def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
 
 
 def _explicit_padding(padding: Padding, size: Sequence[int], kernel_size: int, stride: int) -> Pads:
-    """`(before, after)` for height and width; "same" is TensorFlow's rule, the smaller half first."""
+    """Returns `(before, after)` for height and width; "same" is TensorFlow's rule, the smaller half first."""
     if padding != "same":
         return ((int(padding), int(padding)),) * 2
     totals = [max((-(-n // stride) - 1) * stride + kernel_size - n, 0) for n in size]
@@ -246,7 +256,7 @@ def _explicit_padding(padding: Padding, size: Sequence[int], kernel_size: int, s
 
 
 def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, groups: int = 1) -> Array:
-    """2-d cross-correlation of NHWC maps, computed in the way that `implementation` names for the platform.
+    """2-d cross-correlation of NHWC maps in the way of the platform.
 
     Args:
       x: `[B, H, W, C]`.
@@ -268,7 +278,7 @@ def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, 
         x = x[:, ::stride, ::stride]
         if groups == 1:
             return linear(x, kernel[0, 0])
-        # Groups in front, as `matmul` wants them: left to itself, XLA transposes the kernel pixel by pixel.
+        # The groups become the first axis, as in a batched product: otherwise XLA transposes the kernel pixel by pixel.
         batch, height, width, _ = x.shape
         x = rearrange(x, "b h w (g i) -> g (b h w) i", g=groups)
         y = x @ rearrange(kernel[0, 0], "i (g o) -> g i o", g=groups)

@@ -102,7 +102,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """XLA's own convolutions, which trace and compile faster; tests/test_layers.py shows that the others equal them."""
+    """XLA's own convolutions, which trace and compile faster; tests/test_operations.py shows that they are equal."""
     monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS["default"])
 
 

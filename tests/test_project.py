@@ -37,6 +37,7 @@ FLOORS = (
 )
 # Inside these rooms there are floors too; what is not named here may use its neighbours freely, but not in a circle.
 STOREYS = (
+    ("maxmap.kernels.target", "maxmap.kernels.xla", "maxmap.kernels.cpu"),
     ("maxmap.layers.primitives", "maxmap.layers.blocks"),
     ("maxmap.backbones.maxxvit.convolution", "maxmap.backbones.maxxvit.attention", "maxmap.backbones.maxxvit.backbone"),
     ("maxmap.data.sources", "maxmap.data.decode", "maxmap.data.order", "maxmap.data.pipeline"),

@@ -7,9 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
+from flax import traverse_util
+from flax.errors import InvalidRngError
 
 from maxmap.convert.torch import from_torch, to_torch
+from maxmap.layers.primitives import DropPath, pair
 from maxmap.models import FAMILIES, MODELS
 from tests.reference import fill
 
@@ -42,6 +46,165 @@ def with_gradients(function: Callable[..., Any], direction: Any, *args: Any) -> 
         return y, vjp(direction)
 
     return quick(run, *args)
+
+
+def pyramid(size: int, strides: Sequence[int], channels: Sequence[int]) -> list[tuple[int, ...]]:
+    """Shapes of the feature maps of one square image."""
+    return [(1, size // stride, size // stride, c) for stride, c in zip(strides, channels, strict=True)]
+
+
+def traced(model: nn.Module) -> tuple[dict[tuple[str, ...], int], list[tuple[int, ...]]]:
+    """Sizes of a model's variables, by path, and shapes of its features at its own image size; computes nothing."""
+    images = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32)
+    (features, _), variables = jax.eval_shape(
+        lambda images: model.init_with_output(jax.random.key(0), images, method=run), images
+    )
+    sizes = {path: leaf.size for path, leaf in traverse_util.flatten_dict(variables).items()}
+    return sizes, [feature.shape for feature in features]
+
+
+def assert_size(model: nn.Module, parameters: int, features: Sequence[tuple[int, ...]]) -> None:
+    """Compares the number of a model's parameters and the shapes of its features."""
+    sizes, shapes = traced(model)
+    assert sum(size for path, size in sizes.items() if path[0] == "params") == parameters
+    assert shapes == list(features)
+    assert model.backbone.num_features() == len(shapes)
+
+
+def rates_of(model: nn.Module, size: Sequence[int], monkeypatch: pytest.MonkeyPatch, *rooms: Any) -> list[float]:
+    """The rates of a model's drop path layers, in the order of their calls; `rooms` are the modules that make them."""
+    rates = []
+
+    def recorded(rate: float) -> DropPath:
+        rates.append(rate)
+        return DropPath(rate)
+
+    for room in rooms:
+        monkeypatch.setattr(room, "DropPath", recorded)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+    return rates
+
+
+def assert_rates_equal_timm(rates: Sequence[float], reference: Any) -> None:
+    """Compares drop path rates with a timm model's, which has no layer where the rate is 0."""
+    from timm.layers import DropPath
+
+    wanted = [module.drop_prob for module in reference.modules() if isinstance(module, DropPath)]
+    assert max(wanted) > 0
+    assert [rate for rate in rates if rate] == pytest.approx(wanted)
+
+
+def assert_drops_in_training_only(model: nn.Module, size: Sequence[int]) -> None:
+    """Training asks for a key of random numbers, evaluation does not."""
+    x = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    jax.eval_shape(model.apply, variables, x)
+    with pytest.raises(InvalidRngError):
+        jax.eval_shape(lambda *args: model.apply(*args, train=True, mutable=["batch_stats"]), variables, x)
+
+
+def idle_parameters(model: nn.Module, size: Sequence[int], batch: int = 2, least: float = 1e-9) -> set[str]:
+    """Names of the parameters that get no gradient in a training step on random variables and images.
+
+    Args:
+      model: of any head; every output but the embedding counts.
+      size: height and width of the images.
+      batch: number of images.
+      least: norm of a parameter's gradient, relative to that of all, below which it counts as none.
+    """
+    variables, x = filled(model, size), numbers(0, batch, *size, 3)
+
+    def loss(params: Any) -> jax.Array:
+        rngs = {"dropout": jax.random.key(0)}
+        outputs, _ = model.apply(variables | {"params": params}, x, train=True, rngs=rngs, mutable=["batch_stats"])
+        logits = (outputs[key] for key in ("logits", "distill") if key in outputs)
+        return sum(jnp.sum(value * numbers(1, *value.shape)) for value in logits)
+
+    gradient = quick(jax.grad(loss), variables["params"])
+    norms = {key: np.linalg.norm(value) for key, value in to_torch({"params": gradient}, model).items()}
+    total = np.linalg.norm(list(norms.values()))
+    assert np.isfinite(total)
+    return {key for key, norm in norms.items() if norm < least * total}
+
+
+def assert_equals_golden(model: nn.Module, golden: tuple[Any, Any, Any], *, level: int = 0) -> dict[str, Any]:
+    """Compares outputs, features and names with a golden file; returns the variables.
+
+    One of the file's two images shows as much as both. `level` is of `quick`.
+    """
+    weights, images, wanted = golden
+    variables = from_torch(weights, model)
+    features, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, images[:1], level=level)
+    logits = wanted["head_logits"] if "head_logits" in wanted else wanted["logits"][None]
+    assert outputs["logits"].dtype == np.float64
+    assert outputs["logits"].shape == logits[:, :1].shape
+    assert np.abs(outputs["logits"] - logits[:, :1]).max() < 1e-9 * logits.std()
+    for i, feature in enumerate(features):
+        assert error(feature.mean((1, 2)), wanted[f"feature_{i}"][:1]) < 1e-9
+    return variables
+
+
+def assert_same_names(
+    variables: Mapping[str, Any], model: nn.Module, weights: Mapping[str, Any], *dialect: str
+) -> None:
+    """A model's state dict is the one that its variables were read from."""
+    back = to_torch(variables, model, *dialect)
+    assert set(back) == {key for key in weights if not key.endswith(("num_batches_tracked", "bp_index"))}
+    assert all(np.array_equal(value, np.asarray(weights[key])) for key, value in back.items())
+
+
+def assert_equals_timm(
+    model: nn.Module, reference: Any, x: np.ndarray, features: slice, *, embedding: bool = True, **intermediates: Any
+) -> None:
+    """Compares a model with timm's, both with every leaf random: results, gradients, running statistics and names.
+
+    Args:
+      model: with one branch.
+      reference: timm's.
+      x: images.
+      features: which of ours timm's `forward_intermediates` gives.
+      embedding: compares that too.
+      **intermediates: options of `forward_intermediates`.
+    """
+    import torch
+
+    reference, weights = randomised(reference)
+    variables = from_torch(weights, model)
+    with torch.no_grad():
+        last, maps = reference.forward_intermediates(nchw(x), **intermediates)
+        wanted = {"logits": reference(nchw(x))[None]}
+        if embedding:
+            wanted["embedding"] = reference.forward_head(last, pre_logits=True)
+    direction = numbers(1, *wanted["logits"].shape)
+
+    def loss(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        result, new = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"], method=run)
+        return jnp.sum(result[1]["logits"] * direction), (*result, new)
+
+    gradient, (ours, outputs, new) = quick(jax.grad(loss, has_aux=True), variables["params"], x)
+    if "batch_stats" in variables:  # without them, and without dropout, training gives the same
+        ours, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, x)
+    assert all(error(outputs[key], value) < 1e-9 for key, value in wanted.items())
+    assert max(error(a, nhwc(b)) for a, b in zip(ours[features], maps, strict=True)) < 1e-9
+
+    (reference.train()(nchw(x)) * torch.from_numpy(direction[0])).sum().backward()
+    gradients = {key: value.grad for key, value in reference.named_parameters()}
+    mine = to_torch({"params": gradient}, model)
+    assert set(mine) == set(gradients)
+    assert {key for key, value in gradients.items() if value.abs().max() == 0} == set()
+    assert {key for key, value in gradients.items() if error(mine[key], value) > 1e-9} == set()
+    state = reference.state_dict()
+    assert all(error(value, state[key]) < 1e-9 for key, value in to_torch(new, model).items())
+    assert_same_names(variables, model, weights)
+
+
+def assert_initialised_like(model: nn.Module, size: Sequence[int], reference: Callable[[], Any]) -> None:
+    """Compares a model's initial values with those of a torch model, see `assert_same_moments`."""
+    import torch
+
+    ours = to_torch(quick(model.init, jax.random.key(0), jnp.zeros((1, *size, 3))), model)
+    torch.manual_seed(0)
+    assert_same_moments(ours, reference().state_dict())
 
 
 def numbers(seed: int, *shape: int) -> np.ndarray:

@@ -30,9 +30,8 @@ from maxmap.layers.primitives import (
     drop_path_rates,
     pair,
     require_divisor,
-    scaled,
 )
-from maxmap.operations import Array, upcast
+from maxmap.operations import Array, scaled, upcast
 
 _HIDDEN = 512  # width of the MLPs of the position tables
 

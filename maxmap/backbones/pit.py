@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.backbones import Variant
-from maxmap.layers.blocks import ViTBlock
+from maxmap.layers.blocks import PatchEmbed, ViTBlock
 from maxmap.layers.primitives import (
     Conv,
     Linear,
@@ -23,24 +23,6 @@ from maxmap.layers.primitives import (
     trunc_normal_02,
 )
 from maxmap.operations import Array
-
-
-class OverlappingPatchEmbed(nn.Module):
-    """Linear map of square patches, which overlap if the stride is smaller than the patches.
-
-    Attributes:
-      channels: output channels.
-      patch_size: side of the patches.
-      stride: between patches.
-    """
-
-    channels: int
-    patch_size: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return Conv(self.channels, self.patch_size, stride=self.stride, name="conv")(x)
 
 
 class TokenPooling(nn.Module):
@@ -145,7 +127,7 @@ class PiT(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the map of embedded patches, the map of each stage and the class token."""
         require_image_size(x, self.image_size, "the position table is")
-        x = OverlappingPatchEmbed(self.embed_dim[0], self.patch_size, self.stride, name="patch_embed")(x)
+        x = PatchEmbed(self.embed_dim[0], self.patch_size, self.stride, "conv", name="patch_embed")(x)
         x = x + self.param("pos_embed", trunc_normal_02, (1, *x.shape[1:])).astype(x.dtype)
         token = None
         if self.class_token:

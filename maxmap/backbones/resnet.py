@@ -11,16 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from maxmap.backbones import Variant
-from maxmap.layers.primitives import (
-    ACTIVATIONS,
-    BatchNorm,
-    Block,
-    Conv,
-    DropPath,
-    Initializer,
-    drop_path_rates,
-    he_fan_out,
-)
+from maxmap.layers.primitives import ACTIVATIONS, BatchNorm, Block, Conv, DropPath, drop_path_rates, he_fan_out
 from maxmap.operations import Array, max_pool
 
 EXPANSION = 4  # output channels of a block over its inner channels
@@ -52,7 +43,7 @@ class Bottleneck(Block):
 
         y = act(_conv_norm(x, names(1), width, train=train))
         y = act(_conv_norm(y, names(2), width, 3, self.stride, train=train))
-        y = _conv_norm(y, names(3), self.channels, scale_init=nn.initializers.zeros, train=train)
+        y = _conv_norm(y, names(3), self.channels, zero_scale=True, train=train)
         if self.squeeze:
             gate = jnp.mean(y, axis=(1, 2), keepdims=True)
             gate = act(_conv_norm(gate, ("se_1_0", "se_1_1"), self.channels // SQUEEZE, train=train))
@@ -69,11 +60,12 @@ def _conv_norm(
     kernel_size: int = 1,
     stride: int = 1,
     *,
-    scale_init: Initializer = nn.initializers.ones,
+    zero_scale: bool = False,
     train: bool,
 ) -> Array:
-    """Convolution without bias, then batch norm."""
+    """Convolution without bias, then a batch norm whose scale starts at one, or at zero with `zero_scale`."""
     conv = Conv(channels, kernel_size, stride, kernel_size // 2, bias=False, kernel_init=he_fan_out(), name=names[0])
+    scale_init = nn.initializers.zeros if zero_scale else nn.initializers.ones
     return BatchNorm(scale_init=scale_init, name=names[1])(conv(x), train=train)
 
 

@@ -12,10 +12,9 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.backbones import Variant
-from maxmap.layers.blocks import ViTBlock
+from maxmap.layers.blocks import PatchEmbed, ViTBlock
 from maxmap.layers.primitives import (
     TRUNC_NORMAL,
-    Conv,
     drop_path_rates,
     pair,
     require_divisor,
@@ -23,17 +22,6 @@ from maxmap.layers.primitives import (
     trunc_normal_02,
 )
 from maxmap.operations import Array
-
-
-class PatchEmbed(nn.Module):
-    """Linear map of square patches that do not overlap."""
-
-    channels: int
-    patch_size: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return Conv(self.channels, self.patch_size, stride=self.patch_size, name="proj")(x)
 
 
 class ViT(nn.Module):
@@ -46,9 +34,9 @@ class ViT(nn.Module):
       depths: blocks of each group; a feature map is returned after each group.
       heads: of the attention.
       mlp_ratio: hidden channels of the MLPs divided by `embed_dim`.
-      class_token: puts a learned token before the patch tokens and returns it as the last feature, a map of one pixel.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
       attn_drop, proj_drop: dropout of the attention probabilities; of the projections.
+      class_token: puts a learned token before the patch tokens and returns it as the last feature, a map of one pixel.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -57,10 +45,10 @@ class ViT(nn.Module):
     depths: Sequence[int] = (3, 3, 3, 3)
     heads: int = 6
     mlp_ratio: float = 4.0
-    class_token: bool = True
     drop_path: float = 0.0
     attn_drop: float = 0.0
     proj_drop: float = 0.0
+    class_token: bool = True
 
     @nn.nowrap
     def num_features(self) -> int:
@@ -83,7 +71,7 @@ class ViT(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the map of embedded patches, one map per group of blocks, the class token."""
         require_image_size(x, self.image_size, "the position table is")
-        x = PatchEmbed(self.embed_dim, self.patch_size, name="patch_embed")(x)
+        x = PatchEmbed(self.embed_dim, self.patch_size, self.patch_size, "proj", name="patch_embed")(x)
         height = x.shape[1]
         x = rearrange(x, "b h w c -> b (h w) c")
         first = int(self.class_token)  # index of the first patch token

@@ -6,7 +6,7 @@ trained to differ from each other; the prediction is the mean of their logits.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -25,9 +25,8 @@ from maxmap.layers.primitives import (
     Linear,
     require_divisor,
     require_one_of,
-    scaled,
 )
-from maxmap.operations import Array, attention
+from maxmap.operations import Array, attention, scaled
 
 HEAD_DIM = 32  # channels of an attention head in the "cswin" blocks
 
@@ -139,17 +138,14 @@ class ClassAttentionBlock(nn.Module):
     """Class attention and a grouped MLP, each with a residual path and a layer scale.
 
     Attributes:
-      width, heads: see `ClassAttention`.
-      mlp_ratio: hidden channels of the MLP divided by D.
-      mlp_groups: groups of the MLP's convolutions.
-      init_scheme: see `GramianHead`.
+      width, heads, init_scheme: see `ClassAttention`.
+      mlp: constructor of the grouped MLP.
     """
 
     width: int
     heads: int
-    mlp_ratio: float
-    mlp_groups: int
     init_scheme: str
+    mlp: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, token: Array, x: Array) -> Array:
@@ -161,7 +157,7 @@ class ClassAttentionBlock(nn.Module):
         norm = LayerNorm(1e-5, name="norm1")
         attention = ClassAttention(self.width, self.heads, self.init_scheme, name="attn")
         token = token + layer_scale("gamma_1", attention(norm(token), norm(x)))
-        mlp = GroupedMlp(self.mlp_groups, self.mlp_ratio, inits=CONV_INITS[self.init_scheme], name="mlp")
+        mlp = self.mlp(name="mlp")
         return token + layer_scale("gamma_2", mlp(LayerNorm(1e-5, name="norm2")(token)[:, None])[:, 0])
 
 
@@ -182,11 +178,11 @@ class GramianHead(nn.Module):
       attention_width: channels of all its heads together; None for D // 4.
       mlp_ratio: hidden channels of the class attention's MLP divided by D.
       mlp_groups: groups of that MLP.
-      drop_path: rate of dropping the residual branches of the aggregation and of the blocks. The recipes give the
-        backbone's.
       init_scheme: "torch" (PyTorch's defaults), "trunc_normal" (weights with a deviation of 0.02, biases 0),
         "trunc_normal_linear" (the same for linear maps only) or "he" (convolutions by He's rule). The blocks follow
         their own families.
+      drop_path: rate of dropping the residual branches of the aggregation and of the blocks. The recipes give the
+        backbone's.
     """
 
     num_classes: int
@@ -202,8 +198,8 @@ class GramianHead(nn.Module):
     attention_width: int | None = None
     mlp_ratio: float = 4.0
     mlp_groups: int = 4
-    drop_path: float = 0.0
     init_scheme: str = "trunc_normal"
+    drop_path: float = 0.0
 
     @nn.nowrap
     def validate(self, num_features: int) -> None:
@@ -289,7 +285,6 @@ class GramianHead(nn.Module):
         values = conv(self.channels, groups=self.embedding_groups, name=f"gram_embedding_{k}_0")(values)
         token = BatchNorm(name=f"gram_embedding_{k}_1")(values, train=train)[:, 0]  # [B, 1, D]
         width = self.attention_width or self.channels // 4
-        attend = ClassAttentionBlock(
-            width, self.heads, self.mlp_ratio, self.mlp_groups, self.init_scheme, name=f"ga_{k}"
-        )
-        return attend(token, pixels)[:, 0]
+        mlp = functools.partial(GroupedMlp, self.mlp_groups, self.mlp_ratio, inits=CONV_INITS[self.init_scheme])
+        block = ClassAttentionBlock(width, self.heads, self.init_scheme, mlp, name=f"ga_{k}")
+        return block(token, pixels)[:, 0]

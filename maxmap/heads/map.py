@@ -150,47 +150,24 @@ class TokenAttentionBlock(nn.Module):
     Where the tokens have other channels than the map, the attention has no residual path.
 
     Attributes:
-      channels, width, heads, interactive: see `TokenAttention`.
-      attention_dropout: of the attention probabilities.
-      dropout: of the attention's output and inside of the MLP.
-      mlp_ratio: hidden channels of the MLP divided by D.
-      mlp_groups: groups of the MLP's convolutions.
-      init_scheme: see `MAPHead`.
+      attention: constructor of the `TokenAttention`.
+      mlp: constructor of the grouped MLP.
     """
 
-    channels: int
-    width: int
-    heads: int
-    interactive: bool
-    attention_dropout: float
-    dropout: float
-    mlp_ratio: float
-    mlp_groups: int
-    init_scheme: str
+    attention: Callable[..., nn.Module]
+    mlp: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, tokens: Array, x: Array, *, train: bool) -> Array:
         """Maps tokens `[B, T, Q]` and the map `[B, N, D]` to tokens `[B, T, D]`."""
-        attention = TokenAttention(
-            self.channels,
-            self.width,
-            self.heads,
-            self.interactive,
-            self.attention_dropout,
-            self.dropout,
-            self.init_scheme,
-            name="attn",
-        )
+        attention = self.attention(name="attn")
         if tokens.shape[-1] == x.shape[-1]:
             norm = LayerNorm(1e-6, name="norm1")
             tokens = tokens + attention(norm(tokens), norm(x), train=train)
         else:
             tokens = attention(LayerNorm(1e-6, name="norm1_1")(tokens), LayerNorm(1e-6, name="norm1_2")(x), train=train)
-        # The released networks use ReLU here, whatever the activation of the fusion.
-        mlp = GroupedMlp(
-            self.mlp_groups, self.mlp_ratio, "relu", self.dropout, CONV_INITS[self.init_scheme], name="mlp"
-        )
-        return tokens + mlp(LayerNorm(1e-6, name="norm2")(tokens)[:, None], train=train)[:, 0]
+        y = LayerNorm(1e-6, name="norm2")(tokens)[:, None]
+        return tokens + self.mlp(name="mlp")(y, train=train)[:, 0]
 
 
 class Branch(nn.Module):
@@ -285,10 +262,11 @@ class MAPHead(nn.Module):
       num_classes: K; 0 returns each branch's flattened tokens in place of logits.
       channels: D, channels of the fused map and of the tokens after the attention.
       level: index of the feature map whose size the fused map takes; 0 or less for the last feature map alone.
+      activation: of the fusion.
       branches: G.
+      tokens: T per branch.
       self_distill: adds the mean token and a second classifier per branch, which learns from the first.
       light: predicts with the second classifiers. While training, the first ones get no gradient.
-      tokens: T per branch.
       gram: computes the tokens from the Gram matrix; False for learned tokens.
       gram_channels: P, channels of the map from which the Gram matrix is computed.
       token_channels: Q, channels of the Gram tokens; None for D. Other channels than D allow one attention block only,
@@ -300,7 +278,6 @@ class MAPHead(nn.Module):
       interactive: mixes the attention heads.
       mlp_ratio: hidden channels of the MLP divided by D.
       mlp_groups: groups of the MLP's convolutions.
-      activation: of the fusion.
       classifier: "norm" (LayerNorm first) or "linear".
       attention_dropout: of the attention probabilities.
       token_dropout: after the attention's projection and inside of the MLP.
@@ -313,10 +290,11 @@ class MAPHead(nn.Module):
     num_classes: int
     channels: int = 384
     level: int = 3
+    activation: str = "gelu"
     branches: int = 4
+    tokens: int = 2
     self_distill: bool = True
     light: bool = False
-    tokens: int = 2
     gram: bool = True
     gram_channels: int = 384
     token_channels: int | None = None
@@ -327,7 +305,6 @@ class MAPHead(nn.Module):
     interactive: bool = False
     mlp_ratio: float = 4.0
     mlp_groups: int = 2
-    activation: str = "gelu"
     classifier: str = "norm"
     attention_dropout: float = 0.05
     token_dropout: float = 0.05
@@ -413,18 +390,20 @@ class MAPHead(nn.Module):
             self.gram_groups,
             self.init_scheme,
         )
-        block = functools.partial(
-            TokenAttentionBlock,
-            channels=self.channels,
-            width=self.attention_width or self.channels,
-            heads=self.heads,
-            interactive=self.interactive,
-            attention_dropout=self.attention_dropout,
-            dropout=self.token_dropout,
-            mlp_ratio=self.mlp_ratio,
-            mlp_groups=self.mlp_groups,
-            init_scheme=self.init_scheme,
+        attention = functools.partial(
+            TokenAttention,
+            self.channels,
+            self.attention_width or self.channels,
+            self.heads,
+            self.interactive,
+            self.attention_dropout,
+            self.token_dropout,
+            self.init_scheme,
         )
+        # The released networks use ReLU here, whatever the activation of the fusion.
+        inits = CONV_INITS[self.init_scheme]
+        mlp = functools.partial(GroupedMlp, self.mlp_groups, self.mlp_ratio, "relu", self.token_dropout, inits)
+        block = functools.partial(TokenAttentionBlock, attention, mlp)
         return functools.partial(
             Branch, gram_tokens if self.gram else None, self.tokens, self.self_distill, self.layers, block
         )

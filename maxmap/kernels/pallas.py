@@ -24,7 +24,7 @@ WINDOWS_PER_PROGRAM = 16
 
 @jax.custom_vjp
 def window_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-    """softmax(q k^T + bias) v of many small windows. The logits never go to memory, in the backward pass neither.
+    """Computes softmax(q k^T + bias) v for many small windows; the logits never leave the chip, in both passes.
 
     Matrix products take the input's type and sum in float32 or wider; bias and softmax are computed in that wider type.
     Only the inputs are kept for the backward pass, which computes the weights again.
@@ -140,7 +140,7 @@ def _backward_kernel(*refs: Ref, sizes: tuple[int, int, int, int], biased: bool)
 
 
 def _weights(q: Array, k: Array, bias: Array | None, keys: int) -> tuple[Array, Array]:
-    """exp(logits - their maximum), zero for the keys that only fill the tile, and its sum over the keys."""
+    """Returns exp(logits - maximum), which is zero for keys that pad the tile, and its sum over the keys."""
     logits = _product(q, k.T)
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
@@ -158,7 +158,7 @@ def _inside(shape: tuple[int, ...], rows: int, columns: int) -> Array:
 
 
 def _read(ref: Ref, rows: int, columns: int) -> Array:
-    """A tile with zeros where the array ends."""
+    """Loads a tile; entries beyond the array are zero."""
     return triton.load(ref, mask=_inside(ref.shape, rows, columns), other=0)
 
 

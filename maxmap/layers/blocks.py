@@ -9,18 +9,8 @@ from einops import rearrange
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from maxmap.layers.primitives import (
-    ACTIVATIONS,
-    TRUNC_NORMAL,
-    Block,
-    Conv,
-    DropPath,
-    Initializer,
-    LayerNorm,
-    Linear,
-    scaled,
-)
-from maxmap.operations import Array, attention
+from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Block, Conv, DropPath, Initializer, LayerNorm, Linear
+from maxmap.operations import Array, attention, scaled
 
 
 class Mlp(nn.Module):
@@ -79,6 +69,26 @@ class GroupedMlp(nn.Module):
 def channel_shuffle(x: Array, groups: int) -> Array:
     """Reorders C channels in g groups: `y[j * C/g + i] = x[i * g + j]`, as the released MAP and GA heads do."""
     return rearrange(x, "... (c g) -> ... (g c)", g=groups)
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of square patches, which overlap if the stride is smaller than the patches.
+
+    Attributes:
+      channels: output channels.
+      patch_size: side of the patches.
+      stride: between patches.
+      projection: name of the convolution.
+    """
+
+    channels: int
+    patch_size: int
+    stride: int
+    projection: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return Conv(self.channels, self.patch_size, stride=self.stride, name=self.projection)(x)
 
 
 class SelfAttention(nn.Module):

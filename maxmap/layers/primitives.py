@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from maxmap.operations import Array, Padding, activate, broadcast, convolve, layer_norm, linear, upcast
+from maxmap.operations import Array, Padding, activate, broadcast, convolve, layer_norm, linear, scaled, upcast
 
 Initializer = Callable[..., Array]
 
@@ -34,7 +34,7 @@ def _gelu_tanh(x: Array) -> Array:
 
 
 def _gelu_tanh_derivative(x: Array) -> Array:
-    """Of x * s(2 u), s the logistic function: the same as x / 2 * (1 + tanh(u))."""
+    """The derivative of x * s(2 u) with the logistic function s, another form of x / 2 * (1 + tanh(u))."""
     s = nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
     return s + x * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * jnp.square(x))
 
@@ -54,10 +54,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
-# Initialisers, by the names of the PyTorch schemes that the reference networks use.
-trunc_normal_02 = nn.initializers.truncated_normal(
-    stddev=0.02, lower=-100.0, upper=100.0
-)  # truncated at -2 and 2, as in timm
+# Initialisers under the names of the PyTorch schemes that the reference networks use.
+trunc_normal_02 = nn.initializers.truncated_normal(stddev=0.02, lower=-100.0, upper=100.0)  # cut at -2 and 2
 torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in))
 xavier_uniform = nn.initializers.xavier_uniform()
 
@@ -274,11 +272,6 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.use_bias else jnp.zeros_like(scale)
         return layer_norm(x, scale, bias, self.epsilon)
-
-
-def scaled(x: Array, factor: Array) -> Array:
-    """Multiplies `x` `[..., C]` by one factor per channel `[C]`, in the type of `x`."""
-    return x * broadcast(factor.astype(x.dtype), x.shape)
 
 
 class Scale(nn.Module):

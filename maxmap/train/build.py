@@ -113,17 +113,8 @@ def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
     dtype = jnp.dtype(recipe.dtype)
     same, split = replicated(mesh), split_batch(mesh)
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        recipe.loss,
-        prepare,
-        mesh=mesh,
-        dtype=dtype,
-        ema_decay=recipe.ema_decay,
-        accumulate=recipe.accumulate,
-        batch_norm=recipe.batch_norm,
-    )
+    options = {key: getattr(recipe, key) for key in ("ema_decay", "accumulate", "batch_norm")}
+    train_step = make_train_step(model, optimizer, recipe.loss, prepare, mesh=mesh, dtype=dtype, **options)
     return Parts(
         recipe=recipe,
         mesh=mesh,

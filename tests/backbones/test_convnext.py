@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from maxmap.backbones import convnext
-from maxmap.convert.dialects import detect_naming
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.layers import blocks
 from maxmap.layers.blocks import tapped_blocks
 from maxmap.losses import total_loss
 from maxmap.models import create_model
+from tests import zoo
 from tests.reference import fill_state_dict, import_timm, read_golden, read_manifest
-from tests.zoo import assert_same_moments, error, named, numbers, quick, randomised, run
+from tests.zoo import named, numbers, quick
 
 # Parameters with 1000 classes, channels of the stem's and the stages' maps.
 ROWS = {
@@ -45,29 +45,16 @@ def test_every_variant_has_a_row():
 @pytest.mark.parametrize("name", ROWS)
 def test_parameters_and_features(name, plain_convolutions):
     params, channels = ROWS[name]
-    model = create_model(name)
-    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
-    sizes = [(1, 224 // s, 224 // s, c) for s, c in zip((4, 4, 8, 16, 32), channels, strict=True)]
-    assert [feature.shape for feature in features] == sizes
-    assert model.backbone.num_features() == len(features)
+    zoo.assert_size(create_model(name), params, zoo.pyramid(224, (4, 4, 8, 16, 32), channels))
 
 
 def test_golden(goldens, x64, plain_convolutions):
     """The authors' network under their own names."""
-    weights, images, wanted = read_golden(goldens, "convnext_tiny")
+    golden = read_golden(goldens, "convnext_tiny")
     model = create_model("convnext_tiny")
-    variables = from_torch(weights, model)
-    # One of the two images shows as much.
-    features, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, images[:1])
-    assert np.abs(outputs["logits"][0] - wanted["logits"][:1]).max() < 1e-9 * wanted["logits"].std()
-    for i, feature in enumerate(features):
-        assert error(feature.mean((1, 2)), wanted[f"feature_{i}"][:1]) < 1e-9
-    assert detect_naming(weights).dialect == "fair"
-    back = to_torch(variables, model, "fair")
-    assert set(back) == set(weights)
-    assert all(np.array_equal(back[key], value) for key, value in weights.items())
+    variables = zoo.assert_equals_golden(model, golden)
+    assert detect_naming(golden[0]).dialect == "fair"
+    zoo.assert_same_names(variables, model, golden[0], "fair")
 
 
 def summaries(key, value):
@@ -109,38 +96,8 @@ def test_training_step_of_map(goldens, x64):
 
 
 def test_equals_timm(x64, plain_convolutions):
-    """Outputs, features, embedding, the gradient of every parameter, and every name both ways."""
-    import torch
-
-    reference, weights = randomised(timm_model())
     model = create_model("convnext_tiny", **SMALL)
-    variables = from_torch(weights, model)
-    x, direction = numbers(0, 3, *SIZE, 3), numbers(1, 3, CLASSES)
-    images = torch.from_numpy(x.transpose(0, 3, 1, 2))
-
-    features, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, x)
-    with torch.no_grad():
-        last, maps = reference.forward_intermediates(images)
-        embedding, logits = (reference.forward_head(last, pre_logits=pre) for pre in (True, False))
-        maps = [reference.stem(images), *maps]
-    assert error(outputs["logits"][0], logits) < 1e-9
-    assert error(outputs["embedding"], embedding) < 1e-9
-    assert max(error(a, b.permute(0, 2, 3, 1)) for a, b in zip(features, maps, strict=True)) < 1e-9
-
-    def loss(params, x):
-        return jnp.sum(model.apply({"params": params}, x, train=True)["logits"][0] * direction)
-
-    gradient = quick(jax.grad(loss), variables["params"], x)
-    (reference.train()(images) * torch.from_numpy(direction)).sum().backward()
-    wanted = {key: value.grad for key, value in reference.named_parameters()}
-    ours = to_torch({"params": gradient}, model)
-    assert set(ours) == set(wanted)
-    assert {key for key, value in wanted.items() if value.abs().max() == 0} == set()
-    assert {key for key, value in wanted.items() if error(ours[key], value) > 1e-9} == set()
-
-    back = to_torch(variables, model)
-    assert set(back) == set(weights)
-    assert all(np.array_equal(back[key], weights[key].numpy()) for key in back)
+    zoo.assert_equals_timm(model, timm_model(), numbers(0, 3, *SIZE, 3), slice(1, None))
 
 
 @pytest.mark.parametrize(
@@ -170,14 +127,7 @@ def test_taps_are_outputs_of_blocks_inside_of_the_third_stage(plain_convolutions
 
 
 def test_initialisation_follows_timm(plain_convolutions):
-    """Sum and sum of squares of every kind of leaf, within five standard errors."""
-    import torch
-
-    model = create_model("convnext_tiny", **SMALL)
-    ours = to_torch(quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
-    torch.manual_seed(0)
-    reference = timm_model().state_dict()
-    assert_same_moments(ours, reference)
+    zoo.assert_initialised_like(create_model("convnext_tiny", **SMALL), SIZE, timm_model)
 
 
 def test_initialisation_of_map(plain_convolutions):
@@ -197,22 +147,10 @@ def test_initialisation_of_map(plain_convolutions):
 @pytest.mark.parametrize("endpoint", [True, False])
 def test_drop_path_rates(endpoint, monkeypatch, plain_convolutions):
     """timm's; a network with a head that goes on dropping ends one step short."""
-    import_timm()
-    from timm.layers import DropPath
-
-    rates, drop_path = [], blocks.DropPath
-
-    def recorded(rate):
-        rates.append(rate)
-        return drop_path(rate)
-
-    monkeypatch.setattr(blocks, "DropPath", recorded)
     model = convnext.ConvNeXt(depths=DEPTHS, embed_dim=WIDTHS, drop_path=0.42, drop_path_endpoint=endpoint)
-    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    rates = zoo.rates_of(model, SIZE, monkeypatch, blocks)
     if endpoint:
-        reference = timm_model(drop_path_rate=0.42)
-        wanted = [module.drop_prob for module in reference.modules() if isinstance(module, DropPath)]
-        assert [rate for rate in rates if rate] == pytest.approx(wanted)
+        zoo.assert_rates_equal_timm(rates, timm_model(drop_path_rate=0.42))
     else:
         assert rates == pytest.approx([0.42 * i / 7 for i in range(7)])
 

@@ -8,22 +8,26 @@ import numpy as np
 import pytest
 from jax.nn import gelu
 
-from maxmap.convert.torch import from_torch, to_torch
+from maxmap.convert.torch import to_torch
 from maxmap.errors import UserError
 from maxmap.layers import blocks
 from maxmap.layers.blocks import CSWinBlock
 from maxmap.models import create_model
+from tests import zoo
 from tests.reference import read_golden
-from tests.zoo import error, filled, named, numbers, quick, run
+from tests.zoo import error, named, numbers, quick, run
 
-# Parameters with 1000 classes, image size, channels of the first stage.
+# Parameters with 1000 classes, image sizes, channels of the first stage.
+MODELS = {
+    "64_12211_tiny": (22_320_552, (224,), 64),
+    "64_24322_small": (34_643_304, (224,), 64),
+    "96_24322_base": (77_382_184, (224, 384), 96),
+    "144_24322_large": (173_262_664, (224, 384), 144),
+}
 ROWS = {
-    "CSWin_64_12211_tiny_224": (22_320_552, 224, 64),
-    "CSWin_64_24322_small_224": (34_643_304, 224, 64),
-    "CSWin_96_24322_base_224": (77_382_184, 224, 96),
-    "CSWin_144_24322_large_224": (173_262_664, 224, 144),
-    "CSWin_96_24322_base_384": (77_382_184, 384, 96),
-    "CSWin_144_24322_large_384": (173_262_664, 384, 144),
+    f"CSWin_{name}_{size}": (params, size, channels)
+    for name, (params, sizes, channels) in MODELS.items()
+    for size in sizes
 }
 SIZE, CLASSES = (64, 96), 10  # height and width cannot be mixed up unseen
 SMALL = {
@@ -42,28 +46,16 @@ def test_every_variant_has_a_row():
 @pytest.mark.parametrize("name", ROWS)
 def test_parameters_and_features(name, plain_convolutions):
     params, size, channels = ROWS[name]
+    widths = [channels * factor for factor in (1, 1, 2, 4, 8)]
     model = create_model(name)
     assert model.backbone.image_size == size
-    x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
-    pairs = [(4, 1), (4, 1), (8, 2), (16, 4), (32, 8)]
-    assert [feature.shape for feature in features] == [(1, size // s, size // s, channels * c) for s, c in pairs]
-    assert model.backbone.num_features() == len(features)
+    zoo.assert_size(model, params, zoo.pyramid(size, (4, 4, 8, 16, 32), widths))
 
 
 def test_golden(goldens, x64, plain_convolutions):
-    weights, images, wanted = read_golden(goldens, "CSWin_64_12211_tiny_224")
+    golden = read_golden(goldens, "CSWin_64_12211_tiny_224")
     model = create_model("CSWin_64_12211_tiny_224")
-    variables = from_torch(weights, model)
-    # One of the two images shows as much.
-    features, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, images[:1])
-    assert np.abs(outputs["logits"][0] - wanted["logits"][:1]).max() < 1e-9 * wanted["logits"].std()
-    for i, feature in enumerate(features):
-        assert error(feature.mean((1, 2)), wanted[f"feature_{i}"][:1]) < 1e-9
-    back = to_torch(variables, model)
-    assert set(back) == set(weights)
-    assert all(np.array_equal(back[key], weights[key]) for key in back)
+    zoo.assert_same_names(zoo.assert_equals_golden(model, golden), model, golden[0])
 
 
 def stripes_by_hand(q, k, v, p, heads, window):
@@ -141,16 +133,7 @@ def test_stripes_follow_the_image_size(plain_convolutions):
 @pytest.mark.parametrize("deep_stem", [False, True])
 def test_gradients_reach_every_parameter(deep_stem, x64, plain_convolutions):
     model = create_model("CSWin_64_12211_tiny_224", deep_stem=deep_stem, taps=1, **SMALL)
-    variables = filled(model, SIZE)
-    x, direction = numbers(0, 2, *SIZE, 3), numbers(1, 2, CLASSES)
-    gradient = quick(
-        jax.grad(lambda params: jnp.sum(model.apply({"params": params}, x, train=True)["logits"][0] * direction)),
-        variables["params"],
-    )
-    norms = {key: np.linalg.norm(value) for key, value in to_torch({"params": gradient}, model).items()}
-    total = np.linalg.norm(list(norms.values()))
-    assert np.isfinite(total)
-    assert {key for key, norm in norms.items() if norm < 1e-6 * total} == set()
+    assert zoo.idle_parameters(model, SIZE, least=1e-6) == set()
 
 
 def test_initialisation(plain_convolutions):
@@ -171,16 +154,8 @@ def test_initialisation(plain_convolutions):
 
 def test_drop_path_rates(monkeypatch, plain_convolutions):
     """They rise to the full rate over all blocks, both branches of a block alike."""
-    rates, drop_path = [], blocks.DropPath
-
-    def recorded(rate):
-        rates.append(rate)
-        return drop_path(rate)
-
-    monkeypatch.setattr(blocks, "DropPath", recorded)
     model = create_model("CSWin_64_12211_tiny_224", drop_path=0.6, **SMALL)
-    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    assert rates == pytest.approx([0.15 * (i // 2) for i in range(10)])
+    assert zoo.rates_of(model, SIZE, monkeypatch, blocks) == pytest.approx([0.15 * (i // 2) for i in range(10)])
 
 
 @pytest.mark.parametrize(

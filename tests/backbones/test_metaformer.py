@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from maxmap.backbones import metaformer
-from maxmap.convert.torch import from_torch, to_torch
+from maxmap.convert.torch import to_torch
 from maxmap.errors import UserError
-from maxmap.layers import primitives
 from maxmap.models import create_model
-from tests.reference import fill, import_timm, read_golden
-from tests.zoo import QUICK, assert_same_moments, named, nchw, numbers, quick, randomised, run
+from tests import zoo
+from tests.reference import import_timm, read_golden
+from tests.zoo import QUICK, named, numbers
 
 S, M = (64, 64, 128, 320, 512), (96, 96, 192, 384, 768)
 
@@ -84,30 +83,20 @@ def timm_model(family, **fields):
     return timm_metaformer.MetaFormer(dims=WIDTHS, depths=DEPTHS, num_classes=CLASSES, **options, **fields)
 
 
-def error(ours, wanted, scale):
-    """The largest difference relative to `scale`."""
-    ours, wanted = np.asarray(ours), np.asarray(wanted)
-    assert ours.shape == wanted.shape
-    assert ours.dtype == np.float64
-    return np.abs(ours - wanted).max() / scale
-
-
 def test_every_variant_has_a_row():
     assert set(ROWS) == named("metaformer")
 
 
 def count(model, depths):
-    """Sizes of a model's collections, and its features.
+    """Sizes of a model's collections, and shapes of its features.
 
-    All blocks of a stage are alike: the first is traced, and counts for `depths` of them.
+    All blocks of a stage are alike: the first is zoo.traced, and counts for `depths` of them.
     """
-    pixels = model.backbone.image_size
-    x = jax.ShapeDtypeStruct((1, pixels, pixels, 3), jnp.float32)
-    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
-    sizes = {"params": 0, "constants": 0}
-    for path, leaf in traverse_util.flatten_dict(variables).items():
-        sizes[path[0]] += leaf.size * (depths[int(path[2][-1])] if "blocks_0" in path else 1)
-    return sizes, features
+    sizes, shapes = zoo.traced(model)
+    totals = {"params": 0, "constants": 0}
+    for path, size in sizes.items():
+        totals[path[0]] += size * (depths[int(path[2][-1])] if "blocks_0" in path else 1)
+    return totals, shapes
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -119,8 +108,7 @@ def test_parameters_and_features(name, plain_convolutions):
     shallow = model.clone(backbone=model.backbone.clone(depths=(1, 1, 1, 1)))
     sizes, features = count(shallow, model.backbone.depths)
     assert sizes == {"params": params, "constants": constants}
-    shapes = [(1, pixels // s, pixels // s, c) for s, c in zip((4, 4, 8, 16, 32), channels, strict=True)]
-    assert [feature.shape for feature in features] == shapes
+    assert features == zoo.pyramid(pixels, (4, 4, 8, 16, 32), channels)
     assert model.backbone.num_features() == len(features)
 
 
@@ -134,50 +122,12 @@ def test_blocks_are_alike(name, plain_convolutions):
 def test_goldens(family, goldens, x64):
     """The authors' code: also the names of the authors' checkpoints."""
     name = f"{family}_{FAMILIES[family]}"
-    weights, images, wanted = read_golden(goldens, name)
-    model = create_model(name)
-    features, outputs = jax.jit(lambda v, x: model.apply(v, x, method=run))(from_torch(weights, model), images)
-    assert error(outputs["logits"][0], wanted["logits"], wanted["logits"].std()) < 1e-9
-    for i, feature in enumerate(features):
-        means = wanted[f"feature_{i}"]
-        assert error(feature.mean((1, 2)), means, np.abs(means).max()) < 1e-9
+    zoo.assert_equals_golden(create_model(name), read_golden(goldens, name), level=1)
 
 
 @pytest.mark.parametrize("family", ["poolformerv2", "convformer", "caformer"])
 def test_equals_timm(family, x64):
-    """Outputs, features, embedding and the gradients of every parameter, in train mode, which is no other without
-    dropout (the golden files are in eval mode); and every name both ways.
-    """
-    import torch
-
-    reference, weights = randomised(timm_model(family))
-    model = like_timm(family)
-    variables = from_torch(weights, model)
-    x, direction = numbers(0, 2, *SIZE, 3), numbers(1, 2, CLASSES)
-
-    def loss(params, x):
-        features, outputs = model.apply({"params": params}, x, train=True, method=run)
-        return jnp.sum(outputs["logits"][0] * direction), (features, outputs)
-
-    gradient, (features, outputs) = quick(jax.grad(loss, has_aux=True), variables["params"], x)
-    with torch.no_grad():
-        last, maps = reference.forward_intermediates(nchw(x))
-        embedding, logits = (reference.forward_head(last, pre_logits=pre) for pre in (True, False))
-    assert error(outputs["logits"][0], logits, logits.std().item()) < 1e-9
-    assert error(outputs["embedding"], embedding, embedding.abs().max().item()) < 1e-9
-    for ours, theirs in zip(features[1:], maps, strict=True):
-        assert error(ours, theirs.permute(0, 2, 3, 1), theirs.abs().max().item()) < 1e-9
-
-    ours = to_torch({"params": gradient}, model)
-    (reference.train()(nchw(x)) * torch.from_numpy(direction)).sum().backward()
-    wanted = {key: value.grad for key, value in reference.named_parameters()}
-    assert set(ours) == set(wanted)
-    for key, value in wanted.items():
-        assert value.abs().max() > 0
-        assert error(ours[key], value, value.abs().max().item()) < 1e-9, key
-
-    back = to_torch(variables, model)
-    assert all(np.array_equal(back[key], weights[key].numpy()) for key in wanted)
+    zoo.assert_equals_timm(like_timm(family), timm_model(family), numbers(0, 2, *SIZE, 3), slice(1, None))
 
 
 def head_variables(model):
@@ -227,21 +177,7 @@ def test_without_classes_the_embedding_comes_out():
 @pytest.mark.parametrize("family", ["identityformer", "randformer"])
 def test_gradients_reach_every_parameter(family, x64, plain_convolutions):
     """Without exception: no bias stands before a softmax or a norm that would cancel it; constants are none."""
-    model = shrunken(family)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
-    variables = from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
-    params = variables.pop("params")
-    x, direction = numbers(0, 2, *SIZE, 3), numbers(1, 2, CLASSES)
-
-    def loss(params, x):
-        return jnp.sum(model.apply({"params": params, **variables}, x, train=True)["logits"][0] * direction)
-
-    gradient = to_torch({"params": quick(jax.grad(loss), params, x)}, model)
-    norms = {key: np.linalg.norm(value) for key, value in gradient.items()}
-    total = np.linalg.norm(list(norms.values()))
-    assert all(1e-6 * total < norm < np.inf for norm in norms.values()), norms
-    assert not any("random_matrix" in key for key in norms)
+    assert zoo.idle_parameters(shrunken(family), SIZE, least=1e-6) == set()
 
 
 def test_random_matrices():
@@ -265,32 +201,13 @@ def test_random_matrices():
 
 @pytest.mark.parametrize("family", ["poolformerv2", "convformer", "caformer"])
 def test_initialisation_follows_timm(family, plain_convolutions):
-    """Sum and sum of squares of every kind of leaf, within five standard errors."""
-    import torch
-
-    model = shrunken(family)
-    ours = to_torch(quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
-    torch.manual_seed(0)
-    reference = timm_model(family).state_dict()
-    assert_same_moments(ours, reference)
+    zoo.assert_initialised_like(shrunken(family), SIZE, lambda: timm_model(family))
 
 
 def test_drop_path_rates_equal_timm(monkeypatch, plain_convolutions):
-    from timm.layers import DropPath
-
-    rates = []
-
-    def recorded(rate):
-        rates.append(rate)
-        return primitives.DropPath(rate)
-
-    monkeypatch.setattr(metaformer, "DropPath", recorded)
-    model = shrunken("poolformerv2", drop_path=0.4)
-    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    reference = timm_model("poolformerv2", drop_path_rate=0.4)
-    wanted = [module.drop_prob for module in reference.modules() if isinstance(module, DropPath)]
-    assert max(wanted) == pytest.approx(0.4)
-    assert [rate for rate in rates if rate] == pytest.approx(wanted)  # where the rate is 0 timm has no layer
+    rates = zoo.rates_of(shrunken("poolformerv2", drop_path=0.4), SIZE, monkeypatch, metaformer)
+    zoo.assert_rates_equal_timm(rates, timm_model("poolformerv2", drop_path_rate=0.4))
+    assert rates[-1] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxmap.convert.torch import from_torch, to_torch
+from maxmap.convert.torch import to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
-from tests.reference import fill, read_golden
-from tests.zoo import QUICK, named, run
+from tests.reference import read_golden
+from tests.zoo import (
+    QUICK,
+    assert_equals_golden,
+    assert_same_names,
+    assert_size,
+    idle_parameters,
+    named,
+    pyramid,
+)
 
 # Parameters with 1000 classes.
 ROWS = {"mobilenet_v1": 4_231_976, "map_mobilenet_v1": 4_879_612}
@@ -24,31 +32,14 @@ def test_every_variant_has_a_row():
 
 @pytest.mark.parametrize(("name", "params"), ROWS.items())
 def test_parameters_and_features(name, params, plain_convolutions):
-    model = create_model(name)
-    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
-    sizes = [(1, 224 // s, 224 // s, c) for s, c in zip((2, 4, 8, 16, 32), CHANNELS, strict=True)]
-    assert [feature.shape for feature in features] == sizes
-    assert model.backbone.num_features() == len(features)
+    assert_size(create_model(name), params, pyramid(224, (2, 4, 8, 16, 32), CHANNELS))
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "map_mobilenet_v1"])
 def test_goldens(name, goldens, x64):
-    weights, images, wanted = read_golden(goldens, name)
+    golden = read_golden(goldens, name)
     model = create_model(name)
-    variables = from_torch(weights, model)
-    features, outputs = jax.jit(lambda v, x: model.apply(v, x, method=run))(variables, images)
-    logits = wanted["head_logits"] if name.startswith("map_") else wanted["logits"][None]
-    assert outputs["logits"].shape == logits.shape
-    assert outputs["logits"].dtype == np.float64
-    assert np.abs(outputs["logits"] - logits).max() < 1e-9 * logits.std()
-    for i, feature in enumerate(features):
-        means = wanted[f"feature_{i}"]
-        assert np.abs(feature.mean((1, 2)) - means).max() < 1e-9 * np.abs(means).max()
-    back = to_torch(variables, model)
-    assert set(back) == {key for key in weights if not key.endswith(("num_batches_tracked", "bp_index"))}
-    assert all(np.array_equal(back[key], weights[key]) for key in back)
+    assert_same_names(assert_equals_golden(model, golden, level=1), model, golden[0])
 
 
 def test_names_with_a_digit_of_their_own(plain_convolutions):
@@ -90,29 +81,8 @@ def test_gradients_reach_every_parameter(x64, plain_convolutions):
         num_classes=10,
         head={"channels": 48, "gram_channels": 32, "gram_groups": 8, "heads": 2},
     )
-    size = (64, 96)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
-    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
-    variables = from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
-    random = np.random.default_rng(0)
-    x, direction = random.standard_normal((4, *size, 3)), random.standard_normal((1, 4, 10))
-
-    def loss(params):
-        outputs, _ = model.apply(
-            variables | {"params": params},
-            x,
-            train=True,
-            rngs={"dropout": jax.random.key(0)},
-            mutable=["batch_stats"],
-        )
-        return jnp.sum(outputs["logits"] * direction)
-
-    gradient = jax.jit(jax.grad(loss), compiler_options=QUICK)(variables["params"])
-    norms = {key: np.linalg.norm(value) for key, value in to_torch({"params": gradient}, model).items()}
-    total = np.linalg.norm(list(norms.values()))
-    assert np.isfinite(total)
-    cancelled = {key for key, norm in norms.items() if norm < 1e-9 * total}
-    assert cancelled == {f"fc.mmcap.mmcap.0.attention.0.attn.{name}.bias" for name in ("k", "w1")}
+    cancelled = {f"fc.mmcap.mmcap.0.attention.0.attn.{name}.bias" for name in ("k", "w1")}
+    assert idle_parameters(model, (64, 96), batch=4) == cancelled
 
 
 @pytest.mark.parametrize(

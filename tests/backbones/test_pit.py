@@ -1,20 +1,25 @@
 """PiT: exact sizes, MAP's numbers for the network without a class token, timm's for the one with it."""
 
-import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.errors import InvalidRngError
 
-from maxmap.convert.torch import from_torch, to_torch
+from maxmap.convert.torch import from_torch
 from maxmap.errors import UserError
 from maxmap.layers.primitives import drop_path_rates
 from maxmap.models import create_model
 from tests.reference import fill_state_dict, import_timm
-from tests.zoo import assert_same_moments, named, nchw, randomised, run
+from tests.zoo import (
+    assert_drops_in_training_only,
+    assert_equals_timm,
+    assert_initialised_like,
+    assert_size,
+    named,
+    run,
+)
 
 # Parameters with 1000 classes, shapes of the feature maps.
 MAPS = [(1, 27, 27, 144), (1, 27, 27, 144), (1, 14, 14, 288), (1, 7, 7, 576)]
@@ -61,13 +66,7 @@ def test_every_variant_has_a_row():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_parameters_and_features(name):
-    params, shapes = ROWS[name]
-    model = create_model(name)
-    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
-    assert [feature.shape for feature in features] == shapes
-    assert model.backbone.num_features() == len(features)
+    assert_size(create_model(name), *ROWS[name])
 
 
 def test_goldens(goldens, x64):
@@ -106,55 +105,11 @@ def test_goldens(goldens, x64):
 
 
 def test_equals_timm(timm_model, x64):
-    import torch
-
-    reference, weights = randomised(timm_model())
-    model = shrunken()
-    variables = from_torch(weights, model)
-    features, outputs = jax.jit(lambda v, x: model.apply(v, x, method=run))(variables, images())
-    with torch.no_grad():
-        maps = reference.forward_intermediates(nchw(images()), intermediates_only=True)
-        logits = reference(nchw(images())).numpy()
-    assert largest_error(outputs["logits"][0], logits, logits.std()) < 1e-9
-    for ours, theirs in zip(features[1:4], maps, strict=True):
-        theirs = theirs.numpy().transpose(0, 2, 3, 1)
-        assert largest_error(ours, theirs, np.abs(theirs).max()) < 1e-9
-    back = to_torch(variables, model)
-    assert set(back) == set(weights)
-    assert all(np.array_equal(back[key], weights[key].numpy()) for key in back)
-
-
-def test_gradients_equal_timm(timm_model, x64):
-    """In train mode, of every parameter."""
-    import torch
-
-    reference, weights = randomised(timm_model())
-    model = shrunken()
-    direction = np.random.default_rng(1).standard_normal((2, 10))
-
-    @jax.jit
-    @jax.grad
-    def gradient(params, x):
-        return jnp.sum(model.apply({"params": params}, x, train=True)["logits"][0] * direction)
-
-    ours = to_torch({"params": gradient(from_torch(weights, model)["params"], images())}, model)
-    (reference.train()(nchw(images())) * torch.from_numpy(direction)).sum().backward()
-    for key, parameter in reference.named_parameters():
-        wanted = parameter.grad.numpy()
-        assert np.abs(wanted).max() > 0, key
-        assert largest_error(ours[key], wanted, np.abs(wanted).max()) < 1e-9, key
+    assert_equals_timm(shrunken(), timm_model(), images(), slice(1, 4), embedding=False)
 
 
 def test_initialisation_follows_timm(timm_model):
-    """Sum and sum of squares of every kind of leaf, within five standard errors."""
-    import torch
-
-    torch.manual_seed(0)
-    reference = timm_model(32).state_dict()
-    model = shrunken(32)
-    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
-    ours = to_torch(init(jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
-    assert_same_moments(ours, reference)
+    assert_initialised_like(shrunken(32), SIZE, lambda: timm_model(32))
 
 
 def test_drop_path_schedules():
@@ -165,12 +120,7 @@ def test_drop_path_schedules():
 
 @pytest.mark.parametrize("field", ["drop_path", "attn_drop", "proj_drop"])
 def test_rates_reach_the_blocks(field):
-    x = jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32)
-    model = shrunken(**{field: 0.5})
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    jax.eval_shape(model.apply, variables, x)
-    with pytest.raises(InvalidRngError):
-        jax.eval_shape(functools.partial(model.apply, train=True), variables, x)
+    assert_drops_in_training_only(shrunken(**{field: 0.5}), SIZE)
 
 
 @pytest.mark.parametrize(

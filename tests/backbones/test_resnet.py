@@ -10,10 +10,10 @@ import pytest
 from maxmap.backbones import resnet
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
-from maxmap.layers import primitives
 from maxmap.models import create_model
+from tests import zoo
 from tests.reference import import_timm, read_golden
-from tests.zoo import assert_same_moments, error, filled, named, numbers, quick, randomised, run
+from tests.zoo import error, named, numbers, quick
 
 # Parameters with 1000 classes, channels of the stem's and the stages' maps.
 ROWS = {
@@ -47,16 +47,10 @@ def test_every_variant_has_a_row():
     assert set(ROWS) == named("resnet")
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_parameters_and_features(name, plain_convolutions):
-    params, channels = ROWS[name]
-    model = create_model(name)
-    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
-    sizes = [(1, 224 // s, 224 // s, c) for s, c in zip((2, 4, 8, 16, 32), channels, strict=True)]
-    assert [feature.shape for feature in features] == sizes
-    assert model.backbone.num_features() == len(features)
+@pytest.mark.parametrize(("name", "row"), ROWS.items())
+def test_parameters_and_features(name, row, plain_convolutions):
+    params, channels = row
+    zoo.assert_size(create_model(name), params, zoo.pyramid(224, (2, 4, 8, 16, 32), channels))
 
 
 def test_golden(goldens, x64):
@@ -78,58 +72,15 @@ def test_golden(goldens, x64):
     assert np.abs(distill - wanted["distill_logits"]).max() < 1e-9 * wanted["distill_logits"].std()
     for i, feature in enumerate(features):
         assert error(feature.mean((1, 2)), wanted[f"feature_{i}"]) < 1e-9
-    back = to_torch(variables, model)
-    assert set(back) == {key for key in weights if not key.endswith(("num_batches_tracked", "bp_index"))}
-    assert all(np.array_equal(back[key], weights[key]) for key in back)
+    zoo.assert_same_names(variables, model, weights)
 
 
 def test_equals_timm(x64, plain_convolutions):
-    """Outputs, features and embedding; in train mode gradients and running statistics; and every name both ways."""
-    import torch
-
-    reference, weights = randomised(timm_model())
-    model = small_resnet50()
-    variables = from_torch(weights, model)
-    x, direction = numbers(0, 3, *SIZE, 3), numbers(1, 3, CLASSES)
-    images = torch.from_numpy(x.transpose(0, 3, 1, 2))
-
-    features, outputs = quick(lambda v, x: model.apply(v, x, method=run), variables, x)
-    with torch.no_grad():
-        last, maps = reference.forward_intermediates(images)
-        embedding, logits = (reference.forward_head(last, pre_logits=pre) for pre in (True, False))
-    assert error(outputs["logits"][0], logits) < 1e-9
-    assert error(outputs["embedding"], embedding) < 1e-9
-    assert max(error(a, b.permute(0, 2, 3, 1)) for a, b in zip(features, maps, strict=True)) < 1e-9
-
-    def loss(params, x):
-        new = {**variables, "params": params}
-        outputs, mutated = model.apply(new, x, train=True, mutable=["batch_stats"])
-        return jnp.sum(outputs["logits"][0] * direction), mutated
-
-    gradient, mutated = quick(jax.grad(loss, has_aux=True), variables["params"], x)
-    (reference.train()(images) * torch.from_numpy(direction)).sum().backward()
-    wanted = {key: value.grad for key, value in reference.named_parameters()}
-    ours = to_torch({"params": gradient}, model)
-    assert set(ours) == set(wanted)
-    assert {key for key, value in wanted.items() if value.abs().max() == 0} == set()
-    assert {key for key, value in wanted.items() if error(ours[key], value) > 1e-9} == set()
-    state = reference.state_dict()
-    assert all(error(value, state[key]) < 1e-9 for key, value in to_torch(mutated, model).items())
-
-    back = to_torch(variables, model)
-    assert set(back) == set(weights)
-    assert all(np.array_equal(back[key], weights[key].numpy()) for key in back)
+    zoo.assert_equals_timm(small_resnet50(), timm_model(), numbers(0, 3, *SIZE, 3), slice(None))
 
 
 def test_initialisation_follows_timm(plain_convolutions):
-    """Sum and sum of squares of every kind of leaf, within five standard errors."""
-    import torch
-
-    model = small_resnet50()
-    ours = to_torch(quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
-    torch.manual_seed(0)
-    reference = timm_model().state_dict()
-    assert_same_moments(ours, reference)
+    zoo.assert_initialised_like(small_resnet50(), SIZE, timm_model)
 
 
 def test_initialisation_of_map(plain_convolutions):
@@ -155,53 +106,19 @@ def test_initialisation_of_map(plain_convolutions):
 
 def test_gradients_of_map(x64, plain_convolutions):
     """They reach every parameter but the biases that a softmax cancels."""
-    model = create_model("map_resnet50", **SMALL)
-    variables = filled(model, SIZE)
-    x, direction = numbers(0, 4, *SIZE, 3), numbers(1, 2, 4, CLASSES)
-
-    def loss(params, x):
-        outputs, _ = model.apply(
-            variables | {"params": params},
-            x,
-            train=True,
-            rngs={"dropout": jax.random.key(0)},
-            mutable=["batch_stats"],
-        )
-        return jnp.sum((outputs["logits"] + outputs["distill"]) * direction)
-
-    gradient = quick(jax.grad(loss), variables["params"], x)
-    norms = {key: np.linalg.norm(value) for key, value in to_torch({"params": gradient}, model).items()}
-    total = np.linalg.norm(list(norms.values()))
-    assert np.isfinite(total)
-    cancelled = {key for key, norm in norms.items() if norm < 1e-9 * total}
-    assert cancelled == {f"head.mmcap.mmcap.{g}.attention.0.attn.{name}.bias" for g in range(2) for name in ("k", "w1")}
-
-
-def rates_of(model, monkeypatch):
-    """The rates of a model's drop path layers, in order."""
-    rates = []
-
-    def recorded(rate):
-        rates.append(rate)
-        return primitives.DropPath(rate)
-
-    monkeypatch.setattr(resnet, "DropPath", recorded)
-    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    return rates
+    cancelled = {f"head.mmcap.mmcap.{g}.attention.0.attn.{name}.bias" for g in range(2) for name in ("k", "w1")}
+    assert zoo.idle_parameters(create_model("map_resnet50", **SMALL), SIZE, batch=4) == cancelled
 
 
 def test_drop_path_rates_equal_timm(monkeypatch, plain_convolutions):
-    from timm.layers import DropPath
-
-    rates = rates_of(small_resnet50(drop_path=0.4), monkeypatch)
-    wanted = [module.drop_prob for module in timm_model(drop_path_rate=0.4).modules() if isinstance(module, DropPath)]
-    assert [rate for rate in rates if rate] == pytest.approx(wanted)
+    rates = zoo.rates_of(small_resnet50(drop_path=0.4), SIZE, monkeypatch, resnet)
+    zoo.assert_rates_equal_timm(rates, timm_model(drop_path_rate=0.4))
     assert rates[-1] == pytest.approx(0.4)
 
 
 def test_drop_path_rates_of_map(monkeypatch, plain_convolutions):
     """i / N of the rate: the last block gets less than all of it."""
-    rates = rates_of(create_model("map_resnet50", drop_path=0.1, **SMALL), monkeypatch)
+    rates = zoo.rates_of(create_model("map_resnet50", drop_path=0.1, **SMALL), SIZE, monkeypatch, resnet)
     assert rates == pytest.approx([0, 0.02, 0.04, 0.06, 0.08])
 
 

@@ -1,19 +1,25 @@
 """ViT: exact sizes, and timm's numbers in float64 with every weight random."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.errors import InvalidRngError
 
-from maxmap.convert.torch import from_torch, to_torch
+from maxmap.convert.torch import from_torch
 from maxmap.errors import UserError
 from maxmap.layers.blocks import ViTBlock
 from maxmap.models import create_model
 from tests.reference import import_timm
-from tests.zoo import assert_same_moments, named, nchw, randomised, run
+from tests.zoo import (
+    assert_drops_in_training_only,
+    assert_equals_timm,
+    assert_initialised_like,
+    assert_size,
+    named,
+    nchw,
+    randomised,
+    run,
+)
 
 # Parameters with 1000 classes, channels.
 ROWS = {"vit_small_patch16_224": (22_050_664, 384), "vit_base_patch16_224": (86_567_656, 768)}
@@ -44,33 +50,14 @@ def test_every_variant_has_a_row():
 @pytest.mark.parametrize("name", ROWS)
 def test_parameters_and_features(name):
     params, channels = ROWS[name]
-    model = create_model(name)
-    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    (features, _), variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), x)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
-    assert [f.shape for f in features] == [(1, 14, 14, channels)] * 5 + [(1, 1, 1, channels)]
-    assert model.backbone.num_features() == len(features)
+    assert_size(create_model(name), params, [(1, 14, 14, channels)] * 5 + [(1, 1, 1, channels)])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_equals_timm(channels, timm_model, x64):
-    import torch
-
-    reference, weights = randomised(timm_model(in_chans=channels))
     model = create_model("vit_small_patch16_224", **SMALL)
-    variables = from_torch(weights, model)
-    x = images(channels)
-    features, outputs = jax.jit(lambda v, x: model.apply(v, x, method=run))(variables, x)
-    with torch.no_grad():
-        last, maps = reference.forward_intermediates(nchw(x), indices=[0, 2, 3], norm=False)
-        embedding, logits = (reference.forward_head(last, pre_logits=pre) for pre in (True, False))
-    assert np.abs(outputs["logits"][0] - logits.numpy()).max() < 1e-9 * logits.numpy().std()
-    assert np.abs(outputs["embedding"] - embedding.numpy()).max() < 1e-9
-    for ours, theirs in zip(features[1:4], maps, strict=True):
-        assert np.abs(ours - theirs.numpy().transpose(0, 2, 3, 1)).max() < 1e-9 * np.abs(theirs.numpy()).max()
-    back = to_torch(variables, model)
-    assert set(back) == set(weights)
-    assert all(np.array_equal(back[key], weights[key].numpy()) for key in back)
+    reference = timm_model(in_chans=channels)
+    assert_equals_timm(model, reference, images(channels), slice(1, 4), indices=[0, 2, 3], norm=False)
 
 
 def test_without_class_token_equals_timm(timm_model, x64):
@@ -85,37 +72,9 @@ def test_without_class_token_equals_timm(timm_model, x64):
     assert np.abs(outputs["logits"][0] - logits).max() < 1e-9 * logits.std()
 
 
-def test_gradients_equal_timm(timm_model, x64):
-    """In train mode, of every parameter."""
-    import torch
-
-    reference, weights = randomised(timm_model())
-    model = create_model("vit_small_patch16_224", **SMALL)
-    direction = np.random.default_rng(1).standard_normal((2, 10))
-
-    @jax.jit
-    @jax.grad
-    def gradient(params, x):
-        return jnp.sum(model.apply({"params": params}, x, train=True)["logits"][0] * direction)
-
-    ours = to_torch({"params": gradient(from_torch(weights, model)["params"], images())}, model)
-    (reference.train()(nchw(images())) * torch.from_numpy(direction)).sum().backward()
-    for key, parameter in reference.named_parameters():
-        wanted = parameter.grad.numpy()
-        assert np.abs(wanted).max() > 0, key
-        assert np.abs(ours[key] - wanted).max() < 1e-9 * np.abs(wanted).max(), key
-
-
 def test_initialisation_follows_timm(timm_model):
-    """Sum and sum of squares of every kind of leaf, within five standard errors."""
-    import torch
-
-    torch.manual_seed(0)
-    reference = timm_model(embed_dim=96).state_dict()
     model = create_model("vit_small_patch16_224", **SMALL | {"embed_dim": 96})
-    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
-    ours = to_torch(init(jax.random.key(0), jnp.zeros((1, *SIZE, 3))), model)
-    assert_same_moments(ours, reference)
+    assert_initialised_like(model, SIZE, lambda: timm_model(embed_dim=96))
 
 
 def test_block_drops_in_training_only():
@@ -145,12 +104,7 @@ def test_block_drops_in_training_only():
 
 @pytest.mark.parametrize("field", ["drop_path", "attn_drop", "proj_drop"])
 def test_rates_reach_the_blocks(field):
-    x = jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32)
-    model = create_model("vit_small_patch16_224", **SMALL, **{field: 0.5})
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    jax.eval_shape(model.apply, variables, x)
-    with pytest.raises(InvalidRngError):
-        jax.eval_shape(functools.partial(model.apply, train=True), variables, x)
+    assert_drops_in_training_only(create_model("vit_small_patch16_224", **SMALL, **{field: 0.5}), SIZE)
 
 
 def test_map_head_reads_the_patch_tokens_and_the_class_token():

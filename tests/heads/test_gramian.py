@@ -9,11 +9,12 @@ import pytest
 
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
+from maxmap.heads import gramian
 from maxmap.heads.gramian import GramianHead, concatenate_features
 from maxmap.layers import blocks
 from maxmap.models import create_model
 from tests.reference import read_golden
-from tests.zoo import error, filled, named, numbers, quick, run
+from tests.zoo import assert_same_names, error, idle_parameters, named, numbers, quick, rates_of, run
 
 # Parameters with 1000 classes, taps inside of the third stage.
 ROWS = {
@@ -100,9 +101,7 @@ def test_golden(name, goldens, x64, plain_convolutions):
     assert len(maps) == 6
     for i, feature in enumerate(maps):
         assert error(feature.mean((1, 2)), wanted[f"feature_{i}"][:1]) < 1e-9
-    back = to_torch(variables, model)
-    assert set(back) == {key for key in weights if not key.endswith("num_batches_tracked")}
-    assert all(np.array_equal(back[key], weights[key]) for key in back)
+    assert_same_names(variables, model, weights)
 
 
 def test_features_are_concatenated_at_one_size(x64):
@@ -124,23 +123,11 @@ def test_features_are_concatenated_at_one_size(x64):
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients(name, x64, plain_convolutions):
     """They reach every parameter but the biases that a batch norm takes out again."""
-    model = small(name)
-    variables = filled(model, SIZE)
-    x, direction = numbers(0, 4, *SIZE, 3), numbers(1, 2, 4, CLASSES)
-
-    def loss(params):
-        outputs, _ = model.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
-        return jnp.sum(outputs["logits"] * direction)
-
-    gradient = quick(jax.grad(loss), variables["params"])
-    norms = {key: np.linalg.norm(value) for key, value in to_torch({"params": gradient}, model).items()}
-    total = np.linalg.norm(list(norms.values()))
-    assert np.isfinite(total)
     cancelled = {f"gram_{part}.{k}.0.bias" for part in ("contraction", "embedding") for k in range(2)}
     if "convnext" in name:
         # The last block's bias shifts a map that is enlarged and goes into convolutions with batch norms behind.
         cancelled |= {"stages.4.downsample.0.bias", "stages.3.blocks.0.mlp.fc2.bias"}
-    assert {key for key, norm in norms.items() if norm < 1e-9 * total} == cancelled
+    assert idle_parameters(small(name), SIZE, batch=4) == cancelled
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -165,17 +152,9 @@ def test_initialisation(name, plain_convolutions):
 
 def test_drop_path(monkeypatch, plain_convolutions):
     """The recipe's rate: rising over the backbone, in full in the aggregation and in both branches' blocks."""
-    rates, drop_path = [], blocks.DropPath
-
-    def recorded(rate):
-        rates.append(rate)
-        return drop_path(rate)
-
-    monkeypatch.setattr(blocks, "DropPath", recorded)
-    monkeypatch.setattr("maxmap.heads.gramian.DropPath", recorded)
     model = small("ga_convnext_tiny_688", drop_path=0.4)
     model = model.clone(backbone=model.backbone.clone(drop_path=0.4))
-    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    rates = rates_of(model, SIZE, monkeypatch, blocks, gramian)
     assert rates == pytest.approx([0.08 * i for i in range(5)] + [0.4] * 3)
 
 
