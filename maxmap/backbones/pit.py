@@ -83,7 +83,8 @@ class PiT(nn.Module):
       class_token: puts a learned token before the pixels and returns it as the last feature, a map of one pixel.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate; without a class token it ends
         one step short of this rate, as in MAP's code.
-      attn_drop, proj_drop: dropout of the attention probabilities; of the projections.
+      attn_drop: dropout of the attention probabilities.
+      proj_drop: dropout after the attention's projection and both linear maps of the MLPs.
     """
 
     image_size: int | tuple[int, int] = 224

@@ -35,7 +35,8 @@ class ViT(nn.Module):
       heads: of the attention.
       mlp_ratio: hidden channels of the MLPs divided by `embed_dim`.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
-      attn_drop, proj_drop: dropout of the attention probabilities; of the projections.
+      attn_drop: dropout of the attention probabilities.
+      proj_drop: dropout after the attention's projection and both linear maps of the MLPs.
       class_token: puts a learned token before the patch tokens and returns it as the last feature, a map of one pixel.
     """
 

@@ -22,7 +22,8 @@ class Mlp(nn.Module):
       activation: between the two maps.
       inits: 'kernel_init' and 'bias_init' of both maps; PyTorch's defaults for what is not given.
       layer: `Linear`, or `Conv` where the reference keeps 4-d weights.
-      hidden_dropout, dropout: after the activation, and at the end.
+      hidden_dropout: rate of dropping values after the activation.
+      dropout: the same for the output.
     """
 
     hidden: int
@@ -98,7 +99,8 @@ class SelfAttention(nn.Module):
       heads: of the attention; they divide the channels.
       inits: 'kernel_init' and 'bias_init' of both projections; PyTorch's defaults for what is not given.
       position_bias: constructor of a named submodule that returns a bias of the logits, `[heads, N, N]`.
-      attn_drop, proj_drop: dropout of the attention probabilities and of the output.
+      attn_drop: dropout of the attention probabilities.
+      proj_drop: dropout of the output.
     """
 
     heads: int
@@ -131,7 +133,8 @@ class ViTBlock(Block):
       mlp_ratio: hidden channels of the MLP divided by the tokens' channels.
       drop_path: rate of dropping each residual branch.
       inits: 'kernel_init' and 'bias_init' of all linear maps; PyTorch's defaults for what is not given.
-      attn_drop, proj_drop: dropout of the attention probabilities; of the attention's output and in the MLP.
+      attn_drop: dropout of the attention probabilities.
+      proj_drop: dropout of the attention's output and inside of the MLP.
     """
 
     heads: int
