@@ -20,12 +20,11 @@ from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.models import average, differences
-from maxmap.operations import upcast
+from maxmap.operations import Array, upcast
 from maxmap.predictions import make_rows, to_csv
 from maxmap.recipe import Recipe
 from maxmap.sharding import gather, gather_processes, replicated, split_batch, to_devices
 
-Array = jax.Array
 EvalStep = Callable[[Any, Mapping[str, Array]], dict[str, Any]]
 
 

@@ -5,16 +5,14 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import jax
 import optax
 from jax.sharding import Mesh
 
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.models import Classifier
+from maxmap.operations import Array
 from maxmap.schedule import Schedule
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

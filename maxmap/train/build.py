@@ -16,13 +16,12 @@ from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.evaluate import EvalStep, check_image_size, make_eval_step
 from maxmap.models import Classifier, block_paths
+from maxmap.operations import Array
 from maxmap.recipe import Recipe
 from maxmap.schedule import Schedule
 from maxmap.sharding import check_batch, replicated, split_batch
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import Loss, Prepare, make_diagnosis, make_train_step
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

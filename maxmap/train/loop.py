@@ -13,6 +13,7 @@ from maxmap import checkpoint, evaluate, storage
 from maxmap.checkpoint import Checkpoints
 from maxmap.cost import count_parameters
 from maxmap.errors import UserError
+from maxmap.operations import Array
 from maxmap.recipe import Recipe
 from maxmap.runtime import freed_memory
 from maxmap.sharding import to_devices
@@ -22,8 +23,6 @@ from maxmap.train.resume import only_run
 from maxmap.train.start import find_checkpoint, first_state
 from maxmap.train.state import TrainState
 from maxmap.train.watch import Interrupts, Watch, Watchdog
-
-Array = jax.Array
 
 
 def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> dict[str, Any]:

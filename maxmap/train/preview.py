@@ -11,8 +11,6 @@ from maxmap.errors import UserError
 from maxmap.recipe import Recipe
 from maxmap.train.build import make_prepare
 
-Array = np.ndarray
-
 CELL = 160  # pixels of an image in the picture, or a little more
 CAPTION = 30  # and of the two lines under it
 
@@ -51,14 +49,14 @@ def show_batch(recipe: Recipe, path: str | Path, *, step: int = 0, count: int = 
         raise UserError(f"cannot write the picture {path} ({error}): give another --out, such as batch.png.") from error
 
 
-def caption(target: Array, classes: Sequence[str]) -> str:
+def caption(target: np.ndarray, classes: Sequence[str]) -> str:
     """The two likeliest classes of a target `[K]`, a line each; the second only where mixing gave it weight."""
     order = np.argsort(-target, kind="stable")
     shown = [index for index in order[:2] if target[index] > np.min(target) + 0.005 or index == order[0]]
     return "\n".join(f"{100 * target[index]:.0f} % {classes[index]}" for index in shown)
 
 
-def draw_grid(images: Array, captions: Sequence[str]) -> Image.Image:
+def draw_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
     """Draws images `[N, H, W, 3]` in rows, each with its caption below; small ones are enlarged by whole factors."""
     count, height, width, _ = images.shape
     times = max(1, CELL // max(height, width))

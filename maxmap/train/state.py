@@ -10,9 +10,8 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
+from maxmap.operations import Array
 from maxmap.sharding import state_sharding
-
-Array = jax.Array
 
 
 @struct.dataclass

@@ -11,10 +11,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from maxmap.layers.primitives import batch_norm_groups
+from maxmap.operations import Array
 from maxmap.sharding import gather, shard
 from maxmap.train.state import TrainState
 
-Array = jax.Array
 Metrics = dict[str, Array]
 Prepare = Callable[[Array, Array, Array], tuple[Array, Array]]
 Loss = Callable[[Mapping[str, Array], Array], tuple[Array, Metrics]]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from maxmap.backbones import convnext
+from maxmap.convert.dialects import detect_naming
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.layers import blocks
