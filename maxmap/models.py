@@ -44,8 +44,8 @@ BACKBONES = {name: variant for variants in FAMILIES.values() for name, variant i
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "map": MAPHead, "gramian": GramianHead}
 
 
-# The fields of models, backbones and heads that change nothing but the training: rates of dropping, initial values,
-# rematerialisation. None in place of an initial value is another network, though: one without those factors.
+# The fields of models, backbones and heads that only training sees: rates of dropping, initial values, remat.
+# An initial value of None is an exception: it stands for a network without those factors.
 TRAINING_ONLY = frozenset(
     {
         *("attention_dropout", "attn_drop", "drop_path", "drop_path_endpoint", "dropout", "proj_drop", "token_dropout"),
@@ -60,8 +60,8 @@ class Classifier(nn.Module):
     Attributes:
       backbone: images `[B, H, W, C]` to a list of NHWC feature maps.
       head: feature maps to branches of logits.
-      remat: keeps nothing of the inside of the backbone's blocks for the backward pass, which computes them once more:
-        less memory for about a third more time. The results do not change.
+      remat: the backward pass computes the inside of the backbone's blocks once more instead of reading it from memory.
+        That takes less memory and about a third more time, and does not change the results.
     """
 
     backbone: nn.Module
@@ -115,7 +115,7 @@ def _rematerialisation() -> Callable[..., Any]:
 def block_paths(model: Classifier) -> list[list[str]]:
     """Lists the modules of a model's backbone in the order in which they run, by block.
 
-    It traces the model once, which takes some seconds for large ones, and computes nothing.
+    It traces the model once and computes nothing; a large model takes some seconds.
 
     Returns:
       Paths such as 'backbone/stages_0/blocks_1', in one list for the stem and one for each block. A block's list has
@@ -159,7 +159,7 @@ def average(outputs: Mapping[str, Array]) -> Array:
 
 @dataclass(frozen=True)
 class _Model:
-    """A named model: which backbone with which changed fields, and which head."""
+    """A named model: a name in `BACKBONES`, the fields of its head, and what it changes in the backbone's fields."""
 
     backbone: str
     head: Mapping[str, Any]
@@ -169,7 +169,7 @@ class _Model:
 _ERF = {"conv": {"activation": "gelu"}, "transformer": {"activation": "gelu"}}
 
 
-# Gramian attention over taps inside of the third stage. ConvNeXt's drop path rises on into the head's blocks.
+# Gramian attention with taps inside of the third stage. The rate of ConvNeXt's drop path keeps rising in the head.
 def _ga_convnext(backbone: str, channels: int, attention_width: int, taps: int, **fields: Any) -> _Model:
     head = {"name": "gramian", "channels": channels, "attention_width": attention_width}
     return _Model(backbone, head, {"taps": taps, "drop_path_endpoint": False, **fields})
@@ -256,14 +256,14 @@ MODELS: dict[str, _Model] = {
     "ga_convnext_small_768": _ga_convnext("convnext_small", 768, 192, taps=4),
     "ga_convnext_base_976": _ga_convnext("convnext_base", 976, 240, taps=4, embed_dim=(128, 256, 512, 976)),
     "ga_convnext_base_1024": _ga_convnext("convnext_base", 1024, 256, taps=4),
-    # The released class at its defaults, and one of several settings whose parameters equal the published 42.0M and
-    # 54.3M; which of them the paper used is not known.
+    # The first two have the defaults of the released class. Several settings of it have the published 42.0M and 54.3M
+    # parameters, and the paper does not say which it used: the last two are one of them.
     "ga_cswin_tiny": _ga_cswin("CSWin_64_12211_tiny_224", taps=4, aggregation_mlp_groups=1),
     "ga_cswin_small": _ga_cswin("CSWin_64_24322_small_224", taps=4, aggregation_mlp_groups=1),
     "ga_cswin_tiny_p42": _ga_cswin("CSWin_64_12211_tiny_224", taps=5, aggregation_mlp_groups=4),
     "ga_cswin_small_p54": _ga_cswin("CSWin_64_24322_small_224", taps=5, aggregation_mlp_groups=4),
-    # Their code was never released: settings whose parameters come nearest to the published 41.3M (here 41.33M) and
-    # 27.7M (27.72M), the latter with 9 blocks because 12 alone have more operations than the 4.3 G of the whole.
+    # No code was released for these two. Their settings come nearest to the published 41.3M and 27.7M parameters, with
+    # 41.33M and 27.72M. ga_vit_small has 9 blocks: 12 blocks alone exceed the published 4.3 G operations of the whole.
     "ga_resnet50": _Model("resnet50", {"name": "gramian", "attention_width": 192}),
     "ga_vit_small": _Model(
         "vit_small_patch16_224",
@@ -296,7 +296,7 @@ def create_model(
       num_classes: 1000 unless given; 0 for no classifier.
       image_size: pixels that windows and position tables are made for, one number or (height, width); None for the
         model's own.
-      remat: see `Classifier`.
+      remat: saves memory in training: the backward pass computes the backbone's blocks once more.
       **fields: fields of the backbone, for example `drop_path=0.2`; mappings are merged field by field.
 
     Returns:
@@ -341,9 +341,10 @@ def create_model(
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Compares the models that two descriptions build, but for the fields of `TRAINING_ONLY`.
+    """Compares the models that two descriptions build, except for the fields of `TRAINING_ONLY`.
 
-    What a description spells out makes no difference: defaults, the model's own head, lists in place of tuples.
+    Descriptions that look different may build the same model: one may spell out defaults, name the model's own head, or
+    have lists in place of tuples.
 
     Args:
       there: keyword arguments of `create_model`, as a checkpoint stores them.
