@@ -86,7 +86,7 @@ def get_config(preset: str = "small") -> ConfigDict:
             "mix": {"smoothing": 0.1},
             "erase": {},
             "optim": {"name": "adamw", "weight_decay": 0.05, "clip_norm": 1.0},
-            "schedule": {"warmup_epochs": 3, "warmup_lr": 0.0, "min_lr": 1e-6, "per": "step"},
+            "schedule": {"warmup_epochs": 3, "warmup_lr": 0.0, "per": "step"},
             "evaluate": {"batch_size": 256},
             "checkpoint": {"every": 500, "keep": 2},
         }
