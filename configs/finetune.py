@@ -23,7 +23,8 @@ No accuracy is published for them: they are starting points. What keeps them fro
 - no decorrelation of the branches of a MAP or Gramian head. That term has no lower bound, and beside softmax over a few
   classes it weighs much more than over the 1,000 that -0.8 was tuned for. To use it, watch the branches' accuracies.
 
-Evaluation crops as MaxViT's at 224 pixels; a checkpoint's own preprocessing is in its card.
+Evaluation crops as MaxViT's at 224 pixels; a checkpoint's own preprocessing is in its card. Photos are turned as their
+EXIF orientation says (`data.exif`), which published networks were trained without.
 """
 
 from typing import Any
@@ -80,7 +81,7 @@ def get_config(preset: str = "small") -> ConfigDict:
         {
             "dtype": "bfloat16",
             "model": {"name": "maxvit_tiny_tf_224"},
-            "data": {"source": "folder", "path": "data/mine", "crop_pct": 0.95},
+            "data": {"source": "folder", "path": "data/mine", "crop_pct": 0.95, "exif": True},
             "augment": {},
             "mix": {"smoothing": 0.1},
             "erase": {},

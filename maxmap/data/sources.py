@@ -11,14 +11,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from maxmap.data.archives import TarMember, TFRecords, read_at, tar_members
+from maxmap.data.images import IMAGE_ENDINGS
 from maxmap.errors import UserError, nearest
 
 SOURCES = ("digits", "folder", "tar", "tfds")
-
-IMAGE_ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif"),
-    *(".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2"),
-)
 
 _HOW_TO_GIVE_IMAGES = (
     "give a folder tree <path>/train/<class>/*.jpg and <path>/val/<class>/*.jpg with --config.data.path=<path>, or a "
