@@ -51,6 +51,7 @@ def open_data(
     workers: int = 0,
     check: int = 2000,
     max_pixels: int = MAX_PIXELS,
+    verify: bool = True,
 ) -> "Data":
     """Opens the training and the evaluation split of a data set, and checks some of their images.
 
@@ -80,6 +81,7 @@ def open_data(
       workers: further decoding processes, each with `threads` threads; they help with small images.
       check: how many images of each split are decoded before training; 0: none, broken ones are counted as they come.
       max_pixels: pixels of the largest image that is decoded, up to 178,956,970; larger ones count as broken.
+      verify: whether the checksums of TFRecord files are checked; a record with another checksum counts as broken.
 
     Raises:
       UserError: the data is missing, malformed or broken, or an option is out of range.
@@ -92,7 +94,11 @@ def open_data(
         image_size, eval_image_size, crop_pct, crop_mode, eval_interpolation, mean, std, exif
     )
     train, val = _open_splits(
-        source, path, train_split, val_split, name=name, classes=classes, check=check, max_pixels=max_pixels
+        functools.partial(open_source, source, path, name=name, verify=verify),
+        train_split,
+        val_split,
+        classes,
+        functools.partial(decode.check_images, limit=check, max_pixels=max_pixels) if check else None,
     )
     threads = threads or os.cpu_count() or 1
     return Data(train, val, image_size, train_crop, preprocessing, repeats, threads, workers, max_pixels)
@@ -329,28 +335,24 @@ def _make_preprocessing(
 
 
 def _open_splits(
-    source: str,
-    path: str | os.PathLike | None,
+    open_split: Callable[..., ImageSource],
     train_split: str | None,
     val_split: str | None,
-    *,
-    name: str | None,
     classes: Sequence[str] | None,
-    check: int,
-    max_pixels: int,
+    check: Callable[[ImageSource], None] | None,
 ) -> tuple[ImageSource | None, ImageSource | None]:
     """Opens both splits, with the classes of the training split for both, and checks some images of each."""
     if train_split is None and val_split is None:
         raise UserError("neither --config.data.train_split nor --config.data.val_split is set: set at least one.")
     train = val = None
     if train_split is not None:
-        train = open_source(source, path, train_split, name=name, classes=classes)
+        train = open_split(train_split, classes=classes)
         classes = train.classes
     if val_split is not None:
-        val = open_source(source, path, val_split, name=name, classes=classes)
+        val = open_split(val_split, classes=classes)
     for split in (train, val):
-        if check and split is not None:
-            decode.check_images(split, check, max_pixels)
+        if check is not None and split is not None:
+            check(split)
     return train, val
 
 

@@ -147,6 +147,7 @@ def test_preprocess_does_what_evaluation_does(data, tmp_path):
         "interpolation": "bicubic",
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.2, 0.2],
+        "exif": False,
     }
     images = next(data.eval_batches(9))["image"]
     path = tmp_path / "a.png"
