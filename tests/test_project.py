@@ -48,6 +48,7 @@ STOREYS = (
     ("maxmap.layers.primitives", "maxmap.layers.blocks"),
     ("maxmap.backbones.maxxvit.convolution", "maxmap.backbones.maxxvit.attention", "maxmap.backbones.maxxvit.backbone"),
     (
+        "maxmap.data.damage",
         "maxmap.data.images",
         "maxmap.data.folders",
         "maxmap.data.sources",

@@ -8,15 +8,15 @@ missing ones.
 import contextlib
 import functools
 import io
-import re
-import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
+from PIL.ImageFile import ImageFile
 
+from maxmap.data.damage import check_pixels, check_scans, check_strips, refuse_damaged_jpeg
 from maxmap.errors import UserError, reason
 
 # Pillow's formats by the endings of their files. Pillow tries no other format, whatever the ending says, because some
@@ -31,9 +31,6 @@ FORMATS = {
 IMAGE_ENDINGS = tuple(FORMATS)
 
 MAX_PIXELS = 178_956_970  # Pillow decodes no larger image; as RGB this one takes 700 MB
-_MOST_SCANS = (
-    100  # of a JPEG, as libtiff has it; the usual progressive one has 10, and each takes a pass over the image
-)
 _STRIP = 1 << 22  # pixels of 16 bits that are converted at a time
 
 # How to turn an image upright, by its EXIF orientation: the transposition, and which axes of the result, (x, y), run
@@ -47,12 +44,6 @@ TURNS = {
     7: (Image.Transpose.TRANSVERSE, (True, True)),
     8: (Image.Transpose.ROTATE_90, (False, True)),
 }
-
-# Warnings of libjpeg that mean that pixels are missing or wrong.
-_DAMAGE = re.compile(
-    "premature end|bad Huffman|bad arithmetic|instead of RST|before marker 0xd[0-7]|Inconsistent progression", re.I
-)
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # one that starts a segment with a length, or ends all
 
 
 class OpenedImage(NamedTuple):
@@ -107,7 +98,7 @@ def open_image(image: bytes | np.ndarray, *, exif: bool, max_pixels: int) -> Ope
         opened = Image.fromarray(image[..., 0] if grey else image)
         return OpenedImage(opened.size, 1, functools.partial(_decode, opened))
     if image.startswith(b"\xff\xd8"):
-        _check_scans(image)
+        check_scans(image)
         with contextlib.suppress(ValueError):  # simplejpeg does not read the header, but Pillow may
             height, width, colors, _ = simplejpeg.decode_jpeg_header(image)
             if colors not in ("CMYK", "YCCK"):
@@ -118,12 +109,11 @@ def open_image(image: bytes | np.ndarray, *, exif: bool, max_pixels: int) -> Ope
                 )
     opened = _open(image, max_pixels)
     orientation = _orientation(opened) if exif else 1
-    is_jpeg = opened.format in ("JPEG", "MPO")
-    decode = functools.partial(_decode_checked_jpeg, image, opened) if is_jpeg else functools.partial(_decode, opened)
-    return OpenedImage(opened.size, orientation, decode)
+    decode = _decode_checked_jpeg if opened.format in ("JPEG", "MPO") else _decode_checked
+    return OpenedImage(opened.size, orientation, functools.partial(decode, image, opened))
 
 
-def _open(file: bytes, max_pixels: int) -> Image.Image:
+def _open(file: bytes, max_pixels: int) -> ImageFile:
     try:
         opened = Image.open(io.BytesIO(file), formats=_known_formats())
     except Image.UnidentifiedImageError:
@@ -146,21 +136,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _check_scans(jpeg: bytes) -> None:
-    """Raises OSError for a JPEG of so many scans that it can only be meant to take time."""
-    if jpeg.count(b"\xff\xda") <= _MOST_SCANS:
-        return
-    scans = position = 0
-    # Metadata may hold the same two bytes, so count exactly: skip each segment by the length that it states.
-    while marker := _JPEG_MARKER.search(jpeg, position):
-        scans += marker[1] == b"\xda"
-        if marker[1] == b"\xd9" or marker.end() + 2 > len(jpeg):
-            break
-        position = marker.end() + max(2, struct.unpack_from(">H", jpeg, marker.end())[0])
-        if scans > _MOST_SCANS:
-            raise OSError(f"the JPEG has more than {_MOST_SCANS} scans")
-
-
 def _orientation(opened: Image.Image) -> int:
     """Returns the EXIF orientation that is still to be applied; Pillow applies that of a TIFF itself."""
     if opened.format == "TIFF":
@@ -179,13 +154,21 @@ def _decode(opened: Image.Image, most: int) -> tuple[Image.Image, int]:
     return to_rgb(opened), shrink
 
 
+def _decode_checked(file: bytes, opened: ImageFile, most: int) -> tuple[Image.Image, int]:
+    """Decodes with Pillow, and refuses what Pillow takes although pixels are missing."""
+    check_strips(file, opened)
+    opened.load()
+    check_pixels(file, opened)
+    return _decode(opened, most)
+
+
 def _decode_checked_jpeg(file: bytes, opened: Image.Image, most: int) -> tuple[Image.Image, int]:
     """Decodes with Pillow a JPEG whose colours or size simplejpeg does not take, after a check of its data."""
     colorspace = "CMYK" if opened.mode == "CMYK" else "RGB"
     try:
         simplejpeg.decode_jpeg(file, colorspace, min_height=1, min_width=1)
     except ValueError as error:
-        _refuse_damage(error)
+        refuse_damaged_jpeg(error)
     return _decode(opened, most)
 
 
@@ -196,17 +179,11 @@ def _decode_jpeg(file: bytes, size: tuple[int, int], most: int) -> tuple[Image.I
     try:
         pixels = simplejpeg.decode_jpeg(file, "RGBX", min_width=width, min_height=height)
     except ValueError as error:  # Pillow decodes some files that simplejpeg refuses
-        _refuse_damage(error)
+        refuse_damaged_jpeg(error)
         return _decode(_open(file, size[0] * size[1]), most)
     # PIL holds RGB in four bytes too, so four channels need no copy. It and the resizer treat all four alike in this
     # mode; that the pixels are not CMYK does not matter to them.
     return Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK", 0, 1), shrink
-
-
-def _refuse_damage(error: ValueError) -> None:
-    """Raises OSError if simplejpeg's error means missing pixels, which Pillow would fill with grey without a word."""
-    if _DAMAGE.search(str(error)):
-        raise OSError(f"the JPEG is damaged: {error}") from error
 
 
 def _draft(image: Image.Image, most: int) -> int:

@@ -3,6 +3,7 @@
 import io
 import math
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -404,6 +405,70 @@ def test_a_jpeg_whose_pixels_are_missing_is_damaged_whatever_pillow_fills_in():
         ):
             with pytest.raises(OSError, match=r"the JPEG is damaged: .*[a-z0-9]$"):
                 read()
+
+
+def with_size(file: bytes, format: str, width: int, height: int) -> bytes:
+    """An image of 16 x 16 whose header states another size."""
+    data = bytearray(file)
+    if format == "PNG":
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif format == "JPEG2000":
+        at = data.index(b"ihdr") + 4
+        data[at : at + 8] = struct.pack(">II", height, width)
+        at = data.index(b"\xff\x51") + 6
+        data[at : at + 8] = struct.pack(">II", width, height)
+    else:
+        for tag, value in ((256, width), (257, height)):
+            entries = [struct.pack("<HHLL", tag, kind, 1, 16) for kind in (3, 4)]
+            (at,) = (data.index(entry) for entry in entries if entry in data)
+            data[at + 8 : at + 12] = struct.pack("<L", value)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA"])
+@pytest.mark.parametrize("size", [(16, 17), (16, 900), (900, 16), (900, 900)])
+def test_an_image_whose_header_lies_is_refused(size, mode):
+    """Pillow would fill the rest with black."""
+    photo = Image.fromarray(PHOTOS[0]).resize((16, 16)).convert(mode)
+    files = {"PNG": [save(photo, "PNG")]}
+    if mode == "RGB":
+        compressions = ({}, {"compression": "tiff_lzw"}, {"compression": "jpeg"}, {"compression": "tiff_deflate"})
+        files["TIFF"] = [save(photo, "TIFF", **options) for options in compressions]
+        files["JPEG2000"] = [save(photo, "JPEG2000")]
+    for format, formatted in files.items():
+        for file in formatted:
+            assert decode(file).size == (16, 16)
+            with pytest.raises(OSError, match=r"than its header says|truncated|decoder error"):
+                decode(with_size(file, format, *size))
+            with pytest.raises(OSError):
+                train_crop(with_size(file, format, *size), np.random.default_rng(0), size=8)
+
+
+def test_images_that_end_in_black_are_whole():
+    """Zeros at the end make a PNG be checked, of every depth, odd width and interlaced."""
+    black = np.zeros((7, 5, 3), np.uint8)
+    black[0, 0] = 255
+    for mode in ("RGB", "RGBA", "L", "LA", "1", "P", "I;16"):
+        photo = Image.fromarray(black).convert("L" if mode == "I;16" else mode).convert(mode)
+        assert np.asarray(decode(save(photo, "PNG")))[0, 0, 0] == (0 if mode == "I;16" else 255)
+    assert not np.asarray(decode(save(Image.new("RGB", (3000, 2000)), "PNG"))).any()
+    assert np.array_equal(decode(interlaced(black)), black)
+    with pytest.raises(OSError, match="fewer pixels"):
+        decode(interlaced(black, passes=6))
+
+
+def interlaced(pixels: np.ndarray, passes: int = 7) -> bytes:
+    """An interlaced PNG, which Pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    steps = [(0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2)][:passes]
+    rows = [row for x, dx, y, dy in steps for row in pixels[y::dy, x::dx] if row.size]
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, 1)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("format", ["PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000"])
