@@ -255,7 +255,9 @@ def _resized(
 
 def _plain_rgb(image: Image.Image) -> Image.Image:
     """Returns an image of `OpenedImage.decode` in mode RGB."""
-    return image if image.mode == "RGB" else Image.frombytes("RGB", image.size, image.tobytes(), "raw", "RGBX")
+    if image.mode != "CMYK":
+        return image.convert("RGB")
+    return Image.frombytes("RGB", image.size, image.tobytes(), "raw", "RGBX")
 
 
 def _upright_pixels(image: bytes | np.ndarray, exif: bool, max_pixels: int) -> Image.Image:

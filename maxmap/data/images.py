@@ -53,7 +53,8 @@ class OpenedImage(NamedTuple):
       size: width and height as they are stored.
       orientation: EXIF orientation to apply, 1 to 8; 1 for none.
       decode: takes the largest reduction allowed, and returns the pixels as they are stored and the actual reduction:
-        1, 2, 4 or 8. The pixels are RGB, or RGB and a fourth channel without meaning in mode CMYK.
+        1, 2, 4 or 8. The pixels have mode RGB, L, which takes a quarter of the memory, or CMYK: then they are RGB and a
+        fourth channel without meaning.
     """
 
     size: tuple[int, int]
@@ -151,7 +152,7 @@ def _orientation(opened: Image.Image) -> int:
 
 def _decode(opened: Image.Image, most: int) -> tuple[Image.Image, int]:
     shrink = _draft(opened, most)
-    return to_rgb(opened), shrink
+    return _to_8_bits(opened), shrink
 
 
 def _decode_checked(file: bytes, opened: ImageFile, most: int) -> tuple[Image.Image, int]:
@@ -202,8 +203,8 @@ def _shrink(size: tuple[int, int], most: int) -> int:
     return next((power for power in (8, 4, 2) if power <= min(most, *size)), 1)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decodes an image and converts it to 8-bit RGB; see `maxmap.data.decode.decode`."""
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Decodes an image and converts it to RGB or, if it is grey, to L; see `maxmap.data.decode.decode`."""
     if image.mode == "F":
         raise OSError("its pixels are floating-point numbers without a stated range: save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;"):
@@ -211,21 +212,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; straight to RGB, PIL warns
     image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
 def _high_bytes(image: Image.Image) -> Image.Image:
-    """Returns the high bytes of a grey image of 16 bits as RGB."""
+    """Returns the high bytes of a grey image of 16 bits."""
     tags = getattr(image, "tag_v2", {})
     known = image.format in ("PNG", "PPM", "JPEG2000") or image.mode.startswith("I;16")
     bits, white_is_zero, kind = tags.get(258, (16,)), tags.get(262) == 0, tags.get(339, (1,))
     if not known or bits not in (16, (16,)) or white_is_zero or kind not in (1, (1,)):
         raise OSError("its grey values are no unsigned numbers of 16 bits with 0 for black: save it with 8 or 16 bits")
     image.load()
-    rgb = Image.new("RGB", image.size)
+    high = Image.new("L", image.size)
     rows = max(1, _STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
         grey = np.asarray(strip).astype(np.int32).clip(0, 65535) >> 8
-        rgb.paste(Image.fromarray(grey.astype(np.uint8)).convert("RGB"), (0, top))
-    return rgb
+        high.paste(Image.fromarray(grey.astype(np.uint8)), (0, top))
+    return high

@@ -182,7 +182,7 @@ def test_training_decodes_jpegs_as_pil_does(kind):
             pixels, shrink = opened.decode(most)
             wanted, expected = images._decode(images._open(file, MAX_PIXELS), most)
             assert shrink == expected <= most
-            assert np.array_equal(np.asarray(pixels)[..., :3], np.asarray(wanted))
+            assert np.array_equal(np.asarray(pixels)[..., :3], np.asarray(wanted.convert("RGB")))
 
 
 def test_a_crop_of_a_file_is_that_of_its_pixels():
@@ -276,6 +276,28 @@ def test_sixteen_bit_grey_keeps_its_high_byte():
     for file in (save(Image.fromarray(values), "PNG"), save(Image.fromarray(values), "TIFF"), pgm):
         rgb = decode(file)
         assert rgb.mode == "RGB" and np.asarray(rgb)[0].tolist() == [[value] * 3 for value in wanted]
+        # A large one would take four times the memory as RGB.
+        assert images.open_image(file, exif=False, max_pixels=5).decode(1)[0].mode == "L"
+
+
+def test_sixteen_bit_grey_is_converted_in_strips(monkeypatch):
+    values = np.random.default_rng(0).integers(0, 65536, (37, 5), np.uint16)
+    monkeypatch.setattr(images, "_STRIP", 20)
+    assert np.array_equal(np.asarray(decode(save(Image.fromarray(values), "PNG")))[..., 1], values >> 8)
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_a_grey_image_has_the_crops_of_the_same_image_in_colour(interpolation):
+    grey = noise(57, 91, 1)
+    colour = np.repeat(grey, 3, axis=-1)
+    for seed in range(5):
+        options = {"size": 24, "interpolation": interpolation}
+        crop = train_crop(grey, np.random.default_rng(seed), **options)
+        assert np.array_equal(crop, train_crop(colour, np.random.default_rng(seed), **options))
+    options = {**PLAIN, "interpolation": interpolation}
+    for mode in ("center", "border"):
+        crop = eval_crop(grey, size=24, **{**options, "mode": mode})
+        assert np.array_equal(crop, eval_crop(colour, size=24, **{**options, "mode": mode}))
 
 
 def test_palette_cmyk_transparent_and_grey_files_become_what_pil_makes_of_them():
