@@ -20,6 +20,7 @@ _JPEG_DAMAGE = re.compile(
 _ADAM7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
 _JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc2]..\x08..(..)", re.DOTALL)  # the width in the start of a frame
 _TIFF_SIZE, _TIFF_COMPRESSION, _TIFF_STRIPS, _TIFF_TILE_WIDTH, _TIFF_TILES = (256, 257), 259, 273, 322, 324  # tags
+_INFLATED = 1 << 20  # bytes of a PNG that are inflated at a time
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by the colour type
 
 
@@ -90,11 +91,13 @@ def _png_is_whole(file: bytes) -> bool:
         length, name = struct.unpack_from(">I4s", file, position)
         if name == b"IDAT":
             data = file[position + 8 : position + 8 + length]
-            while data and found < needed:
-                found += len(inflate.decompress(data, 1 << 20))
-                data = inflate.unconsumed_tail
+            while found < needed:
+                part = inflate.decompress(data, _INFLATED)
+                found, data = found + len(part), inflate.unconsumed_tail
+                if not data and len(part) < _INFLATED:
+                    break
         position += 12 + length
-    return found + len(inflate.flush()) >= needed
+    return found >= needed
 
 
 def _jpeg2000_is_whole(file: bytes) -> bool:

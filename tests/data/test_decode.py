@@ -334,9 +334,9 @@ FILES = {
     "JPEG": ("JPEG", {"quality": 95}),
     "progressive": ("JPEG", {"quality": 95, "progressive": True}),
     "PNG": ("PNG", {}),
-    "WebP": ("WEBP", {"lossless": True}),
+    "WebP": ("WEBP", {"lossless": True, "method": 0}),
     "TIFF": ("TIFF", {}),
-    "AVIF": ("AVIF", {"quality": 90}),
+    "AVIF": ("AVIF", {"quality": 90, "speed": 10}),
 }
 
 
