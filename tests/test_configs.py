@@ -107,6 +107,12 @@ def test_a_training_set_that_a_preset_is_for_fills_an_epoch():
         assert images // load(f"configs/finetune.py:{preset}")["batch_size"] >= 3
 
 
+@pytest.mark.parametrize("file", CONFIGS)
+def test_only_fine_tuning_turns_photos(file):
+    """The published networks were trained without the EXIF orientation."""
+    assert load(file)["data"]["exif"] == (file == "configs/finetune.py")
+
+
 def test_the_flagship_is_the_published_recipe():
     config = load("configs/maxvit_tiny_map.py")
     top = {key: value for key, value in config.items() if not isinstance(value, dict)}

@@ -99,6 +99,7 @@ def test_eval_json_says_what_the_figures_belong_to(finished):
         "crop_pct": 1.0,
         "crop_mode": "center",
         "interpolation": "bicubic",
+        "exif": False,
     }
     assert result["top5"] == 100.0 and len(result["branch_top1"]) == 2
     assert result["top1"] * 11 / 100 == pytest.approx(round(result["top1"] * 11 / 100), abs=1e-9)
