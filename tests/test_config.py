@@ -72,7 +72,7 @@ def test_a_head_by_its_name_takes_fields():
         ("model.head.brunches=3", "config.model.head has no key 'brunches'; the nearest are branches"),
         ("model.windowsize=3", "config.model has no key 'windowsize'; the nearest are window_size"),
         ("augment.key=3", "config.augment has no key 'key'"),  # it comes from the program
-        ("data.scale=1", "config.data.scale is 1: give a value of type list of float"),
+        ("data.scale=1", "config.data.scale is 1: give a value of type list of 2 float above 0 and at most 1"),
         ("batch_size=many", "config.batch_size is 'many': give a value of type int"),
         ("batch_size=8.0", "config.batch_size is 8.0: give a value of type int"),
         ("epochs=True", "config.epochs is True: give a value of type int"),
