@@ -16,8 +16,8 @@ large    more than 100,000     eight GPUs or TPU cores
 
 No accuracy is published for them: they are starting points. What keeps them from collapsing:
 
-- AdamW with a low rate, a warm-up, clipping at a norm of 1.0 and a rate that decays from block to block towards the
-  stem, so that the new head's first gradients do not wash out what was learnt;
+- AdamW with a low rate, a warm-up of 3 epochs or a tenth of a shorter run, clipping at a norm of 1.0 and a rate that
+  decays from block to block towards the stem, so that the new head's first gradients do not wash out what was learnt;
 - the weights' average has a memory of some epochs, not of 10,000 steps, which a short run never fills;
 - the fewer images, the less is mixed and dropped, so that the few are seen as they are;
 - no decorrelation of the branches of a MAP or Gramian head. That term has no lower bound, and beside softmax over a few
@@ -85,7 +85,7 @@ def get_config(preset: str = "small") -> ConfigDict:
             "mix": {"smoothing": 0.1},
             "erase": {},
             "optim": {"name": "adamw", "weight_decay": 0.05, "clip_norm": 1.0},
-            "schedule": {"warmup_epochs": 3, "warmup_lr": 0.0, "min_lr": 1e-6, "per": "step"},
+            "schedule": {"warmup_epochs": 3, "warmup_max_share": 0.1, "warmup_lr": 0.0, "per": "step"},
             "evaluate": {"batch_size": 256},
             "checkpoint": {"every": 500, "keep": 2},
         }

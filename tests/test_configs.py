@@ -10,6 +10,7 @@ import pytest
 
 from maxmap.config import _fixed_schema, bind, read
 from maxmap.errors import UserError
+from maxmap.schedule import make_schedule
 from maxmap.train.build import make_prepare
 from tests.tiny import ROOT
 
@@ -41,7 +42,7 @@ def test_a_config_builds(name):
     assert model.head.num_classes == 10
     schedule = recipe.schedule(steps_per_epoch=5000, epochs=recipe.epochs)
     assert float(schedule(schedule.total_steps // 2)) > 0
-    state = recipe.optim(schedule).init({"kernel": jnp.zeros((2, 2))})
+    state = recipe.optim(schedule, blocks=[[""]]).init({"kernel": jnp.zeros((2, 2))})
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) >= 4  # a moment at least
 
 
@@ -105,6 +106,21 @@ def test_a_training_set_that_a_preset_is_for_fills_an_epoch():
         assert images // load(f"configs/finetune.py:{preset}")["batch_size"] >= 3
 
 
+@pytest.mark.parametrize("name", [*builds("configs/finetune.py"), "configs/quickstart.py"])
+def test_a_short_run_has_a_short_warm_up(name):
+    """A preset keeps its warm-up in a run of its own length, and a run of one or two epochs learns too."""
+    section, epochs = load(name)["schedule"], load(name)["epochs"]
+
+    def rates(epochs: int, **changes: Any) -> jax.Array:
+        return make_schedule(steps_per_epoch=9, epochs=epochs, **{**section, **changes})(jnp.arange(9 * epochs))
+
+    assert jnp.array_equal(rates(epochs), rates(epochs, warmup_max_share=None))
+    for epochs in (1, 2):
+        warmup = {"warmup_epochs": 0, "warmup_steps": round(section["warmup_max_share"] * 9 * epochs)}
+        assert jnp.array_equal(rates(epochs), rates(epochs, warmup_max_share=None, **warmup))
+        assert float(max(rates(epochs))) > 0.85 * section["lr"]
+
+
 def test_the_flagship_is_the_published_recipe():
     config = load("configs/maxvit_tiny_map.py")
     top = {key: value for key, value in config.items() if not isinstance(value, dict)}
@@ -152,6 +168,7 @@ def test_the_flagship_is_the_published_recipe():
         min_lr=1e-5,
         cooldown_epochs=10,
         warmup_prefix=False,
+        warmup_max_share=None,
         per="epoch",
     )
     has(
