@@ -25,6 +25,7 @@ import docstring_parser
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from maxmap import storage
 from maxmap.data import augment, mix
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, nearest
@@ -240,6 +241,7 @@ def _meanings(documented: Any) -> dict[str, str]:
 def _load(path: str) -> dict[str, Any]:
     """Returns the config that a file's `get_config` makes."""
     file, colon, argument = path.partition(":")
+    file = storage.expand(file)
     if not Path(file).is_file():
         known = [str(p) for p in sorted(Path("configs").glob("*.py"))]
         near = f"; the nearest are {nearest(file, known)}" if known else ": give the path of a Python file"

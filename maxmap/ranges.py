@@ -116,14 +116,14 @@ def check_arguments(function: Callable[..., Any], section: str, values: Mapping[
 
     Args:
       function: Whose annotations say what fits.
-      section: Of the config, for the message.
+      section: Of the config, for the message; '' for a function that is no section.
       values: The arguments by name, such as `locals()` in the first line of the function; others are left alone.
 
     Raises:
       UserError: An argument does not fit.
     """
     for name, wanted in _keyword_types(function).items():
-        check(f"{section}.{name}", values[name], wanted)
+        check(f"{section}.{name}" if section else name, values[name], wanted)
 
 
 def check_fields(owner: type, section: str, values: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ import simplejpeg
 from PIL import Image
 
 from maxmap.data.sources import ImageSource
-from maxmap.errors import UserError, nearest
+from maxmap.errors import UserError, nearest, printable
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -201,7 +201,7 @@ def check_images(source: ImageSource, limit: int) -> None:
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         broken = chosen[np.fromiter(pool.map(is_broken, chosen), bool, len(chosen))]
     if len(broken):
-        named = ", ".join(source.name(int(index)) for index in broken[:3])
+        named = ", ".join(printable(source.name(int(index))) for index in broken[:3])
         raise UserError(
             f"{len(broken)} of the {len(chosen)} images checked are broken or cut off: {named}"
             f"{', ...' if len(broken) > 3 else ''}; remove or replace them, or skip this check with "

@@ -19,7 +19,7 @@ from maxmap.data.order import Chunks, SampleOrder, epoch_length
 from maxmap.data.randaugment import fill_color, parse_rand_augment
 from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop, preprocessed_crop
 from maxmap.data.sources import ImageSource, open_source
-from maxmap.errors import UserError, nearest
+from maxmap.errors import UserError, nearest, printable
 from maxmap.ranges import CountOrZero, Fraction, Pixels, Positive, Range, check_arguments
 
 _PREFETCH = 2  # batches that are made ahead
@@ -251,8 +251,8 @@ def preprocess(image: bytes | str | os.PathLike | np.ndarray, preprocessing: Map
     where = "the image"
     try:
         if isinstance(image, str | os.PathLike):
-            where = os.fspath(image)
-            with open(image, "rb") as file:
+            where = printable(image)
+            with open(os.path.expanduser(image), "rb") as file:
                 image = file.read()
         return preprocessed_crop(image, preprocessing)
     except OSError as error:
