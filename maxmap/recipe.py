@@ -12,7 +12,7 @@ from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.models import Classifier
 from maxmap.operations import Array
-from maxmap.ranges import Count, CountOrZero, Decay, Positive, Range
+from maxmap.ranges import Count, CountOrZero, Decay, Positive, Range, check_fields
 from maxmap.schedule import Schedule
 
 
@@ -28,6 +28,9 @@ class Evaluation:
     batch_size: Annotated[int, Range(at_least=1, at_most=2**20)] = 1024
     every_epochs: Count = 1
 
+    def __post_init__(self) -> None:
+        check_fields(Evaluation, "evaluate", vars(self))
+
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
@@ -40,6 +43,9 @@ class Saving:
 
     every: Count | None = None
     keep: Count = 3
+
+    def __post_init__(self) -> None:
+        check_fields(Saving, "checkpoint", vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,9 @@ class Logging:
     every: Count = 50
     max_skips: CountOrZero = 10
     hang_minutes: Positive = 30.0
+
+    def __post_init__(self) -> None:
+        check_fields(Logging, "log", vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +119,7 @@ class Recipe:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(Recipe, "config", vars(self))
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"config.accumulate is {self.accumulate}, which does not divide config.batch_size {self.batch_size}."

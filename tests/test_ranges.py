@@ -1,5 +1,6 @@
 """Every number that a user can set has a type and a range, and values just outside get one sentence that names them."""
 
+import dataclasses
 import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,11 @@ from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError
 from maxmap.losses import total_loss
 from maxmap.models import BACKBONES, HEADS, create_model
+from maxmap.optim import make_optimizer
 from maxmap.ranges import Range, check, field_types, fits, type_text
+from maxmap.recipe import Evaluation, Logging, Saving
+from maxmap.schedule import make_schedule
+from maxmap.sharding import make_mesh
 from tests.test_config import SMALLEST
 
 UNLIMITED = {"config.loss.decorrelation"}  # of either sign
@@ -162,14 +167,23 @@ def test_what_people_type(path, value, says):
         (erase, {"key": None, "images": None, "min_area": 0.5, "max_area": 0.4}, "min_area is 0.5, above"),
         (open_data, {"source": "digits", "std": (0, 0, 0)}, r"data.std is \(0, 0, 0\)"),
         (total_loss, {"outputs": {}, "targets": None, "distillation": -1}, "loss.distillation is -1"),
+        (make_mesh, {"data": 1, "fsdp": 0}, "mesh.fsdp is 0"),
+        (make_schedule, {"steps_per_epoch": 0, "epochs": 1, "lr": 1.0}, "schedule.steps_per_epoch is 0"),
+        (make_optimizer, {"learning_rate": -1, "name": "adamw"}, "optim.learning_rate is -1"),
+        (make_optimizer, {"learning_rate": 1, "name": "adamw", "clip_norm": math.inf}, "optim.clip_norm is inf"),
+        (Evaluation, {"every_epochs": 0}, "evaluate.every_epochs is 0"),
+        (Saving, {"keep": 0}, "checkpoint.keep is 0"),
+        (Logging, {"hang_minutes": 0}, "log.hang_minutes is 0"),
+        (dataclasses.replace, {"seed": -1}, "config.seed is -1"),
         (create_model, {"name": "resnet50", "num_classes": "10"}, "model.num_classes is '10'"),
         (create_model, {"name": "resnet50", "image_size": 0}, "model.image_size is 0"),
         (create_model, {"name": "resnet50", "head": {"dropout": 1.0}}, "model.head.dropout is 1.0"),
     ],
 )
 def test_python_gets_the_same_sentence(function, arguments, says):
+    given = [bind(SMALLEST)] if function is dataclasses.replace else []
     with pytest.raises(UserError, match=says):
-        function(**arguments)
+        function(*given, **arguments)
 
 
 @pytest.mark.parametrize(
