@@ -12,7 +12,7 @@ from absl import app, flags, logging
 
 from maxmap import evaluate, runtime
 from maxmap.config import bind, explain, read, split_overrides
-from maxmap.errors import UserError
+from maxmap.errors import UserError, sentence
 from maxmap.sharding import initialize_processes
 from maxmap.train import loop
 
@@ -22,8 +22,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same one 
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate the newest checkpoint.")
 CHANGES = flags.DEFINE_bool("continue_with_changes", False, "Go on although the config changed what is computed.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, where nothing else tells it.")
-PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
-PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -41,7 +41,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def stop(error: Exception) -> int:
     """Prints one sentence and returns the exit code of a user's mistake."""
-    print(f"maxmap: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"maxmap: {sentence(error)}", file=sys.stderr)
     return 2
 
 

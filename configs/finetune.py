@@ -17,8 +17,9 @@ large    more than 100,000     eight GPUs or TPU cores
 
 The presets are starting points: nobody has published an accuracy for them. The README has one small result. Choices:
 
-- AdamW with a low rate, a warm-up and clipping at a norm of 1.0. The rate decays from block to block towards the stem.
-  So the first gradients of the new head do not destroy what the network has learnt.
+- AdamW with a low rate, a warm-up of 3 epochs or a tenth of a shorter run, and clipping at a norm of 1.0. The rate
+  decays from block to block towards the stem, so that the first gradients of the new head do not destroy what the
+  network has learnt.
 - The average of the weights has a memory of some epochs. A short run never fills a memory of 10,000 steps.
 - With fewer images, mixing and dropping are weaker, so that the network sees the images as they are.
 - The branches of a MAP or Gramian head are not decorrelated. That term has no lower bound. Its weight of -0.8 was tuned
@@ -87,7 +88,7 @@ def get_config(preset: str = "small") -> ConfigDict:
             "mix": {"smoothing": 0.1},
             "erase": {},
             "optim": {"name": "adamw", "weight_decay": 0.05, "clip_norm": 1.0},
-            "schedule": {"warmup_epochs": 3, "warmup_lr": 0.0, "per": "step"},
+            "schedule": {"warmup_epochs": 3, "warmup_max_share": 0.1, "warmup_lr": 0.0, "per": "step"},
             "evaluate": {"batch_size": 256},
             "checkpoint": {"every": 500, "keep": 2},
         }

@@ -2,8 +2,11 @@
 
 import argparse
 import csv
+import re
 import sys
 import time
+import typing
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,20 +15,22 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from maxmap import checkpoint, config, runtime
+from maxmap import checkpoint, config, runtime, storage
 from maxmap.convert.dialects import DIALECTS
-from maxmap.convert.load import convert, export
+from maxmap.convert.load import convert, export, read_foreign
 from maxmap.convert.resize import RESIZES
 from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.cost import cost, count_parameters
-from maxmap.errors import UserError, nearest
+from maxmap.errors import UserError, nearest, printable, sentence
 from maxmap.inference import predict
 from maxmap.labels import LABEL_SETS, evaluate_set
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
+from maxmap.ranges import Count, fits, type_text
 from maxmap.recipe import Recipe
 from maxmap.train.plan import HARDWARE, describe, plan
 from maxmap.train.preview import show_batch
 
+_LONGEST_NAME = 50  # characters of a class in the name of a file
 PARITY = resources.files("maxmap") / "parity.csv"  # what `make parity` measured
 
 
@@ -61,8 +66,8 @@ def list_command(pattern: str, family: str | None, head: str | None) -> None:
 def predict_command(workdir: str, images: list[Path], top: int) -> None:
     """Prints the likeliest classes of every image."""
     for path, classes in zip(images, predict(workdir, images, top=top), strict=True):
-        named = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in classes)
-        print(f"{path}: {named}")
+        named = ", ".join(f"{printable(name)} {100 * probability:.1f} %" for name, probability in classes)
+        print(f"{printable(path)}: {named}")
 
 
 def convert_command(source: str, dest: str, class_map: Path | None, classes: Path | None, **options: Any) -> None:
@@ -84,7 +89,7 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
     print(loaded.report)
     pre = ", ".join(f"{key} {value}" for key, value in loaded.info["preprocessing"].items())
     print(f"preprocessing: {pre}")
-    print(f"written to {dest} in {time.perf_counter() - began:.1f} s")
+    print(f"written to {printable(dest)} in {time.perf_counter() - began:.1f} s")
 
 
 def _lines(path: Path) -> list[str]:
@@ -103,13 +108,13 @@ def _numbers(path: Path) -> list[int]:
 
 def export_command(source: str, file: Path, **options: Any) -> None:
     """Writes a checkpoint of ours for others."""
-    print(export(source, file, **options))
+    print(printable(export(source, file, **options)))
 
 
 def verify_command(path: str, against: str, tolerance: float | None, ema: bool | None) -> int:
     """Prints how far a checkpoint is from its source; returns 1 past the tolerance."""
     report = verify(path, against, tolerance=tolerance, ema=ema)
-    print(f"{report['identical']} of {report['entries']} entries have the same bits as {against}")
+    print(f"{report['identical']} of {report['entries']} entries have the same bits as {printable(against)}")
     for dtype in TOLERANCES if report["reference"] else ():
         row = report[dtype]
         maps = ", ".join(f"{value:.1e}" for value in row["features"])
@@ -120,25 +125,30 @@ def verify_command(path: str, against: str, tolerance: float | None, ema: bool |
         )
     if not report["reference"]:
         print("no installed reference implementation has this model, so the values alone were compared")
-    print(f"{'ok' if report['ok'] else 'NOT THE SAME'}; the report is {path}/{REPORT}")
+    print(f"{'ok' if report['ok'] else 'NOT THE SAME'}; the report is {printable(path)}/{REPORT}")
     return 0 if report["ok"] else 1
 
 
-def samples_command(recipe: Recipe, folder: Path, count: int) -> None:
+def samples_command(recipe: Recipe, folder: Path, count: Count) -> None:
     """Writes evaluation images of a config's data as PNG files, spread over the split, named by number and class."""
     data = recipe.data()
     if data.val is None:
         raise UserError("the config has no evaluation split: set --config.data.val_split.")
-    folder.mkdir(parents=True, exist_ok=True)
     for index in np.linspace(0, len(data.val) - 1, min(count, len(data.val))).astype(int):
         image, label = data.val[int(index)]
-        path = folder / f"{index:05}_{data.classes[label]}.png"
-        if isinstance(image, bytes):
-            path = path.with_suffix(Path(data.val.name(int(index))).suffix or ".jpg")
-            path.write_bytes(image)
-        else:
-            Image.fromarray(image).save(path)
-        print(path)
+        # What other systems do not take in a file's name goes, the separator of folders first.
+        name = re.sub(r"[^\w .+-]", "_", data.classes[label])[:_LONGEST_NAME]
+        suffix = (Path(data.val.name(int(index))).suffix or ".jpg") if isinstance(image, bytes) else ".png"
+        path = folder / f"{index:05}_{name}{suffix}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(image, bytes):
+                path.write_bytes(image)
+            else:
+                Image.fromarray(image).save(path)
+        except OSError as error:
+            raise UserError(f"cannot write {printable(path)} ({error.strerror}): give another folder.") from error
+        print(printable(path))
 
 
 def evaluate_command(workdir: str, images: Path, labels: str, file: Path | None, batch_size: int) -> None:
@@ -156,23 +166,19 @@ def average_command(workdirs: list[str], out: str, last: int, raw: bool) -> None
     """Writes the mean of checkpoints as a checkpoint of the model alone."""
     variables, info = checkpoint.average_checkpoints(workdirs, last=last, ema=not raw)
     checkpoint.write_variables(out, variables, info)
-    used = ", ".join(f"{workdir} step {step}" for workdir, step in info["averaged"])
-    print(f"{out}: {info['weights']} weights of {used}")
+    used = ", ".join(f"{printable(workdir)} step {step}" for workdir, step in info["averaged"])
+    print(f"{printable(out)}: {info['weights']} weights of {used}")
 
 
 def show_batch_command(recipe: Recipe, out: Path, step: int, count: int) -> None:
     """Writes a picture of an augmented training batch with its targets."""
     show_batch(recipe, out, step=step, count=count)
-    print(out)
+    print(printable(out))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 2, after one sentence, for a mistake of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m maxmap", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_model_commands(commands)
-    _add_conversion_commands(commands)
-    _add_config_commands(commands)
+    parser = make_parser()
     rest, overrides = config.split_overrides(sys.argv[1:] if argv is None else argv)
     arguments = vars(parser.parse_args(rest))
     if overrides and "config" not in arguments:
@@ -184,8 +190,46 @@ def main(argv: list[str] | None = None) -> int:
             arguments["recipe"] = config.bind(config.read(arguments.pop("config"), overrides))
         return run(**arguments) or 0
     except UserError as error:
-        print(f"maxmap: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"maxmap: {sentence(error)}", file=sys.stderr)
         return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    parser = argparse.ArgumentParser(prog="python -m maxmap", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_model_commands(commands)
+    _add_conversion_commands(commands)
+    _add_config_commands(commands)
+    return parser
+
+
+class Number:
+    """Reads an argument that is a number, and refuses what does not fit the parameter that it is for.
+
+    Args:
+      function: That takes the number.
+      parameter: Its name there; the annotation says what fits.
+    """
+
+    def __init__(self, function: Callable[..., Any], parameter: str):
+        self.wanted = typing.get_type_hints(function, include_extras=True)[parameter]
+
+    def __call__(self, text: str) -> int | float:
+        for kind in (int, float):
+            try:
+                value = kind(text)
+            except ValueError:
+                continue
+            if fits(value, self.wanted):
+                return value
+            break
+        wanted = type_text(self.wanted).removesuffix(" or None")
+        raise argparse.ArgumentTypeError(f"'{printable(text)}' is out of range: give a value of type {wanted}.")
+
+
+def _path(text: str) -> Path:
+    return Path(storage.expand(text))
 
 
 def _add_model_commands(commands: Any) -> None:
@@ -198,54 +242,79 @@ def _add_model_commands(commands: Any) -> None:
     command.set_defaults(run=list_command)
 
     command = commands.add_parser("predict", help="name what images show, with the preprocessing of the checkpoint")
-    command.add_argument("workdir", help="folder of a run")
-    command.add_argument("images", type=Path, nargs="+", help="image files")
-    command.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
+    command.add_argument("workdir", type=storage.expand, help="folder of a run")
+    command.add_argument("images", type=_path, nargs="+", help="image files")
+    command.add_argument("--top", type=Number(predict, "top"), default=5, help="classes per image (default: 5)")
     command.set_defaults(run=predict_command)
 
     command = commands.add_parser("evaluate", help="ImageNet-ReaL, V2, A, R or Sketch, from files that you have")
-    command.add_argument("workdir", help="folder of a run")
-    command.add_argument("images", type=Path, help="folder with a folder of images per class")
+    command.add_argument("workdir", type=storage.expand, help="folder of a run")
+    command.add_argument("images", type=_path, help="folder with a folder of images per class")
     command.add_argument("--labels", choices=LABEL_SETS, required=True, help="which of these sets")
-    command.add_argument("--file", type=Path, help="real.json, which ReaL needs")
-    command.add_argument("--batch_size", type=int, default=128, help="images at a time (default: 128)")
+    command.add_argument("--file", type=_path, help="real.json, which ReaL needs")
+    command.add_argument(
+        "--batch_size", type=Number(evaluate_set, "batch_size"), default=128, help="images at a time (default: 128)"
+    )
     command.set_defaults(run=evaluate_command)
 
     command = commands.add_parser("average", help="average checkpoints; of a single one, keep the EMA weights alone")
-    command.add_argument("workdirs", nargs="+", help="folders of runs of the same model")
-    command.add_argument("--out", required=True, help="folder for the new checkpoint")
-    command.add_argument("--last", type=int, default=1, help="newest checkpoints of each run (default: 1)")
+    command.add_argument("workdirs", type=storage.expand, nargs="+", help="folders of runs of the same model")
+    command.add_argument("--out", type=storage.expand, required=True, help="folder for the new checkpoint")
+    command.add_argument(
+        "--last",
+        type=Number(checkpoint.average_checkpoints, "last"),
+        default=1,
+        help="newest checkpoints of each run (default: 1)",
+    )
     command.add_argument("--raw", action="store_true", help="the raw weights, not their moving averages")
     command.set_defaults(run=average_command)
 
 
 def _add_conversion_commands(commands: Any) -> None:
     command = commands.add_parser("convert", help="turn a checkpoint of PyTorch or TensorFlow into one of ours")
-    command.add_argument("source", help="file, folder or published name, for example timm/maxvit_tiny_tf_224.in1k")
-    command.add_argument("dest", help="folder to write; init_from, --mode=eval and predict take it")
+    command.add_argument(
+        "source", type=storage.expand, help="file, folder or published name, for example timm/maxvit_tiny_tf_224.in1k"
+    )
+    command.add_argument(
+        "dest", type=storage.expand, help="folder to write; init_from, --mode=eval and predict take it"
+    )
     command.add_argument("--model", dest="name", help="name from 'list', where the source does not say it")
     _add_ema(command)
-    command.add_argument("--num-classes", type=int, help="classes of the model (default: those of the source)")
-    command.add_argument("--image-size", type=int, help="pixels that the model is for (default: those of its name)")
-    command.add_argument("--in-channels", type=int, help="channels of the images (default: those of the source)")
+    command.add_argument(
+        "--num-classes",
+        type=Number(read_foreign, "num_classes"),
+        help="classes of the model (default: those of the source)",
+    )
+    command.add_argument(
+        "--image-size",
+        type=Number(read_foreign, "image_size"),
+        help="pixels that the model is for (default: those of its name)",
+    )
+    command.add_argument(
+        "--in-channels",
+        type=Number(read_foreign, "in_channels"),
+        help="channels of the images (default: those of the source)",
+    )
     command.add_argument("--resize", choices=RESIZES, help="of position tables (default: bilinear from TensorFlow)")
-    command.add_argument("--class-map", type=Path, help="file: for every new class the old one's number, -1 the mean")
-    command.add_argument("--classes", type=Path, help="file with the name of a class in every line")
+    command.add_argument("--class-map", type=_path, help="file: for every new class the old one's number, -1 the mean")
+    command.add_argument("--classes", type=_path, help="file with the name of a class in every line")
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.set_defaults(run=convert_command)
 
     command = commands.add_parser("export", help="write a checkpoint for PyTorch, under the reference's names")
-    command.add_argument("source", help="folder of a run or of a converted checkpoint")
-    command.add_argument("file", type=Path, help=".safetensors or .pth to write")
+    command.add_argument("source", type=storage.expand, help="folder of a run or of a converted checkpoint")
+    command.add_argument("file", type=_path, help=".safetensors or .pth to write")
     command.add_argument("--dialect", choices=DIALECTS, help="whose names (default: timm's or the author's)")
     _add_ema(command)
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.set_defaults(run=export_command)
 
     command = commands.add_parser("verify", help="compare a converted checkpoint with its source, both running")
-    command.add_argument("path", help="folder of the checkpoint")
-    command.add_argument("--against", required=True, help="the source that it was converted from")
-    command.add_argument("--tolerance", type=float, help="largest relative difference in float64 (default: 1e-9)")
+    command.add_argument("path", type=storage.expand, help="folder of the checkpoint")
+    command.add_argument("--against", type=storage.expand, required=True, help="the source that it was converted from")
+    command.add_argument(
+        "--tolerance", type=Number(verify, "tolerance"), help="largest relative difference in float64 (default: 1e-9)"
+    )
     _add_ema(command)
     command.set_defaults(run=verify_command)
 
@@ -260,24 +329,27 @@ def _add_config_commands(commands: Any) -> None:
     about = "config file; --config.KEY=VALUE changes a value"
     command = commands.add_parser("samples", help="write some evaluation images of a config's data as files")
     command.add_argument("config", help=about)
-    command.add_argument("folder", type=Path, help="where to")
-    command.add_argument("--count", type=int, default=6, help="images (default: 6)")
+    command.add_argument("folder", type=_path, help="where to")
+    command.add_argument("--count", type=Number(samples_command, "count"), default=6, help="images (default: 6)")
     command.set_defaults(run=samples_command)
 
     command = commands.add_parser("plan", help="memory, traffic and speed of a config on hardware one has not got yet")
     command.add_argument("--config", required=True, help=about)
-    command.add_argument("--devices", type=int, required=True, help="how many")
+    command.add_argument("--devices", type=Number(plan, "devices"), required=True, help="how many")
     command.add_argument("--hardware", choices=HARDWARE, default="tpu-v4", help="of which kind (default: tpu-v4)")
     command.add_argument(
-        "--utilisation", type=float, default=0.3, help="share of the peak that the arithmetic reaches (default: 0.3)"
+        "--utilisation",
+        type=Number(plan, "utilisation"),
+        default=0.3,
+        help="share of the peak that the arithmetic reaches (default: 0.3)",
     )
     command.set_defaults(run=plan_command)
 
     command = commands.add_parser("show-batch", help="draw an augmented training batch with its targets")
     command.add_argument("--config", required=True, help=about)
-    command.add_argument("--out", type=Path, default=Path("batch.png"), help="picture (default: batch.png)")
-    command.add_argument("--step", type=int, default=0, help="of the run (default: 0)")
-    command.add_argument("--count", type=int, default=16, help="images (default: 16)")
+    command.add_argument("--out", type=_path, default=Path("batch.png"), help="picture (default: batch.png)")
+    command.add_argument("--step", type=Number(show_batch, "step"), default=0, help="of the run (default: 0)")
+    command.add_argument("--count", type=Number(show_batch, "count"), default=16, help="images (default: 16)")
     command.set_defaults(run=show_batch_command)
 
 

@@ -30,6 +30,7 @@ from etils import epath
 
 from maxmap import storage
 from maxmap.errors import UserError
+from maxmap.ranges import Count, check_arguments
 
 FOLDER = "checkpoints"
 SUMS = "SHA256SUMS"
@@ -247,7 +248,7 @@ def read_variables(
 
 
 def average_checkpoints(
-    workdirs: Sequence[str | Path], *, last: int = 1, ema: bool = True
+    workdirs: Sequence[str | Path], *, last: Count = 1, ema: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Averages checkpoints of the same model ("model soup": Wortsman et al. 2022), in float64.
 
@@ -263,15 +264,16 @@ def average_checkpoints(
     Raises:
       UserError: a run has fewer than `last` whole checkpoints, or the models differ.
     """
+    check_arguments(average_checkpoints, "", locals())
     total: Any = None
     averaged: list[list[Any]] = []
     first: dict[str, Any] = {}
     for workdir in workdirs:
         whole = [step for step in finished_steps(workdir) if damage(folder(workdir) / str(step)) is None]
-        if last < 1 or len(whole) < last:
+        if len(whole) < last:
             raise UserError(
-                f"{workdir} has {len(whole)} whole checkpoints, but --last is {last}: give 1 or more, up to the "
-                "number that it has."
+                f"{workdir} has {len(whole)} whole checkpoints, but --last is {last}: give at most the number "
+                "that it has."
             )
         for step in reversed(whole[-last:]):
             variables, info = read_variables(workdir, ema=ema, step=step)

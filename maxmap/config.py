@@ -16,22 +16,23 @@ import functools
 import inspect
 import re
 import runpy
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import docstring_parser
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from maxmap import storage
 from maxmap.data import augment, mix
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, nearest
 from maxmap.losses import total_loss
 from maxmap.models import create_model
 from maxmap.optim import make_optimizer
+from maxmap.ranges import check, field_types, fits, type_text
 from maxmap.recipe import Evaluation, Logging, Recipe, Saving
 from maxmap.schedule import make_schedule
 from maxmap.sharding import make_mesh
@@ -120,10 +121,8 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     keys, flat = schema(values), flatten(values)
     for name, value in flat.items():
         _check_key(name, keys)
-        if name in keys and not fits(value, keys[name].type):
-            wanted = _type_text(keys[name].type)
-            kind = "" if wanted.startswith("one of") else "a value of type "
-            raise UserError(f"config.{name} is {value!r}: give {kind}{wanted}.")
+        if name in keys:
+            check(f"config.{name}", value, keys[name].type)
     for name, key in keys.items():
         if key.default is REQUIRED and name not in flat:
             section, _, last = name.rpartition(".")
@@ -166,7 +165,7 @@ def explain(values: Mapping[str, Any]) -> str:
     flat, lines = flatten(values), []
     for name, key in schema(values).items():
         default = "required" if key.default is REQUIRED else f"default {key.default!r}"
-        lines.append(f"config.{name} = {flat.get(name, key.default)!r}  ({_type_text(key.type)}; {default})")
+        lines.append(f"config.{name} = {flat.get(name, key.default)!r}  ({type_text(key.type)}; {default})")
         lines += [f"    {key.meaning}."] * bool(key.meaning)
     return "\n".join(lines)
 
@@ -200,7 +199,7 @@ def _fixed_schema() -> dict[str, Key]:
 @functools.cache
 def _signature(function: Callable[..., Any], given: tuple[str, ...] = ()) -> dict[str, Key]:
     """Returns the keys that a function or a dataclass takes, without the parameters that are `given`."""
-    hints, meanings = typing.get_type_hints(function), _meanings(function)
+    hints, meanings = typing.get_type_hints(function, include_extras=True), _meanings(function)
     keys: dict[str, Key] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name not in given and parameter.kind is not parameter.VAR_KEYWORD:
@@ -211,7 +210,7 @@ def _signature(function: Callable[..., Any], given: tuple[str, ...] = ()) -> dic
 
 def _module_fields(module: nn.Module, prefix: str) -> dict[str, Key]:
     """Returns the fields of a model as keys, a backbone's beside the model's own; defaults are what this model has."""
-    hints, meanings = typing.get_type_hints(type(module)), dict[str, str]()
+    hints, meanings = field_types(type(module)), dict[str, str]()
     for owner in reversed(type(module).__mro__):  # a field of a base class is explained there
         meanings |= _meanings(owner)
     keys: dict[str, Key] = {}
@@ -226,7 +225,11 @@ def _module_fields(module: nn.Module, prefix: str) -> dict[str, Key]:
 
 def _meanings(documented: Any) -> dict[str, str]:
     """Returns the first sentence of every entry under `Args:` or `Attributes:` of a docstring."""
-    entries = docstring_parser.parse(documented.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE).params
+    # A class without entries of its own has those of the class that it extends.
+    text = next((one.__doc__ for one in inspect.getmro(type(documented)) if "Attributes:" in (one.__doc__ or "")), "")
+    if not isinstance(documented, nn.Module):
+        text = documented.__doc__ or ""
+    entries = docstring_parser.parse(text, docstring_parser.DocstringStyle.GOOGLE).params
     return {
         name.strip(): re.split(r"[;.](?=\s|$)", " ".join((entry.description or "").split()))[0]
         for entry in entries
@@ -240,6 +243,7 @@ def _meanings(documented: Any) -> dict[str, str]:
 def _load(path: str) -> dict[str, Any]:
     """Returns the config that a file's `get_config` makes."""
     file, colon, argument = path.partition(":")
+    file = storage.expand(file)
     if not Path(file).is_file():
         known = [str(p) for p in sorted(Path("configs").glob("*.py"))]
         near = f"; the nearest are {nearest(file, known)}" if known else ": give the path of a Python file"
@@ -311,41 +315,3 @@ def _check_key(name: str, keys: Mapping[str, Key]) -> None:
 
 def _section_text(section: str) -> str:
     return f"config.{section}" if section else "the config"
-
-
-# ------------------------------------------------------------------------------------------------------------- types
-
-
-def fits(value: Any, wanted: Any) -> bool:
-    """Whether a value has the type that an annotation names; an annotation that is no plain type takes anything."""
-    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, one) for one in inner)
-    if origin is Literal:
-        return value in inner
-    if wanted is Any:
-        return True
-    if wanted in (int, float):
-        return isinstance(value, int if wanted is int else int | float) and not isinstance(value, bool)
-    if origin is tuple and Ellipsis not in inner:
-        several = isinstance(value, list | tuple) and len(value) == len(inner)
-        return several and all(map(fits, value, inner))
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, list | tuple) and all(fits(one, inner[0]) for one in value)
-    if isinstance(origin, type):
-        return isinstance(value, origin)
-    return not isinstance(wanted, type) or isinstance(value, wanted)
-
-
-def _type_text(wanted: Any) -> str:
-    """Names a type for the user, such as 'list of float or None'."""
-    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_type_text, inner)))
-    if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
-    if origin is tuple and Ellipsis not in inner:
-        return f"({', '.join(map(_type_text, inner))})"
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return f"list of {_type_text(inner[0])}"
-    return {types.NoneType: "None", Mapping: "mapping"}.get(origin or wanted, getattr(wanted, "__name__", str(wanted)))

@@ -1,6 +1,8 @@
 """The error for mistakes that a user can make: it ends in one sentence and exit code 2, not in a stack trace."""
 
 import difflib
+import os
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -9,6 +11,28 @@ class UserError(ValueError):
 
     The command line prints this sentence without a stack trace and exits with code 2.
     """
+
+
+def sentence(error: BaseException) -> str:
+    """Returns the message of an error as the one line that a command prints."""
+    return printable(" ".join(str(error).split()))
+
+
+def printable(name: str | os.PathLike) -> str:
+    """Returns a path or a name as one line that every terminal and file takes.
+
+    Line ends and other control characters are written as in Python, such as `\\n`, and a byte of a file name that is
+    not UTF-8 as `\\xe9`. All other text stays as it is.
+    """
+    return "".join(map(_escape, os.fspath(name)))
+
+
+def _escape(character: str) -> str:
+    if unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp"):
+        return character
+    if "\udc80" <= character <= "\udcff":  # how Python holds a byte that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

@@ -18,7 +18,7 @@ from maxmap.convert.load import read_model
 from maxmap.cost import count_parameters
 from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data
-from maxmap.errors import UserError
+from maxmap.errors import UserError, printable
 from maxmap.models import average, differences
 from maxmap.operations import Array, upcast
 from maxmap.predictions import make_rows, to_csv
@@ -130,7 +130,7 @@ def evaluate(
     batches = data.eval_batches(batch_size, process_index=jax.process_index(), process_count=jax.process_count())
     for batch in batches:
         left_out = gather_processes(batch["skipped"])
-        skipped += [data.val.name(int(index)) for index in left_out[left_out >= 0]]
+        skipped += [printable(data.val.name(int(index))) for index in left_out[left_out >= 0]]
         sums = eval_step(variables, to_devices({key: batch[key] for key in ("image", "label", "mask")}, mesh))
         predictions = sums.pop("predictions")
         if rows is not None:
@@ -184,6 +184,7 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     Raises:
       UserError: There is no checkpoint, it holds another model, or the data is missing or of another size.
     """
+    workdir = storage.expand(workdir)
     mesh, data = recipe.mesh(), recipe.data()
     own = checkpoint.read_info(workdir) is not None
     path = workdir if own or recipe.init_from is None else recipe.init_from

@@ -11,8 +11,8 @@ import numpy as np
 from maxmap.convert.load import read_model
 from maxmap.data.augment import normalize
 from maxmap.data.pipeline import preprocess
-from maxmap.errors import UserError
 from maxmap.models import Classifier, average, create_model
+from maxmap.ranges import Count, check_arguments
 
 
 def load(path: str | Path) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
@@ -34,7 +34,7 @@ def load(path: str | Path) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
 
 
 def predict(
-    path: str | Path, images: Sequence[str | Path], *, top: int = 5, batch_size: int = 32
+    path: str | Path, images: Sequence[str | Path], *, top: Count = 5, batch_size: Count = 32
 ) -> list[list[tuple[str, float]]]:
     """Classifies image files with a checkpoint and the preprocessing that it carries.
 
@@ -50,8 +50,7 @@ def predict(
     Raises:
       UserError: there is no checkpoint, or a file is no image.
     """
-    if top < 1:
-        raise UserError(f"{top} classes per image are none: ask for 1 or more.")
+    check_arguments(predict, "", locals())
     model, variables, info = load(path)
     pre, classes = info["preprocessing"], info["classes"]
 

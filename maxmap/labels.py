@@ -15,6 +15,7 @@ from maxmap.errors import UserError
 from maxmap.evaluate import evaluate, make_eval_step, report, write
 from maxmap.models import create_model
 from maxmap.predictions import accuracies, to_csv
+from maxmap.ranges import Count
 from maxmap.sharding import make_mesh, replicated
 
 # Every set is a folder with a folder of images per class, which has the class's name or its number ("folders"). With
@@ -35,7 +36,7 @@ def read_real(path: Path) -> list[list[int]]:
       UserError: the file is something else.
     """
     try:
-        labels = json.loads(path.read_text("utf-8"))
+        labels = json.loads(Path(storage.expand(path)).read_text("utf-8"))
         if not all(isinstance(label, int) for row in labels for label in row):
             raise ValueError("it holds something else")
     except (OSError, ValueError, TypeError) as error:
@@ -62,7 +63,9 @@ def real_labels(labels: Sequence[Sequence[int]], name: str) -> Sequence[int]:
     return labels[int(number[1]) - 1]
 
 
-def evaluate_set(workdir: str | Path, folder: Path, labels: str, file: Path | None, batch_size: int) -> dict[str, Any]:
+def evaluate_set(
+    workdir: str | Path, folder: Path, labels: str, file: Path | None, batch_size: Count
+) -> dict[str, Any]:
     """Evaluates the newest checkpoint of an ImageNet run on one of the `LABEL_SETS`.
 
     Args:
@@ -78,6 +81,7 @@ def evaluate_set(workdir: str | Path, folder: Path, labels: str, file: Path | No
     Raises:
       UserError: there is no checkpoint, it is not one of ImageNet's 1,000 classes, or the files do not fit.
     """
+    folder = Path(storage.expand(folder))
     variables, info = checkpoint.read_variables(workdir)
     classes, kind = info["classes"], LABEL_SETS[labels]
     if len(classes) != 1000 or sorted(classes) != list(classes):

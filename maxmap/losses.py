@@ -17,13 +17,14 @@ All losses are computed in float32 or wider, whatever the model computes in.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
 from maxmap.errors import UserError
 from maxmap.operations import Array, upcast
+from maxmap.ranges import NonNegative, Range, check_arguments
 
 
 def softmax_cross_entropy(logits: Array, targets: Array) -> Array:
@@ -61,18 +62,14 @@ def binary_cross_entropy(logits: Array, targets: Array, *, target_threshold: flo
     return -jnp.mean(targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits))
 
 
-LOSSES = ("softmax", "bce")
-REDUCTIONS = ("batch_class_mean", "batch_mean")
-
-
 def total_loss(
     outputs: Mapping[str, Array],
     targets: Array,
     *,
     name: Literal["softmax", "bce"] = "softmax",
     decorrelation: float = 0.0,
-    distillation: float = 1.0,
-    target_threshold: float | None = None,
+    distillation: NonNegative = 1.0,
+    target_threshold: Annotated[float, Range(at_least=0, below=1)] | None = None,
     term_reduction: Literal["batch_class_mean", "batch_mean"] = "batch_class_mean",
 ) -> tuple[Array, dict[str, Array]]:
     """Computes the training loss; the formula stands at the top of this file.
@@ -90,13 +87,10 @@ def total_loss(
       The loss and its parts, all scalars: 'loss' = 'base' + 'distillation' + 'decorrelation', weights included.
 
     Raises:
-      UserError: A name is unknown, or the base loss takes no threshold.
+      UserError: A value is out of range, or the base loss takes no threshold.
       ValueError: The shapes of logits and targets do not fit.
     """
-    if name not in LOSSES:
-        raise UserError(f"loss.name is {name!r}: give one of {', '.join(LOSSES)}.")
-    if term_reduction not in REDUCTIONS:
-        raise UserError(f"loss.term_reduction is {term_reduction!r}: give one of {', '.join(REDUCTIONS)}.")
+    check_arguments(total_loss, "loss", locals())
     if target_threshold is not None and name != "bce":
         raise UserError(f"loss.target_threshold belongs to name='bce': leave it out with name={name!r}.")
 

@@ -28,6 +28,7 @@ from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
 from maxmap.layers.primitives import Block, pair
 from maxmap.operations import Array, upcast
+from maxmap.ranges import CountOrZero, Pixels, check_arguments, check_fields
 
 FAMILIES: dict[str, Mapping[str, Variant]] = {
     "convnext": convnext.VARIANTS,
@@ -282,8 +283,8 @@ def create_model(
     name: str,
     *,
     head: str | Mapping[str, Any] | None = None,
-    num_classes: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    num_classes: CountOrZero | None = None,
+    image_size: Pixels | tuple[Pixels, Pixels] | None = None,
     remat: bool = False,
     **fields: Any,
 ) -> Classifier:
@@ -303,8 +304,10 @@ def create_model(
       The model, a Flax module.
 
     Raises:
-      UserError: an unknown name or field, or values that do not fit each other.
+      UserError: an unknown name or field, a value of another type or out of range, or values that do not fit each
+        other.
     """
+    check_arguments(create_model, "model", locals())
     if name not in MODELS:
         raise UserError(f"there is no model '{name}'; the nearest names are {nearest(name, MODELS)}.")
     model = MODELS[name]
@@ -330,11 +333,13 @@ def create_model(
         for key, value in changes.items():
             both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
             merged[key] = {**merged[key], **value} if both else value
-    built_backbone = _build(variant.backbone, merged, f"model '{name}'")
-    built_head = _build(HEADS[head_name], {"num_classes": 1000} | head_fields, f"head '{head_name}'")
+    built_backbone = _build(variant.backbone, merged, f"model '{name}'", "model")
+    built_head = _build(HEADS[head_name], {"num_classes": 1000} | head_fields, f"head '{head_name}'", "model.head")
     try:
         built_backbone.validate()
         built_head.validate(built_backbone.num_features())
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from None
     return Classifier(built_backbone, built_head, remat)
@@ -393,9 +398,10 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _build(module: type[nn.Module], fields: Mapping[str, Any], what: str) -> nn.Module:
+def _build(module: type[nn.Module], fields: Mapping[str, Any], what: str, section: str) -> nn.Module:
     known = set(module.__dataclass_fields__) - {"parent", "name"}
     for key in fields:
         if key not in known:
             raise UserError(f"{what} has no field '{key}'; the nearest are {nearest(key, known)}.")
+    check_fields(module, section, fields)
     return module(**fields)

@@ -16,16 +16,16 @@ The signatures of `OPTIMIZERS` hold the defaults of their options.
 import functools
 import inspect
 import math
-import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import optax
 import optax.contrib
 
 from maxmap.errors import UserError, nearest
+from maxmap.ranges import Decay, Fraction, NonNegative, Positive, Range, check, check_arguments
 
 PyTree = Any
 Mask = Callable[[PyTree], PyTree]
@@ -98,16 +98,16 @@ def make_optimizer(
     learning_rate: Rate,
     *,
     name: str,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    clip_value: float | None = None,
-    clip_agc: float | None = None,
-    layer_decay: float | None = None,
-    b1: float | None = None,
-    b2: float | None = None,
-    eps: float | None = None,
-    momentum: float | None = None,
-    max_grad_norm: float | None = None,
+    weight_decay: NonNegative = 0.0,
+    clip_norm: Positive | None = None,
+    clip_value: Positive | None = None,
+    clip_agc: Positive | None = None,
+    layer_decay: Fraction | None = None,
+    b1: Decay | None = None,
+    b2: Decay | None = None,
+    eps: NonNegative | None = None,
+    momentum: Decay | None = None,
+    max_grad_norm: Annotated[float, Range(above=0, at_most=math.inf)] | None = None,
     no_decay: Sequence[str] = NO_DECAY,
     blocks: Sequence[Sequence[str]] = (),
 ) -> Transformation:
@@ -128,17 +128,21 @@ def make_optimizer(
       b2: Decay of the second moment (lion: of the momentum).
       eps: Added to the root of the second moment (adafactor: to the squared gradient).
       momentum: Of sgd and muon.
-      max_grad_norm: Second clip of the global norm, of lamb_timm alone.
+      max_grad_norm: Second clip of the global norm, of lamb_timm alone; inf for no clip.
       no_decay: Regexes of the paths of parameters that do not decay.
       blocks: Of the model, see `maxmap.models.block_paths`; only `layer_decay` needs them.
 
     Raises:
       UserError: An unknown name, an option that the optimizer does not take, or a value out of range.
     """
+    check_arguments(make_optimizer, "optim", locals())
+    if not callable(learning_rate):
+        check("optim.learning_rate", learning_rate, NonNegative)
     options = _given(b1=b1, b2=b2, eps=eps, momentum=momentum, max_grad_norm=max_grad_norm)
     clips = _given(clip_norm=clip_norm, clip_value=clip_value, clip_agc=clip_agc)
     _check_options(name, options)
-    _check_numbers(learning_rate, weight_decay, clips, layer_decay)
+    if len(clips) > 1:
+        raise UserError(f"optim has {' and '.join(clips)}: give one of them.")
     if layer_decay is not None and not blocks:
         raise UserError("optim.layer_decay needs the blocks of the model: give make_optimizer block_paths(model).")
     no_decay = _check_patterns(no_decay)
@@ -253,11 +257,6 @@ OPTIMIZERS: dict[str, Callable[..., Transformation]] = {
 }
 
 
-def _check(key: str, value: Any, wanted: str, is_right: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not is_right(float(value)):
-        raise UserError(f"optim.{key} is {value!r}: give a number {wanted}.")
-
-
 # The options that not every optimizer has.
 OPTIONS = {"b1", "b2", "eps", "momentum", "max_grad_norm"}
 
@@ -267,7 +266,7 @@ def _given(**values: float | None) -> dict[str, Any]:
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises UserError unless there is such an optimizer, takes these options, and their values mean something."""
+    """Raises UserError unless there is such an optimizer, and it takes these options."""
     if name not in OPTIMIZERS:
         raise UserError(
             f"optim.name is {name!r}, which is not one of {sorted(OPTIMIZERS)}; "
@@ -277,31 +276,9 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in taken:
             raise UserError(f"optim.{key} means nothing to {name!r}: leave it out, or give one of {taken}.")
-    for key, value in options.items():
-        if key == "max_grad_norm":
-            _check(key, value, "above 0 (inf for no clip)", lambda value: value > 0)
-        elif key == "eps":
-            _check(key, value, "of at least 0", lambda value: 0 <= value < math.inf)
-        else:
-            _check(key, value, "in [0, 1)", lambda value: 0 <= value < 1)
-
-
-def _check_numbers(rate: Rate, weight_decay: float, clips: Mapping[str, float], layer_decay: float | None) -> None:
-    """Raises UserError unless the numbers that every optimizer takes mean something, and at most one clip is given."""
-    _check("weight_decay", weight_decay, "of at least 0", lambda value: 0 <= value < math.inf)
-    if len(clips) > 1:
-        raise UserError(f"optim has {' and '.join(clips)}: give one of them.")
-    for key, value in clips.items():
-        _check(key, value, "above 0 (or leave it out for no clip)", lambda value: value > 0)
-    if layer_decay is not None:
-        _check("layer_decay", layer_decay, "above 0 and at most 1", lambda value: 0 < value <= 1)
-    if not callable(rate):
-        _check("learning_rate", rate, "of at least 0", lambda value: 0 <= value < math.inf)
 
 
 def _check_patterns(no_decay: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(no_decay, str):
-        raise UserError(f"optim.no_decay is the text {no_decay!r}: give a list of regexes.")
     for pattern in no_decay:
         try:
             re.compile(pattern)

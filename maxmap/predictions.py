@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from maxmap.errors import UserError
+from maxmap.errors import UserError, printable
 
 
 def accuracies(rows: Iterable[Mapping[str, Any]], right: Mapping[int, Sequence[int]] | None = None) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def make_rows(
     """
     rows = []
     for i in np.flatnonzero(batch["mask"]):
-        row: dict[str, Any] = {"index": int(batch["index"][i]), "name": names(int(batch["index"][i]))}
+        row: dict[str, Any] = {"index": int(batch["index"][i]), "name": printable(names(int(batch["index"][i])))}
         row |= {"label": int(batch["label"][i]), "rank": int(found["rank"][i])}
         row |= {f"top{k}": int(label) for k, label in enumerate(found["best"][i], 1)}
         for g, (label, rank) in enumerate(zip(found["branch"][:, i], found["branch_rank"][:, i], strict=True)):
@@ -81,7 +81,7 @@ def to_csv(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     Its columns:
 
     - `weights`: "ema" or "raw".
-    - `index`, `name`, `label`: the image's index, its file and its label.
+    - `index`, `name`, `label`: the image's index, its file (see `maxmap.errors.printable`) and its label.
     - `rank`: rank of the label among the logits, averaged over the branches. Ties count against it. The top-k accuracy
       is the share of ranks up to k.
     - `top1` to `top5`: the classes with the largest averaged logits.

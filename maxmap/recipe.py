@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import optax
 from jax.sharding import Mesh
@@ -12,6 +12,7 @@ from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.models import Classifier
 from maxmap.operations import Array
+from maxmap.ranges import Count, CountOrZero, Decay, Positive, Range, check_fields
 from maxmap.schedule import Schedule
 
 
@@ -24,11 +25,11 @@ class Evaluation:
       every_epochs: Epochs between two evaluations of a training run.
     """
 
-    batch_size: int = 1024
-    every_epochs: int = 1
+    batch_size: Annotated[int, Range(at_least=1, at_most=2**20)] = 1024
+    every_epochs: Count = 1
 
     def __post_init__(self) -> None:
-        _require_one_or_more("evaluate", batch_size=self.batch_size, every_epochs=self.every_epochs)
+        check_fields(Evaluation, "evaluate", vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Saving:
       keep: Newest checkpoints to keep, beside the one with the best top-1 accuracy.
     """
 
-    every: int | None = None
-    keep: int = 3
+    every: Count | None = None
+    keep: Count = 3
 
     def __post_init__(self) -> None:
-        _require_one_or_more("checkpoint", every=1 if self.every is None else self.every, keep=self.keep)
+        check_fields(Saving, "checkpoint", vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +58,12 @@ class Logging:
       hang_minutes: Minutes after which a step, an evaluation or a save that does not end is reported with its stack.
     """
 
-    every: int = 50
-    max_skips: int = 10
-    hang_minutes: float = 30.0
+    every: Count = 50
+    max_skips: CountOrZero = 10
+    hang_minutes: Positive = 30.0
 
     def __post_init__(self) -> None:
-        _require_one_or_more("log", every=self.every)
-        if self.max_skips < 0:
-            raise UserError(f"config.log.max_skips is {self.max_skips}: give 0 or more.")
-        if self.hang_minutes <= 0:
-            raise UserError(f"config.log.hang_minutes is {self.hang_minutes}: give minutes, such as 30.")
+        check_fields(Logging, "log", vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +95,8 @@ class Recipe:
       init_from: Checkpoint to start from: folder of a run or of a converted checkpoint, or a published name.
     """
 
-    epochs: int
-    batch_size: int
+    epochs: Count
+    batch_size: Count
     mesh: functools.partial[Mesh]
     model: functools.partial[Classifier]
     data: functools.partial[Data]
@@ -113,28 +110,19 @@ class Recipe:
     checkpoint: Saving
     log: Logging
     values: Mapping[str, Any]
-    seed: int = 0
-    steps: int | None = None
-    accumulate: int = 1
+    seed: Annotated[int, Range(at_least=0, at_most=2**32 - 1)] = 0
+    steps: Count | None = None
+    accumulate: Count = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_norm: Literal["sync", "averaged", "per_device"] = "sync"
-    ema_decay: float | None = None
+    ema_decay: Decay | None = None
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"config.seed is {self.seed}: give one from 0 to {2**32 - 1}.")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"config.steps is {self.steps}: give 1 or more, or leave it out to train for the epochs.")
-        if self.accumulate < 1:
-            raise UserError(f"config.accumulate is {self.accumulate}: give the number of micro-batches, 1 or more.")
+        check_fields(Recipe, "config", vars(self))
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"config.accumulate is {self.accumulate}, which does not divide config.batch_size {self.batch_size}."
-            )
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise UserError(
-                f"config.ema_decay is {self.ema_decay}: give the share to keep, such as 0.9999, or leave it out."
             )
 
     def describe_model(self, num_classes: int) -> dict[str, Any]:
@@ -153,9 +141,3 @@ class Recipe:
                 "other data."
             )
         return {**self.model.keywords, "num_classes": num_classes}
-
-
-def _require_one_or_more(section: str, **values: int) -> None:
-    for key, value in values.items():
-        if value < 1:
-            raise UserError(f"config.{section}.{key} is {value}: give 1 or more.")

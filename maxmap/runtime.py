@@ -10,6 +10,7 @@ be set there.
 import ctypes
 import importlib.metadata
 import importlib.util
+import io
 import os
 import sys
 import time
@@ -27,9 +28,12 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def prepare() -> None:
-    """Keeps freed memory and compiled programs; a command calls it first, in the main thread."""
+    """Keeps freed memory and compiled programs, and lets all text be printed; a command calls it first."""
     freed_memory.keep()
     cache_programs()
+    for stream in (sys.stdout, sys.stderr):  # a terminal in another encoding lacks some characters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def cache_programs() -> None:

@@ -15,15 +15,14 @@ With `warmup_prefix` the warm-up comes before them: the decay starts at t = W, a
 """
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from maxmap.errors import UserError, nearest
+from maxmap.errors import UserError
+from maxmap.ranges import Count, CountOrZero, NonNegative, Positive, Share, check_arguments
 
 # The height of the rate, 1 to 0, by the remaining share of the decay, 1 to 0.
 SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -33,7 +32,7 @@ SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "wsd": lambda left: left,
     "constant": jnp.ones_like,
 }
-CLOCKS = ("epoch", "step")
+MOST_STEPS = 2**31 - 1  # of a run: JAX counts them in 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +61,17 @@ class Schedule:
 
 def make_schedule(
     *,
-    steps_per_epoch: int,
-    epochs: int,
-    lr: float,
+    steps_per_epoch: Count,
+    epochs: Count,
+    lr: Positive,
     name: Literal["cosine", "linear", "wsd", "constant"] = "cosine",
-    warmup_epochs: float = 0,
-    warmup_steps: int | None = None,
-    warmup_lr: float = 1e-6,
-    min_lr: float = 1e-6,
-    decay_epochs: float | None = None,
-    cooldown_epochs: int = 0,
+    warmup_epochs: NonNegative = 0,
+    warmup_steps: CountOrZero | None = None,
+    warmup_max_share: Share | None = None,
+    warmup_lr: NonNegative = 1e-6,
+    min_lr: NonNegative = 1e-6,
+    decay_epochs: Positive | None = None,
+    cooldown_epochs: CountOrZero = 0,
     warmup_prefix: bool = False,
     per: Literal["epoch", "step"] = "epoch",
 ) -> Schedule:
@@ -84,6 +84,8 @@ def make_schedule(
       name: Shape of the decay.
       warmup_epochs: Length of the warm-up, 0 for none; a whole number for per='epoch'.
       warmup_steps: Length of the warm-up in steps, for recipes that give it so; needs per='step' and no warmup_epochs.
+      warmup_max_share: Largest part of the epochs that the warm-up takes: a longer one is cut to it; None to refuse a
+        warm-up that does not fit into the epochs.
       warmup_lr: Rate at the start of the warm-up.
       min_lr: Rate at the end of the decay.
       decay_epochs: How long before the end of the epochs the decay of 'wsd' starts; for 'wsd' only.
@@ -92,20 +94,26 @@ def make_schedule(
       per: 'epoch' keeps the rate over each epoch, as all published recipes do; 'step' changes it every step.
 
     Raises:
-      UserError: The name is unknown, or the values make no schedule.
+      UserError: A value is out of range, or the values make no schedule.
     """
-    _check_rates(name, per, lr, warmup_lr, min_lr)
-    _check("steps_per_epoch", steps_per_epoch, "a whole number of at least 1", lambda n: n >= 1 and n == int(n))
-    _check("epochs", epochs, "a whole number of at least 1", lambda n: n >= 1 and n == int(n))
-    _check("cooldown_epochs", cooldown_epochs, "a whole number of at least 0", lambda n: n >= 0 and n == int(n))
+    check_arguments(make_schedule, "schedule", locals())
+    if name != "constant" and min_lr > lr:
+        raise UserError(f"schedule.min_lr is {min_lr!r}: give a rate from 0 to lr = {lr!r}.")
     if (name == "wsd") != (decay_epochs is not None):
         raise UserError("schedule.decay_epochs goes with name='wsd': give it there, in epochs, and nowhere else.")
     ticks_per_epoch = 1 if per == "epoch" else steps_per_epoch
     warmup = _warmup_ticks(warmup_epochs, warmup_steps, ticks_per_epoch, per)
     span = epochs * ticks_per_epoch
     decay = span if decay_epochs is None else _ticks("decay_epochs", decay_epochs, ticks_per_epoch, per)
+    if warmup_max_share is not None:
+        warmup = min(warmup, round(warmup_max_share * span))
     if warmup > span and not warmup_prefix:
-        raise UserError(f"the schedule's warm-up of {warmup} {per}s must fit into the {span} {per}s of the run.")
+        key = "warmup_epochs" if warmup_steps is None else "warmup_steps"
+        raise UserError(
+            f"the warm-up of {warmup} {per}s (schedule.{key}) does not fit into the {span} {per}s of the run (epochs): "
+            f"lower --config.schedule.{key}, raise --config.epochs, or cut every warm-up to a tenth of the epochs with "
+            "--config.schedule.warmup_max_share=0.1."
+        )
     if name == "wsd" and not 1 <= decay <= (span if warmup_prefix else span - warmup):
         raise UserError(f"schedule.decay_epochs is {decay_epochs!r}: warm-up and decay must fit into {epochs} epochs.")
     end = span + warmup if warmup_prefix else span
@@ -119,20 +127,12 @@ def make_schedule(
         return jnp.where(tick < warmup, warming, lr * height + min_lr * (1 - height))
 
     total_epochs = epochs + cooldown_epochs + (-(-warmup // ticks_per_epoch) if warmup_prefix else 0)
-    return Schedule(rate, int(steps_per_epoch), int(total_epochs))
-
-
-def _check_rates(name: str, per: str, lr: float, warmup_lr: float, min_lr: float) -> None:
-    if name not in SHAPES:
+    if total_epochs * steps_per_epoch > MOST_STEPS:
         raise UserError(
-            f"schedule.name is {name!r}, which is not one of {sorted(SHAPES)}; did you mean {nearest(name, SHAPES, 1)}?"
+            f"{total_epochs} epochs of {steps_per_epoch} steps are more than the {MOST_STEPS} steps that a run can "
+            "have: lower --config.epochs."
         )
-    if per not in CLOCKS:
-        raise UserError(f"schedule.per is {per!r}: give one of {CLOCKS}.")
-    _check("lr", lr, "a rate above 0", lambda rate: rate > 0)
-    _check("warmup_lr", warmup_lr, "a rate of at least 0", lambda rate: rate >= 0)
-    if name != "constant":
-        _check("min_lr", min_lr, f"a rate from 0 to lr = {lr}", lambda rate: 0 <= rate <= lr)
+    return Schedule(rate, steps_per_epoch, total_epochs)
 
 
 def _warmup_ticks(epochs: float, steps: int | None, ticks_per_epoch: int, per: str) -> int:
@@ -141,18 +141,11 @@ def _warmup_ticks(epochs: float, steps: int | None, ticks_per_epoch: int, per: s
         return _ticks("warmup_epochs", epochs, ticks_per_epoch, per)
     if per != "step" or epochs:
         raise UserError("schedule.warmup_steps goes with per='step' and without warmup_epochs: give one of the two.")
-    _check("warmup_steps", steps, "a whole number of at least 0", lambda n: n >= 0 and n == int(n))
-    return int(steps)
+    return steps
 
 
 def _ticks(key: str, epochs: float, ticks_per_epoch: int, per: str) -> int:
     """Returns a length in epochs on the clock, rounded to whole steps."""
-    wanted = "a whole number of at least 0 (fractions need per='step')" if per == "epoch" else "a number of at least 0"
-    _check(key, epochs, wanted, lambda n: n >= 0 and (per == "step" or n == int(n)))
+    if per == "epoch" and epochs != int(epochs):
+        raise UserError(f"schedule.{key} is {epochs!r}: give a whole number (fractions need per='step').")
     return round(epochs * ticks_per_epoch)
-
-
-def _check(key: str, value: Any, wanted: str, is_right: Callable[[float], bool]) -> None:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not is_right(value):
-        raise UserError(f"schedule.{key} is {value!r}: give {wanted}.")

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maxmap.errors import UserError
+from maxmap.ranges import Count, Range, check_arguments
 
 DATA, FSDP = "data", "fsdp"
 HEARTBEAT_TIMEOUT = 60  # seconds without a sign of life from a process, after which the others of its job end too
@@ -78,7 +79,7 @@ def _on_tpu_vm() -> bool:
     return devices and importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+def make_mesh(*, data: Annotated[int, Range(at_least=-1)] = -1, fsdp: Count = 1) -> Mesh:
     """Returns a mesh with the axes "data" and "fsdp".
 
     Args:
@@ -89,6 +90,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     Raises:
       UserError: the devices do not allow such a mesh.
     """
+    check_arguments(make_mesh, "mesh", locals())
     available = jax.device_count()
     if not 1 <= fsdp <= available:
         raise UserError(f"config.mesh.fsdp is {fsdp}, but JAX sees {available} devices: at most that, 1 for none.")

@@ -41,13 +41,18 @@ def in_bucket(path: str | Path) -> bool:
     return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in BUCKETS))
 
 
+def expand(path: str | Path) -> str:
+    """Returns a path with the home folder in place of a `~` at its start; a bucket's path stays as it is."""
+    return os.path.expanduser(os.fspath(path))
+
+
 def resolve(path: str | Path) -> epath.Path:
-    """Returns a path as orbax takes it: absolute, or in a bucket.
+    """Returns a path as orbax takes it: absolute, or in a bucket; a `~` at its start is the home folder.
 
     Raises:
       UserError: the path is a URL of something else, or the package that talks to such buckets is not installed.
     """
-    path = os.fspath(path)
+    path = expand(path)
     if "://" not in path:
         return epath.Path(os.path.abspath(path))
     if not in_bucket(path):
@@ -63,7 +68,7 @@ def write_text(path: str | Path | epath.Path, text: str) -> None:
     if in_bucket(path):
         resolve(path).write_text(text)  # a bucket shows an object only when all of it has arrived
         return
-    path = Path(path)
+    path = Path(expand(path))
     unfinished = path.with_name(f".{path.name}.unfinished")
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)

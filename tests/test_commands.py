@@ -1,8 +1,10 @@
 """python -m maxmap: what each command prints, and its one sentence for a mistake."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,15 @@ import pytest
 from PIL import Image
 
 from maxmap import __main__ as commands
-from maxmap import checkpoint
+from maxmap import checkpoint, storage
 from maxmap.config import bind, read
+from maxmap.errors import UserError
 from maxmap.inference import predict
 from maxmap.models import create_model
+from maxmap.predictions import make_rows, to_csv
+from maxmap.train.preview import caption
+from tests.test_ranges import numbers as ranges_in
+from tests.test_ranges import outside
 from tests.tiny import CLASSES, ROOT, copied, create_tiny, preprocessing, use_models, write_folder, write_image
 
 
@@ -106,7 +113,122 @@ def test_predict_prints_a_line_for_every_image(capsys, tmp_path, workdir):
     assert "missing.png" in mistake(capsys, "predict", workdir, images[0], tmp_path / "missing.png")
     assert "text.png" in mistake(capsys, "predict", workdir, tmp_path / "text.png")
     assert "no checkpoint in" in mistake(capsys, "predict", tmp_path, images[0])
-    assert "0 classes" in mistake(capsys, "predict", workdir, images[0], "--top", "0")
+    with pytest.raises(UserError, match="top is 0: give a value of type int of at least 1"):
+        predict(workdir, images[:1], top=0)
+
+
+def test_odd_names_are_printed_on_a_line_each(capsys, tmp_path, workdir):
+    """Names of files and classes with a line end, or with bytes that are not UTF-8."""
+    names = ["two\nlines.png", os.fsdecode(b"caf\xe9.png")]
+    for name in names:
+        write_image(tmp_path / name, 0, 0)
+    assert commands.main(["predict", str(workdir), *(str(tmp_path / name) for name in names), "--top", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [rf"{tmp_path}/two\nlines.png", rf"{tmp_path}/caf\xe9.png"]
+    assert r"cannot read no\nsuch\xe9.png (No such file" in mistake(capsys, "predict", workdir, "no\nsuch\udce9.png")
+    rows = make_rows(
+        {"index": np.array([0]), "label": np.array([0]), "mask": np.array([True])},
+        {"best": np.array([[0]]), "rank": np.array([1]), "branch": np.array([[0]]), "branch_rank": np.array([[1]])},
+        lambda index: names[1] + names[0],
+    )
+    storage.write_text(tmp_path / "predictions.csv", to_csv({"raw": rows}))
+    assert r"raw,0,caf\xe9.pngtwo\nlines.png,0,1" in (tmp_path / "predictions.csv").read_text("utf-8")
+    assert caption(np.array([1.0, 0.0]), ["a\udce9\n", "b"]) == r"100 % a\xe9\n"
+
+
+def test_every_path_may_start_at_home(capsys, tmp_path, workdir, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "a.png", 0, 0)
+    assert commands.main(["predict", "~/run", "~/a.png", "--top", "1"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/a.png: ")
+    assert predict("~/run", ["~/a.png"], top=1) == predict(workdir, [tmp_path / "a.png"], top=1)
+    assert commands.main(["average", "~/run", "--out=~/mean"]) == 0
+    assert f"{tmp_path}/mean: raw weights of {tmp_path}/run step 1" in capsys.readouterr().out
+    assert (tmp_path / "mean/checkpoints").is_dir() and not (tmp_path / "~").exists()
+    (tmp_path / "config.py").write_text(
+        (ROOT / "configs/quickstart.py").read_text().replace("map_maxvit_mini_32", "tiny")
+    )
+    assert commands.main(["samples", "~/config.py", "~/out", "--count=1"]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def numbers() -> list[tuple[list[str], str, commands.Number]]:
+    """The arguments of all commands that are numbers: what has to be given beside them, their option, their type."""
+    (choices,) = (action.choices for action in commands.make_parser()._actions if action.choices)
+    found = []
+    for name, parser in choices.items():
+        needed = [name]
+        for action in parser._actions:
+            if action.required:
+                options = [] if not action.option_strings else [action.option_strings[0]]
+                some = next(iter(action.choices)) if action.choices else "1"
+                needed += [f"{options[0]}={some}"] if options else [some]
+        for action in parser._actions:
+            if isinstance(action.type, commands.Number):
+                found.append((needed, action.option_strings[0], action.type))
+            else:
+                # Everything else is a path, a text or one of a list.
+                assert action.type in (None, storage.expand, commands._path), (name, action.dest)
+    return found
+
+
+NUMBERS = numbers()
+
+
+@pytest.mark.parametrize(("needed", "option", "number"), NUMBERS, ids=[f"{n[0]} {option}" for n, option, _ in NUMBERS])
+def test_every_number_of_a_command_has_a_range(needed, option, number, capsys):
+    (kind, limits), *_ = ranges_in(number.wanted)
+    texts = [str(value) for value in outside(number.wanted) if not isinstance(value, list | bool)]
+    for text in [*(t for t in texts if t != "1"), "many", "", "-inf"]:
+        with pytest.raises(SystemExit) as stopped:
+            commands.main([*needed, f"{option}={text}"])
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument {option}: '{text}' is out of range: give a value of type {kind.__name__} {limits}." in said
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("show-batch", ["--config=x.py", "--count=0"]),
+        ("show-batch", ["--config=x.py", "--count=-3"]),
+        ("show-batch", ["--config=x.py", "--step=-1"]),
+        ("show-batch", ["--config=x.py", "--step=99999999999"]),
+        ("samples", ["x.py", "out", "--count=-1"]),
+        ("plan", ["--config=x.py", "--devices=0"]),
+        ("plan", ["--config=x.py", "--devices=8", "--utilisation=0"]),
+        ("plan", ["--config=x.py", "--devices=8", "--utilisation=1.5"]),
+        ("convert", ["a", "b", "--num-classes=-1"]),
+        ("convert", ["a", "b", "--image-size=0"]),
+        ("predict", ["run", "a.png", "--top=0"]),
+        ("average", ["run", "--out=x", "--last=0"]),
+        ("evaluate", ["run", "x", "--labels=v2", "--batch_size=0"]),
+        ("verify", ["run", "--against=x", "--tolerance=nan"]),
+    ],
+)
+def test_numbers_that_people_type(command, arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        commands.main([command, *arguments])
+    assert stopped.value.code == 2 and "is out of range: give a value of type" in capsys.readouterr().err
+
+
+def test_samples_of_classes_with_odd_names(capsys, tmp_path, monkeypatch):
+    """WebDataset's classes are lines of a file, so that their names may hold anything."""
+    names = ["black/white", "..", os.fsdecode(b"\xe9\n"), "é" * 200]
+    val = type("Val", (), {"__len__": lambda self: 4, "name": lambda self, i: f"a.tar/{i}.jpg"})()
+    type(val).__getitem__ = lambda self, i: (b"bytes", i)
+    recipe = SimpleNamespace(data=lambda: SimpleNamespace(val=val, classes=names))
+    commands.samples_command(recipe, tmp_path / "out", 4)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "00000_black_white.jpg",
+        "00001_...jpg",
+        "00002___.jpg",
+        f"00003_{50 * 'é'}.jpg",
+    ]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/00000_black_white.jpg \(.*\): give another folder"):
+        commands.samples_command(recipe, tmp_path / "file", 4)
 
 
 def test_an_unknown_command_is_no_stack_trace(capsys):

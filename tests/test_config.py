@@ -1,11 +1,14 @@
 """The schema of the config: every key is there, overrides mean the same everywhere, and mistakes are one sentence."""
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pytest
+from absl import flags
 
+import main  # noqa: F401  its flags
 from maxmap import __main__ as commands
 from maxmap.config import REQUIRED, SECTIONS, bind, complete, explain, fits, read, schema, split_overrides
 from maxmap.errors import UserError
@@ -72,7 +75,7 @@ def test_a_head_by_its_name_takes_fields():
         ("model.head.brunches=3", "config.model.head has no key 'brunches'; the nearest are branches"),
         ("model.windowsize=3", "config.model has no key 'windowsize'; the nearest are window_size"),
         ("augment.key=3", "config.augment has no key 'key'"),  # it comes from the program
-        ("data.scale=1", "config.data.scale is 1: give a value of type list of float"),
+        ("data.scale=1", "config.data.scale is 1: give a value of type list of 2 float above 0 and at most 1"),
         ("batch_size=many", "config.batch_size is 'many': give a value of type int"),
         ("batch_size=8.0", "config.batch_size is 8.0: give a value of type int"),
         ("epochs=True", "config.epochs is True: give a value of type int"),
@@ -168,3 +171,55 @@ def test_every_key_that_is_told_of_can_be_set(file):
         # Others have a config too: `jax.config.update`, `config.json`.
         if name.partition(".")[0] in ours and name not in SECTIONS:
             assert name in keys, f"{file} has no key {name}, which {places} names"
+
+
+def messages() -> dict[str, str]:
+    """Every text in an error that the package raises, and where; what an f-string fills in is `{}`."""
+    found = {}
+    for path in [ROOT / "main.py", *ROOT.glob("maxmap/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                for argument in node.exc.args:
+                    parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
+                    text = "".join(
+                        "{}" if isinstance(part, ast.FormattedValue) else str(getattr(part, "value", ""))
+                        for part in parts
+                    )
+                    found[text] = f"{path.relative_to(ROOT)}:{node.lineno}"
+    return found
+
+
+VALUE = re.compile(r"--?config\.([a-z_.]+)=([^\s`'\",;:\]]+)")
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+def test_every_value_that_a_message_advises_is_taken(file):
+    advised = {
+        (key, value.rstrip(".")): where for text, where in messages().items() for key, value in VALUE.findall(text)
+    }
+    assert {("data.check", "0"), ("schedule.warmup_max_share", "0.1")} <= set(advised)
+    for (key, value), where in advised.items():
+        if "{" not in value:
+            values = read(ROOT / file, [f"--config.{key}={value}"])
+            assert bind(values).values == values, f"{where} advises --config.{key}={value}"
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+def test_every_section_and_key_of_a_message_is_there(file):
+    """Messages of the sections' functions say 'schedule.lr' where those of the config say 'config.schedule.lr'."""
+    keys = schema(read(ROOT / file))
+    named = re.compile(rf"(?<![\w./])({'|'.join(SECTIONS)})\.([a-z][a-z_]+)\b(?!\()")
+    files = ("data.pkl",)
+    for text, where in messages().items():
+        for section, key in named.findall(text):
+            name = f"{section}.{key}"
+            assert name in keys or name in files, f"{where} names {name}, which {file} does not have"
+
+
+def test_every_flag_that_a_message_advises_is_there():
+    (choices,) = (action.choices for action in commands.make_parser()._actions if action.choices)
+    known = {option for parser in choices.values() for action in parser._actions for option in action.option_strings}
+    known |= {f"--{name}" for name in flags.FLAGS} | {"--data_dir", "--file_format"}  # the last two are tfds's
+    for text, where in messages().items():
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+(?![\w.-])", text):
+            assert flag in known, f"{where} names {flag}, which no command has"

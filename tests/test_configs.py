@@ -10,6 +10,7 @@ import pytest
 
 from maxmap.config import _fixed_schema, bind, read
 from maxmap.errors import UserError
+from maxmap.schedule import make_schedule
 from maxmap.train.build import make_prepare
 from tests.tiny import ROOT
 
@@ -113,6 +114,21 @@ def test_only_fine_tuning_turns_photos(file):
     assert load(file)["data"]["exif"] == (file == "configs/finetune.py")
 
 
+@pytest.mark.parametrize("name", [*builds("configs/finetune.py"), "configs/quickstart.py"])
+def test_a_short_run_has_a_short_warm_up(name):
+    """A preset keeps its warm-up in a run of its own length, and a run of one or two epochs learns too."""
+    section, epochs = load(name)["schedule"], load(name)["epochs"]
+
+    def rates(epochs: int, **changes: Any) -> jax.Array:
+        return make_schedule(steps_per_epoch=9, epochs=epochs, **{**section, **changes})(jnp.arange(9 * epochs))
+
+    assert jnp.array_equal(rates(epochs), rates(epochs, warmup_max_share=None))
+    for epochs in (1, 2):
+        warmup = {"warmup_epochs": 0, "warmup_steps": round(section["warmup_max_share"] * 9 * epochs)}
+        assert jnp.array_equal(rates(epochs), rates(epochs, warmup_max_share=None, **warmup))
+        assert float(max(rates(epochs))) > 0.85 * section["lr"]
+
+
 def test_the_flagship_is_the_published_recipe():
     config = load("configs/maxvit_tiny_map.py")
     top = {key: value for key, value in config.items() if not isinstance(value, dict)}
@@ -160,6 +176,7 @@ def test_the_flagship_is_the_published_recipe():
         min_lr=1e-5,
         cooldown_epochs=10,
         warmup_prefix=False,
+        warmup_max_share=None,
         per="epoch",
     )
     has(

@@ -94,7 +94,7 @@ def test_top_classes_are_sorted(workdir, images):
         probabilities = [probability for _, probability in result]
         assert len(result) == len({name for name, _ in result}) == names
         assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) <= 1 + 1e-5
-    with pytest.raises(UserError, match="0 classes"):
+    with pytest.raises(UserError, match="top is 0: give a value of type int of at least 1"):
         predict(workdir, images, top=0)
 
 

@@ -121,7 +121,7 @@ def test_help_config(capsys, flags_afterwards):
     argv = main.parse(["main.py", f"--config={QUICKSTART}", "--help_config", "--config.epochs=7"])
     assert main.main(argv) == 0
     printed = capsys.readouterr().out
-    assert "config.epochs = 7  (int; required)\n    Epochs to train for" in printed
+    assert "config.epochs = 7  (int of at least 1; required)\n    Epochs to train for" in printed
     assert "config.data.draft = True  (bool; default True)\n" in printed
 
 

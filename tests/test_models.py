@@ -90,7 +90,7 @@ def test_an_unknown_name_gives_the_three_nearest():
         ({"transformer": {"heads": 4}}, "there is no field 'heads' in TransformerFields"),
         ({"conv_block": "dense"}, "conv_block 'dense' is not one of mbconv, convnext"),
         ({"transformer": {"head_dim": 40}}, "40 channels per head do not divide 64 channels of stage 0; .* do is 32"),
-        ({"transformer": {"head_dim": 0}}, "0 channels per head do not divide 64 channels of stage 0; .* do is 1"),
+        ({"transformer": {"head_dim": 0}}, "model.transformer.head_dim is 0: give a value of type int of at least 1"),
         ({"transformer": {"rel_pos_type": "rope"}}, "rel_pos_type 'rope' is not one of bias, bias_tf, mlp"),
         ({"conv": {"activation": "swish"}}, "activation 'swish' is not one of relu"),
         ({"block_types": ("M", "M", "W", "M")}, "a block of stage 2 'W' is not one of C, T, M, PM"),

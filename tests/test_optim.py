@@ -467,7 +467,7 @@ def test_every_optimizer_keeps_the_dtype(name):
         ({"name": "adamw", "layer_decay": 1.5}, "optim.layer_decay is 1.5"),
         ({"name": "adamw", "layer_decay": 0.5}, "optim.layer_decay needs the blocks of the model"),
         ({"name": "lamb_timm", "max_grad_norm": 0}, "optim.max_grad_norm"),
-        ({"name": "adamw", "no_decay": "pos_embed"}, "a list of regexes"),
+        ({"name": "adamw", "no_decay": "pos_embed"}, "optim.no_decay is 'pos_embed': give a value of type list of str"),
         ({"name": "adamw", "no_decay": ["(pos_embed"]}, "not a regex"),
     ],
 )

@@ -122,6 +122,20 @@ def test_a_warm_up_in_steps(prefix, x64):
     np.testing.assert_array_equal(steps(np.arange(20)), epochs(np.arange(20)))
 
 
+def test_a_warm_up_is_cut_to_its_largest_share(x64):
+    def peaks(**options):
+        schedule = make_schedule(steps_per_epoch=10, epochs=4, lr=1.0, name="constant", per="step", **options)
+        return int(np.argmax(schedule(np.arange(schedule.total_steps))))
+
+    assert peaks(warmup_epochs=30, warmup_max_share=0.25) == peaks(warmup_steps=999, warmup_max_share=0.25) == 10
+    assert peaks(warmup_epochs=0.5, warmup_max_share=0.25) == 5  # a shorter one stays
+    assert peaks(warmup_epochs=3, warmup_max_share=0) == 0
+    prefixed = make_schedule(
+        steps_per_epoch=1, epochs=4, lr=1.0, warmup_epochs=9, warmup_max_share=0.5, warmup_prefix=True
+    )
+    assert prefixed.total_steps == 4 + 2
+
+
 @pytest.mark.parametrize("per", ["epoch", "step"])
 def test_traced_and_python_steps_agree(per):
     schedule = make_schedule(steps_per_epoch=4, epochs=10, lr=1e-3, warmup_epochs=2, per=per)
@@ -156,11 +170,21 @@ def test_optax_takes_it_as_a_schedule():
         ({"min_lr": 2.0}, "schedule.min_lr"),
         ({"warmup_epochs": 1.5}, "per='step'"),
         ({"warmup_epochs": -1}, "schedule.warmup_epochs"),
-        ({"warmup_epochs": 11}, "warm-up of 11 epochs"),
+        (
+            {"warmup_epochs": 11},
+            "warm-up of 11 epochs .* the 10 epochs .*: lower --config.schedule.warmup_epochs, raise",
+        ),
         ({"warmup_steps": 3}, "per='step'"),
         ({"warmup_steps": 3, "warmup_epochs": 1, "per": "step"}, "warmup_epochs"),
         ({"warmup_steps": 1.5, "per": "step"}, "schedule.warmup_steps"),
-        ({"warmup_steps": 21, "per": "step"}, "warm-up of 21 steps"),
+        (
+            {"warmup_steps": 21, "per": "step"},
+            r"warm-up of 21 steps \(schedule.warmup_steps\) .* --config.epochs, .*=0.1",
+        ),
+        (
+            {"epochs": 99999999999},
+            "99999999999 epochs of 2 steps are more than the 2147483647 .*: lower --config.epochs",
+        ),
         ({"name": "wsd"}, "schedule.decay_epochs"),
         ({"decay_epochs": 3}, "name='wsd'"),
         ({"name": "wsd", "decay_epochs": 0}, "schedule.decay_epochs"),

@@ -13,6 +13,9 @@ def test_paths_are_absolute_or_keep_their_scheme(tmp_path, monkeypatch):
     assert os.fspath(checkpoint.folder("gs://bucket/run")) == "gs://bucket/run/checkpoints"
     monkeypatch.chdir(tmp_path)
     assert os.fspath(checkpoint.folder("run")) == str(tmp_path / "run" / "checkpoints")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert os.fspath(storage.resolve("~/run")) == f"{tmp_path}/run"
+    assert storage.expand("a/~/b") == "a/~/b" and storage.expand("gs://bucket/~") == "gs://bucket/~"
     with pytest.raises(UserError, match="https://host/run is neither a folder nor in a bucket: write a path"):
         storage.resolve("https://host/run")
 

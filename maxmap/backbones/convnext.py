@@ -12,6 +12,7 @@ from maxmap.backbones import Variant
 from maxmap.layers.blocks import ConvNeXtBlock, tapped_blocks
 from maxmap.layers.primitives import TRUNC_NORMAL, Conv, LayerNorm, drop_path_rates, pair
 from maxmap.operations import Array
+from maxmap.ranges import Count, CountOrZero, DropRate, NonNegative, Pixels
 
 
 class ConvNeXtStage(nn.Module):
@@ -59,13 +60,13 @@ class ConvNeXt(nn.Module):
       taps: number of maps from inside of the third stage that are returned before the stage's own.
     """
 
-    image_size: int | tuple[int, int] = 224
-    embed_dim: Sequence[int] = (96, 192, 384, 768)
-    depths: Sequence[int] = (3, 3, 9, 3)
-    drop_path: float = 0.0
+    image_size: Pixels | tuple[Pixels, Pixels] = 224
+    embed_dim: Sequence[Count] = (96, 192, 384, 768)
+    depths: Sequence[Count] = (3, 3, 9, 3)
+    drop_path: DropRate = 0.0
     drop_path_endpoint: bool = True
-    init_values: float = 1e-6
-    taps: int = 0
+    init_values: NonNegative = 1e-6
+    taps: CountOrZero = 0
 
     @nn.nowrap
     def num_features(self) -> int:

@@ -13,6 +13,7 @@ from maxmap.backbones import Variant
 from maxmap.layers.blocks import CSWinBlock, tapped_blocks
 from maxmap.layers.primitives import ACTIVATIONS, Conv, LayerNorm, drop_path_rates, pair, require_divisor
 from maxmap.operations import Array
+from maxmap.ranges import Count, CountOrZero, DropRate, Pixels
 
 
 class Merge(nn.Module):
@@ -45,14 +46,14 @@ class CSWin(nn.Module):
       taps: number of maps from inside of the third stage that are returned before the stage's own.
     """
 
-    image_size: int | tuple[int, int] = 224
-    embed_dim: Sequence[int] = (64, 128, 256, 512)
-    depths: Sequence[int] = (1, 2, 21, 1)
-    heads: Sequence[int] = (2, 4, 8, 16)
-    split_size: Sequence[int | None] = (1, 2, None)
-    drop_path: float = 0.0
+    image_size: Pixels | tuple[Pixels, Pixels] = 224
+    embed_dim: Sequence[Count] = (64, 128, 256, 512)
+    depths: Sequence[Count] = (1, 2, 21, 1)
+    heads: Sequence[Count] = (2, 4, 8, 16)
+    split_size: Sequence[Count | None] = (1, 2, None)
+    drop_path: DropRate = 0.0
     deep_stem: bool = False
-    taps: int = 0
+    taps: CountOrZero = 0
 
     @nn.nowrap
     def validate(self) -> None:

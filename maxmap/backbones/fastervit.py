@@ -32,6 +32,7 @@ from maxmap.layers.primitives import (
     require_divisor,
 )
 from maxmap.operations import Array, scaled, upcast
+from maxmap.ranges import Count, CountOrZero, DropRate, NonNegative, Pixels, Positive
 
 _HIDDEN = 512  # width of the MLPs of the position tables
 
@@ -306,17 +307,17 @@ class FasterViT(nn.Module):
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
     """
 
-    image_size: int | tuple[int, int] = 224
-    embed_dim: int = 64
-    stem_width: int = 64
-    depths: Sequence[int] = (2, 3, 6, 5)
-    heads: Sequence[int] = (8, 16)
-    windows: Sequence[int] = (2, 1)
-    carriers: Sequence[int] = (2, 0)
+    image_size: Pixels | tuple[Pixels, Pixels] = 224
+    embed_dim: Count = 64
+    stem_width: Count = 64
+    depths: Sequence[Count] = (2, 3, 6, 5)
+    heads: Sequence[Count] = (8, 16)
+    windows: Sequence[Count] = (2, 1)
+    carriers: Sequence[CountOrZero] = (2, 0)
     propagate: bool = False
-    layer_scale: float | None = None
-    mlp_ratio: float = 4.0
-    drop_path: float = 0.0
+    layer_scale: NonNegative | None = None
+    mlp_ratio: Positive = 4.0
+    drop_path: DropRate = 0.0
 
     @nn.nowrap
     def num_features(self) -> int:

@@ -32,6 +32,7 @@ from maxmap.layers.primitives import (
     require_one_of,
 )
 from maxmap.operations import Array, attention
+from maxmap.ranges import Count, DropRate, Pixels
 
 HEAD_DIM = 32
 
@@ -223,12 +224,12 @@ class MetaFormer(nn.Module):
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
     """
 
-    image_size: int | tuple[int, int] = 224
-    embed_dim: Sequence[int] = (64, 128, 320, 512)
-    depths: Sequence[int] = (3, 3, 9, 3)
+    image_size: Pixels | tuple[Pixels, Pixels] = 224
+    embed_dim: Sequence[Count] = (64, 128, 320, 512)
+    depths: Sequence[Count] = (3, 3, 9, 3)
     mixers: Sequence[str] = ("conv", "conv", "attention", "attention")
     norm: str = "channels"
-    drop_path: float = 0.0
+    drop_path: DropRate = 0.0
 
     @nn.nowrap
     def num_features(self) -> int:

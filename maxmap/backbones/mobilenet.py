@@ -11,6 +11,7 @@ from flax import linen as nn
 from maxmap.backbones import Variant
 from maxmap.layers.primitives import BatchNorm, Block, Conv
 from maxmap.operations import Array
+from maxmap.ranges import Count, DropRate, Pixels
 
 
 class ConvUnit(Block):
@@ -41,11 +42,11 @@ class MobileNetV1(nn.Module):
       drop_path: 0, there is no residual branch to drop.
     """
 
-    image_size: int | tuple[int, int] = 224
-    stem_width: int = 32
-    embed_dim: Sequence[int] = (64, 128, 256, 512, 1024)
-    depths: Sequence[int] = (1, 2, 2, 6, 2)
-    drop_path: float = 0.0
+    image_size: Pixels | tuple[Pixels, Pixels] = 224
+    stem_width: Count = 32
+    embed_dim: Sequence[Count] = (64, 128, 256, 512, 1024)
+    depths: Sequence[Count] = (1, 2, 2, 6, 2)
+    drop_path: DropRate = 0.0
 
     @nn.nowrap
     def num_features(self) -> int:

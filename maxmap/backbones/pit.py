@@ -23,6 +23,7 @@ from maxmap.layers.primitives import (
     trunc_normal_02,
 )
 from maxmap.operations import Array
+from maxmap.ranges import Count, DropRate, Pixels, Positive
 
 
 class TokenPooling(nn.Module):
@@ -87,17 +88,17 @@ class PiT(nn.Module):
       proj_drop: dropout after the attention's projection and both linear maps of the MLPs.
     """
 
-    image_size: int | tuple[int, int] = 224
-    patch_size: int = 16
-    stride: int = 8
-    embed_dim: Sequence[int] = (144, 288, 576)
-    depths: Sequence[int] = (2, 6, 4)
-    heads: Sequence[int] = (3, 6, 12)
-    mlp_ratio: float = 4.0
+    image_size: Pixels | tuple[Pixels, Pixels] = 224
+    patch_size: Count = 16
+    stride: Count = 8
+    embed_dim: Sequence[Count] = (144, 288, 576)
+    depths: Sequence[Count] = (2, 6, 4)
+    heads: Sequence[Count] = (3, 6, 12)
+    mlp_ratio: Positive = 4.0
     class_token: bool = False
-    drop_path: float = 0.0
-    attn_drop: float = 0.0
-    proj_drop: float = 0.0
+    drop_path: DropRate = 0.0
+    attn_drop: DropRate = 0.0
+    proj_drop: DropRate = 0.0
 
     @nn.nowrap
     def validate(self) -> None:

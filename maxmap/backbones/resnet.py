@@ -13,6 +13,7 @@ from flax import linen as nn
 from maxmap.backbones import Variant
 from maxmap.layers.primitives import ACTIVATIONS, BatchNorm, Block, Conv, DropPath, drop_path_rates, he_fan_out
 from maxmap.operations import Array, max_pool
+from maxmap.ranges import Count, DropRate, Pixels
 
 EXPANSION = 4  # output channels of a block over its inner channels
 SQUEEZE = 16  # output channels of a block over those of its squeeze-excitation
@@ -81,10 +82,10 @@ class ResNet(nn.Module):
       squeeze: MAP's form, with a stem of three 3x3 convolutions, squeeze-excitation, and GELU inside of the blocks.
     """
 
-    image_size: int | tuple[int, int] = 224
-    embed_dim: Sequence[int] = (256, 512, 1024, 2048)
-    depths: Sequence[int] = (3, 4, 6, 3)
-    drop_path: float = 0.0
+    image_size: Pixels | tuple[Pixels, Pixels] = 224
+    embed_dim: Sequence[Count] = (256, 512, 1024, 2048)
+    depths: Sequence[Count] = (3, 4, 6, 3)
+    drop_path: DropRate = 0.0
     squeeze: bool = False
 
     @nn.nowrap
@@ -127,7 +128,7 @@ class ResNet(nn.Module):
 class SEResNet(ResNet):
     """MAP's form of ResNet, whose parameters have other names."""
 
-    embed_dim: Sequence[int] = (256, 512, 1024, 1024)
+    embed_dim: Sequence[Count] = (256, 512, 1024, 1024)
     squeeze: bool = True
 
 

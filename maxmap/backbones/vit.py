@@ -22,6 +22,7 @@ from maxmap.layers.primitives import (
     trunc_normal_02,
 )
 from maxmap.operations import Array
+from maxmap.ranges import Count, DropRate, Pixels, Positive
 
 
 class ViT(nn.Module):
@@ -40,15 +41,15 @@ class ViT(nn.Module):
       class_token: puts a learned token before the patch tokens and returns it as the last feature, a map of one pixel.
     """
 
-    image_size: int | tuple[int, int] = 224
-    patch_size: int = 16
-    embed_dim: int = 384
-    depths: Sequence[int] = (3, 3, 3, 3)
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    drop_path: float = 0.0
-    attn_drop: float = 0.0
-    proj_drop: float = 0.0
+    image_size: Pixels | tuple[Pixels, Pixels] = 224
+    patch_size: Count = 16
+    embed_dim: Count = 384
+    depths: Sequence[Count] = (3, 3, 3, 3)
+    heads: Count = 6
+    mlp_ratio: Positive = 4.0
+    drop_path: DropRate = 0.0
+    attn_drop: DropRate = 0.0
+    proj_drop: DropRate = 0.0
     class_token: bool = True
 
     @nn.nowrap

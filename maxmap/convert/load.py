@@ -19,6 +19,7 @@ from maxmap.convert.sources import ForeignCheckpoint, read_source
 from maxmap.convert.torch import as_array, canonical_names, detect_dialect, read_entries, to_torch, torch_name
 from maxmap.errors import UserError, nearest
 from maxmap.models import MODELS, Classifier, create_model
+from maxmap.ranges import Count, CountOrZero, Pixels
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], d
     """
     if storage.in_bucket(path):
         return checkpoint.read_variables(path, ema=ema)
+    path = storage.expand(path)
     exists = Path(path).exists()
     # The name of a repository may start with hf://, which looks like the scheme of a bucket's path.
     if (exists or not hub.is_name(path)) and (not exists or checkpoint.read_info(path) is not None):
@@ -67,9 +69,9 @@ def read_foreign(
     *,
     name: str | None = None,
     ema: bool | None = None,
-    num_classes: int | None = None,
-    image_size: int | None = None,
-    in_channels: int | None = None,
+    num_classes: CountOrZero | None = None,
+    image_size: Pixels | None = None,
+    in_channels: Count | None = None,
     resize: str | None = None,
     class_map: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
@@ -140,7 +142,7 @@ def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **
         raise UserError(
             f"{dest} is in a bucket, where no folder can be renamed: convert to a local folder and copy that."
         )
-    dest = Path(dest).absolute()
+    dest = Path(storage.expand(dest)).absolute()
     if dest.exists() and not overwrite:
         raise UserError(f"{dest} is there already: give another folder, or --overwrite.")
     if dest.exists() and not (dest / checkpoint.FOLDER).is_dir():
@@ -186,7 +188,7 @@ def export(
     Raises:
       UserError: there is no checkpoint, or the file exists or has another ending.
     """
-    file = Path(file)
+    file = Path(storage.expand(file))
     if file.suffix not in (".safetensors", ".pth", ".bin"):
         raise UserError(f"{file} has no known ending: give a name in .safetensors, .pth or .bin.")
     if file.exists() and not overwrite:
@@ -218,7 +220,7 @@ def export(
 
 def _find_source(source: str | Path, ema: bool | None) -> tuple[ForeignCheckpoint, Mapping[str, Any]]:
     """Reads a source, downloading a published one; also returns its row of `published`, empty for other sources."""
-    path = Path(source)
+    path = Path(storage.expand(source))
     exists = path.exists() or path.with_name(path.name + ".index").is_file()
     if exists or not hub.is_name(source):
         return read_source(path, ema=ema), {}

@@ -71,7 +71,7 @@ def read_source(path: str | Path, *, ema: bool | None = None) -> ForeignCheckpoi
     Raises:
       UserError: there is no such file, it is damaged, or it holds something other than a state dict.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if tensorflow.is_checkpoint(path):
         return ForeignCheckpoint(*tensorflow.read_checkpoint(path, ema=ema), kind="tensorflow")
     if path.is_dir():

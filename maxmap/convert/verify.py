@@ -19,13 +19,19 @@ from maxmap.convert.sources import read_source
 from maxmap.convert.torch import as_array, canonical_names, image_kernel, leaf_shapes, to_torch
 from maxmap.errors import UserError
 from maxmap.models import Classifier, create_model
+from maxmap.ranges import Count, Positive
 
 REPORT = "verify.json"
 TOLERANCES = {"float32": 1e-3, "float64": 1e-9}
 
 
 def verify(
-    path: str | Path, against: str | Path, *, ema: bool | None = None, tolerance: float | None = None, images: int = 2
+    path: str | Path,
+    against: str | Path,
+    *,
+    ema: bool | None = None,
+    tolerance: Positive | None = None,
+    images: Count = 2,
 ) -> dict[str, Any]:
     """Compares a checkpoint with its source, and writes the report beside the checkpoint.
 
@@ -47,6 +53,7 @@ def verify(
     Raises:
       UserError: there is no checkpoint or source, or they are of different models.
     """
+    against = storage.expand(against)
     variables, info = read_model(path)
     model = create_model(**info["model"])
     where = hub.download(str(against)) if hub.is_name(against) and not Path(against).exists() else Path(against)
@@ -78,7 +85,7 @@ def verify(
             report[dtype] = {**row, "tolerance": allowed}
             worst = max(row["logits"], row["gradient"], *row["features"])
             report["ok"] = report["ok"] and bool(worst <= allowed)
-    if storage.in_bucket(path) or (Path(path) / checkpoint.FOLDER).is_dir():
+    if storage.in_bucket(path) or checkpoint.folder(path).is_dir():
         storage.write_text(storage.resolve(path) / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 

@@ -6,6 +6,7 @@ sharded along its first axis, since no image depends on another.
 
 import math
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 from maxmap.data.randaugment import OPERATIONS, fill_color, parse_rand_augment
 from maxmap.data.randaugment_device import enhance, rand_augment_batch
 from maxmap.errors import UserError
+from maxmap.ranges import Fraction, NonNegative, Range, Share, check_arguments
 
-ERASE_MODES = ("pixel", "rand", "const")
 ERASE_TRIES = 10  # rectangles that are drawn until one fits
 
 
@@ -23,10 +24,10 @@ def augment(
     images: jax.Array,
     *,
     mean: Sequence[float],
-    hflip: float = 0.5,
-    vflip: float = 0.0,
+    hflip: Share = 0.5,
+    vflip: Share = 0.0,
     rand_augment: str | None = None,
-    color_jitter: float | None = None,
+    color_jitter: NonNegative | None = None,
 ) -> jax.Array:
     """Flips and then recolours or warps every image of a batch on its own.
 
@@ -43,8 +44,9 @@ def augment(
       uint8 [B, H, W, 3].
 
     Raises:
-      UserError: `rand_augment` cannot be read.
+      UserError: `rand_augment` cannot be read, or a value is out of range.
     """
+    check_arguments(augment, "augment", locals())
     hflip_key, vflip_key, color_key = jax.random.split(key, 3)
     images = _flip(hflip_key, images, hflip, axis=2)
     images = _flip(vflip_key, images, vflip, axis=1)
@@ -69,12 +71,12 @@ def erase(
     key: jax.Array,
     images: jax.Array,
     *,
-    prob: float = 0.0,
-    mode: str = "pixel",
-    min_area: float = 0.02,
-    max_area: float = 1 / 3,
-    min_aspect: float = 0.3,
-    count: int = 1,
+    prob: Share = 0.0,
+    mode: Literal["pixel", "rand", "const"] = "pixel",
+    min_area: Fraction = 0.02,
+    max_area: Fraction = 1 / 3,
+    min_aspect: Fraction = 0.3,
+    count: Annotated[int, Range(at_least=1, at_most=100)] = 1,
 ) -> jax.Array:
     """Erases random rectangles of normalised images (Zhong et al., 2017, https://arxiv.org/abs/1708.04896).
 
@@ -95,10 +97,11 @@ def erase(
       float [B, H, W, C] of the dtype of `images`.
 
     Raises:
-      UserError: `mode` is unknown.
+      UserError: a value is out of range.
     """
-    if mode not in ERASE_MODES:
-        raise UserError(f"erase: mode '{mode}' is unknown; use 'pixel', 'rand' or 'const'.")
+    check_arguments(erase, "erase", locals())
+    if min_area > max_area:
+        raise UserError(f"erase.min_area is {min_area}, above erase.max_area {max_area}: give the smaller one first.")
     if not prob:
         return images
     batch, height, width, channels = images.shape

@@ -16,7 +16,7 @@ from PIL import Image
 
 from maxmap.data.images import MAX_PIXELS, TURNS, broken_is_oserror, open_image
 from maxmap.data.sources import ImageSource
-from maxmap.errors import UserError, nearest, reason
+from maxmap.errors import UserError, nearest, printable, reason
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -219,7 +219,8 @@ def check_images(source: ImageSource, limit: int, max_pixels: int = MAX_PIXELS) 
         faults = {int(index): text for index, text in zip(chosen, pool.map(fault, chosen), strict=True) if text}
     if faults:
         first, *others = list(faults)[:3]
-        named = ", ".join([f"{source.name(first)} ({faults[first]})", *map(source.name, others)])
+        names = [f"{printable(source.name(first))} ({faults[first]})", *(printable(source.name(i)) for i in others)]
+        named = ", ".join(names)
         raise UserError(
             f"{len(faults)} of the {len(chosen)} images checked are broken or cut off: {named}"
             f"{', ...' if len(faults) > 3 else ''}; remove or replace them, or skip this check with "

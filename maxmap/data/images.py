@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile
 
 from maxmap.data.damage import check_pixels, check_scans, check_strips, refuse_damaged_jpeg
-from maxmap.errors import UserError, reason
+from maxmap.errors import reason
 
 # Pillow's formats by the endings of their files. Pillow tries no other format, whatever the ending says, because some
 # of its other formats are hostile by design: it starts Ghostscript for an EPS.
@@ -60,14 +60,6 @@ class OpenedImage(NamedTuple):
     size: tuple[int, int]
     orientation: int
     decode: Callable[[int], tuple[Image.Image, int]]
-
-
-def check_max_pixels(max_pixels: int) -> None:
-    """Raises UserError unless `data.max_pixels` is in its range."""
-    if not 1 <= max_pixels <= MAX_PIXELS:
-        raise UserError(
-            f"--config.data.max_pixels={max_pixels} must be from 1 to {MAX_PIXELS}: Pillow decodes no larger image."
-        )
 
 
 @contextlib.contextmanager

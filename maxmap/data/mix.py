@@ -7,8 +7,12 @@ The rules, the rounding to uint8 and the CutMix box are those of `FastCollateMix
 which the published recipes were trained.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
+
+from maxmap.ranges import Count, NonNegative, Range, Share, check_arguments
 
 
 def mix(
@@ -16,12 +20,12 @@ def mix(
     images: jax.Array,
     labels: jax.Array,
     *,
-    num_classes: int,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    prob: float = 1.0,
-    switch_prob: float = 0.5,
-    smoothing: float = 0.0,
+    num_classes: Count,
+    mixup: NonNegative = 0.0,
+    cutmix: NonNegative = 0.0,
+    prob: Share = 1.0,
+    switch_prob: Share = 0.5,
+    smoothing: Annotated[float, Range(at_least=0, below=1)] = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Mixes every image with its partner, and their targets alike.
 
@@ -40,7 +44,11 @@ def mix(
 
     Returns:
       Images uint8 [B, H, W, C] and targets float32 [B, K], whose rows sum to 1.
+
+    Raises:
+      UserError: a value is out of range.
     """
+    check_arguments(mix, "mix", locals())
     if not (mixup or cutmix):
         return images, mix_targets(labels, 1.0, num_classes=num_classes, smoothing=smoothing)
     _, height, width, _ = images.shape

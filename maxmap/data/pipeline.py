@@ -8,21 +8,28 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import grain
 import numpy as np
 
 from maxmap.data import decode
 from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
-from maxmap.data.images import MAX_PIXELS, check_max_pixels
+from maxmap.data.images import MAX_PIXELS
 from maxmap.data.order import Chunks, SampleOrder, epoch_length
 from maxmap.data.randaugment import fill_color, parse_rand_augment
 from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop, preprocessed_crop
 from maxmap.data.sources import ImageSource, open_source
-from maxmap.errors import UserError, nearest, reason
+from maxmap.errors import UserError, nearest, printable, reason
+from maxmap.ranges import CountOrZero, Fraction, Pixels, Positive, Range, check_arguments
 
 _PREFETCH = 2  # batches that are made ahead
+_MOST_THREADS = 1024  # of a process, and of worker processes
+
+_HINT = "values over 1 look like 0 to 255: divide by 255"
+Mean: TypeAlias = Annotated[float, Range(at_least=0, at_most=1, hint=_HINT)]
+# The smallest deviation, a quarter of a grey level, keeps the normalised values finite.
+Deviation: TypeAlias = Annotated[float, Range(at_least=0.001, at_most=1, hint=_HINT)]
 
 
 def open_data(
@@ -30,27 +37,27 @@ def open_data(
     path: str | os.PathLike | None = None,
     *,
     name: str | None = None,
-    image_size: int = 224,
-    eval_image_size: int | None = None,
+    image_size: Pixels = 224,
+    eval_image_size: Pixels | None = None,
     train_split: str | None = "train",
     val_split: str | None = "val",
     classes: Sequence[str] | None = None,
-    scale: Sequence[float] = (0.08, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    scale: tuple[Fraction, Fraction] = (0.08, 1.0),
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3),
     interpolation: str = "random",
     draft: bool = True,
     exif: bool = False,
     rand_augment: str | None = None,
-    repeats: int = 1,
-    crop_pct: float = 0.875,
+    repeats: Annotated[int, Range(at_least=1, at_most=100)] = 1,
+    crop_pct: Annotated[float, Range(at_least=0.1, at_most=1)] = 0.875,
     crop_mode: str = "center",
     eval_interpolation: str = "bicubic",
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    threads: int | None = None,
-    workers: int = 0,
-    check: int = 2000,
-    max_pixels: int = MAX_PIXELS,
+    mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN,
+    std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD,
+    threads: Annotated[int, Range(at_least=1, at_most=_MOST_THREADS)] | None = None,
+    workers: Annotated[int, Range(at_least=0, at_most=_MOST_THREADS)] = 0,
+    check: CountOrZero = 2000,
+    max_pixels: Annotated[int, Range(at_least=1, at_most=MAX_PIXELS)] = MAX_PIXELS,
     verify: bool = True,
 ) -> "Data":
     """Opens the training and the evaluation split of a data set, and checks some of their images.
@@ -86,8 +93,7 @@ def open_data(
     Raises:
       UserError: the data is missing, malformed or broken, or an option is out of range.
     """
-    _check_counts(repeats=repeats, threads=threads)
-    check_max_pixels(max_pixels)
+    check_arguments(open_data, "data", locals())
     decoding = {"draft": draft, "exif": exif, "max_pixels": max_pixels}
     train_crop = _make_train_crop(image_size, scale, ratio, interpolation, decoding, rand_augment, mean)
     preprocessing = _make_preprocessing(
@@ -265,8 +271,8 @@ def preprocess(image: bytes | str | os.PathLike | np.ndarray, preprocessing: Map
     where = "the image"
     try:
         if isinstance(image, str | os.PathLike):
-            where = os.fspath(image)
-            with open(image, "rb") as file:
+            where = printable(image)
+            with open(os.path.expanduser(image), "rb") as file:
                 image = file.read()
         return preprocessed_crop(image, preprocessing, MAX_PIXELS)
     except OSError as error:
@@ -285,11 +291,10 @@ def _make_train_crop(
     mean: Sequence[float],
 ) -> Callable[..., np.ndarray]:
     """Returns what makes a training crop of an image and a random generator, after a check of its options."""
-    _check_counts(image_size=size)
     decode.check_filter(interpolation, "--config.data.interpolation", extra=("random",))
     for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
-        if not 0 < low <= high:
-            raise UserError(f"--config.data.{name}=({low}, {high}) must be a range of positive numbers, low to high.")
+        if low > high:
+            raise UserError(f"--config.data.{name}=({low}, {high}) is no range: give the smaller number first.")
     crop = functools.partial(
         decode.train_crop,
         size=size,
@@ -314,15 +319,12 @@ def _make_preprocessing(
     exif: bool,
 ) -> dict[str, Any]:
     """Returns `Data.preprocessing`, after a check of its options."""
-    _check_counts(eval_image_size=eval_image_size)
     decode.check_filter(interpolation, "--config.data.eval_interpolation")
     if crop_mode not in decode.CROP_MODES:
         raise UserError(
             f"unknown crop mode {crop_mode!r} (--config.data.crop_mode): did you mean "
             f"{nearest(crop_mode, decode.CROP_MODES, 1)!r}? Known are {', '.join(decode.CROP_MODES)}."
         )
-    if not crop_pct > 0:
-        raise UserError(f"--config.data.crop_pct={crop_pct} must be positive, such as 0.875.")
     return {
         "image_size": eval_image_size or image_size,
         "crop_pct": float(crop_pct),
@@ -354,12 +356,6 @@ def _open_splits(
         if check is not None and split is not None:
             check(split)
     return train, val
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"--config.data.{name}={value} must be at least 1.")
 
 
 def _concatenate(chunks: Sequence[Batch]) -> Batch:

@@ -27,6 +27,7 @@ from maxmap.layers.primitives import (
     require_one_of,
 )
 from maxmap.operations import Array, attention, scaled
+from maxmap.ranges import Count, CountOrZero, DropRate, Positive
 
 HEAD_DIM = 32  # channels of an attention head in the "cswin" blocks
 
@@ -185,21 +186,21 @@ class GramianHead(nn.Module):
         backbone's.
     """
 
-    num_classes: int
-    channels: int = 512
-    branches: int = 5
+    num_classes: CountOrZero
+    channels: Count = 512
+    branches: Count = 5
     aggregation: str = "bottleneck"
-    aggregation_mlp_groups: int = 1
+    aggregation_mlp_groups: Count = 1
     block: str = "convnext"
-    gram_channels: int = 192
-    contraction_groups: int = 1
-    embedding_groups: int = 8
-    heads: int = 8
-    attention_width: int | None = None
-    mlp_ratio: float = 4.0
-    mlp_groups: int = 4
+    gram_channels: Count = 192
+    contraction_groups: Count = 1
+    embedding_groups: Count = 8
+    heads: Count = 8
+    attention_width: Count | None = None
+    mlp_ratio: Positive = 4.0
+    mlp_groups: Count = 4
     init_scheme: str = "trunc_normal"
-    drop_path: float = 0.0
+    drop_path: DropRate = 0.0
 
     @nn.nowrap
     def validate(self, num_features: int) -> None:

@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from maxmap.layers.primitives import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear, require_one_of
 from maxmap.operations import Array
+from maxmap.ranges import CountOrZero, DropRate, NonNegative, Positive
 
 
 class _Hidden(nn.Module):
@@ -67,14 +68,14 @@ class LinearHead(nn.Module):
       init_scheme: "torch" (PyTorch's defaults) or "trunc_normal" (weights with a deviation of 0.02, biases 0).
     """
 
-    num_classes: int
+    num_classes: CountOrZero
     norm: str = "before"
     norm_type: str = "layer"
-    epsilon: float = 1e-6
-    hidden_ratio: float = 0.0
-    hidden_epsilon: float | None = None
+    epsilon: Positive = 1e-6
+    hidden_ratio: NonNegative = 0.0
+    hidden_epsilon: Positive | None = None
     activation: str = "tanh"
-    dropout: float = 0.0
+    dropout: DropRate = 0.0
     bias: bool = True
     init_scheme: str = "torch"
 

@@ -7,7 +7,7 @@ libraries call another method MAP: attention pooling with one learned query.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from maxmap.layers.primitives import (
     require_one_of,
 )
 from maxmap.operations import Array, softmax
+from maxmap.ranges import Count, CountOrZero, DropRate, Positive, Range
 
 
 def resize_to(x: Array, size: Sequence[int]) -> Array:
@@ -208,7 +209,7 @@ class MultiBranchPooling(nn.Module):
 
     Attributes:
       channels: D.
-      level: index of the feature map whose size the fused map takes; 0 or less for the last feature map alone.
+      level: index of the feature map whose size the fused map takes; 0 or -1 for the last feature map alone.
       activation: of the fusion.
       branches: G.
       branch: constructor of a `Branch`.
@@ -287,28 +288,28 @@ class MAPHead(nn.Module):
         "trunc_normal"). A published head follows the scheme of its backbone.
     """
 
-    num_classes: int
-    channels: int = 384
-    level: int = 3
+    num_classes: CountOrZero
+    channels: Count = 384
+    level: Annotated[int, Range(at_least=-1)] = 3
     activation: str = "gelu"
-    branches: int = 4
-    tokens: int = 2
+    branches: Count = 4
+    tokens: Count = 2
     self_distill: bool = True
     light: bool = False
     gram: bool = True
-    gram_channels: int = 384
-    token_channels: int | None = None
-    gram_groups: int = 24
-    layers: int = 1
-    heads: int = 12
-    attention_width: int | None = None
+    gram_channels: Count = 384
+    token_channels: Count | None = None
+    gram_groups: Count = 24
+    layers: Count = 1
+    heads: Count = 12
+    attention_width: Count | None = None
     interactive: bool = False
-    mlp_ratio: float = 4.0
-    mlp_groups: int = 2
+    mlp_ratio: Positive = 4.0
+    mlp_groups: Count = 2
     classifier: str = "norm"
-    attention_dropout: float = 0.05
-    token_dropout: float = 0.05
-    dropout: float = 0.0
+    attention_dropout: DropRate = 0.05
+    token_dropout: DropRate = 0.05
+    dropout: DropRate = 0.0
     init_scheme: str = "torch"
 
     @nn.nowrap
@@ -334,9 +335,6 @@ class MAPHead(nn.Module):
         choices = {"activation": ACTIVATIONS, "classifier": ("norm", "linear"), "init_scheme": LINEAR_INITS}
         for field, allowed in choices.items():
             require_one_of(getattr(self, field), f"the MAP head's {field}", allowed)
-        for field in ("tokens", "branches", "layers"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"the MAP head's {field} {getattr(self, field)} are too few; the least is 1")
         if token_channels != self.channels and (self.layers > 1 or not self.gram):
             raise ValueError(
                 "the MAP head's token_channels differ from its channels, which needs Gram tokens and one layer"

@@ -12,7 +12,7 @@ import jax
 from maxmap import checkpoint, evaluate, storage
 from maxmap.checkpoint import Checkpoints
 from maxmap.cost import count_parameters
-from maxmap.errors import UserError
+from maxmap.errors import UserError, printable
 from maxmap.operations import Array
 from maxmap.recipe import Recipe
 from maxmap.runtime import freed_memory
@@ -41,6 +41,7 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
       UserError: Something in the recipe, the data or the workdir does not fit; nothing has been overwritten.
       SystemExit: After Ctrl-C (130) or SIGTERM (`RESTART`), when the state is saved.
     """
+    workdir = storage.expand(workdir)
     mesh = recipe.mesh()
     data = open_data(recipe)
     found, changes = find_checkpoint(recipe, workdir, data, mesh, allow_changes=allow_changes)
@@ -195,7 +196,7 @@ class Loop:
         for index in batch["skipped"][batch["skipped"] >= 0]:
             self._undecoded += 1
             name = self._train_name(int(index))
-            self._report.warn(f"skipped ({self._undecoded} so far), cannot be decoded: {name}")
+            self._report.warn(f"skipped ({self._undecoded} so far), cannot be decoded: {printable(name)}")
         self._dog.enter(f"step {self._step + 1} computes")  # or compiles
         on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
         self._state, metrics = self._parts.train_step(self._state, on_devices, self._key)

@@ -8,7 +8,7 @@ float32 (`python -m benchmarks.memory`, docs/performance.md). Times follow from 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,14 @@ from jax.sharding import AbstractMesh, AxisType
 from maxmap.cost import count_parameters, multiply_adds
 from maxmap.errors import UserError
 from maxmap.models import Classifier
+from maxmap.ranges import Fraction, Range
 from maxmap.recipe import Recipe
 from maxmap.sharding import DATA, FSDP, check_batch, state_sharding
 from maxmap.train.build import make_optimizer
 from maxmap.train.state import create
 from maxmap.train.step import cast
+
+Devices: TypeAlias = Annotated[int, Range(at_least=1, at_most=1_000_000)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ HARDWARE = {
 }
 
 
-def plan(recipe: Recipe, devices: int, hardware: str, utilisation: float) -> dict[str, Any]:
+def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction) -> dict[str, Any]:
     """Counts what a recipe needs.
 
     Args:

@@ -2,20 +2,26 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from maxmap.errors import UserError
+from maxmap import storage
+from maxmap.errors import UserError, printable
+from maxmap.ranges import Count, Range, check_arguments
 from maxmap.recipe import Recipe
+from maxmap.schedule import MOST_STEPS
 from maxmap.train.build import make_prepare
+
+Step: TypeAlias = Annotated[int, Range(at_least=0, at_most=MOST_STEPS)]
 
 CELL = 160  # pixels of an image in the picture, or a little more
 CAPTION = 30  # and of the two lines under it
 
 
-def show_batch(recipe: Recipe, path: str | Path, *, step: int = 0, count: int = 16) -> None:
+def show_batch(recipe: Recipe, path: str | Path, *, step: Step = 0, count: Count = 16) -> None:
     """Writes the first images of a step's first micro-batch, augmented, mixed and erased, with their targets.
 
     These are the very images that a run of this recipe trains on, by (seed, step).
@@ -29,6 +35,7 @@ def show_batch(recipe: Recipe, path: str | Path, *, step: int = 0, count: int = 
     Raises:
       UserError: something in the config or the data does not fit, or the picture cannot be written.
     """
+    check_arguments(show_batch, "", locals())
     data = recipe.data()
     prepare = make_prepare(recipe, data)
     key = jax.random.fold_in(jax.random.split(jax.random.key(recipe.seed))[1], step)
@@ -44,7 +51,7 @@ def show_batch(recipe: Recipe, path: str | Path, *, step: int = 0, count: int = 
     pixels = np.clip(np.rint(255 * (np.asarray(prepared[:count]) * std + mean)), 0, 255).astype(np.uint8)
     captions = [caption(target, data.classes) for target in np.asarray(targets[:count])]
     try:
-        draw_grid(pixels, captions).save(path)
+        draw_grid(pixels, captions).save(storage.expand(path))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write the picture {path} ({error}): give another --out, such as batch.png.") from error
 
@@ -53,7 +60,7 @@ def caption(target: np.ndarray, classes: Sequence[str]) -> str:
     """The two likeliest classes of a target `[K]`, a line each; the second only where mixing gave it weight."""
     order = np.argsort(-target, kind="stable")
     shown = [index for index in order[:2] if target[index] > np.min(target) + 0.005 or index == order[0]]
-    return "\n".join(f"{100 * target[index]:.0f} % {classes[index]}" for index in shown)
+    return "\n".join(f"{100 * target[index]:.0f} % {printable(classes[index])}" for index in shown)
 
 
 def draw_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:

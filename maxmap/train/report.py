@@ -5,7 +5,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 from tqdm import tqdm
 
 from maxmap import storage
+from maxmap.errors import printable
 
 LOGS = ("metrics.jsonl", "events.jsonl")  # a run that goes on adds lines to them
 INPUT_BOUND = 0.1  # share of the time that steps wait for data, above which the report says so
@@ -55,7 +56,7 @@ class Report:
         self._told_input_bound = False
         if not self._main:
             return
-        self.folder = Path(workdir)
+        self.folder = Path(storage.expand(workdir))
         self._copied: dict[Path, int] = {}
         self._temporary = contextlib.ExitStack()
         if storage.in_bucket(workdir):
@@ -121,7 +122,7 @@ class Report:
 
     def warn(self, text: str) -> None:
         """Prints a line on any process, because each one reads other files."""
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
     def upload(self) -> None:
         """Copies files that have grown to the bucket, if the workdir is in one."""
@@ -154,17 +155,22 @@ class Report:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Removes the lines of later steps from a log, and a last line that a crash has cut off."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+    """Removes the lines of later steps from a log, and those that are no lines of a log, as after a crash."""
+    if path.exists():
+        kept = [line for line, row in _read_log(path) if row["step"] <= step]
+        storage.write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each line of a log and its values; a line that is not JSON with a step is left out."""
+    for line in path.read_bytes().split(b"\n"):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
+            text = line.decode()
+            row = json.loads(text)
+        except (ValueError, RecursionError):
             continue
-    storage.write_text(path, "".join(kept))
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield text, row
 
 
 def _clock(seconds: float) -> str:
@@ -179,9 +185,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    train = [row for row in rows if row["kind"] == "train"]
-    evals = [row for row in rows if row["kind"] == "eval"]
+    rows = [row for _, row in _read_log(metrics)]
+    train = [row for row in rows if _has(row, "train", "epoch", "loss", "learning_rate")]
+    evals = [row for row in rows if _has(row, "eval", "epoch", "loss", "top1", "top5")]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(1, 3)
@@ -197,3 +203,8 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     for axes in (loss, accuracy):
         axes.legend()
     figure.savefig(picture, dpi=110)
+
+
+def _has(row: Mapping[str, Any], kind: str, *numbers: str) -> bool:
+    """Whether a line of the log is of a kind, and has all these numbers."""
+    return row.get("kind") == kind and all(isinstance(row.get(key), int | float) for key in numbers)

@@ -64,7 +64,7 @@ def only_run(workdir: str | Path) -> Iterator[Callable[[], None]]:
         return
     path = Path(workdir) / LOCK
     try:
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"cannot write into {workdir} ({error.strerror}): give another --workdir.") from error
     with file:

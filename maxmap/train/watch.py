@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maxmap import storage
-from maxmap.errors import UserError
+from maxmap.errors import UserError, printable
 from maxmap.sharding import gather_processes
 from maxmap.train.report import Report, drop_after
 
@@ -116,7 +116,7 @@ class Watch:
             found = {
                 "step": step,
                 "metrics": {key: str(value) for key, value in jax.device_get(dict(metrics)).items()},
-                "samples": [{"index": int(i), "name": names(int(i))} for i in samples],
+                "samples": [{"index": int(i), "name": printable(names(int(i)))} for i in samples],
                 "layers": table,
             }
             storage.write_text(path, json.dumps(found, indent=1) + "\n")
@@ -170,7 +170,7 @@ class Watchdog:
                     faulthandler.dump_traceback(file, all_threads=True)
                     file.seek(0)
                     path = storage.resolve(self._path)
-                    before = path.read_text() if path.exists() else ""
+                    before = path.read_bytes().decode(errors="replace") if path.exists() else ""
                     storage.write_text(path, f"{before}{text}\n{file.read()}")
 
     def __exit__(

@@ -373,7 +373,6 @@ def test_doubling_repeats_pixels(x64):
         ({"mlp_groups": 5}, "5 mlp_groups do not divide 12 channels; the nearest that do is 4"),
         ({"mlp_ratio": 1.1}, "2 mlp_groups do not divide 13 hidden channels; the nearest that do is 1"),
         ({"heads": 0}, "0 heads do not divide 12 attention channels; the nearest that do is 1"),
-        ({"branches": 0}, "branches 0 are too few; the least is 1"),
         ({"activation": "swish"}, "activation 'swish' is not one of relu"),
         ({"level": 3}, "level 3 is out of range: the backbone has 3 feature maps, so the highest level is 2"),
         ({"classifier": "deep"}, "classifier 'deep' is not one of norm, linear"),

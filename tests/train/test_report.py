@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from maxmap.train import report as module
-from maxmap.train.report import Report, draw_curves
+from maxmap.train.report import Report, draw_curves, drop_after
 from tests.tiny import read_lines
 
 RESULT = {"top1": 50.0, "top5": 75.0, "loss": 1.5, "images": 4, "skipped": [], "branch_top1": [50.0, 25.0]}
@@ -88,6 +88,32 @@ def test_going_on_drops_what_is_done_again_and_a_line_that_was_cut_off(tmp_path)
         ("eval", 3, 1.5),
         ("train", 4, 5),
     ]
+
+
+def test_lines_that_are_none_are_dropped(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    row = b'{"kind": "train", "step": 1, "epoch": 0.5, "loss": 2.0, "learning_rate": 0.1}'
+    late = b'{"kind": "train", "step": 3}'
+    odd = [b"5", b"[1]", b'"step"', b"null", b'{"kind": "train"}', b'{"step": "1"}', b'{"step": null}', b"\xff\xe9"]
+    odd += [b"[" * 100_000, b"", b"\x00" * 99, row[:20]]
+    log.write_bytes(b"\n".join([*odd, row, *odd, late, *odd]))
+    draw_curves(log, tmp_path / "before.png")
+    drop_after(log, 2)
+    assert log.read_bytes() == row + b"\n"
+    draw_curves(log, tmp_path / "after.png")
+    with Image.open(tmp_path / "before.png") as before, Image.open(tmp_path / "after.png") as after:
+        assert np.array_equal(np.asarray(before), np.asarray(after))
+    report = Report(tmp_path, step=2, total_steps=9, batch_size=8)
+    report.train(3, 1.0, metrics())
+    report.close()
+    assert [line["step"] for line in read_lines(log)] == [1, 3]
+
+
+def test_names_in_a_report_are_printed(tmp_path, capfd):
+    report = Report(tmp_path, step=0, total_steps=9, batch_size=8)
+    report.tell("loaded\ncaf\udce9 \x1b[1m")
+    report.close()
+    assert capfd.readouterr().err == "loaded\ncaf\\xe9 \\x1b[1m\n"
 
 
 def test_a_new_run_starts_with_an_empty_log(tmp_path):

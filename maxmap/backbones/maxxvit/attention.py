@@ -21,6 +21,7 @@ from maxmap.layers.primitives import (
     xavier_uniform,
 )
 from maxmap.operations import Array, attention
+from maxmap.ranges import Count, DropRate, NonNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,20 @@ class TransformerFields:
       proj_drop: dropout of the projections.
     """
 
-    head_dim: int = 32
+    head_dim: Count = 32
     head_first: bool = True
     scale_by_width: bool = False
     expand_first: bool = True
     shortcut_bias: bool = True
     pool_type: str = "avg2"
     rel_pos_type: str = "bias"
-    rel_pos_dim: int = 512
-    init_values: float | None = None
+    rel_pos_dim: Count = 512
+    init_values: NonNegative | None = None
     activation: str = "gelu"
     norm: str = "layer"
-    epsilon: float = 1e-6
-    attn_drop: float = 0.0
-    proj_drop: float = 0.0
+    epsilon: Positive = 1e-6
+    attn_drop: DropRate = 0.0
+    proj_drop: DropRate = 0.0
 
 
 def linear_inits(scheme: str, mlp: bool = False) -> dict[str, Initializer]:

@@ -13,6 +13,7 @@ from maxmap.backbones.maxxvit.attention import MultiAxisBlock, PartitionAttentio
 from maxmap.backbones.maxxvit.convolution import POOLS, ConvStem, MBConv, StridedConvNeXtBlock
 from maxmap.layers.primitives import ACTIVATIONS, drop_path_rates, pair, require_divisor, require_one_of
 from maxmap.operations import Array
+from maxmap.ranges import Count, DropRate, Pixels, check_fields
 
 CONV_BLOCKS: dict[str, Any] = {"mbconv": MBConv, "convnext": StridedConvNeXtBlock}
 # The fields of these blocks that the backbone itself sets.
@@ -68,15 +69,15 @@ class MaxxViT(nn.Module):
       transformer: fields of `TransformerFields`.
     """
 
-    image_size: int | tuple[int, int] = 224
-    embed_dim: Sequence[int] = (96, 192, 384, 768)
-    depths: Sequence[int] = (2, 3, 5, 2)
+    image_size: Pixels | tuple[Pixels, Pixels] = 224
+    embed_dim: Sequence[Count] = (96, 192, 384, 768)
+    depths: Sequence[Count] = (2, 3, 5, 2)
     block_types: Sequence[str | Sequence[str]] = ("C", "C", "T", "T")
-    strides: Sequence[int] = (2, 2, 2, 2)
-    stem_width: int | tuple[int, int] = 64
+    strides: Sequence[Count] = (2, 2, 2, 2)
+    stem_width: Count | tuple[Count, Count] = 64
     stem_bias: bool | tuple[bool, bool] = False
-    window_size: int | tuple[int, int] | None = None
-    drop_path: float = 0.0
+    window_size: Count | tuple[Count, Count] | None = None
+    drop_path: DropRate = 0.0
     drop_path_endpoint: bool = True
     block_attention: bool = True
     init_scheme: str = "vit_eff"
@@ -112,10 +113,12 @@ class MaxxViT(nn.Module):
             raise ValueError("embed_dim, depths, block_types and strides need one entry for each stage")
         require_one_of(self.conv_block, "conv_block", CONV_BLOCKS)
         require_one_of(self.init_scheme, "init_scheme", ("vit_eff", "normal"))
-        for fields, owner in ((self.conv, CONV_BLOCKS[self.conv_block]), (self.transformer, TransformerFields)):
+        for name, owner in (("conv", CONV_BLOCKS[self.conv_block]), ("transformer", TransformerFields)):
+            fields = getattr(self, name)
             unknown = sorted(set(fields) - set(_defaults(owner)))
             if unknown:
                 raise ValueError(f"there is no field '{unknown[0]}' in {owner.__name__}")
+            check_fields(owner, f"model.{name}", fields)
             for field in sorted(set(fields) & set(CHOICES)):
                 require_one_of(fields[field], field, CHOICES[field])
         self._check_stages()

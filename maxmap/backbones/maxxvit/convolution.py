@@ -19,6 +19,7 @@ from maxmap.layers.primitives import (
     he_fan_out,
 )
 from maxmap.operations import Array, max_pool
+from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
 
 POOLS = ("avg2", "avg3", "max")
 
@@ -132,9 +133,9 @@ class MBConv(Block):
       epsilon: of the norms.
     """
 
-    channels: int
-    stride: int = 1
-    drop_path: float = 0.0
+    channels: Count
+    stride: Count = 1
+    drop_path: DropRate = 0.0
     init_scheme: str = "vit_eff"
     expand_output: bool = True
     pre_norm_act: bool = False
@@ -142,12 +143,12 @@ class MBConv(Block):
     stride_mode: str = "dw"
     pool_type: str = "avg2"
     always_expand: bool = False
-    padding: int | str = 1
+    padding: CountOrZero | str = 1
     se_early: bool = False
     se_activation: str = "silu"
-    se_ratio: float = 0.25
+    se_ratio: Fraction = 0.25
     activation: str = "gelu"
-    epsilon: float = 1e-5
+    epsilon: Positive = 1e-5
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -205,13 +206,13 @@ class StridedConvNeXtBlock(Block):
       epsilon: of the norm.
     """
 
-    channels: int
-    stride: int = 1
-    drop_path: float = 0.0
+    channels: Count
+    stride: Count = 1
+    drop_path: DropRate = 0.0
     init_scheme: str = "vit_eff"
-    init_values: float = 1e-6
+    init_values: NonNegative = 1e-6
     activation: str = "gelu"
-    epsilon: float = 1e-6
+    epsilon: Positive = 1e-6
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
