@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from maxmap import checkpoint, storage
+from maxmap.classes import require_distinct
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
 from maxmap.convert.sources import ForeignCheckpoint, read_source
@@ -111,6 +112,8 @@ def read_foreign(
     )
     size = model.backbone.image_size if isinstance(model.backbone.image_size, int) else model.backbone.image_size[0]
     preprocessing = preprocessing or hub.published_preprocessing(name, in_source, size)
+    if classes:
+        require_distinct(classes, "the list of class names")
     classes = list(classes or _class_names(found, fields["num_classes"]))
     if len(classes) != fields["num_classes"]:
         raise UserError(f"there are {len(classes)} names of {fields['num_classes']} classes: give one for each.")

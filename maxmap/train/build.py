@@ -76,6 +76,11 @@ def open_data(recipe: Recipe) -> Data:
         raise UserError("there is no training data: set --config.data.train_split.")
     if data.val is None:
         raise UserError("there is no evaluation data: set --config.data.val_split.")
+    if len(data.classes) == 1:
+        raise UserError(
+            f"the training data has one class alone, {data.classes[0]!r}, with {data.train.name(0)}: give images of "
+            "two classes or more, each in a folder of its own directly in the split's folder."
+        )
     return data
 
 

@@ -43,7 +43,7 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
     """
     mesh = recipe.mesh()
     data = open_data(recipe)
-    found, changes = find_checkpoint(recipe, workdir, data, mesh, allow_changes=allow_changes)
+    found, changes, data = find_checkpoint(recipe, workdir, data, mesh, allow_changes=allow_changes)
     parts = build(recipe, mesh, data)
     state, adapted = first_state(parts, workdir, found)
     start = 0 if found is None else found["step"]
