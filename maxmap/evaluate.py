@@ -261,7 +261,9 @@ def check_image_size(model: nn.Module, variables: Any, size: int) -> None:
     try:
         jax.eval_shape(model.apply, variables, images)
     except (ValueError, TypeError, FlaxError) as error:
-        raise UserError(f"the model does not take the images of config.data, {size} pixels: {error}.") from None
+        raise UserError(
+            f"the model does not take the images of config.data, {size} pixels: {str(error).rstrip('.')}."
+        ) from None
 
 
 def check_same_model(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str | Path) -> None:

@@ -56,6 +56,8 @@ def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], d
     if storage.in_bucket(path):
         return checkpoint.read_variables(path, ema=ema)
     exists = Path(path).exists()
+    if not exists:
+        _check_name(str(path))
     # The name of a repository may start with hf://, which looks like the scheme of a bucket's path.
     if (exists or not hub.is_name(path)) and (not exists or checkpoint.read_info(path) is not None):
         return checkpoint.read_variables(path, ema=ema)
@@ -223,9 +225,20 @@ def _find_source(source: str | Path, ema: bool | None) -> tuple[ForeignCheckpoin
     """Reads a source, downloading a published one; also returns its row of `published`, empty for other sources."""
     path = Path(source)
     exists = path.exists() or path.with_name(path.name + ".index").is_file()
+    if not exists:
+        _check_name(str(source))
     if exists or not hub.is_name(source):
         return read_source(path, ema=ema), {}
     return read_source(hub.download(str(source)), ema=ema), hub.published().get(str(source), {})
+
+
+def _check_name(name: str) -> None:
+    """Raises UserError for a model's name, with or without a tag, that lacks the owner of its checkpoint."""
+    model = name.partition(".")[0]
+    if model in MODELS and not hub.is_name(name):
+        named = [full for full in hub.published() if full.partition("/")[2].partition(".")[0] == model]
+        there = f"write {' or '.join(named)}" if named else "give the folder of a run or of a converted checkpoint"
+        raise UserError(f"{name} is neither a folder nor the name of a published checkpoint: {there}.")
 
 
 def _has_preprocessing(found: ForeignCheckpoint) -> bool:

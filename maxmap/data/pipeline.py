@@ -291,8 +291,15 @@ def preprocess(image: bytes | str | os.PathLike | np.ndarray, preprocessing: Map
       uint8 [image_size, image_size, 3], not yet normalised.
 
     Raises:
-      UserError: the file is missing or cannot be decoded.
+      UserError: the file is missing or cannot be decoded, or the array is of another type or shape.
     """
+    if isinstance(image, np.ndarray) and (
+        image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4)
+    ):
+        raise UserError(
+            f"the image is an array {image.dtype} {list(image.shape)}: give uint8 [height, width, 3], from 0 to 255; "
+            "`preprocess` resizes and crops, and normalisation comes after it."
+        )
     where = "the image"
     try:
         if isinstance(image, str | os.PathLike):

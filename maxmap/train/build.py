@@ -157,7 +157,7 @@ def _abstract_state(create_state: Callable[[Array], TrainState], mesh: Mesh, wha
     try:
         return abstract(jax.eval_shape(create_state, jax.random.key(0)), mesh)
     except (ValueError, TypeError, FlaxError) as error:
-        raise UserError(f"{what}: {error}.") from None
+        raise UserError(f"{what}: {str(error).rstrip('.')}.") from None
 
 
 def make_optimizer(
