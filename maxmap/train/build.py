@@ -53,7 +53,7 @@ class Parts:
     total_steps: int
     create_state: Callable[[Array], TrainState]
     like: TrainState
-    train_step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    train_step: jax.stages.Wrapped
     diagnose: Callable[..., Any]
     eval_step: EvalStep
     info: dict[str, Any]
