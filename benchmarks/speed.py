@@ -309,7 +309,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="*", default=MODELS, help="(default: the nine of the README's table)")
+    parser.add_argument("models", nargs="*", default=MODELS, help="(default: the nine of docs/performance.md)")
     parser.add_argument("--tasks", nargs="+", choices=("forward", "train"), default=("forward", "train"))
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, help="(default: maxmap and timm on a CPU, all on a GPU)"

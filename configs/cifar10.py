@@ -5,8 +5,8 @@
   python main.py --config=configs/cifar10.py:linear --workdir=runs/cifar10_linear --config.data.path=FOLDER
 
 FOLDER holds train/<class>/*.jpg and val/<class>/*.jpg; with `--config.data.source=tfds --config.data.name=cifar10` it
-is a TFDS data directory instead. Hardware: two CPU cores, half an hour. Target: at least 70 % top-1; the README has
-what the heads reached.
+is a TFDS data directory instead. Hardware: two CPU cores, half an hour. Target: at least 70 % top-1; docs/head_study.md
+has the results of the heads.
 """
 
 from typing import Any

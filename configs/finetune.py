@@ -1,10 +1,11 @@
-"""Fine-tuning a published network on images of your own: three presets by how many there are.
+"""Fine-tuning a trained network on your own images: three presets, by the number of images.
 
   python main.py --config=configs/finetune.py:small --workdir=runs/mine --config.data.path=FOLDER \\
     --config.init_from=CHECKPOINT [--config.model.name=caformer_s18]
 
-FOLDER holds train/<class>/*.jpg and val/<class>/*.jpg; CHECKPOINT is a converted checkpoint or the folder of a run.
-Without it training starts from nothing, which these presets are not made for.
+FOLDER holds train/<class>/*.jpg and val/<class>/*.jpg. CHECKPOINT is a published name such as
+timm/maxvit_tiny_tf_224.in1k, a converted checkpoint or the folder of a run. Without it training starts from random
+weights; the presets are not made for that. On a CPU add --config.dtype=float32.
 
 ======== ===================== =============================================
 preset   training images       hardware
@@ -14,16 +15,16 @@ medium   5,000 to 100,000      one GPU, an hour or a few
 large    more than 100,000     eight GPUs or TPU cores
 ======== ===================== =============================================
 
-No accuracy is published for them: they are starting points. What keeps them from collapsing:
+The presets are starting points: nobody has published an accuracy for them. The README has one small result. Choices:
 
-- AdamW with a low rate, a warm-up, clipping at a norm of 1.0 and a rate that decays from block to block towards the
-  stem, so that the new head's first gradients do not wash out what was learnt;
-- the weights' average has a memory of some epochs, not of 10,000 steps, which a short run never fills;
-- the fewer images, the less is mixed and dropped, so that the few are seen as they are;
-- no decorrelation of the branches of a MAP or Gramian head. That term has no lower bound, and beside softmax over a few
-  classes it weighs much more than over the 1,000 that -0.8 was tuned for. To use it, watch the branches' accuracies.
+- AdamW with a low rate, a warm-up and clipping at a norm of 1.0. The rate decays from block to block towards the stem.
+  So the first gradients of the new head do not destroy what the network has learnt.
+- The average of the weights has a memory of some epochs. A short run never fills a memory of 10,000 steps.
+- With fewer images, mixing and dropping are weaker, so that the network sees the images as they are.
+- The branches of a MAP or Gramian head are not decorrelated. That term has no lower bound. Its weight of -0.8 was tuned
+  for softmax over 1,000 classes; over a few classes it weighs much more. To use it, watch the branches' accuracies.
 
-Evaluation crops as MaxViT's at 224 pixels; a checkpoint's own preprocessing is in its card.
+Evaluation crops as MaxViT's does at 224 pixels. The card of a checkpoint says its own preprocessing.
 """
 
 from typing import Any

@@ -48,14 +48,24 @@ BACKBONES = {name: variant for variants in FAMILIES.values() for name, variant i
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "map": MAPHead, "gramian": GramianHead}
 
 
+# The fields of models, backbones and heads that only training sees: rates of dropping, initial values, remat.
+# An initial value of None is an exception: it stands for a network without those factors.
+TRAINING_ONLY = frozenset(
+    {
+        *("attention_dropout", "attn_drop", "drop_path", "drop_path_endpoint", "dropout", "proj_drop", "token_dropout"),
+        *("init_scheme", "init_values", "layer_scale", "remat"),
+    }
+)
+
+
 class Classifier(nn.Module):
     """A backbone and a head.
 
     Attributes:
       backbone: images `[B, H, W, C]` to a list of NHWC feature maps.
       head: feature maps to branches of logits.
-      remat: keeps nothing of the inside of the backbone's blocks for the backward pass, which computes them once more:
-        less memory for about a third more time. The results do not change.
+      remat: the backward pass computes the inside of the backbone's blocks once more instead of reading it from memory.
+        That takes less memory and about a third more time, and does not change the results.
     """
 
     backbone: nn.Module
@@ -114,7 +124,7 @@ def _rematerialisation() -> Callable[..., Any]:
 def block_paths(model: Classifier) -> list[list[str]]:
     """Lists the modules of a model's backbone in the order in which they run, by block.
 
-    It traces the model once, which takes some seconds for large ones, and computes nothing.
+    It traces the model once and computes nothing; a large model takes some seconds.
 
     Returns:
       Paths such as 'backbone/stages_0/blocks_1', in one list for the stem and one for each block. A block's list has
@@ -158,7 +168,7 @@ def average(outputs: Mapping[str, Array]) -> Array:
 
 @dataclass(frozen=True)
 class _Model:
-    """A named model: which backbone with which changed fields, and which head."""
+    """A named model: a name in `BACKBONES`, the fields of its head, and what it changes in the backbone's fields."""
 
     backbone: str
     head: Mapping[str, Any]
@@ -168,7 +178,7 @@ class _Model:
 _ERF = {"conv": {"activation": "gelu"}, "transformer": {"activation": "gelu"}}
 
 
-# Gramian attention over taps inside of the third stage. ConvNeXt's drop path rises on into the head's blocks.
+# Gramian attention with taps inside of the third stage. The rate of ConvNeXt's drop path keeps rising in the head.
 def _ga_convnext(backbone: str, channels: int, attention_width: int, taps: int, **fields: Any) -> _Model:
     head = {"name": "gramian", "channels": channels, "attention_width": attention_width}
     return _Model(backbone, head, {"taps": taps, "drop_path_endpoint": False, **fields})
@@ -255,14 +265,14 @@ MODELS: dict[str, _Model] = {
     "ga_convnext_small_768": _ga_convnext("convnext_small", 768, 192, taps=4),
     "ga_convnext_base_976": _ga_convnext("convnext_base", 976, 240, taps=4, embed_dim=(128, 256, 512, 976)),
     "ga_convnext_base_1024": _ga_convnext("convnext_base", 1024, 256, taps=4),
-    # The released class at its defaults, and one of several settings whose parameters equal the published 42.0M and
-    # 54.3M; which of them the paper used is not known.
+    # The first two have the defaults of the released class. Several settings of it have the published 42.0M and 54.3M
+    # parameters, and the paper does not say which it used: the last two are one of them.
     "ga_cswin_tiny": _ga_cswin("CSWin_64_12211_tiny_224", taps=4, aggregation_mlp_groups=1),
     "ga_cswin_small": _ga_cswin("CSWin_64_24322_small_224", taps=4, aggregation_mlp_groups=1),
     "ga_cswin_tiny_p42": _ga_cswin("CSWin_64_12211_tiny_224", taps=5, aggregation_mlp_groups=4),
     "ga_cswin_small_p54": _ga_cswin("CSWin_64_24322_small_224", taps=5, aggregation_mlp_groups=4),
-    # Their code was never released: settings whose parameters come nearest to the published 41.3M (here 41.33M) and
-    # 27.7M (27.72M), the latter with 9 blocks because 12 alone have more operations than the 4.3 G of the whole.
+    # No code was released for these two. Their settings come nearest to the published 41.3M and 27.7M parameters, with
+    # 41.33M and 27.72M. ga_vit_small has 9 blocks: 12 blocks alone exceed the published 4.3 G operations of the whole.
     "ga_resnet50": _Model("resnet50", {"name": "gramian", "attention_width": 192}),
     "ga_vit_small": _Model(
         "vit_small_patch16_224",
@@ -295,7 +305,7 @@ def create_model(
       num_classes: 1000 unless given; 0 for no classifier.
       image_size: pixels that windows and position tables are made for, one number or (height, width); None for the
         model's own.
-      remat: see `Classifier`.
+      remat: saves memory in training: the backward pass computes the backbone's blocks once more.
       **fields: fields of the backbone, for example `drop_path=0.2`; mappings are merged field by field.
 
     Returns:
@@ -337,6 +347,59 @@ def create_model(
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from None
     return Classifier(built_backbone, built_head, remat)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Compares the models that two descriptions build, except for the fields of `TRAINING_ONLY`.
+
+    Descriptions that look different may build the same model: one may spell out defaults, name the model's own head, or
+    have lists in place of tuples.
+
+    Args:
+      there: keyword arguments of `create_model`, as a checkpoint stores them.
+      here: the same of another model.
+
+    Returns:
+      Phrases such as 'head.branches is 4 there and 3 here'; none for the same model.
+    """
+    models = []
+    for where, description in (("there", there), ("here", here)):
+        try:
+            models.append(create_model(**description))
+        except (UserError, TypeError) as error:
+            return [f"the model {where} cannot be built: {str(error).rstrip('.')}"]
+    return _differences(models[0], models[1], "")
+
+
+def _differences(there: nn.Module, here: nn.Module, prefix: str) -> list[str]:
+    """Compares the fields of two modules of one class; `prefix` stands in front of their names."""
+    found = []
+    for name in sorted(set(there.__dataclass_fields__) - {"parent", "name"}):
+        one, other = getattr(there, name), getattr(here, name)
+        if isinstance(one, nn.Module):
+            if type(one) is type(other):
+                found += _differences(one, other, "" if name == "backbone" else f"{name}.")
+            else:
+                found.append(f"{name} is {_kind(one)} there and {_kind(other)} here")
+            continue
+        values: dict[str, tuple[Any, Any]] = {name: (one, other)}
+        if isinstance(one, Mapping):
+            one, other = there.nested_fields()[name], here.nested_fields()[name]
+            values = {f"{name}.{key}": (one.get(key), other.get(key)) for key in sorted({*one, *other})}
+        for key, both in values.items():
+            a, b = map(_as_tuples, both)
+            ignored = key.rpartition(".")[2] in TRAINING_ONLY and (a is None) == (b is None)
+            if a != b and not ignored:
+                found.append(f"{prefix}{key} is {a} there and {b} here")
+    return found
+
+
+def _kind(module: nn.Module) -> str:
+    return next((name for name, head in HEADS.items() if type(module) is head), type(module).__name__)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _build(module: type[nn.Module], fields: Mapping[str, Any], what: str) -> nn.Module:
@@ -381,13 +444,3 @@ def _unknown_name(name: str) -> UserError:
             f"create_model('{model}'), or maxmap.load('timm/{model}.{tag or 'TAG'}') for the model with its weights."
         )
     return UserError(f"there is no model '{name}'; the nearest names are {nearest(name, MODELS)}.")
-
-
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """STUB."""
-    keys = [key for key in sorted({*wanted, *found}) if key not in ("drop_path", "remat")]
-    return [
-        f"{key} is {found.get(key, 'not set')} there and {wanted.get(key, 'not set')} here"
-        for key in keys
-        if wanted.get(key) != found.get(key)
-    ]

@@ -4,6 +4,7 @@ import functools
 import json
 import pickle
 import re
+import runpy
 
 import jax
 import jax.export
@@ -12,14 +13,29 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from maxmap import config
+from maxmap import config, models
 from maxmap.backbones.maxxvit import MaxxViT
 from maxmap.convert.load import convert
 from maxmap.errors import UserError
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
 from maxmap.inference import predict
-from maxmap.models import BACKBONES, MODELS, average, create_model, list_models
+from maxmap.layers.primitives import pair
+from maxmap.models import (
+    BACKBONES,
+    FAMILIES,
+    HEADS,
+    MODELS,
+    TRAINING_ONLY,
+    Classifier,
+    average,
+    block_paths,
+    create_model,
+    differences,
+    list_models,
+)
+from tests.test_grid import small as small_member
+from tests.tiny import ROOT, create_tiny
 from tests.zoo import QUICK
 
 SMALL_MAP = {"name": "map", "channels": 24, "gram_channels": 16, "gram_groups": 8, "heads": 2, "branches": 2}
@@ -53,7 +69,10 @@ def test_names_are_listed_by_pattern():
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_name_makes_a_model(name):
-    assert create_model(name).head.num_classes == 1000
+    model, described = create_model(name), MODELS[name]
+    assert type(model.backbone) is BACKBONES[described.backbone].backbone
+    assert type(model.head) is HEADS[described.head["name"]]
+    assert model.head.num_classes == 1000
 
 
 def test_an_unknown_name_gives_the_three_nearest():
@@ -206,6 +225,117 @@ def test_no_classes():
     assert set(variables["params"]["head"]) == {"norm", "pre_logits"}
 
 
+def test_training_only_fields_are_all_known():
+    """They are the fields whose names say so; a new one has to be listed or renamed."""
+    modules = {Classifier, *HEADS.values(), *(variant.backbone for variant in BACKBONES.values())}
+    names = {name for module in modules for name in module.__dataclass_fields__}
+    for name in ("maxvit_mini_32", "maxxvitv2_nano_rw_256"):
+        names |= {field for fields in create_model(name).backbone.nested_fields().values() for field in fields}
+    assert {name for name in names if re.search("drop|init|layer_scale|remat", name)} == TRAINING_ONLY
+
+
+def recipes():
+    """The models of all recipes, as descriptions, by config file and name of the recipe."""
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        module = runpy.run_path(str(path))
+        names = [name for table in ("RECIPES", "PRESETS", "HEADS") for name in module.get(table, ())]
+        for name in names or [None]:
+            config = module["get_config"](*([] if name is None else [name]))
+            model = json.loads(json.dumps({"num_classes": 10, **config["model"]}, default=dict))
+            yield f"{path.stem}:{name}", {"num_classes": 10} | {k: v for k, v in model.items() if v is not None}
+
+
+RECIPES = dict(recipes())
+
+
+def without_training_only(fields):
+    return {
+        key: without_training_only(value) if isinstance(value, dict) else value
+        for key, value in fields.items()
+        if key not in TRAINING_ONLY
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_only_training_sees_is_no_difference(recipe):
+    model = RECIPES[recipe]
+    bare = without_training_only(model)
+    if bare.get("head") == {}:
+        del bare["head"]
+    own, given = MODELS[model["name"]].head, as_fields(model.get("head"))
+    spelled_out = {
+        **model,
+        "remat": True,
+        "head": {**(own if given.get("name") in (None, own["name"]) else {}), **given},
+    }
+    assert differences(model, bare) == differences(bare, model) == differences(model, spelled_out) == []
+
+    built = create_model(**model)
+    depths = (*built.backbone.depths[:-1], built.backbone.depths[-1] + 1)
+    assert differences(model, {**model, "num_classes": 11}) == ["head.num_classes is 10 there and 11 here"]
+    assert differences({**model, "depths": depths}, model) == [
+        f"depths is {depths} there and {tuple(built.backbone.depths)} here"
+    ]
+    size = 2 * pair(built.backbone.image_size)[0]
+    assert any(phrase.startswith("image_size is ") for phrase in differences(model, {**model, "image_size": size}))
+    if "branches" in built.head.__dataclass_fields__:
+        branches = built.head.branches
+        assert differences(model, {**model, "head": {**given, "branches": branches + 1}}) == [
+            f"head.branches is {branches} there and {branches + 1} here"
+        ]
+
+
+def as_fields(head):
+    return {"name": head} if isinstance(head, str) else head or {}
+
+
+@pytest.mark.parametrize(
+    "name, one, other, phrases",
+    [
+        ("maxvit_mini_32", {}, {"head": "linear", "transformer": {"head_dim": 16, "norm": "layer"}}, []),
+        ("maxvit_mini_32", {"transformer": {"attn_drop": 0.1}}, {"conv": {"padding": "same"}}, []),
+        ("maxvit_mini_32", {"depths": [1, 2], "block_types": [["M"], "M"]}, {"block_types": (("M",), "M")}, []),
+        ("coatnet_rmlp_2_rw_224", {"transformer": {"init_values": 1e-2}}, {}, []),
+        (
+            "coatnet_rmlp_2_rw_224",
+            {"transformer": {"init_values": None}},
+            {},
+            ["transformer.init_values is None there and 1e-06 here"],
+        ),
+        ("faster_vit_3_224", {"layer_scale": 1e-3}, {"layer_scale": 1e-5}, []),
+        ("faster_vit_3_224", {}, {"layer_scale": None}, ["layer_scale is 1e-05 there and None here"]),
+        ("maxvit_mini_32", {}, {"conv": {"se_ratio": 0.5}}, ["conv.se_ratio is 0.25 there and 0.5 here"]),
+        ("test_maxvit", {"head": "map"}, {}, ["head is map there and linear here"]),
+        (
+            "convnext_tiny",
+            {"name": "resnet50", "head": {"norm": "after", "init_scheme": "trunc_normal"}},
+            {},
+            ["backbone is ResNet there and ConvNeXt here"],
+        ),
+        (
+            "convnext_tiny",
+            {"depth": 3},
+            {},
+            [
+                "the model there cannot be built: model 'convnext_tiny' has no field 'depth'; the nearest are "
+                "depths, drop_path, drop_path_endpoint"
+            ],
+        ),
+    ],
+)
+def test_differences_are_named(name, one, other, phrases):
+    found = differences({"name": name, **one}, {"name": name, **other})
+    assert found == phrases
+
+
+def test_flat_modules_are_compared_too(monkeypatch):
+    monkeypatch.setattr(models, "create_model", create_tiny)
+    tiny = {"name": "tiny", "num_classes": 3}
+    assert differences({**tiny, "drop_path": 0.1}, {**tiny, "dropout": 0.2, "branches": 2}) == []
+    assert differences({**tiny, "width": 8}, {**tiny, "width": 4}) == ["width is 8 there and 4 here"]
+    assert "cannot be built" in differences({**tiny, "widths": 8}, tiny)[0]
+
+
 def residual_bytes(model, variables, images) -> int:
     """Bytes that the forward pass keeps for the backward pass, beside the parameters."""
 
@@ -234,11 +364,11 @@ def residual_bytes(model, variables, images) -> int:
     return total
 
 
-# MobileNet has no blocks: its units are a convolution and a norm in a row.
+# One model for each kind of block.
 @pytest.mark.parametrize(
     "name",
     [
-        *("convnext_tiny", "faster_vit_0_224", "maxvit_mini_32", "coatnet_0_rw_224"),
+        *("convnext_tiny", "faster_vit_0_224", "maxvit_mini_32", "coatnet_0_rw_224", "mobilenet_v1"),
         *("poolformerv2_s12", "pit_s", "resnet50", "vit_small_patch16_224"),
     ],
 )
@@ -249,6 +379,36 @@ def test_recomputed_blocks_keep_little(name):
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     kept, whole = (residual_bytes(m, variables, images) for m in (model, model.clone(remat=False)))
     assert kept < 0.4 * whole
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_block_is_recomputed_once(family, plain_convolutions):
+    """One `jax.checkpoint` for each block of the backbone, and none for the head's or for a block inside of a block."""
+    model = small_member(family, "gramian", remat=True)
+    images = jax.ShapeDtypeStruct((2, *pair(model.backbone.image_size), 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def count(jaxpr):
+        inner = [leaf for leaf in jax.tree.leaves([e.params for e in jaxpr.eqns]) if hasattr(leaf, "eqns")]
+        return sum(e.primitive.name.startswith(("remat", "checkpoint")) for e in jaxpr.eqns) + sum(
+            count(getattr(leaf, "jaxpr", leaf)) for leaf in inner
+        )
+
+    blocks = block_paths(model)[1:]
+    assert len(blocks) == len({paths[-1] for paths in blocks}) >= sum(model.backbone.depths)
+    assert count(jax.make_jaxpr(model.apply)(variables, images).jaxpr) == len(blocks)
+    assert count(jax.make_jaxpr(model.clone(remat=False).apply)(variables, images).jaxpr) == 0
+
+
+def test_block_paths_are_in_order_of_execution():
+    groups = block_paths(create_model("faster_vit_0_224", depths=(1, 1, 2, 1)))
+    assert [paths[-1] for paths in groups[1:]] == [
+        f"backbone/levels_{level}/blocks_{i}" for level, i in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))
+    ]
+    assert "backbone/patch_embed/conv_down_0" in groups[0] and "backbone/levels_0/downsample" in groups[2]
+    assert "backbone/levels_2/global_tokenizer/pos_embed" in groups[3]
+    paths = [path for paths in groups for path in paths]
+    assert len(paths) == len(set(paths))
 
 
 @pytest.mark.usefixtures("x64")

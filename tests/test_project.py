@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: its floors, its files and the commands that it promises."""
+"""What holds for the repository as a whole: its floors and its files."""
 
 import ast
 import importlib
@@ -177,20 +177,6 @@ def test_no_paths_of_one_machine():
     assert not found, found
 
 
-def test_commands_of_the_documents_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    for name in ("README.md", "CONTRIBUTING.md"):
-        promised = set(re.findall(r"\bmake ([a-z]+)\b", " ".join(_code(ROOT / name))))
-        assert promised <= targets, f"{name} promises make {promised - targets}"
-        assert {"demo", "test"} <= promised or name != "README.md", "README.md does not name its two commands"
-
-
 def test_scripts_of_the_makefile_exist():
     scripts = re.findall(r"[\w/]+\.py\b", (ROOT / "Makefile").read_text("utf-8"))
     assert not [script for script in scripts if not (ROOT / script).is_file()]
-
-
-def _code(path: Path) -> list[str]:
-    """Fenced blocks and inline code of a Markdown file."""
-    text = path.read_text("utf-8")
-    return re.findall(r"```.*?```", text, re.DOTALL) + re.findall(r"`[^`\n]+`", text)

@@ -124,7 +124,7 @@ def require_one_of(value: str, what: str, allowed: Iterable[str]) -> None:
 
 
 class Block(nn.Module):
-    """Marks the modules that a backbone repeats: its depth counts them, and `remat` computes one at a time anew."""
+    """Marks the modules that a backbone repeats. Rematerialisation and layer-wise learning rates go by it."""
 
 
 class Conv(nn.Module):

@@ -62,8 +62,8 @@ def _match_classes(data: Data, found: Mapping[str, Any], workdir: str | Path) ->
     missing = [f"lacks {name!r}" for name in known if name not in data.classes]
     raise UserError(
         f"the run in {workdir} was trained on other classes: of its {len(known)} ({listed(known)}) the data "
-        f"{', '.join([*missing[:2], *others[:2]])}, {len(missing) + len(others)} differences in all: give the data that "
-        f"it was trained on, or another folder and --config.init_from={workdir}."
+        f"{', '.join([*missing[:2], *others[:2]])}, {len(missing) + len(others)} differences in all: give the data "
+        f"that it was trained on, or another folder and --config.init_from={workdir}."
     )
 
 

@@ -327,7 +327,7 @@ def test_init_from_fits_a_model_to_new_classes(tmp_path, monkeypatch, capfd):
 def test_a_workdir_of_another_run_is_left_alone(finished, images, tmp_path):
     workdir = finished.workdir
     message = sentence(settings_for(images, model__name="tiny_other"), workdir)
-    assert "name is tiny there and tiny_other here" in message and "another folder" in message
+    assert "model.name: tiny -> tiny_other" in message and "another --workdir" in message
     assert "branches is 2 there and 3 here" in sentence(settings_for(images, model__branches=3), workdir)
     folder = write_folder(tmp_path / "two", classes=("blue", "green"))
     assert "lacks 'red', 1 differences in all" in sentence(settings_for(folder), workdir)

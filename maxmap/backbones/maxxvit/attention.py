@@ -1,6 +1,6 @@
 """Attention over a whole map, inside of windows and inside of grid cells, and the blocks that are made of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -272,7 +272,7 @@ class PartitionAttention(nn.Module):
       channels: output channels.
       fields: of the backbone.
       window: height and width of a window and of a grid cell.
-      kinds: "window" or "grid" by the name of each attention. Two of them make half of the output channels each.
+      attentions: pairs of a name and a kind, "window" or "grid". Two of them make half of the output channels each.
       drop_path: rate of dropping each residual branch.
       init_scheme: see `linear_inits`.
     """
@@ -280,7 +280,7 @@ class PartitionAttention(nn.Module):
     channels: int
     fields: TransformerFields
     window: tuple[int, int]
-    kinds: Mapping[str, str]
+    attentions: Sequence[tuple[str, str]]
     drop_path: float = 0.0
     init_scheme: str = "vit_eff"
 
@@ -289,9 +289,9 @@ class PartitionAttention(nn.Module):
         fields = self.fields
         y = LayerNorm(fields.epsilon, name="norm1")(x)
         parts = []
-        for name, kind in self.kinds.items():
+        for name, kind in self.attentions:
             attention = WindowAttention(
-                self.channels // len(self.kinds), self.channels, self.window, fields, self.init_scheme, name=name
+                self.channels // len(self.attentions), self.channels, self.window, fields, self.init_scheme, name=name
             )
             part = attention(partition(y, kind, self.window), train=train)
             parts.append(departition(part, kind, self.window, x.shape[1:3]))
@@ -306,13 +306,13 @@ class MultiAxisBlock(Block):
     """Convolution blocks and then attention blocks, one after another: MaxViT's block.
 
     Attributes:
-      parts: those blocks by their names; each value makes the block, given its name.
+      parts: each makes one of those blocks.
     """
 
-    parts: Mapping[str, Callable[..., nn.Module]]
+    parts: Sequence[Callable[[], nn.Module]]
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        for name, part in self.parts.items():
-            x = part(name=name)(x, train=train)
+        for part in self.parts:
+            x = part()(x, train=train)
         return x

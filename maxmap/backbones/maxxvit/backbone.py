@@ -207,18 +207,20 @@ class MaxxViT(nn.Module):
         fields = TransformerFields(**self.transformer)
         if kind == "T":
             return functools.partial(TransformerBlock, fields=fields, stride=stride, **common)
-        attention: Callable[..., nn.Module] = functools.partial(
-            PartitionAttention, fields=fields, window=self.window(), **common
-        )
-        parts: dict[str, Callable[..., nn.Module]] = {}
+        first = functools.partial(conv, stride=stride)
+        attend = functools.partial(PartitionAttention, fields=fields, window=self.window(), **common)
         if kind == "PM":
-            parts["conv_0"], parts["conv_1"] = functools.partial(conv, stride=stride), conv
-            parts["attn"] = functools.partial(attention, kinds={"attn_block": "window", "attn_grid": "grid"})
+            both = (("attn_block", "window"), ("attn_grid", "grid"))
+            parts = [
+                functools.partial(first, name="conv_0"),
+                functools.partial(conv, name="conv_1"),
+                functools.partial(attend, attentions=both, name="attn"),
+            ]
         else:
-            parts["conv"] = functools.partial(conv, stride=stride)
+            parts = [functools.partial(first, name="conv")]
             if self.block_attention:
-                parts["attn_block"] = functools.partial(attention, kinds={"attn": "window"})
-            parts["attn_grid"] = functools.partial(attention, kinds={"attn": "grid"})
+                parts.append(functools.partial(attend, attentions=(("attn", "window"),), name="attn_block"))
+            parts.append(functools.partial(attend, attentions=(("attn", "grid"),), name="attn_grid"))
         return functools.partial(MultiAxisBlock, parts)
 
 

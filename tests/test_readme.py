@@ -1,0 +1,144 @@
+"""The README and the documents: every code block runs as it is pasted, every link leads somewhere.
+
+The README's blocks run in order, in one folder with the configs and main.py. Three things differ from a newcomer's:
+
+- the environment is there already, so the commands of `SETUP` are left out;
+- `make demo` is replaced by the commands of its recipe in the Makefile;
+- `SHORT` is appended to every `python main.py`, which trains for two steps then.
+
+A comment `<!-- needs: WHAT -->` above a block says what the block needs and the tests do not have: it is not run.
+"""
+
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from maxmap.__main__ import main
+from tests.tiny import ROOT, write_folder
+
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+SETUP = ("make setup", "make test", "source ", "pip install ")
+SHORT = "--config.steps=2 --config.batch_size=8 --config.checkpoint.every=1"
+MOST_SKIPPED = 2
+MOST_WORDS = 1000
+
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"(?:<!-- needs: (?P<needs>[^\n]+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+MAIN = re.compile(r"^python main\.py(?:\\\n|[^\n#\\])*", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """A fenced block: what it needs and the tests lack, its language ("" for a picture or an output) and its text."""
+
+    needs: str | None
+    language: str
+    text: str
+
+
+BLOCKS = [Block(*match.group("needs", "language", "text")) for match in BLOCK.finditer(README.read_text("utf-8"))]
+
+
+def code(path: Path) -> list[str]:
+    """Fenced blocks and inline code of a Markdown file."""
+    text = path.read_text("utf-8")
+    return FENCED.findall(text) + re.findall(r"`[^`\n]+`", FENCED.sub("", text))
+
+
+def demo() -> str:
+    """The commands of `make demo`."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    variables = dict(re.findall(r"^(\w+) :?= (.*)$", makefile, re.MULTILINE))
+    recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
+    return recipe.replace("\t", "").replace("$(BIN)/", "").replace("$(DEMO)", variables["DEMO"])
+
+
+def shortened(text: str) -> str:
+    """A shell block as the test runs it; see the top of the file."""
+    lines = [line for line in text.splitlines() if not line.startswith(SETUP)]
+    text = "\n".join(demo() if line.startswith("make demo") else line for line in lines)
+    return MAIN.sub(lambda command: f"{command[0].rstrip()} {SHORT} ", text)
+
+
+def test_every_block_of_the_readme_runs(tmp_path, monkeypatch, quick_compilation):
+    for name in ("main.py", "configs", "maxmap"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_folder(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    session: dict[str, object] = {}
+    for block in BLOCKS:
+        if block.needs or not block.language:
+            continue
+        if block.language == "python":
+            exec(compile(block.text, "README.md", "exec"), session)
+            continue
+        commands = shortened(block.text)
+        ran = subprocess.run(
+            ["bash", "-ec", commands], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert ran.returncode == 0, f"{commands}\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}"
+
+
+def test_few_blocks_are_not_run():
+    assert {block.language for block in BLOCKS} <= {"", "sh", "python"}, "no test runs a block of another language"
+    skipped = [block for block in BLOCKS if block.needs]
+    assert len(skipped) == README.read_text("utf-8").count("<!-- needs") <= MOST_SKIPPED
+    assert all(block.language for block in skipped)
+
+
+def test_the_readme_is_short():
+    prose = re.sub(r"<!--.*?-->", "", FENCED.sub("", README.read_text("utf-8")))
+    assert len(prose.split()) <= MOST_WORDS
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(path):
+    targets = re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", path.read_text("utf-8")))
+    files = [target.partition("#")[0] for target in targets if not target.startswith(("https://", "#"))]
+    assert not [file for file in files if not (path.parent / file).is_file()]
+
+
+def test_every_document_is_linked_from_the_readme():
+    text = README.read_text("utf-8")
+    assert not [path.name for path in ROOT.glob("docs/*.md") if f"(docs/{path.name})" not in text]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_names_in_the_documents_exist(path):
+    """Files of the repository, and modules, functions and classes of the package; what is in capitals is to be filled in."""
+    text = path.read_text("utf-8")
+    files = re.findall(r"(?<![\w/.])(?:tests|benchmarks|configs|maxmap)/[a-z\d_/]+\.(?:py|csv)\b", text)
+    assert not [file for file in files if not (ROOT / file).is_file()]
+    for name in re.findall(r"`(maxmap(?:\.\w+)+)[(`]", text):
+        pkgutil.resolve_name(name)
+
+
+def test_commands_of_the_documents_exist(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = set(re.findall(r"^    ([a-z-]+)(?:  |$)", capsys.readouterr().out, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    for path in DOCUMENTS:
+        text = "\n".join(code(path))
+        named = set(re.findall(r"python -m maxmap ([a-z-]+)", text))
+        assert named <= commands, f"{path.name} names the commands {named - commands}"
+        promised = set(re.findall(r"\bmake ([a-z]+)\b", text))
+        assert promised <= targets, f"{path.name} promises make {promised - targets}"
+        if path == README:
+            assert named == commands, f"README.md does not name {commands - named}"
+            assert {"demo", "test"} <= promised
