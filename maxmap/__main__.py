@@ -16,6 +16,7 @@ from absl import logging
 from PIL import Image
 
 from maxmap import checkpoint, config, runtime, storage
+from maxmap.classes import read_lines, read_names
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export, read_foreign
 from maxmap.convert.resize import RESIZES
@@ -77,7 +78,7 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
         source,
         dest,
         class_map=None if class_map is None else _numbers(class_map),
-        classes=None if classes is None else _lines(classes),
+        classes=None if classes is None else read_names(classes),
         **options,
     )
     about, model = loaded.info["source"], loaded.info["model"]
@@ -92,16 +93,9 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
     print(f"written to {printable(dest)} in {time.perf_counter() - began:.1f} s")
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): give a text file with one line for each class.") from None
-
-
 def _numbers(path: Path) -> list[int]:
     try:
-        return [int(line) for line in _lines(path)]
+        return [int(line) for line in read_lines(path)]
     except ValueError as error:
         raise UserError(f"{path} is no class map ({error}): give a whole number in every line.") from None
 

@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from maxmap import storage
+from maxmap.classes import stored_names
 from maxmap.errors import UserError
 from maxmap.ranges import Count, check_arguments
 
@@ -280,11 +281,26 @@ def average_checkpoints(
             first = first or info
             if info["model"] != first["model"] or info["weights"] != first["weights"]:
                 raise UserError(f"{workdir} and {workdirs[0]} hold different models: only the same can be averaged.")
+            _require_same_classes(stored_names(first), stored_names(info), workdirs[0], workdir)
             upcast = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
             total = upcast if total is None else jax.tree.map(np.add, total, upcast)
             averaged.append([os.fspath(workdir), step])
     mean = jax.tree.map(lambda sum, like: (sum / len(averaged)).astype(like.dtype), total, variables)
     return mean, {**first, "averaged": averaged}
+
+
+def _require_same_classes(
+    first: Sequence[str] | None, other: Sequence[str] | None, where: str | Path, other_where: str | Path
+) -> None:
+    """Raises UserError if two checkpoints have other classes, or the same in another order; numbers fit any names."""
+    if first is None or other is None or list(first) == list(other):
+        return
+    i = next((i for i, (one, two) in enumerate(zip(first, other, strict=False)) if one != two), -1)
+    how = "the same classes in another order" if sorted(first) == sorted(other) else "other classes"
+    raise UserError(
+        f"{other_where} was trained on {how} than {where}: class {i} is {other[i]!r} there and {first[i]!r} here. Only "
+        "checkpoints with the same classes in the same order can be averaged."
+    )
 
 
 def write_variables(workdir: str | Path, variables: Mapping[str, Any], info: Mapping[str, Any]) -> None:

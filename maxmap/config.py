@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import docstring_parser
 from flax import linen as nn
+from flax.core import FrozenDict, unfreeze
 from ml_collections import ConfigDict
 
 from maxmap import storage
@@ -30,7 +31,7 @@ from maxmap.data import augment, mix
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, nearest
 from maxmap.losses import total_loss
-from maxmap.models import create_model
+from maxmap.models import TIMM_WORDS, create_model
 from maxmap.optim import make_optimizer
 from maxmap.ranges import check, field_types, fits, type_text
 from maxmap.recipe import Evaluation, Logging, Recipe, Saving
@@ -219,6 +220,7 @@ def _module_fields(module: nn.Module, prefix: str) -> dict[str, Key]:
         if isinstance(value, nn.Module):
             keys |= _module_fields(value, prefix if field.name == "backbone" else f"{prefix}{field.name}.")
         elif field.name not in ("parent", "name"):
+            value = unfreeze(value) if isinstance(value, FrozenDict) else value
             keys[prefix + field.name] = Key(hints[field.name], value, meanings.get(field.name, ""))
     return keys
 
@@ -310,6 +312,8 @@ def _check_key(name: str, keys: Mapping[str, Key]) -> None:
     prefix = f"{section}." if section else ""
     known = {key.removeprefix(prefix).partition(".")[0] for key in keys if key.startswith(prefix)}
     near = f"; the nearest are {nearest(last, known)}" if known else ""
+    if section == "model" and last in TIMM_WORDS:
+        near = f", a word of timm's: {TIMM_WORDS[last]}"
     raise UserError(f"{_section_text(section)} has no key '{last}'{near}.")
 
 

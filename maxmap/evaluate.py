@@ -1,6 +1,7 @@
 """Exact evaluation: every image of the split counts once, whatever the batch size and the number of devices."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from flax.errors import FlaxError
 from jax.sharding import Mesh
 
 from maxmap import checkpoint, storage
+from maxmap.classes import stored_names
 from maxmap.convert.load import read_model
 from maxmap.cost import count_parameters
 from maxmap.data.augment import normalize
@@ -185,10 +187,11 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
       UserError: There is no checkpoint, it holds another model, or the data is missing or of another size.
     """
     workdir = storage.expand(workdir)
-    mesh, data = recipe.mesh(), recipe.data()
+    mesh = recipe.mesh()
     own = checkpoint.read_info(workdir) is not None
     path = workdir if own or recipe.init_from is None else recipe.init_from
     variables, info = read_model(path)
+    data, present = open_for(recipe, info, path)
     check_same_model(recipe.describe_model(len(data.classes)), info["model"], path)
     model = recipe.model(num_classes=len(data.classes))
     check_image_size(model, variables, data.preprocessing["image_size"])
@@ -201,6 +204,8 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
         return evaluate(eval_step, placed, data, recipe.evaluate.batch_size, mesh, rows[weights])
 
     result = figures(variables, info["weights"])
+    if present < len(data.classes):
+        result["classes"] = f"{present} of {len(data.classes)}"
     result = report(result, variables["params"], {**info, "preprocessing": data.preprocessing})
     if info["weights"] == "ema" and (raw := checkpoint.read_variables(path, ema=False))[1]["weights"] == "raw":
         raw_figures = figures(raw[0], "raw")
@@ -213,13 +218,53 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     return result
 
 
+def open_for(recipe: Recipe, info: Mapping[str, Any], where: str | Path) -> tuple[Data, int]:
+    """Opens data to evaluate a checkpoint on, with labels in the order of the checkpoint's classes.
+
+    Classes are found by their names. The data may have fewer than the checkpoint, whose classes all stay candidates. If
+    only numbers are known on one side, the numbers of classes must be equal, and class i is class i.
+
+    Args:
+      recipe: Of the data.
+      info: What the checkpoint says of itself.
+      where: Of the checkpoint, for messages.
+
+    Returns:
+      The data, and how many of the checkpoint's classes it has.
+
+    Raises:
+      UserError: The data is missing, or has a class that the checkpoint does not have.
+    """
+    known, stored = stored_names(info), info.get("classes", ())
+    # The names of the evaluation split say what its labels mean; without names, those of the training split do.
+    no_split = recipe.data.keywords.get("val_split", "val") is None
+    data = recipe.data() if known is None or no_split else recipe.data(train_split=None)
+    names = list(data.classes)
+    same_count = len(names) == len(stored)
+    if (data.numbered and same_count) or (known is None and not set(names) <= set(stored)):
+        if same_count and names != list(stored):
+            unnamed = "the data" if data.numbered else where
+            _tell(f"{unnamed} has numbers in place of class names: {names[0]!r} of the data is taken for {stored[0]!r}")
+        return data, len(names)
+    if len(names) < len(stored):
+        _tell(f"the data has {len(names)} of the {len(stored)} classes of {where}, which all stay candidates")
+    return data.with_classes(stored, f"the checkpoint in {where}"), len(names)
+
+
+def _tell(text: str) -> None:
+    if jax.process_index() == 0:
+        print(f"maxmap: {text}.", file=sys.stderr)
+
+
 def check_image_size(model: nn.Module, variables: Any, size: int) -> None:
     """Raises UserError unless a model takes images of `size` pixels."""
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     try:
         jax.eval_shape(model.apply, variables, images)
     except (ValueError, TypeError, FlaxError) as error:
-        raise UserError(f"the model does not take the images of config.data, {size} pixels: {error}.") from None
+        raise UserError(
+            f"the model does not take the images of config.data, {size} pixels: {str(error).rstrip('.')}."
+        ) from None
 
 
 def check_same_model(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str | Path) -> None:

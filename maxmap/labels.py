@@ -89,7 +89,8 @@ def evaluate_set(
     if (labels == "real") != (file is not None):
         raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
     pre = info["preprocessing"]
-    data = _open_images(folder, pre, [str(i) for i in range(1000)] if kind["folders"] == "numbers" else classes)
+    folders = [str(i) for i in range(1000)] if kind["folders"] == "numbers" else classes
+    data = _open_images(folder, pre).with_classes(folders, f"the checkpoint in {workdir}")
     present = [label for label, name in enumerate(classes) if (folder / name).is_dir()]
     among = present if kind["among"] else None
     mesh, model = make_mesh(), create_model(**info["model"])
@@ -107,14 +108,13 @@ def evaluate_set(
     return result
 
 
-def _open_images(folder: Path, preprocessing: Mapping[str, Any], classes: Sequence[str]) -> Data:
+def _open_images(folder: Path, preprocessing: Mapping[str, Any]) -> Data:
     """Opens a folder of class folders for evaluation alone, with the preprocessing of a checkpoint."""
     return open_data(
         "folder",
         folder.absolute().parent,
         train_split=None,
         val_split=folder.name,
-        classes=classes,
         eval_interpolation=preprocessing["interpolation"],
         exif=preprocessing.get("exif", False),
         **{key: preprocessing[key] for key in ("crop_pct", "crop_mode", "image_size", "mean", "std")},

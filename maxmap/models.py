@@ -1,5 +1,6 @@
 """Where names, backbones and heads meet: `Classifier`, `create_model`, `list_models`."""
 
+import contextlib
 import fnmatch
 import functools
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
+from flax.errors import ScopeParamShapeError
 
 from maxmap.backbones import (
     Variant,
@@ -26,6 +29,7 @@ from maxmap.errors import UserError, nearest
 from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
+from maxmap.layers.images import channels_error, check_images
 from maxmap.layers.primitives import Block, pair
 from maxmap.operations import Array, upcast
 from maxmap.ranges import CountOrZero, Pixels, check_arguments, check_fields
@@ -84,10 +88,15 @@ class Classifier(nn.Module):
 
     def features(self, images: Array, *, train: bool = False) -> list[Array]:
         """Returns the NHWC maps of the stem and of every stage."""
-        if not self.remat or self.is_initializing():
-            return self.backbone(images, train=train)
-        with nn.intercept_methods(_rematerialisation()):
-            return self.backbone(images, train=train)
+        check_images(images, None if self.is_initializing() else self.variables.get("params", {}).get("backbone"))
+        hooks = contextlib.nullcontext()
+        if self.remat and not self.is_initializing():
+            hooks = nn.intercept_methods(_rematerialisation())
+        try:
+            with hooks:
+                return self.backbone(images, train=train)
+        except ScopeParamShapeError as error:
+            raise channels_error(images, error) or error from None
 
     def embed(self, images: Array, *, train: bool = False) -> Array:
         """Returns the pooled `[B, D]` in front of the classifier."""
@@ -309,7 +318,7 @@ def create_model(
     """
     check_arguments(create_model, "model", locals())
     if name not in MODELS:
-        raise UserError(f"there is no model '{name}'; the nearest names are {nearest(name, MODELS)}.")
+        raise _unknown_name(name)
     model = MODELS[name]
     head_fields = dict(model.head)
     if isinstance(head, str):
@@ -401,7 +410,43 @@ def _as_tuples(value: Any) -> Any:
 def _build(module: type[nn.Module], fields: Mapping[str, Any], what: str, section: str) -> nn.Module:
     known = set(module.__dataclass_fields__) - {"parent", "name"}
     for key in fields:
+        if key not in known and key in TIMM_WORDS:
+            raise UserError(f"{what} has no field '{key}', a word of timm's: {TIMM_WORDS[key]}.")
         if key not in known:
             raise UserError(f"{what} has no field '{key}'; the nearest are {nearest(key, known)}.")
     check_fields(module, section, fields)
-    return module(**fields)
+    return module(**{key: _hashable(value) for key, value in fields.items()})
+
+
+def _hashable(value: Any) -> Any:
+    """Returns a field as a value that can be hashed, whether Python wrote it or JSON: no dicts and no lists."""
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _hashable(inner) for key, inner in value.items()})
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+
+
+_CHANNELS = "the images that model.init gets set the channels; `python -m maxmap convert` has --in-channels"
+# What timm's `create_model` takes, and the right word for it here.
+TIMM_WORDS: dict[str, str] = {
+    "checkpoint_path": "maxmap.load(path) returns a checkpoint's model with its weights",
+    "drop_path_rate": "write drop_path",
+    "drop_rate": "write head={'dropout': RATE}",
+    "features_only": "model.apply(variables, images, method='features') returns the feature maps of any model",
+    "global_pool": "the head pools; head= gives its fields",
+    "img_size": "write image_size",
+    "in_chans": _CHANNELS,
+    "in_channels": _CHANNELS,
+    "out_indices": "model.apply(variables, images, method='features') returns all feature maps, to choose from",
+    "pretrained": "maxmap.load('timm/NAME.TAG') returns a model with its published weights",
+}
+
+
+def _unknown_name(name: str) -> UserError:
+    """Returns the error for a name of no model, which may be the name of a published checkpoint."""
+    model, _, tag = name.rpartition("/")[2].rpartition(":")[2].partition(".")
+    if model in MODELS:
+        return UserError(
+            f"'{name}' is the name of a checkpoint, and create_model makes models without weights: write "
+            f"create_model('{model}'), or maxmap.load('timm/{model}.{tag or 'TAG'}') for the model with its weights."
+        )
+    return UserError(f"there is no model '{name}'; the nearest names are {nearest(name, MODELS)}.")

@@ -1,20 +1,25 @@
 """Names, fields and heads: what `create_model` builds and what it refuses."""
 
+import functools
 import json
+import pickle
 import re
 import runpy
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from maxmap import models
+from maxmap import config, models
 from maxmap.backbones.maxxvit import MaxxViT
+from maxmap.convert.load import convert
 from maxmap.errors import UserError
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
+from maxmap.inference import predict
 from maxmap.layers.primitives import pair
 from maxmap.models import (
     BACKBONES,
@@ -437,3 +442,128 @@ def test_recomputed_blocks_change_nothing():
 
     kept, recomputed = gradients(model), gradients(model.clone(remat=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), recomputed, kept)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, says",
+    [
+        ((2, 64, 64, 3), np.uint8, r"the images are uint8, .*\(images / 255 - mean\) / std"),
+        ((2, 64, 64, 3), np.int32, "the images are int32"),
+        (
+            (2, 3, 64, 64),
+            np.float32,
+            r"\(2, 3, 64, 64\), which looks like \[batch, channels, .*transpose\(0, 2, 3, 1\)",
+        ),
+        ((2, 1, 50, 60), np.float32, r"looks like \[batch, channels, height, width\]"),
+        ((64, 64, 3), np.float32, r"\(64, 64, 3\): give \[batch, height, width, channels\]; a single image is"),
+        ((64,), np.float32, r"\(64,\): give \[batch, height, width, channels\]\."),
+        ((2, 64, 64, 4), np.float32, "the images have 4 channels, .* a network for 3"),
+        ((2, 50, 50, 1), np.float32, "the images have 1 channels, .* a network for 3"),
+        ((2, 0, 64, 3), np.float32, "holds no pixels"),
+    ],
+)
+@pytest.mark.parametrize("method", [None, "features", "embed"])
+def test_images_are_checked_before_anything_reads_them(small, shape, dtype, says, method):
+    model, variables, _ = small
+    for call in (model, model.clone(remat=True)):
+        with pytest.raises(UserError, match=says) as error:
+            jax.eval_shape(lambda x, call=call: call.apply(variables, x, method=method), np.zeros(shape, dtype))
+        assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("trained, given", [(1, 3), (4, 3), (4, 1), (6, 3)])
+@pytest.mark.parametrize("name", ["test_maxvit", "resnet50", "convnext_tiny"])
+def test_networks_of_other_channels_say_how_many(name, trained, given):
+    model = create_model(name, num_classes=3)
+    size = model.backbone.image_size
+    images = {n: jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (trained, given)}
+    variables = jax.eval_shape(model.init, jax.random.key(0), images[trained])
+    jax.eval_shape(model.apply, variables, images[trained])
+    with pytest.raises(UserError, match=f"the images have {given} channels, .* a network for {trained}:"):
+        jax.eval_shape(model.apply, variables, images[given])
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        *(("map_maxvit_mini_32", 1), ("maxvit_tiny_tf_224", 1), ("coatnet_0_224", 16), ("caformer_s18", 2)),
+        *(("CSWin_144_24322_large_224", 1), ("convnext_tiny", 1), ("vit_small_patch16_224", 1)),
+    ],
+)
+def test_images_of_one_pixel_get_the_sentence_of_the_size(name, size):
+    model = create_model(name, num_classes=3)
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    with pytest.raises(ValueError, match=r"nearest size that works is \d\d|the least is|position table is for 224"):
+        jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+TIMM = {
+    "in_chans": (1, "model.init"),
+    "img_size": (256, "write image_size"),
+    "drop_path_rate": (0.1, "write drop_path"),
+    "features_only": (True, "method='features'"),
+    "pretrained": (True, r"maxmap.load\('timm/NAME.TAG'\)"),
+}
+
+
+@pytest.mark.parametrize("word", TIMM)
+def test_words_of_timm_are_answered_with_the_word_here(word):
+    value, says = TIMM[word]
+    with pytest.raises(UserError, match=f"has no field '{word}', a word of timm's: .*{says}"):
+        create_model("maxvit_tiny_tf_224", **{word: value})
+    with pytest.raises(UserError, match=f"config.model has no key '{word}', a word of timm's: .*{says}"):
+        config.complete({"model": {"name": "maxvit_tiny_tf_224", word: value}})
+
+
+@pytest.mark.parametrize("prefix", ["timm/", "", "hf-hub:timm/", "hf_hub:timm/"])
+def test_the_name_of_a_checkpoint_is_no_model(prefix):
+    says = r"create_model\('maxvit_tiny_tf_224'\), or maxmap.load\('timm/maxvit_tiny_tf_224.in1k'\)"
+    with pytest.raises(UserError, match=says):
+        create_model(f"{prefix}maxvit_tiny_tf_224.in1k")
+
+
+@pytest.mark.parametrize("name", ["maxvit_tiny_tf_224.in1k", "maxvit_tiny_tf_224", "maxvit_tiny_tf_224.in12k"])
+def test_a_published_name_without_its_owner(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for read in (predict, convert):
+        with pytest.raises(UserError, match=f"^{name} is neither a folder .*: write timm/maxvit_tiny_tf_224.in1k"):
+            read(name, "photo.jpg" if read is convert else ["photo.jpg"])
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_is_hashable_and_equal_to_its_twin(name):
+    fields = {"conv": {"activation": "silu"}, "depths": [1, 1, 1, 1]} if name == "maxvit_tiny_tf_224" else {}
+    model = create_model(name, **fields)
+    twin = create_model(name, **json.loads(json.dumps(fields)))
+    assert model == twin and hash(model) == hash(twin) and model != create_model(name, num_classes=7, **fields)
+    copy = pickle.loads(pickle.dumps(model))
+    assert copy == model and hash(copy) == hash(model)
+
+
+def test_a_model_can_be_a_static_argument(small):
+    model, variables, images = small
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def f(model, variables, images):
+        traced.append(model)
+        return average(model.apply(variables, images))
+
+    twin = create_model("test_maxvit", image_size=64, head=SMALL_MAP, num_classes=3)
+    assert np.array_equal(f(model, variables, images), f(twin, variables, images)) and len(traced) == 1
+
+
+def test_models_map_over_images_and_export_with_any_batch(small):
+    model, variables, images = small
+
+    def f(images):
+        return average(model.apply(variables, images))
+
+    wanted = jax.jit(f)(images)
+    one_by_one = jax.jit(jax.vmap(lambda image: f(image[None])[0]))(images)
+    np.testing.assert_allclose(one_by_one, wanted, rtol=1e-4, atol=1e-5)
+    batch, side = jax.export.symbolic_shape("b, 64")
+    shape = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)
+    exported = jax.export.export(jax.jit(f))(shape)
+    np.testing.assert_allclose(exported.call(images), wanted, rtol=1e-4, atol=1e-5)
+    assert exported.call(np.zeros((3, 64, 64, 3), np.float32)).shape == (3, 3)

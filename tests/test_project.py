@@ -18,6 +18,7 @@ FLOORS = (
     {"maxmap.ranges"},
     {
         "maxmap.checksums",
+        "maxmap.classes",
         "maxmap.predictions",
         "maxmap.protobuf",
         "maxmap.runtime",

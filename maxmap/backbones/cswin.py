@@ -84,7 +84,7 @@ class CSWin(nn.Module):
         def misfit(pixels: int) -> tuple[int, int, int] | None:
             n = -(-pixels // 4) if self.deep_stem else (pixels + 1) // 4
             for stage, stripe in enumerate(stripes(pixels)):
-                if n % stripe:
+                if n < stripe or n % stripe:
                     return stage, n, stripe
                 n = -(-n // 2)
             return None

@@ -256,6 +256,8 @@ class MetaFormer(nn.Module):
         """Maps images `[B, H, W, C]` to the stem's map and the map of every stage."""
         if "random" in self.mixers:
             require_image_size(x, self.image_size, "the random matrices are")
+        if min(x.shape[1:3]) < 3:  # the 7x7 convolution of the stem pads by 2
+            raise ValueError(f"image side {min(x.shape[1:3])} is too small; the least is 3")
         x = Stem(self.embed_dim[0], name="stem")(x)
         features = [x]
         rates = drop_path_rates(self.drop_path, sum(self.depths))

@@ -57,6 +57,7 @@ def adapt(
     in_channels: int | None = None,
     resize: str = "bicubic",
     class_map: Sequence[int] | None = None,
+    other_classes: bool = False,
     other_head: bool = False,
     seed: int = 0,
 ) -> tuple[dict[LeafPath, np.ndarray], LoadReport]:
@@ -73,6 +74,7 @@ def adapt(
       resize: "bicubic" (timm's way for position embeddings, and its simple way for tables of offsets), "bilinear" (the
         official TensorFlow code) or "geometric" (timm's way for tables of offsets when it loads a checkpoint).
       class_map: for each class of the model the number of a class of the source, or -1 for the mean of all classes.
+      other_classes: initialise the classifier even if source and model have the same number of classes.
       other_head: initialise the head if source and model have no leaf of it in common.
       seed: of the initialisation.
 
@@ -93,7 +95,7 @@ def adapt(
         name, value = torch_name(path, model), source.get(path)
         if value is None:
             report.initialised.append(name) if path in optional else all_faults.append(f"missing: {name}")
-        elif value.shape == leaf.shape and not class_maps.get(path):
+        elif value.shape == leaf.shape and not class_maps.get(path) and not (other_classes and path in classifier):
             report.loaded.append(name)
             leaves[path] = to_float32(value)
         elif path in classifier and _differ_in_classes(value.shape, leaf.shape) and not class_map:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from maxmap import checkpoint, storage
+from maxmap.classes import require_distinct
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
 from maxmap.convert.sources import ForeignCheckpoint, read_source
@@ -57,6 +58,8 @@ def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], d
         return checkpoint.read_variables(path, ema=ema)
     path = storage.expand(path)
     exists = Path(path).exists()
+    if not exists:
+        _check_name(str(path))
     # The name of a repository may start with hf://, which looks like the scheme of a bucket's path.
     if (exists or not hub.is_name(path)) and (not exists or checkpoint.read_info(path) is not None):
         return checkpoint.read_variables(path, ema=ema)
@@ -113,6 +116,8 @@ def read_foreign(
     )
     size = model.backbone.image_size if isinstance(model.backbone.image_size, int) else model.backbone.image_size[0]
     preprocessing = preprocessing or hub.published_preprocessing(name, in_source, size)
+    if classes:
+        require_distinct(classes, "the list of class names")
     classes = list(classes or _class_names(found, fields["num_classes"]))
     if len(classes) != fields["num_classes"]:
         raise UserError(f"there are {len(classes)} names of {fields['num_classes']} classes: give one for each.")
@@ -222,9 +227,20 @@ def _find_source(source: str | Path, ema: bool | None) -> tuple[ForeignCheckpoin
     """Reads a source, downloading a published one; also returns its row of `published`, empty for other sources."""
     path = Path(storage.expand(source))
     exists = path.exists() or path.with_name(path.name + ".index").is_file()
+    if not exists:
+        _check_name(str(source))
     if exists or not hub.is_name(source):
         return read_source(path, ema=ema), {}
     return read_source(hub.download(str(source)), ema=ema), hub.published().get(str(source), {})
+
+
+def _check_name(name: str) -> None:
+    """Raises UserError for a model's name, with or without a tag, that lacks the owner of its checkpoint."""
+    model = name.partition(".")[0]
+    if model in MODELS and not hub.is_name(name):
+        named = [full for full in hub.published() if full.partition("/")[2].partition(".")[0] == model]
+        there = f"write {' or '.join(named)}" if named else "give the folder of a run or of a converted checkpoint"
+        raise UserError(f"{name} is neither a folder nor the name of a published checkpoint: {there}.")
 
 
 def _has_preprocessing(found: ForeignCheckpoint) -> bool:

@@ -13,13 +13,14 @@ from typing import Annotated, Any, TypeAlias
 import grain
 import numpy as np
 
+from maxmap.classes import match
 from maxmap.data import decode
 from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
 from maxmap.data.images import MAX_PIXELS
 from maxmap.data.order import Chunks, SampleOrder, epoch_length
 from maxmap.data.randaugment import fill_color, parse_rand_augment
 from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop, preprocessed_crop
-from maxmap.data.sources import ImageSource, open_source
+from maxmap.data.sources import ImageSource, LabelledImage, open_source
 from maxmap.errors import UserError, nearest, printable, reason
 from maxmap.ranges import CountOrZero, Fraction, Pixels, Positive, Range, check_arguments
 
@@ -148,6 +149,31 @@ class Data:
         return source.classes
 
     @property
+    def numbered(self) -> bool:
+        """Whether the classes have no names, only numbers."""
+        source = self.train if self.train is not None else self.val
+        return source is not None and source.numbered
+
+    def with_classes(self, classes: Sequence[str], whose: str) -> "Data":
+        """Returns the same data with labels in the order of other classes, found by their names.
+
+        Args:
+          classes: Names in the order of the new labels; the data may have fewer.
+          whose: What has these classes, for the message: 'the checkpoint in run'.
+
+        Raises:
+          UserError: The data has a class that is not among them.
+        """
+        if tuple(classes) == self.classes:
+            return self
+        labels = match(self.classes, classes, "the data", whose)
+
+        def relabel(source: ImageSource | None) -> ImageSource | None:
+            return None if source is None else _Relabelled(source, tuple(classes), labels)
+
+        return dataclasses.replace(self, train=relabel(self.train), val=relabel(self.val))
+
+    @property
     def num_train(self) -> int:
         """Images in the training split."""
         return 0 if self.train is None else len(self.train)
@@ -255,6 +281,32 @@ class Data:
         return _closing(iter(data.batch(chunks.per_batch, drop_remainder=True, batch_fn=_concatenate)))
 
 
+@dataclasses.dataclass
+class _Relabelled:
+    """A source whose labels follow the order of other classes.
+
+    Attributes:
+      source: The images.
+      classes: In the order of the new labels.
+      labels: For each label of the source the new one.
+    """
+
+    source: ImageSource
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    numbered: bool = False
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> LabelledImage:
+        image, label = self.source[index]
+        return LabelledImage(image, int(self.labels[label]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
 def preprocess(image: bytes | str | os.PathLike | np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray:
     """Does to one image what `eval_batches` does to a data set.
 
@@ -266,8 +318,15 @@ def preprocess(image: bytes | str | os.PathLike | np.ndarray, preprocessing: Map
       uint8 [image_size, image_size, 3], not yet normalised.
 
     Raises:
-      UserError: the file is missing or cannot be decoded.
+      UserError: the file is missing or cannot be decoded, or the array is of another type or shape.
     """
+    if isinstance(image, np.ndarray) and (
+        image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4)
+    ):
+        raise UserError(
+            f"the image is an array {image.dtype} {list(image.shape)}: give uint8 [height, width, 3], from 0 to 255; "
+            "`preprocess` resizes and crops, and normalisation comes after it."
+        )
     where = "the image"
     try:
         if isinstance(image, str | os.PathLike):

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from maxmap.classes import match, read_names
 from maxmap.data.archives import TarMember, TFRecords, read_at, tar_members
 from maxmap.data.folders import HOW_TO_GIVE_IMAGES, class_folders, image_files, is_image, split_folder
 from maxmap.data.images import IMAGE_ENDINGS
@@ -34,6 +35,7 @@ class ImageSource(Protocol):
     """Labelled images by index; picklable, and safe to read from several threads."""
 
     classes: tuple[str, ...]
+    numbered: bool  # the classes have no names, only numbers
 
     def __len__(self) -> int: ...
 
@@ -105,6 +107,7 @@ class FolderSource:
         self._root = split_folder(path, split)
         own_classes = class_folders(self._root)
         labels = _class_labels(own_classes, classes, self._root)
+        self.numbered = False
         self.classes = tuple(classes or own_classes)
         names, counts, left_out = [], [], []
         for own_class in own_classes:
@@ -149,12 +152,16 @@ class TarSource:
         label_files = {(number, _sample_key(m.name)): m for number, m in members if m.name.endswith(".cls")}
         if label_files:
             labels = [self._read_label(number, m, label_files) for number, m in images]
-            self.classes = tuple(classes or _read_class_names(path, max(labels) + 1))
-            self._check_labels(images, labels)
-            self._labels = np.array(labels, np.int32)
+            own_classes = _read_class_names(path)
+            self.numbered = own_classes is None and not classes
+            if own_classes is None:
+                own_classes = list(classes or map(str, range(max(labels) + 1)))
+            self._check_labels(images, labels, len(own_classes))
+            self.classes = tuple(classes or own_classes)
+            self._labels = _class_labels(own_classes, classes, f"{path}/classes.txt")[labels]
         else:
             folders = self._class_folders(images)
-            own_classes = sorted(set(folders))
+            own_classes, self.numbered = sorted(set(folders)), False
             label_of = dict(zip(own_classes, _class_labels(own_classes, classes, self._where()), strict=True))
             self.classes = tuple(classes or own_classes)
             self._labels = np.array([label_of[folder] for folder in folders], np.int32)
@@ -189,12 +196,12 @@ class TarSource:
             )
         return int(text)
 
-    def _check_labels(self, images: Sequence[tuple[int, TarMember]], labels: Sequence[int]) -> None:
+    def _check_labels(self, images: Sequence[tuple[int, TarMember]], labels: Sequence[int], count: int) -> None:
         for (number, image), label in zip(images, labels, strict=True):
-            if label >= len(self.classes):
+            if label >= count:
                 raise UserError(
-                    f"{image.name} in {self._tars[number]} has the label {label}, but there are {len(self.classes)} "
-                    f"classes, 0 to {len(self.classes) - 1}: correct the label or the class names."
+                    f"{image.name} in {self._tars[number]} has the label {label}, but there are {count} "
+                    f"classes, 0 to {count - 1}: correct the label or the class names."
                 )
 
     def _class_folders(self, images: Sequence[tuple[int, TarMember]]) -> list[str]:
@@ -224,6 +231,7 @@ class DigitsSource:
         own_classes = tuple(str(name) for name in digits.target_names)
         grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
         self.classes = tuple(classes or own_classes)
+        self.numbered = False
         self._split = split
         self._images = np.repeat(grey[..., None], 3, axis=-1)  # [N, 8, 8, 3]
         self._labels = _class_labels(own_classes, classes, f"digits/{split}")[digits.target[chosen]]
@@ -296,6 +304,7 @@ class TfdsSource:
                 f"TFDS data set {name!r} has no split {split!r}: it has {', '.join(builder.info.splits)}."
             ) from error
         own_classes = tuple(features["label"].names)
+        self.numbered = False
         self.classes = tuple(classes or own_classes)
         self._name = name
         self._labels = _class_labels(own_classes, classes, f"TFDS data set {name!r}")
@@ -336,16 +345,7 @@ class TfdsSource:
 
 def _class_labels(own_classes: Sequence[str], classes: Sequence[str] | None, where: str) -> np.ndarray:
     """Returns the label of each class of a source: its index in `classes` where they are given, else its own."""
-    if classes is None:
-        return np.arange(len(own_classes), dtype=np.int32)
-    label_of = {name: label for label, name in enumerate(classes)}
-    unknown = [name for name in own_classes if name not in label_of]
-    if unknown:
-        raise UserError(
-            f"class {unknown[0]!r} of {where} ({len(unknown)} such) is not among the {len(label_of)} classes of the "
-            f"training split: rename it (nearest: {nearest(unknown[0], label_of)}), remove it, or add it there."
-        )
-    return np.array([label_of[name] for name in own_classes], np.int32)
+    return match(own_classes, own_classes if classes is None else classes, where, "the training split")
 
 
 def _tell_left_out(root: str, names: Sequence[str]) -> None:
@@ -378,13 +378,10 @@ def _sample_key(name: str) -> str:
     return os.path.join(folder, file.split(".")[0])
 
 
-def _read_class_names(path: str | os.PathLike | None, count: int) -> list[str]:
-    """Returns the lines of `<path>/classes.txt`, else `count` numbers."""
+def _read_class_names(path: str | os.PathLike | None) -> list[str] | None:
+    """Returns the class names in `<path>/classes.txt`; None if there is no such file."""
     file = os.path.join(os.path.expanduser(os.fspath(path or "")), "classes.txt")
-    if not os.path.exists(file):
-        return [str(number) for number in range(count)]
-    with open(file, encoding="utf-8") as lines:
-        return [line.strip() for line in lines if line.strip()]
+    return read_names(file) if os.path.exists(file) else None
 
 
 def _resolve_tfds_split(split: str, present: Sequence[str]) -> str:

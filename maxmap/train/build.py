@@ -53,7 +53,7 @@ class Parts:
     total_steps: int
     create_state: Callable[[Array], TrainState]
     like: TrainState
-    train_step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    train_step: jax.stages.Wrapped
     diagnose: Callable[..., Any]
     eval_step: EvalStep
     info: dict[str, Any]
@@ -76,6 +76,11 @@ def open_data(recipe: Recipe) -> Data:
         raise UserError("there is no training data: set --config.data.train_split.")
     if data.val is None:
         raise UserError("there is no evaluation data: set --config.data.val_split.")
+    if len(data.classes) == 1:
+        raise UserError(
+            f"the training data has one class alone, {data.classes[0]!r}, with {data.train.name(0)}: give images of "
+            "two classes or more, each in a folder of its own directly in the split's folder."
+        )
     return data
 
 
@@ -152,7 +157,7 @@ def _abstract_state(create_state: Callable[[Array], TrainState], mesh: Mesh, wha
     try:
         return abstract(jax.eval_shape(create_state, jax.random.key(0)), mesh)
     except (ValueError, TypeError, FlaxError) as error:
-        raise UserError(f"{what}: {error}.") from None
+        raise UserError(f"{what}: {str(error).rstrip('.')}.") from None
 
 
 def make_optimizer(

@@ -44,7 +44,7 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
     workdir = storage.expand(workdir)
     mesh = recipe.mesh()
     data = open_data(recipe)
-    found, changes = find_checkpoint(recipe, workdir, data, mesh, allow_changes=allow_changes)
+    found, changes, data = find_checkpoint(recipe, workdir, data, mesh, allow_changes=allow_changes)
     parts = build(recipe, mesh, data)
     state, adapted = first_state(parts, workdir, found)
     start = 0 if found is None else found["step"]
@@ -115,6 +115,7 @@ class Loop:
         self._last: tuple[Mapping[str, Any], Mapping[str, Array]] | None = (
             None  # batch and metrics of a step, to be checked
         )
+        self._train_step: Callable[..., tuple[TrainState, dict[str, Array]]] | None = None  # compiled at the first step
         self._result: dict[str, Any] = {}
         self._undecoded = 0
         # An accelerator computes a step while the host checks the one before. On a CPU both would share the cores, and
@@ -199,7 +200,11 @@ class Loop:
             self._report.warn(f"skipped ({self._undecoded} so far), cannot be decoded: {printable(name)}")
         self._dog.enter(f"step {self._step + 1} computes")  # or compiles
         on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
-        self._state, metrics = self._parts.train_step(self._state, on_devices, self._key)
+        if self._train_step is None:
+            began = time.perf_counter()
+            self._train_step = self._parts.train_step.lower(self._state, on_devices, self._key).compile()
+            self._report.compiled(time.perf_counter() - began)
+        self._state, metrics = self._train_step(self._state, on_devices, self._key)
         self._report.advanced()
         self._check_last_step()
         self._step, self._last = self._step + 1, (batch, metrics)
@@ -218,6 +223,8 @@ class Loop:
         if not self._watch.skips and (step % parts.recipe.log.every == 0 or step in (1, parts.total_steps)):
             numbers = _fetch({**metrics, "learning_rate": parts.schedule(step - 1)})
             self._report.train(step, step / parts.steps_per_epoch, numbers)
+        elif step == self._first + 2:
+            self._report.time_left(step)
         if stopping:
             on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, parts.mesh)
             layers = parts.diagnose(self._state, on_devices, jax.random.fold_in(self._key, step - 1))

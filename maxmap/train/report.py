@@ -83,18 +83,33 @@ class Report:
         if self._main:
             self._bar.update()
 
+    def compiled(self, seconds: float) -> None:
+        """Tells how long the step took to compile, and leaves these seconds out of the speed and of the time left."""
+        self.left_out(seconds)
+        self.tell(f"compiling, {seconds:.0f} s")
+        if self._main:
+            self._bar.unpause()
+
+    def time_left(self, step: int) -> None:
+        """Tells the time left, from the steps since the last report."""
+        seconds = (time.perf_counter() - self._time) / max(step - self._step, 1)
+        self.tell(f"{_clock((self._total - step) * seconds)} left")
+
     def train(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
-        """Reports the metrics of a training step, and the speed since the last report."""
+        """Reports the metrics of a training step, and the speed since the last report.
+
+        The first step says nothing of the time left: it also fills caches and allocates memory.
+        """
         now = time.perf_counter()
         seconds, steps = now - self._time, max(step - self._step, 1)
         speed = {"images_per_second": steps * self._batch_size / seconds, "waiting_for_data": self._waited / seconds}
-        left = (self._total - step) * seconds / steps
+        left = f"{_clock((self._total - step) * seconds / steps)} left, " if step > self._first + 1 else ""
         self._time, self._step, self._waited = now, step, 0.0
         self._write("train", step, {"epoch": epoch, **metrics, **speed})
         text = f"loss {metrics['loss']:.4f}, {speed['images_per_second']:.0f} images/s"
         waiting = f"{100 * speed['waiting_for_data']:.0f} % waiting for data"
         if self._main and self._bar.disable:
-            self.tell(f"step {step}/{self._total}, epoch {epoch:.2f}, {text}, {_clock(left)} left, {waiting}")
+            self.tell(f"step {step}/{self._total}, epoch {epoch:.2f}, {text}, {left}{waiting}")
         elif self._main:
             self._bar.set_postfix_str(f"{text}, {waiting}")
         if speed["waiting_for_data"] > INPUT_BOUND and step > 100 and not self._told_input_bound:

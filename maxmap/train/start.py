@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 
 from maxmap import checkpoint
 from maxmap.checkpoint import Checkpoints
+from maxmap.classes import listed, match, stored_names
 from maxmap.config import with_defaults
 from maxmap.convert.adapt import adapt
 from maxmap.convert.load import read_model
 from maxmap.data.pipeline import Data
-from maxmap.errors import UserError
+from maxmap.errors import UserError, nearest
 from maxmap.evaluate import check_same_model
 from maxmap.recipe import Recipe
 from maxmap.train.build import Parts
@@ -27,21 +28,43 @@ from maxmap.train.state import TrainState
 
 def find_checkpoint(
     recipe: Recipe, workdir: str | Path, data: Data, mesh: Mesh, *, allow_changes: bool
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Returns the info of the checkpoint to go on from, None for none, and the changes of the config since then.
+) -> tuple[dict[str, Any] | None, list[str], Data]:
+    """Finds the checkpoint to go on from.
+
+    Returns:
+      The info of the checkpoint, None for none; the changes since then; and the data, with labels in the order of the
+      checkpoint's classes.
 
     Raises:
-      UserError: The checkpoint holds another model, or the config changed in what it computes.
+      UserError: The checkpoint holds another model or other classes, or the config changed in what it computes.
     """
     found = checkpoint.read_info(workdir)
     if found is None:
-        return None, []
+        return None, [], data
+    matched = _match_classes(data, found, workdir)
     check_same_model(recipe.describe_model(len(data.classes)), found["model"], workdir)
     before, now = with_defaults(found.get("config", recipe.values)), dict(recipe.values)
     if recipe.batch_norm != "sync":  # statistics then depend on the number of devices
         before |= {"devices": found.get("devices", mesh.size)}
         now |= {"devices": mesh.size}
-    return found, check_changes(before, now, workdir, allow=allow_changes)
+    changes = check_changes(before, now, workdir, allow=allow_changes)
+    return found, changes + ["the order of the classes; that of the checkpoint stays"] * (matched is not data), matched
+
+
+def _match_classes(data: Data, found: Mapping[str, Any], workdir: str | Path) -> Data:
+    """Returns data with labels in the order of a checkpoint's classes; UserError says which classes differ."""
+    known = stored_names(found)
+    if known is None:
+        return data
+    if set(known) == set(data.classes):
+        return data.with_classes(known, f"the checkpoint in {workdir}")
+    others = [f"has {name!r} (nearest: {nearest(name, known)})" for name in data.classes if name not in known]
+    missing = [f"lacks {name!r}" for name in known if name not in data.classes]
+    raise UserError(
+        f"the run in {workdir} was trained on other classes: of its {len(known)} ({listed(known)}) the data "
+        f"{', '.join([*missing[:2], *others[:2]])}, {len(missing) + len(others)} differences in all: give the data "
+        f"that it was trained on, or another folder and --config.init_from={workdir}."
+    )
 
 
 def first_state(parts: Parts, workdir: str | Path, found: Mapping[str, Any] | None) -> tuple[TrainState, str]:
@@ -77,16 +100,35 @@ def _restore(workdir: str | Path, step: int, like: TrainState) -> TrainState:
 
 def _read_variables(path: str, parts: Parts) -> tuple[dict[str, Any], str]:
     """Reads a model to start from and fits it to the run's; returns a summary of the changes, too."""
-    variables, _ = read_model(path)
+    variables, info = read_model(path)
     wanted = parts.like.variables()
-    if jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, wanted):
-        return variables, f"loaded {len(jax.tree.leaves(variables))} entries as they were"
+    options, said = _fit_classes(info, parts.data)
+    if not options and jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, wanted):
+        return variables, f"loaded {len(jax.tree.leaves(variables))} entries as they were{said}"
     try:
         flat = traverse_util.flatten_dict(variables)
-        leaves, changes = adapt(flat, parts.model, in_channels=3, other_head=True, seed=parts.recipe.seed)
+        leaves, changes = adapt(flat, parts.model, in_channels=3, other_head=True, seed=parts.recipe.seed, **options)
     except UserError as error:
         raise UserError(f"the checkpoint in {path} cannot be started from: {error}") from None
-    return traverse_util.unflatten_dict(leaves), str(changes)
+    return traverse_util.unflatten_dict(leaves), f"{changes}{said}"
+
+
+def _fit_classes(info: Mapping[str, Any], data: Data) -> tuple[dict[str, Any], str]:
+    """Returns what `adapt` does with a classifier for as many classes as the data has, and what to say of it.
+
+    Args:
+      info: What the checkpoint to start from says of itself.
+      data: Of the run.
+    """
+    known, stored, here = stored_names(info), info.get("classes", ()), data.classes
+    if len(stored) != len(here) or list(stored) == list(here):
+        return {}, ""
+    if set(stored) == set(here) and not data.numbered:
+        order = match(here, stored, "the data", "the checkpoint").tolist()
+        return {"class_map": order}, "\nits classes get the order that they have in the data"
+    if known is None or data.numbered:
+        return {}, f"\nonly numbers are known of its or the data's classes, so numbers decide: 0 is {here[0]!r} now"
+    return {"other_classes": True}, f"\nits classes ({listed(known)}) are not those of the data ({listed(here)})"
 
 
 def _with_variables(state: TrainState, variables: Mapping[str, Any]) -> TrainState:

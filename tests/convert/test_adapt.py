@@ -74,6 +74,19 @@ def test_classes_by_a_map():
             adapted(create(num_classes=7), create(num_classes=3), class_map=wrong)
 
 
+def test_as_many_classes_in_another_order_or_with_other_names():
+    """Both classifiers of a head get the order; other classes get new classifiers, although the sizes are equal."""
+    model = create(num_classes=3, head=HEAD)
+    before, after, report = adapted(model, model, class_map=[2, 0, 1])
+    assert len(report.changed) > 2 and not report.initialised
+    for name in report.changed:
+        assert np.array_equal(after[name], before[name][[2, 0, 1]])
+    classifiers = set(report.changed)
+    _, new, report = adapted(model, model, other_classes=True)
+    assert set(report.dropped) == set(report.initialised) == classifiers
+    assert all(not np.array_equal(new[name], before[name]) for name in report.initialised if name.endswith("weight"))
+
+
 @pytest.mark.parametrize("name, fields", [("test_maxvit", {}), ("caformer_s18", {"depths": (1, 1, 1, 1)})])
 def test_no_classes(name, fields):
     with_head, without = (create(name, num_classes=classes, **fields) for classes in (7, 0))

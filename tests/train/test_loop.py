@@ -327,12 +327,11 @@ def test_init_from_fits_a_model_to_new_classes(tmp_path, monkeypatch, capfd):
 
 def test_a_workdir_of_another_run_is_left_alone(finished, images, tmp_path):
     workdir = finished.workdir
-    message = sentence(settings_for(images, model__branches=3), workdir)
-    assert "branches is 2 there and 3 here" in message and "another folder" in message
+    message = sentence(settings_for(images, model__name="tiny_other"), workdir)
+    assert "model.name: tiny -> tiny_other" in message and "another --workdir" in message
+    assert "branches is 2 there and 3 here" in sentence(settings_for(images, model__branches=3), workdir)
     folder = write_folder(tmp_path / "two", classes=("blue", "green"))
-    assert "num_classes is 3 there and 2 here" in sentence(settings_for(folder), workdir)
-    with pytest.raises(UserError, match="num_classes is 3 there and 2 here"):
-        evaluate.run(bind(settings_for(folder)), workdir)
+    assert "lacks 'red', 1 differences in all" in sentence(settings_for(folder), workdir)
     assert "optim.name: adamw -> lion" in sentence(settings_for(images, optim={"name": "lion"}), workdir)
 
 
@@ -508,3 +507,12 @@ def test_folders_that_are_missing_or_wrong(tmp_path):
     (tmp_path / "hollow/val").mkdir()
     assert "holds no class folders" in sentence(settings_for(tmp_path / "hollow"), workdir)
     assert "no path" in sentence(settings_for(None), workdir)
+
+
+def test_compiling_and_the_time_left_have_lines_of_their_own(images, tmp_path, capfd):
+    loop.run(bind(settings_for(images, log={"every": 50})), tmp_path)
+    log = capfd.readouterr().err
+    compiling, first, left = (
+        re.search(text, log, re.MULTILINE) for text in (r"^compiling, \d+ s$", r"^step 1/9,.*$", r"^0:\d\d:\d\d left$")
+    )
+    assert compiling.start() < first.start() < left.start() and "left" not in first[0]

@@ -58,6 +58,26 @@ def test_speed_leaves_out_evaluations_and_says_what_waiting_took(clock, tmp_path
     assert "step 20/30, epoch 2.00, loss 2.0000, 40 images/s, 0:00:08 left, 25 % waiting for data" in line
 
 
+def test_compiling_is_told_and_counts_for_nothing(clock, tmp_path, capfd):
+    """18 steps of a second each, and a first one that compiles for 41 seconds before."""
+    report = Report(tmp_path, step=0, total_steps=18, batch_size=8)
+    clock.now += 41.4
+    report.compiled(41.4)
+    clock.now += 1
+    report.train(1, 0.0, metrics())
+    clock.now += 1
+    report.time_left(2)
+    clock.now += 3
+    report.train(5, 0.0, metrics())
+    report.close()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "compiling, 41 s"
+    assert lines[1] == "step 1/18, epoch 0.00, loss 2.0000, 8 images/s, 0 % waiting for data"
+    assert lines[2] == "0:00:16 left"
+    assert "8 images/s, 0:00:13 left" in lines[3]
+    assert [row["images_per_second"] for row in read_lines(tmp_path / "metrics.jsonl")] == [8, 8]
+
+
 def test_the_clock_starts_anew_with_every_line(clock, tmp_path):
     report = Report(tmp_path, step=0, total_steps=30, batch_size=8)
     for step, seconds in ((1, 20.0), (5, 2.0)):

@@ -150,7 +150,13 @@ class MaxxViT(nn.Module):
             n = pixels // 2
             for stage, stride in enumerate(self.strides):
                 n = -(-n // stride)
-                if partitioned[stage] and n % window:
+                least = 2 * math.prod(self.strides[: stage + 1])
+                if "T" in self._kinds(stage) and pixels < least:
+                    raise ValueError(
+                        f"image {('height', 'width')[axis]} {pixels} leaves no pixel in stage {stage}; the nearest "
+                        f"size that works is {2 * math.prod(self.strides)}"
+                    )
+                if partitioned[stage] and (n < window or n % window):
                     step = 2 * math.prod(self.strides) * (1 if made_for and self.window_size is None else window)
                     nearest = max(round(pixels / step), 1) * step
                     raise ValueError(
