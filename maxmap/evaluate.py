@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 
 from maxmap import checkpoint, storage
 from maxmap.classes import stored_names
+from maxmap.comparison import differences
 from maxmap.convert.load import read_model
 from maxmap.cost import count_parameters
 from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError, printable
-from maxmap.models import average, differences
+from maxmap.models import average
 from maxmap.operations import Array, upcast
 from maxmap.predictions import make_rows, to_csv
 from maxmap.recipe import Recipe

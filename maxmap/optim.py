@@ -113,7 +113,7 @@ def make_optimizer(
 ) -> Transformation:
     """Builds the optimizer: gradients -> clip -> `name` with masked weight decay -> updates to add.
 
-    Frozen leaves (`trainable_mask`) get zero updates, have no state and do not count in the norm that clips.
+    Frozen leaves (`trainable_mask`) get zero updates, have no state and do not count in the norm.
 
     Args:
       learning_rate: A float or a schedule of the step.
@@ -121,8 +121,7 @@ def make_optimizer(
       weight_decay: Of the parameters that `decay_mask` marks.
       clip_norm: Clips the global norm of the gradients in front of the optimizer; None for no clip.
       clip_value: Clips every element of the gradients to this size instead.
-      clip_agc: Clips the gradient of every output channel, but for classifiers, to this multiple of its weights' norm
-        instead (adaptive gradient clipping, Brock et al. 2021).
+      clip_agc: Clips each output channel's gradient to this multiple of its weights' norm (AGC, Brock et al. 2021).
       layer_decay: Multiplies the rate once for every block between a parameter and the head, see `depths`.
       b1: Decay of the first moment; None for the optimizer's own default, as for the four below.
       b2: Decay of the second moment (lion: of the momentum).
@@ -145,8 +144,7 @@ def make_optimizer(
         raise UserError(f"optim has {' and '.join(clips)}: give one of them.")
     if layer_decay is not None and not blocks:
         raise UserError("optim.layer_decay needs the blocks of the model: give make_optimizer block_paths(model).")
-    no_decay = _check_patterns(no_decay)
-    mask = functools.partial(decay_mask, no_decay=no_decay)
+    mask = functools.partial(decay_mask, no_decay=_check_patterns(no_decay))
     optimizer = OPTIMIZERS[name](learning_rate, weight_decay=weight_decay, mask=mask, **options)
     for key, value in clips.items():
         optimizer = optax.chain(CLIPS[key](value), optimizer)

@@ -51,6 +51,13 @@ class Schedule:
     steps_per_epoch: int
     total_epochs: int
 
+    def __post_init__(self) -> None:
+        if self.total_steps > MOST_STEPS:
+            raise UserError(
+                f"{self.total_epochs} epochs of {self.steps_per_epoch} steps are more than the {MOST_STEPS} steps that "
+                "a run can have: lower --config.epochs."
+            )
+
     @property
     def total_steps(self) -> int:
         return self.steps_per_epoch * self.total_epochs
@@ -83,9 +90,8 @@ def make_schedule(
       lr: The highest rate, per update.
       name: Shape of the decay.
       warmup_epochs: Length of the warm-up, 0 for none; a whole number for per='epoch'.
-      warmup_steps: Length of the warm-up in steps, for recipes that give it so; needs per='step' and no warmup_epochs.
-      warmup_max_share: Largest part of the epochs that the warm-up takes: a longer one is cut to it; None to refuse a
-        warm-up that does not fit into the epochs.
+      warmup_steps: Length of the warm-up in steps; needs per='step' and no warmup_epochs.
+      warmup_max_share: Part of the epochs to which a longer warm-up is cut; None to refuse one that does not fit.
       warmup_lr: Rate at the start of the warm-up.
       min_lr: Rate at the end of the decay.
       decay_epochs: How long before the end of the epochs the decay of 'wsd' starts; for 'wsd' only.
@@ -97,23 +103,15 @@ def make_schedule(
       UserError: A value is out of range, or the values make no schedule.
     """
     check_arguments(make_schedule, "schedule", locals())
-    if name != "constant" and min_lr > lr:
-        raise UserError(f"schedule.min_lr is {min_lr!r}: give a rate from 0 to lr = {lr!r}.")
-    if (name == "wsd") != (decay_epochs is not None):
-        raise UserError("schedule.decay_epochs goes with name='wsd': give it there, in epochs, and nowhere else.")
+    _check_combination(name, lr, min_lr, decay_epochs)
     ticks_per_epoch = 1 if per == "epoch" else steps_per_epoch
-    warmup = _warmup_ticks(warmup_epochs, warmup_steps, ticks_per_epoch, per)
     span = epochs * ticks_per_epoch
-    decay = span if decay_epochs is None else _ticks("decay_epochs", decay_epochs, ticks_per_epoch, per)
+    warmup = _warmup_ticks(warmup_epochs, warmup_steps, ticks_per_epoch, per)
     if warmup_max_share is not None:
         warmup = min(warmup, round(warmup_max_share * span))
     if warmup > span and not warmup_prefix:
-        key = "warmup_epochs" if warmup_steps is None else "warmup_steps"
-        raise UserError(
-            f"the warm-up of {warmup} {per}s (schedule.{key}) does not fit into the {span} {per}s of the run (epochs): "
-            f"lower --config.schedule.{key}, raise --config.epochs, or cut every warm-up to a tenth of the epochs with "
-            "--config.schedule.warmup_max_share=0.1."
-        )
+        raise _too_long("warmup_epochs" if warmup_steps is None else "warmup_steps", warmup, span, per)
+    decay = span if decay_epochs is None else _ticks("decay_epochs", decay_epochs, ticks_per_epoch, per)
     if name == "wsd" and not 1 <= decay <= (span if warmup_prefix else span - warmup):
         raise UserError(f"schedule.decay_epochs is {decay_epochs!r}: warm-up and decay must fit into {epochs} epochs.")
     end = span + warmup if warmup_prefix else span
@@ -127,12 +125,22 @@ def make_schedule(
         return jnp.where(tick < warmup, warming, lr * height + min_lr * (1 - height))
 
     total_epochs = epochs + cooldown_epochs + (-(-warmup // ticks_per_epoch) if warmup_prefix else 0)
-    if total_epochs * steps_per_epoch > MOST_STEPS:
-        raise UserError(
-            f"{total_epochs} epochs of {steps_per_epoch} steps are more than the {MOST_STEPS} steps that a run can "
-            "have: lower --config.epochs."
-        )
     return Schedule(rate, steps_per_epoch, total_epochs)
+
+
+def _check_combination(name: str, lr: float, min_lr: float, decay_epochs: float | None) -> None:
+    if name != "constant" and min_lr > lr:
+        raise UserError(f"schedule.min_lr is {min_lr!r}: give a rate from 0 to lr = {lr!r}.")
+    if (name == "wsd") != (decay_epochs is not None):
+        raise UserError("schedule.decay_epochs goes with name='wsd': give it there, in epochs, and nowhere else.")
+
+
+def _too_long(key: str, warmup: int, span: int, per: str) -> UserError:
+    return UserError(
+        f"the warm-up of {warmup} {per}s (schedule.{key}) does not fit into the {span} {per}s of the run (epochs): "
+        f"lower --config.schedule.{key}, raise --config.epochs, or cut every warm-up to a tenth of the epochs with "
+        "--config.schedule.warmup_max_share=0.1."
+    )
 
 
 def _warmup_ticks(epochs: float, steps: int | None, ticks_per_epoch: int, per: str) -> int:

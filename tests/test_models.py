@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from maxmap import config, models
+from maxmap import config
 from maxmap.backbones.maxxvit import MaxxViT
+from maxmap.comparison import TRAINING_ONLY, differences
 from maxmap.convert.load import convert
 from maxmap.errors import UserError
 from maxmap.heads.linear import LinearHead
@@ -26,12 +27,10 @@ from maxmap.models import (
     FAMILIES,
     HEADS,
     MODELS,
-    TRAINING_ONLY,
     Classifier,
     average,
     block_paths,
     create_model,
-    differences,
     list_models,
 )
 from tests.test_grid import small as small_member
@@ -329,7 +328,7 @@ def test_differences_are_named(name, one, other, phrases):
 
 
 def test_flat_modules_are_compared_too(monkeypatch):
-    monkeypatch.setattr(models, "create_model", create_tiny)
+    monkeypatch.setattr("maxmap.comparison.create_model", create_tiny)
     tiny = {"name": "tiny", "num_classes": 3}
     assert differences({**tiny, "drop_path": 0.1}, {**tiny, "dropout": 0.2, "branches": 2}) == []
     assert differences({**tiny, "width": 8}, {**tiny, "width": 4}) == ["width is 8 there and 4 here"]

@@ -36,7 +36,7 @@ FLOORS = (
     {"maxmap.recipe"},
     {"maxmap.config"},
     {"maxmap.convert"},
-    {"maxmap.cost"},
+    {"maxmap.comparison", "maxmap.cost"},
     {"maxmap.evaluate", "maxmap.inference"},
     {"maxmap.labels"},
     {"maxmap.train"},
