@@ -21,7 +21,7 @@ import optax
 from absl import logging
 
 from maxmap import checkpoint
-from maxmap.evaluate import count_parameters
+from maxmap.cost import count_parameters
 from maxmap.models import create_model
 from maxmap.sharding import make_mesh
 from maxmap.train.state import TrainState, abstract, create

@@ -18,7 +18,6 @@ does run.
 import argparse
 import csv
 import itertools
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ import jax.numpy as jnp
 
 from benchmarks.contenders import training
 from benchmarks.speed import MODELS
+from maxmap.config import bind, read
+from maxmap.layers.primitives import pair
 from maxmap.models import create_model
 from maxmap.train.plan import largest_batch, plan
 
@@ -74,11 +75,11 @@ def measure(model: str, dtype: str, remat: bool, batches: tuple[int, int]) -> tu
 
 def planned(model: str, dtype: str, remat: bool) -> float:
     """Returns the bytes per image that `maxmap.train.plan` counts, with the flagship's recipe around the model."""
-    config = runpy.run_path("configs/maxvit_tiny_map.py")["get_config"]().to_dict()
-    size = create_model(model).backbone.image_size
-    config |= {"model": {"name": model, "remat": remat}, "dtype": dtype, "batch_size": 8, "accumulate": 1}
-    config["data"]["image_size"] = size if isinstance(size, int) else size[0]
-    memory = plan(config, 1, "h100-80", 0.3)["memory"]
+    size = pair(create_model(model).backbone.image_size)[0]
+    changes = {"model.name": model, "model.remat": remat, "dtype": dtype, "batch_size": 8, "accumulate": 1}
+    changes |= {"data.image_size": size, "model.drop_path": 0.0}
+    config = read("configs/maxvit_tiny_map.py", [f"config.{key}={value}" for key, value in changes.items()])
+    memory = plan(bind(config), 1, "h100-80", 0.3)["memory"]
     return (memory["activations, at most"] + memory["images"]) / 8
 
 

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxmap.convert.torch import DERIVED, from_torch
-from maxmap.evaluate import cost
+from maxmap.cost import cost
 from maxmap.heads.map import MAPHead
 from maxmap.models import Classifier, create_model, list_models
 from tests.reference import fill, fill_state_dict, import_timm, read_manifest

@@ -24,7 +24,8 @@ The presets are starting points: nobody has published an accuracy for them. The 
 - The branches of a MAP or Gramian head are not decorrelated. That term has no lower bound. Its weight of -0.8 was tuned
   for softmax over 1,000 classes; over a few classes it weighs much more. To use it, watch the branches' accuracies.
 
-Evaluation crops as MaxViT's does at 224 pixels. The card of a checkpoint says its own preprocessing.
+Evaluation crops as MaxViT's does at 224 pixels. The card of a checkpoint says its own preprocessing. Photos are turned
+as their EXIF orientation says (`data.exif`); published networks were trained without that.
 """
 
 from typing import Any
@@ -81,12 +82,12 @@ def get_config(preset: str = "small") -> ConfigDict:
         {
             "dtype": "bfloat16",
             "model": {"name": "maxvit_tiny_tf_224"},
-            "data": {"source": "folder", "path": "data/mine", "crop_pct": 0.95},
+            "data": {"source": "folder", "path": "data/mine", "crop_pct": 0.95, "exif": True},
             "augment": {},
             "mix": {"smoothing": 0.1},
             "erase": {},
             "optim": {"name": "adamw", "weight_decay": 0.05, "clip_norm": 1.0},
-            "schedule": {"warmup_epochs": 3, "warmup_lr": 0.0, "min_lr": 1e-6, "per": "step"},
+            "schedule": {"warmup_epochs": 3, "warmup_lr": 0.0, "per": "step"},
             "evaluate": {"batch_size": 256},
             "checkpoint": {"every": 500, "keep": 2},
         }

@@ -211,7 +211,9 @@ def _signature(function: Callable[..., Any], given: tuple[str, ...] = ()) -> dic
 
 def _module_fields(module: nn.Module, prefix: str) -> dict[str, Key]:
     """Returns the fields of a model as keys, a backbone's beside the model's own; defaults are what this model has."""
-    hints, meanings = typing.get_type_hints(type(module)), _meanings(module)
+    hints, meanings = typing.get_type_hints(type(module)), dict[str, str]()
+    for owner in reversed(type(module).__mro__):  # a field of a base class is explained there
+        meanings |= _meanings(owner)
     keys: dict[str, Key] = {}
     for field in dataclasses.fields(module):
         value = getattr(module, field.name)

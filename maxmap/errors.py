@@ -16,3 +16,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=n, cutoff=0.0)
     return ", ".join(close) if close else "(none)"
+
+
+def reason(error: BaseException) -> str:
+    """Returns what an exception says, on one line and never empty: what follows a colon or stands in brackets."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split()).rstrip(".")

@@ -223,7 +223,7 @@ def check_image_size(model: nn.Module, variables: Any, size: int) -> None:
 
 def check_same_model(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str | Path) -> None:
     """Raises UserError, naming the differences, unless a checkpoint's model is the one that the config describes."""
-    if changed := differences(wanted, found):
+    if changed := differences(found, wanted):
         raise UserError(
             f"the checkpoint in {where} holds another model ({'; '.join(changed)}): give another folder, or the config "
             "that it was made with."

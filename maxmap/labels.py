@@ -112,5 +112,6 @@ def _open_images(folder: Path, preprocessing: Mapping[str, Any], classes: Sequen
         val_split=folder.name,
         classes=classes,
         eval_interpolation=preprocessing["interpolation"],
+        exif=preprocessing.get("exif", False),
         **{key: preprocessing[key] for key in ("crop_pct", "crop_mode", "image_size", "mean", "std")},
     )

@@ -399,13 +399,3 @@ def _build(module: type[nn.Module], fields: Mapping[str, Any], what: str) -> nn.
         if key not in known:
             raise UserError(f"{what} has no field '{key}'; the nearest are {nearest(key, known)}.")
     return module(**fields)
-
-
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """STUB."""
-    keys = [key for key in sorted({*wanted, *found}) if key not in ("drop_path", "remat")]
-    return [
-        f"{key} is {found.get(key, 'not set')} there and {wanted.get(key, 'not set')} here"
-        for key in keys
-        if wanted.get(key) != found.get(key)
-    ]

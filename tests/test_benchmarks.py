@@ -1,6 +1,7 @@
 """What the benchmarks count: operations by block, bytes by batch."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from benchmarks import graph, memory
 from maxmap.models import block_paths, create_model
 from maxmap.train.plan import largest_batch
+from tests.tiny import ROOT
 
 SMALL = functools.partial(
     create_model,
@@ -17,6 +19,11 @@ SMALL = functools.partial(
     transformer={"head_dim": 8},
     image_size=8,
 )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_imports(path):
+    importlib.import_module(f"benchmarks.{path.stem}")
 
 
 @pytest.mark.parametrize("task", ["forward", "train"])

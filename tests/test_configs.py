@@ -41,7 +41,9 @@ def test_a_config_builds(name):
     assert model.head.num_classes == 10
     schedule = recipe.schedule(steps_per_epoch=5000, epochs=recipe.epochs)
     assert float(schedule(schedule.total_steps // 2)) > 0
-    state = recipe.optim(schedule).init({"kernel": jnp.zeros((2, 2))})
+    blocks = [["backbone/stem"], ["backbone/block"]]
+    params = {"backbone": {"block": {"kernel": jnp.zeros((2, 2))}}}
+    state = recipe.optim(schedule, blocks=blocks).init(params)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) >= 4  # a moment at least
 
 
@@ -103,6 +105,12 @@ def test_the_flagship_is_one_of_the_map_recipes():
 def test_a_training_set_that_a_preset_is_for_fills_an_epoch():
     for preset, images in {"small": 100, "medium": 5000, "large": 100_000}.items():
         assert images // load(f"configs/finetune.py:{preset}")["batch_size"] >= 3
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+def test_only_fine_tuning_turns_photos(file):
+    """The published networks were trained without the EXIF orientation."""
+    assert load(file)["data"]["exif"] == (file == "configs/finetune.py")
 
 
 def test_the_flagship_is_the_published_recipe():

@@ -59,6 +59,21 @@ def test_load_returns_model_variables_and_info(workdir, variables):
     assert info["preprocessing"] == preprocessing()
 
 
+def test_photos_are_turned_for_a_checkpoint_that_was_trained_so(tmp_path, variables):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_image(tmp_path / "upright.png", 1, 1)
+    with Image.open(tmp_path / "upright.png") as photo:
+        photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
+        photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "plain.png")
+    turned = predict(
+        save(tmp_path / "turned", variables, exif=True), [tmp_path / "photo.png", tmp_path / "upright.png"]
+    )
+    assert turned[0] == turned[1]
+    older = predict(save(tmp_path / "older", variables), [tmp_path / "photo.png", tmp_path / "plain.png"])
+    assert older[0] == older[1] != turned[0]
+
+
 def test_probabilities_are_those_of_the_model(workdir, images, variables):
     results = predict(workdir, images, top=3, batch_size=2)  # the last batch is not full
     assert len(results) == 5

@@ -8,7 +8,7 @@ import pytest
 
 from maxmap import operations
 from maxmap.__main__ import PARITY, main
-from maxmap.evaluate import cost, multiply_adds
+from maxmap.cost import cost, multiply_adds
 from maxmap.models import create_model, list_models
 
 

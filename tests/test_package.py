@@ -87,7 +87,7 @@ def test_the_installed_package_lists_and_loads(run, python):
     loaded = run("-c", "import maxmap; print(maxmap.__file__); maxmap.load('map_pit_s')")
     assert Path(loaded.stdout.strip()).is_relative_to(python.parents[1])  # the wheel's, not the checkout's
     assert loaded.stderr.splitlines()[-1].startswith("maxmap.errors.UserError: https://"), loaded.stderr
-    assert "map_pit_s.pth.tar cannot be had" in loaded.stderr
+    assert "map_pit_s.pth.tar cannot be downloaded" in loaded.stderr
 
 
 def test_the_installed_package_converts_and_predicts(run, tmp_path):

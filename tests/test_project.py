@@ -15,7 +15,14 @@ LARGEST_FILE = 600_000  # bytes
 # From the ground up. A module imports only from floors below its own; rooms on one floor do not know each other.
 FLOORS = (
     {"maxmap.errors"},
-    {"maxmap.predictions", "maxmap.protobuf", "maxmap.runtime", "maxmap.sharding", "maxmap.storage"},
+    {
+        "maxmap.checksums",
+        "maxmap.predictions",
+        "maxmap.protobuf",
+        "maxmap.runtime",
+        "maxmap.sharding",
+        "maxmap.storage",
+    },
     {"maxmap.checkpoint"},
     {"maxmap.data"},
     {"maxmap.kernels"},
@@ -40,7 +47,15 @@ STOREYS = (
     ("maxmap.kernels.target", "maxmap.kernels.xla", "maxmap.kernels.cpu"),
     ("maxmap.layers.primitives", "maxmap.layers.blocks"),
     ("maxmap.backbones.maxxvit.convolution", "maxmap.backbones.maxxvit.attention", "maxmap.backbones.maxxvit.backbone"),
-    ("maxmap.data.sources", "maxmap.data.decode", "maxmap.data.order", "maxmap.data.pipeline"),
+    (
+        "maxmap.data.damage",
+        "maxmap.data.images",
+        "maxmap.data.folders",
+        "maxmap.data.sources",
+        "maxmap.data.decode",
+        "maxmap.data.order",
+        "maxmap.data.pipeline",
+    ),
     ("maxmap.data.randaugment", "maxmap.data.randaugment_device", "maxmap.data.augment"),
     ("maxmap.data.randaugment", "maxmap.data.randaugment_host", "maxmap.data.pipeline"),
     ("maxmap.losses", "maxmap.train.step", "maxmap.train.loop"),

@@ -4,15 +4,18 @@ Both are made for reading from front to back. Here the headers are read once, an
 lies, so that any order costs the same.
 """
 
+import io
 import os
 import struct
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from maxmap.errors import UserError
+from maxmap.checksums import masked_crc32c
+from maxmap.data.images import IMAGE_ENDINGS
+from maxmap.errors import UserError, reason
 from maxmap.protobuf import Message
 
 
@@ -24,44 +27,110 @@ class TarMember(NamedTuple):
     size: int
 
 
+class _BoundedFile(io.FileIO):
+    """A file for tarfile, which reads as many bytes as a header states, and reads on and on for some that lie."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.size = os.fstat(self.fileno()).st_size
+        self._ended = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = self.size - self.tell()
+        if left <= 0 and self._ended:
+            raise OSError("unexpected end of data")
+        self._ended = left <= 0
+        return super().read(left if size is None or size < 0 else max(0, min(size, left))) or b""
+
+
 def tar_members(path: str) -> list[TarMember]:
     """Lists the files of an uncompressed tar archive, in order; names do not start with './'.
 
+    A hard link has the position of the file that it names.
+
     Raises:
-      UserError: the archive is cut off, compressed or no archive.
+      UserError: the archive is cut off, damaged, compressed or no archive, or an image in it is a symbolic link.
     """
+    members: dict[str, TarMember] = {}
+    listed = []
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = [TarMember(m.name.removeprefix("./"), m.offset_data, m.size) for m in tar if m.isfile()]
-            # tarfile notices a cut in the first header only: it takes any other archive for complete.
-            if members and members[-1].offset + members[-1].size > os.path.getsize(path):
-                raise tarfile.ReadError("unexpected end of data")
-    except (tarfile.TarError, OSError) as error:
+        with _BoundedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            end = 0
+            for info in tar:
+                # tarfile stops at a damaged header without a word, and notices a cut in the first header only.
+                if info.offset < end or info.offset_data < info.offset or info.size < 0:
+                    raise tarfile.ReadError(f"the header at byte {info.offset} is damaged")
+                end = info.offset_data
+                if (member := _member(info, members, file.size)) is not None:
+                    members[info.name] = member
+                    listed.append(member)
+            _check_tar_end(file, tar.offset, file.size)
+    except Exception as error:  # for hostile headers tarfile raises almost anything
         raise UserError(
-            f"{path} cannot be read as an uncompressed tar archive ({error}): unpack a .gz or .xz, or copy it again."
+            f"{path} cannot be read as an uncompressed tar archive ({reason(error)}): unpack a .gz or .xz, copy it "
+            "again, or pack it anew."
         ) from error
-    return members
+    return listed
 
 
-def record_positions(path: str) -> list[tuple[int, int]]:
-    """Lists offset and length of every record of a TFRecord file, without a look at the checksums.
+def _member(info: tarfile.TarInfo, members: Mapping[str, TarMember], size: int) -> TarMember | None:
+    """Returns where the bytes of an entry lie; None for a folder or a device."""
+    name = info.name.removeprefix("./")
+    if info.issym() and name.lower().endswith(IMAGE_ENDINGS):
+        raise tarfile.ReadError(f"{name!r} is a symbolic link: pack the files that the links name, tar --dereference")
+    if info.islnk():
+        if info.linkname not in members:
+            raise tarfile.ReadError(f"{name!r} is a link to {info.linkname!r}, which does not stand before it")
+        return members[info.linkname]._replace(name=name)
+    if not info.isfile():
+        return None
+    if info.issparse():
+        raise tarfile.ReadError(f"{name!r} is a sparse file: pack it without --sparse")
+    if info.offset_data + info.size > size:
+        raise tarfile.ReadError("unexpected end of data")
+    return TarMember(name, info.offset_data, info.size)
+
+
+def _check_tar_end(file: io.FileIO, offset: int, size: int) -> None:
+    """Raises ReadError unless only zeros follow the last member: a block of 512 that ends it, and a filling."""
+    if offset + 512 > size:
+        raise tarfile.ReadError("it is cut off: the blocks that end an archive are missing")
+    file.seek(offset)
+    if any(file.read(512)):
+        raise tarfile.ReadError(f"the header at byte {offset} is damaged")
+    while file.tell() < size:
+        block = file.read(1 << 16)
+        if block.count(0) < len(block):
+            raise tarfile.ReadError(f"it ends at byte {offset}, but more follows: unpack archives that were joined")
+
+
+def record_positions(path: str, verify: bool = True) -> list[tuple[int, int]]:
+    """Lists offset and length of every record of a TFRecord file.
+
+    Args:
+      path: of the file.
+      verify: whether to check the checksum of every length.
 
     Raises:
-      UserError: the file is missing, cut off or no TFRecord file.
+      UserError: the file is missing, cut off, damaged or no TFRecord file.
     """
     positions, offset = [], 0
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             while offset < size:  # length, its checksum, the record, its checksum
-                header = os.pread(file.fileno(), 8, offset)
-                length = struct.unpack("<Q", header)[0] if len(header) == 8 else size
+                header = os.pread(file.fileno(), 12, offset)
+                if len(header) < 12:
+                    raise OSError("it ends inside a record")
+                length, checksum = struct.unpack("<QI", header)
+                if verify and checksum != masked_crc32c(header[:8]):
+                    raise OSError(f"the length at byte {offset} is damaged: its checksum is another")
                 if offset + 16 + length > size:
                     raise OSError("it ends inside a record")
                 positions.append((offset + 12, length))
                 offset += 16 + length
     except OSError as error:
-        raise UserError(f"{path} cannot be read as TFRecord ({error.strerror or error}): prepare it anew.") from error
+        raise UserError(f"{path} cannot be read as TFRecord ({reason(error)}): prepare it anew.") from error
     return positions
 
 
@@ -71,16 +140,18 @@ class TFRecords:
     Args:
       instructions: TFDS's `FileInstruction`s: from each file's `examples_in_shard` records, `take` are read after the
         first `skip`.
+      verify: whether to check the checksums, of lengths when the files are opened and of records when they are read.
 
     Raises:
       UserError: a file is damaged or holds another number of records.
     """
 
-    def __init__(self, instructions: Sequence):
+    def __init__(self, instructions: Sequence, verify: bool = True):
+        self._verify = verify
         self._files = [os.fspath(instruction.filename) for instruction in instructions]
         parts = [np.empty((0, 3), np.int64)]
         for number, instruction in enumerate(instructions):
-            positions = record_positions(self._files[number])
+            positions = record_positions(self._files[number], verify)
             if len(positions) != instruction.examples_in_shard:
                 raise UserError(
                     f"{self._files[number]} has {len(positions)} records, but the data set's dataset_info.json says "
@@ -95,11 +166,16 @@ class TFRecords:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, offset, length = self._positions[index].tolist()
-        example = parse_example(read_at(self._files[number], offset, length))
-        try:
-            return {"image": example["image"][0], "label": example["label"][0]}
-        except LookupError as error:
-            raise OSError(f"a record of {self._files[number]} lacks an image or its label") from error
+        data = read_at(self._files[number], offset, length + 4)
+        record, (checksum,) = data[:-4], struct.unpack("<I", data[-4:])
+        if self._verify and checksum != masked_crc32c(record):
+            raise OSError(f"the record at byte {offset} of {self._files[number]} is damaged: its checksum is another")
+        example = parse_example(record)
+        images, labels = example.get("image"), example.get("label")
+        if not images or not labels or not isinstance(images[0], bytes) or not isinstance(labels[0], int):
+            raise OSError(f"the record at byte {offset} of {self._files[number]} lacks an image or its label")
+        label = labels[0] - (labels[0] >> 63 << 64)  # the file has two's complement
+        return {"image": images[0], "label": label}
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:

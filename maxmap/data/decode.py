@@ -1,25 +1,22 @@
 """Decodes an image file and crops it as torchvision and timm do: from bytes to the uint8 image that a network sees.
 
-Evaluation gives exactly PIL's pixels. Training decodes JPEGs with simplejpeg, which gives PIL's pixels in less time.
-It resizes with cykooz.resizer, which has PIL's filters in SIMD and rounds some values to the next grey level. PIL does
-the rest.
+JPEGs are decoded with simplejpeg, which gives PIL's pixels in less time and tells where they are damaged. PIL decodes
+the rest. Evaluation resizes with PIL, so it gives exactly PIL's pixels. Training resizes with cykooz.resizer, which has
+PIL's filters in SIMD and rounds some values to the next grey level.
 """
 
 import concurrent.futures
-import contextlib
-import io
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
+from maxmap.data.images import MAX_PIXELS, TURNS, broken_is_oserror, open_image
 from maxmap.data.sources import ImageSource
-from maxmap.errors import UserError, nearest
+from maxmap.errors import UserError, nearest, reason
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -30,6 +27,7 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 CROP_MODES = ("center", "squash", "border")
+_MOST_RESIZED = 1 << 24  # pixels that an evaluation resize makes before it crops; only very long images exceed this
 
 # Of ImageNet's colours in 0..1, per channel: most published networks were trained with these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,27 +46,30 @@ else:
 _THREAD = threading.local()  # each thread has a resizer of its own, because a resizer locks itself while it works
 
 
-def decode(image: bytes | np.ndarray) -> Image.Image:
+def decode(image: bytes | np.ndarray, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image file, or wraps an array, as an 8-bit RGB image.
 
     It does what torchvision and timm do with PIL. CMYK, palette, grey and transparent images are converted to RGB
-    without their transparency. The first frame of an animation counts. The EXIF orientation is *not* applied, because
-    the published networks were trained and tested without it.
+    without their transparency. The first frame of an animation counts.
 
     16-bit grey images are an exception: PIL clips their values to 255, which leaves them nearly white. Here they keep
-    their high byte, as PIL itself does for 16-bit RGB.
+    their high byte, as PIL itself does for 16-bit RGB. Grey values of other types are refused, because PIL clips them
+    too: 32 bits, floating point, 12 bits in a TIFF.
 
     Args:
       image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+      exif: whether to turn the image as its EXIF orientation says. The published networks were trained and tested
+        without that. PIL turns a TIFF in any case.
+      max_pixels: an image with more pixels is refused.
 
     Returns:
       The image in mode RGB.
 
     Raises:
-      OSError: the image is truncated, broken, of unknown format, or so large that PIL takes it for an attack.
+      OSError: the image is truncated, damaged, too large, of unknown format or of grey values of unknown range.
     """
-    with _broken_is_oserror():
-        return _rgb(_open(image))
+    with broken_is_oserror():
+        return _plain_rgb(_upright_pixels(image, exif, max_pixels))
 
 
 def train_crop(
@@ -80,6 +81,8 @@ def train_crop(
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     interpolation: str = "random",
     draft: bool = True,
+    exif: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Decodes an image and resizes a random crop of it: the Inception crop (Szegedy et al., 2015), as torchvision's.
 
@@ -99,6 +102,8 @@ def train_crop(
       ratio: range of the crop's width / height.
       interpolation: a key of `FILTERS`, or 'random': bilinear or bicubic, drawn per image as timm does.
       draft: whether large JPEGs may be decoded at a reduced size.
+      exif: see `decode`; the crop is that of the turned image.
+      max_pixels: see `decode`.
 
     Returns:
       uint8 [size, size, 3].
@@ -106,15 +111,23 @@ def train_crop(
     Raises:
       OSError: see `decode`.
     """
-    with _broken_is_oserror():
-        (full_width, full_height), load = _train_pixels(image)
+    with broken_is_oserror():
+        opened = open_image(image, exif=exif, max_pixels=max_pixels)
+        full_width, full_height = opened.size if opened.orientation < 5 else opened.size[::-1]
         left, top, width, height = random_box(full_width, full_height, rng, scale, ratio)
         if interpolation == "random":
             resample = FILTERS["bicubic" if rng.random() < 0.5 else "bilinear"]
         else:
             resample = FILTERS[interpolation]
-        pixels, shrink = load(min(width, height) // size if draft else 1)
-        box = (left / shrink, top / shrink, (left + width) / shrink, (top + height) / shrink)
+        pixels, shrink = opened.decode(min(width, height) // size if draft else 1)
+        x, y = left / shrink, top / shrink
+        if opened.orientation in TURNS:
+            turn, (x_runs_back, y_runs_back) = TURNS[opened.orientation]
+            pixels = pixels.transpose(turn)
+            # A reduced image has a part of a pixel at its end, which comes first where an axis is reversed.
+            x += (pixels.width - full_width / shrink) * x_runs_back
+            y += (pixels.height - full_height / shrink) * y_runs_back
+        box = (x, y, x + width / shrink, y + height / shrink)
         return np.asarray(_resized(pixels, size, resample, box))
 
 
@@ -151,6 +164,8 @@ def eval_crop(
     mode: str,
     interpolation: str,
     mean: Sequence[float],
+    exif: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Decodes, resizes and crops an image for evaluation, equal to timm's evaluation transform to the grey level.
 
@@ -162,6 +177,8 @@ def eval_crop(
         cropped; what lies outside the image is black or, for 'border', of the mean colour.
       interpolation: a key of `FILTERS`.
       mean: the mean colour in 0..1, for 'border'.
+      exif: see `decode`.
+      max_pixels: see `decode`.
 
     Returns:
       uint8 [size, size, 3].
@@ -169,42 +186,43 @@ def eval_crop(
     Raises:
       OSError: see `decode`.
     """
-    rgb = decode(image)
-    resized = _eval_size(rgb.width, rgb.height, math.floor(size / crop_pct), mode)
     fill = tuple(round(255 * value) for value in mean) if mode == "border" else (0, 0, 0)
-    with _broken_is_oserror():
-        return np.asarray(_center_crop(rgb.resize(resized, FILTERS[interpolation]), size, fill))
+    with broken_is_oserror():
+        pixels = _upright_pixels(image, exif, max_pixels)
+        resized = _eval_size(pixels.width, pixels.height, math.floor(size / crop_pct), mode)
+        return np.asarray(_resized_center(pixels, resized, size, FILTERS[interpolation], fill))
 
 
-def check_images(source: ImageSource, limit: int) -> None:
+def check_images(source: ImageSource, limit: int, max_pixels: int = MAX_PIXELS) -> None:
     """Decodes up to `limit` images, evenly distributed over the source, on a thread pool.
 
     Args:
       source: the images.
       limit: how many to decode at most.
+      max_pixels: see `decode`.
 
     Raises:
-      UserError: some are broken; the message counts them and names the first.
+      UserError: some are broken; the message counts them, names the first three and says what is wrong with the first.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).round().astype(np.int64))
 
-    def is_broken(index: np.int64) -> bool:
+    def fault(index: np.int64) -> str | None:
         try:
-            with _broken_is_oserror():
-                opened = _open(source[int(index)].image)
-                _draft(opened, 8)  # still reads the whole file, but computes a 64th of the pixels
-                opened.load()
-        except OSError:
-            return True
-        return False
+            with broken_is_oserror():
+                opened = open_image(source[int(index)].image, exif=False, max_pixels=max_pixels)
+                opened.decode(8)  # still reads the whole file, but computes a 64th of the pixels of a JPEG
+        except OSError as error:
+            return reason(error)
+        return None
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        broken = chosen[np.fromiter(pool.map(is_broken, chosen), bool, len(chosen))]
-    if len(broken):
-        named = ", ".join(source.name(int(index)) for index in broken[:3])
+        faults = {int(index): text for index, text in zip(chosen, pool.map(fault, chosen), strict=True) if text}
+    if faults:
+        first, *others = list(faults)[:3]
+        named = ", ".join([f"{source.name(first)} ({faults[first]})", *map(source.name, others)])
         raise UserError(
-            f"{len(broken)} of the {len(chosen)} images checked are broken or cut off: {named}"
-            f"{', ...' if len(broken) > 3 else ''}; remove or replace them, or skip this check with "
+            f"{len(faults)} of the {len(chosen)} images checked are broken or cut off: {named}"
+            f"{', ...' if len(faults) > 3 else ''}; remove or replace them, or skip this check with "
             "--config.data.check=0: training then leaves out and counts broken files."
         )
 
@@ -217,86 +235,6 @@ def check_filter(name: str, option: str, extra: Sequence[str] = ()) -> None:
             f"unknown interpolation {name!r} ({option}): did you mean {nearest(name, known, 1)!r}? "
             f"Known are {', '.join(known)}."
         )
-
-
-@contextlib.contextmanager
-def _broken_is_oserror() -> Iterator[None]:
-    """Turns into OSError what else PIL raises for broken files: SyntaxError, ValueError, struct.error and others."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"cannot decode the image: {error}") from error
-
-
-def _open(image: bytes | np.ndarray) -> Image.Image:
-    """Reads the header only; the pixels are decoded on first use."""
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
-    return Image.open(io.BytesIO(image))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int32).clip(0, 65535) >> 8
-        image = Image.fromarray(grey.astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours; straight to RGB, PIL warns
-    return image.convert("RGB")
-
-
-def _draft(image: Image.Image, most: int) -> int:
-    """Sets a JPEG to decode at 1/8, 1/4 or 1/2 of its size, at least 1 / `most`; returns 8, 4, 2 or 1."""
-    shrink = _shrink(image.size, most)
-    if shrink == 1:
-        return 1
-    width = image.width
-    drafted = image.draft(None, (image.width // shrink, image.height // shrink))
-    # PIL returns mode and box, or None where the format has no reduced size.
-    return 1 if drafted is None else round(width / drafted[1][2])
-
-
-def _shrink(size: tuple[int, int], most: int) -> int:
-    """Returns 8, 4, 2 or 1: the reduction of a JPEG that is at most `most` and leaves at least a pixel on each side."""
-    return next((power for power in (8, 4, 2) if power <= min(most, *size)), 1)
-
-
-# Decodes an image. It takes the largest reduction allowed, and returns the pixels and the actual reduction.
-_Load = Callable[[int], tuple[Image.Image, int]]
-
-
-def _train_pixels(image: bytes | np.ndarray) -> tuple[tuple[int, int], _Load]:
-    """Reads the header only; returns (width, height) and the function that decodes the pixels."""
-    if isinstance(image, bytes) and image.startswith(b"\xff\xd8"):
-        with contextlib.suppress(ValueError):
-            height, width, colors, _ = simplejpeg.decode_jpeg_header(image)
-            small = Image.MAX_IMAGE_PIXELS is None or width * height <= Image.MAX_IMAGE_PIXELS
-            if small and colors not in ("CMYK", "YCCK"):
-                return (width, height), partial(_load_jpeg, image, (width, height))
-    opened = _open(image)
-    return opened.size, partial(_load, opened)
-
-
-def _load(opened: Image.Image, most: int) -> tuple[Image.Image, int]:
-    shrink = _draft(opened, most)
-    return _rgb(opened), shrink
-
-
-def _load_jpeg(file: bytes, size: tuple[int, int], most: int) -> tuple[Image.Image, int]:
-    """Decodes a JPEG of `size` (width, height) to PIL's pixels, and a fourth channel that has no meaning."""
-    shrink = _shrink(size, most)
-    width, height = (-(-side // shrink) for side in size)
-    try:
-        pixels = simplejpeg.decode_jpeg(file, "RGBX", min_width=width, min_height=height)
-    except ValueError:  # PIL decodes some files that simplejpeg refuses
-        return _load(_open(file), most)
-    # PIL holds RGB in four bytes too, so four channels need no copy. It and the resizer treat all four alike in this
-    # mode; that the pixels are not CMYK does not matter to them.
-    return Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK", 0, 1), shrink
 
 
 def _resized(
@@ -312,9 +250,21 @@ def _resized(
         _THREAD.resizer.resize_pil(image, resized, simd.ResizeOptions(SIMD_FILTERS[resample], crop_box=crop))
     else:
         resized = image.resize((size, size), resample, box=box)
-    if resized.mode == "RGB":
-        return resized
-    return Image.frombytes("RGB", (size, size), resized.tobytes(), "raw", "RGBX")
+    return _plain_rgb(resized)
+
+
+def _plain_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image of `OpenedImage.decode` in mode RGB."""
+    if image.mode != "CMYK":
+        return image.convert("RGB")
+    return Image.frombytes("RGB", image.size, image.tobytes(), "raw", "RGBX")
+
+
+def _upright_pixels(image: bytes | np.ndarray, exif: bool, max_pixels: int) -> Image.Image:
+    """Decodes an image as `OpenedImage.decode` does, and turns it as its EXIF orientation says."""
+    opened = open_image(image, exif=exif, max_pixels=max_pixels)
+    pixels, _ = opened.decode(1)
+    return pixels.transpose(TURNS[opened.orientation][0]) if opened.orientation in TURNS else pixels
 
 
 def _eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]:
@@ -328,6 +278,21 @@ def _eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]
     if width <= height:
         return side, int(side * height / width)
     return int(side * width / height), side
+
+
+def _resized_center(
+    image: Image.Image, resized: tuple[int, int], size: int, resample: Image.Resampling, fill: tuple[int, ...]
+) -> Image.Image:
+    """Resizes an image of `OpenedImage.decode` to `resized`, (width, height), and crops the central square."""
+    if math.prod(resized) <= _MOST_RESIZED:
+        return _center_crop(_plain_rgb(image.resize(resized, resample)), size, fill)
+    # A very long image: resize only what the crop keeps. The pixels are the same up to the rounding of the box.
+    kept = [min(side, size) for side in resized]
+    scale_x, scale_y = image.width / resized[0], image.height / resized[1]
+    left, top = (_offset(side, size) if keep == size else 0 for side, keep in zip(resized, kept, strict=True))
+    box = (left * scale_x, top * scale_y, (left + kept[0]) * scale_x, (top + kept[1]) * scale_y)
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+    return _center_crop(_plain_rgb(image.resize((kept[0], kept[1]), resample, box=box)), size, fill)
 
 
 def _center_crop(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:

@@ -15,11 +15,12 @@ import numpy as np
 
 from maxmap.data import decode
 from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
+from maxmap.data.images import MAX_PIXELS, check_max_pixels
 from maxmap.data.order import Chunks, SampleOrder, epoch_length
 from maxmap.data.randaugment import fill_color, parse_rand_augment
 from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop, preprocessed_crop
 from maxmap.data.sources import ImageSource, open_source
-from maxmap.errors import UserError, nearest
+from maxmap.errors import UserError, nearest, reason
 
 _PREFETCH = 2  # batches that are made ahead
 
@@ -38,6 +39,7 @@ def open_data(
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     interpolation: str = "random",
     draft: bool = True,
+    exif: bool = False,
     rand_augment: str | None = None,
     repeats: int = 1,
     crop_pct: float = 0.875,
@@ -48,6 +50,8 @@ def open_data(
     threads: int | None = None,
     workers: int = 0,
     check: int = 2000,
+    max_pixels: int = MAX_PIXELS,
+    verify: bool = True,
 ) -> "Data":
     """Opens the training and the evaluation split of a data set, and checks some of their images.
 
@@ -64,6 +68,8 @@ def open_data(
       ratio: range of a random crop's width / height.
       interpolation: filter of the training resize; 'random' draws bilinear or bicubic for each image.
       draft: whether large JPEGs are decoded at a reduced size where the crop is still larger than the output.
+      exif: whether images are turned as their EXIF orientation says, in training and evaluation; published recipes do
+        not, photos of phones need it.
       rand_augment: RandAugment on the decoding threads instead of the device, such as 'rand-m9-mstd0.5-inc1'.
       repeats: repeated augmentation: how many crops of an image follow one another (Hoffer et al., 2020).
       crop_pct: part of the resized side that the evaluation crop keeps.
@@ -74,15 +80,28 @@ def open_data(
       threads: decoding threads of each process; None: as many as the machine has cores.
       workers: further decoding processes, each with `threads` threads; they help with small images.
       check: how many images of each split are decoded before training; 0: none, broken ones are counted as they come.
+      max_pixels: pixels of the largest image that is decoded, up to 178,956,970; larger ones count as broken.
+      verify: whether the checksums of TFRecord files are checked; a record with another checksum counts as broken.
 
     Raises:
       UserError: the data is missing, malformed or broken, or an option is out of range.
     """
     _check_counts(repeats=repeats, threads=threads)
-    train_crop = _make_train_crop(image_size, scale, ratio, interpolation, draft, rand_augment, mean)
-    preprocessing = _make_preprocessing(image_size, eval_image_size, crop_pct, crop_mode, eval_interpolation, mean, std)
-    train, val = _open_splits(source, path, train_split, val_split, name=name, classes=classes, check=check)
-    return Data(train, val, image_size, train_crop, preprocessing, repeats, threads or os.cpu_count() or 1, workers)
+    check_max_pixels(max_pixels)
+    decoding = {"draft": draft, "exif": exif, "max_pixels": max_pixels}
+    train_crop = _make_train_crop(image_size, scale, ratio, interpolation, decoding, rand_augment, mean)
+    preprocessing = _make_preprocessing(
+        image_size, eval_image_size, crop_pct, crop_mode, eval_interpolation, mean, std, exif
+    )
+    train, val = _open_splits(
+        functools.partial(open_source, source, path, name=name, verify=verify),
+        train_split,
+        val_split,
+        classes,
+        functools.partial(decode.check_images, limit=check, max_pixels=max_pixels) if check else None,
+    )
+    threads = threads or os.cpu_count() or 1
+    return Data(train, val, image_size, train_crop, preprocessing, repeats, threads, workers, max_pixels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +116,12 @@ class Data:
       image_size: side of a training image in pixels.
       train_crop: makes the training image of an image file and a random generator.
       preprocessing: the evaluation transform as JSON holds it: image_size, crop_pct, crop_mode, interpolation, mean,
-        std. With it `preprocess` does to one image what `eval_batches` does.
+        std, exif. With it `preprocess` does to one image what `eval_batches` does.
       repeats: how many crops of an image follow one another. As in timm an epoch does not grow with it, but is the
         first floor(n / 256) * 256 of the repeated samples.
       threads: decoding threads of each process.
       workers: decoding processes beside this one.
+      max_pixels: an evaluation image with more pixels counts as broken; `train_crop` has the same bound.
     """
 
     train: ImageSource | None
@@ -112,6 +132,7 @@ class Data:
     repeats: int
     threads: int
     workers: int
+    max_pixels: int
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -208,7 +229,7 @@ class Data:
         local = -(-batch_size // process_count)
         num_steps = -(-len(self.val) // (local * process_count))
         chunks = Chunks(local, process_index, process_count, 0, num_steps)
-        return self._stream(chunks, EvalRows(self.val, self.preprocessing))
+        return self._stream(chunks, EvalRows(self.val, self.preprocessing, self.max_pixels))
 
     def _training_source(self) -> ImageSource:
         if self.train is None:
@@ -247,10 +268,11 @@ def preprocess(image: bytes | str | os.PathLike | np.ndarray, preprocessing: Map
             where = os.fspath(image)
             with open(image, "rb") as file:
                 image = file.read()
-        return preprocessed_crop(image, preprocessing)
+        return preprocessed_crop(image, preprocessing, MAX_PIXELS)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot read {where} ({reason}): give the path of an image file that is whole.") from error
+        raise UserError(
+            f"cannot read {where} ({reason(error)}): give the path of an image file that is whole."
+        ) from error
 
 
 def _make_train_crop(
@@ -258,7 +280,7 @@ def _make_train_crop(
     scale: Sequence[float],
     ratio: Sequence[float],
     interpolation: str,
-    draft: bool,
+    decoding: Mapping[str, Any],
     rand_augment: str | None,
     mean: Sequence[float],
 ) -> Callable[..., np.ndarray]:
@@ -274,7 +296,7 @@ def _make_train_crop(
         scale=tuple(scale),
         ratio=tuple(ratio),
         interpolation=interpolation,
-        draft=draft,
+        **decoding,
     )
     if not rand_augment:
         return crop
@@ -289,6 +311,7 @@ def _make_preprocessing(
     interpolation: str,
     mean: Sequence[float],
     std: Sequence[float],
+    exif: bool,
 ) -> dict[str, Any]:
     """Returns `Data.preprocessing`, after a check of its options."""
     _check_counts(eval_image_size=eval_image_size)
@@ -307,31 +330,29 @@ def _make_preprocessing(
         "interpolation": interpolation,
         "mean": [float(value) for value in mean],
         "std": [float(value) for value in std],
+        "exif": exif,
     }
 
 
 def _open_splits(
-    source: str,
-    path: str | os.PathLike | None,
+    open_split: Callable[..., ImageSource],
     train_split: str | None,
     val_split: str | None,
-    *,
-    name: str | None,
     classes: Sequence[str] | None,
-    check: int,
+    check: Callable[[ImageSource], None] | None,
 ) -> tuple[ImageSource | None, ImageSource | None]:
     """Opens both splits, with the classes of the training split for both, and checks some images of each."""
     if train_split is None and val_split is None:
         raise UserError("neither --config.data.train_split nor --config.data.val_split is set: set at least one.")
     train = val = None
     if train_split is not None:
-        train = open_source(source, path, train_split, name=name, classes=classes)
+        train = open_split(train_split, classes=classes)
         classes = train.classes
     if val_split is not None:
-        val = open_source(source, path, val_split, name=name, classes=classes)
+        val = open_split(val_split, classes=classes)
     for split in (train, val):
-        if check and split is not None:
-            decode.check_images(split, check)
+        if check is not None and split is not None:
+            check(split)
     return train, val
 
 

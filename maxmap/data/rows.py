@@ -72,10 +72,12 @@ class EvalRows:
     Attributes:
       source: the evaluation images.
       preprocessing: see `Data.preprocessing`.
+      max_pixels: an image with more pixels counts as broken.
     """
 
     source: ImageSource
     preprocessing: Mapping[str, Any]
+    max_pixels: int
 
     def __call__(self, indices: range) -> Batch:
         rows = _empty_rows(len(indices), self.preprocessing["image_size"])
@@ -86,7 +88,7 @@ class EvalRows:
             rows["index"][row] = index
             try:
                 image, label = self.source[index]
-                rows["image"][row] = preprocessed_crop(image, self.preprocessing)
+                rows["image"][row] = preprocessed_crop(image, self.preprocessing, self.max_pixels)
                 rows["label"][row] = label
                 rows["mask"][row] = True
             except OSError:
@@ -94,7 +96,7 @@ class EvalRows:
         return rows
 
 
-def preprocessed_crop(image: bytes | np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray:
+def preprocessed_crop(image: bytes | np.ndarray, preprocessing: Mapping[str, Any], max_pixels: int) -> np.ndarray:
     """Decodes and crops an image for evaluation, as `decode.eval_crop` with the settings of `Data.preprocessing`."""
     return decode.eval_crop(
         image,
@@ -103,6 +105,8 @@ def preprocessed_crop(image: bytes | np.ndarray, preprocessing: Mapping[str, Any
         mode=preprocessing["crop_mode"],
         interpolation=preprocessing["interpolation"],
         mean=preprocessing["mean"],
+        exif=preprocessing.get("exif", False),  # older checkpoints and those of others do not say
+        max_pixels=max_pixels,
     )
 
 

@@ -3,27 +3,24 @@
 They are a folder for each class, tar archives, scikit-learn's digits, and TFDS's data sets, read without TensorFlow.
 """
 
+import contextlib
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from maxmap.data.archives import TarMember, TFRecords, read_at, tar_members
-from maxmap.errors import UserError, nearest
+from maxmap.data.folders import HOW_TO_GIVE_IMAGES, class_folders, image_files, is_image, split_folder
+from maxmap.data.images import IMAGE_ENDINGS
+from maxmap.errors import UserError, nearest, reason
 
 SOURCES = ("digits", "folder", "tar", "tfds")
 
-IMAGE_ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif"),
-    *(".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2"),
-)
-
-_HOW_TO_GIVE_IMAGES = (
-    "give a folder tree <path>/train/<class>/*.jpg and <path>/val/<class>/*.jpg with --config.data.path=<path>, or a "
-    "TFDS data set with --config.data.source=tfds --config.data.name=<name>, or try `make demo`, which needs no data."
-)
+# So many classes have no names of their own: a .cls that states more is damaged, and one that is longer too.
+_MOST_UNNAMED_CLASSES, _LONGEST_LABEL = 1_000_000, 32
 
 
 class LabelledImage(NamedTuple):
@@ -54,6 +51,7 @@ def open_source(
     *,
     name: str | None = None,
     classes: Sequence[str] | None = None,
+    verify: bool = True,
 ) -> ImageSource:
     """Opens one split of a data set.
 
@@ -64,6 +62,7 @@ def open_source(
       split: name of the split; for 'tfds' also a slice such as 'train[:10%]'.
       name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
       classes: class names in the order of the labels; None: those of this split, in the source's order.
+      verify: whether to check the checksums of TFRecord files.
 
     Raises:
       UserError: the source is unknown, or the split is missing, empty or malformed.
@@ -73,7 +72,7 @@ def open_source(
     if source == "tar":
         return TarSource(path, split, classes)
     if source == "tfds":
-        return TfdsSource(name, path, split, classes)
+        return TfdsSource(name, path, split, classes, verify)
     if source == "digits":
         return DigitsSource(split, classes)
     raise UserError(
@@ -103,18 +102,18 @@ class FolderSource:
     """Image files in one folder per class, `<path>/<split>/<class>/**/<file>`; classes are sorted by name."""
 
     def __init__(self, path: str | os.PathLike | None, split: str, classes: Sequence[str] | None = None):
-        self._root = _split_folder(path, split)
-        own_classes = _class_folders(self._root)
+        self._root = split_folder(path, split)
+        own_classes = class_folders(self._root)
         labels = _class_labels(own_classes, classes, self._root)
         self.classes = tuple(classes or own_classes)
-        names, counts = [], []
+        names, counts, left_out = [], [], []
         for own_class in own_classes:
-            folder = os.path.join(self._root, own_class)
-            files = sorted(_image_files(folder))
-            if not files:
-                raise UserError(f"class folder {folder} holds no images: add some or remove the folder.")
-            names += [os.path.join(own_class, file) for file in files]
-            counts.append(len(files))
+            found = image_files(os.path.join(self._root, own_class))
+            names += [os.path.join(own_class, file) for file in found.images]
+            left_out += [os.path.join(own_class, file) for file in found.left_out]
+            counts.append(len(found.images))
+        if left_out:
+            _tell_left_out(self._root, left_out)
         self._names = _Names(names)
         self._labels = np.repeat(labels, counts)
 
@@ -144,7 +143,7 @@ class TarSource:
         self._tars = _tar_files(path, split)
         members = [(number, member) for number, tar in enumerate(self._tars) for member in tar_members(tar)]
         members = [(number, m) for number, m in members if not os.path.basename(m.name).startswith(".")]
-        images = [(number, m) for number, m in members if _is_image(m.name)]
+        images = [(number, m) for number, m in members if is_image(m.name)]
         if not images:
             raise UserError(f"{self._where()} holds no images: their names should end in {' '.join(IMAGE_ENDINGS)}.")
         label_files = {(number, _sample_key(m.name)): m for number, m in members if m.name.endswith(".cls")}
@@ -182,10 +181,11 @@ class TarSource:
         member = label_files.get((number, _sample_key(image.name)))
         if member is None:
             raise UserError(f"{image.name} in {self._tars[number]} has no .cls beside it: add one, or leave it out.")
-        text = read_at(self._tars[number], member.offset, member.size).strip()
-        if not text.isdigit():
+        text = read_at(self._tars[number], member.offset, min(member.size, _LONGEST_LABEL)).strip()
+        if not text.isdigit() or member.size > _LONGEST_LABEL or int(text) >= _MOST_UNNAMED_CLASSES:
             raise UserError(
-                f"{member.name} in {self._tars[number]} holds {text!r}, which is no class number: correct it."
+                f"{member.name} in {self._tars[number]} holds {text!r}, which is no class number from 0 to "
+                f"{_MOST_UNNAMED_CLASSES - 1}: correct it."
             )
         return int(text)
 
@@ -252,6 +252,7 @@ class TfdsSource:
         path: str | os.PathLike | None,
         split: str,
         classes: Sequence[str] | None = None,
+        verify: bool = True,
     ):
         if not name:
             raise UserError("data source 'tfds' needs the data set's name, for example --config.data.name=imagenette.")
@@ -285,7 +286,7 @@ class TfdsSource:
             if not builder.info.splits[self._split].num_examples:
                 raise UserError(f"the split {split!r} of TFDS data set {name!r} holds no images: choose another.")
             if builder.info.file_format.value == "tfrecord":
-                self._data = TFRecords(builder.info.splits[self._split].file_instructions)
+                self._data = TFRecords(builder.info.splits[self._split].file_instructions, verify)
             else:
                 self._data = builder.as_data_source(self._split, decoders={"image": tfds.decode.SkipDecoding()})
         except UserError:
@@ -298,13 +299,35 @@ class TfdsSource:
         self.classes = tuple(classes or own_classes)
         self._name = name
         self._labels = _class_labels(own_classes, classes, f"TFDS data set {name!r}")
+        self._check_labelled()
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> LabelledImage:
-        example = self._data[int(index)]
-        return LabelledImage(example["image"], int(self._labels[example["label"]]))
+        image, label = self._read(index)
+        if not 0 <= label < len(self._labels):
+            raise OSError(f"{self.name(index)} has the label {label}, and there are {len(self._labels)} classes")
+        return LabelledImage(image, int(self._labels[label]))
+
+    def _read(self, index: int) -> LabelledImage:
+        """Reads an example with its own label."""
+        try:
+            example = self._data[int(index)]
+            return LabelledImage(example["image"], int(example["label"]))
+        except Exception as error:  # each format has errors of its own for a damaged file
+            raise OSError(f"{self.name(index)} cannot be read: {reason(error)}") from error
+
+    def _check_labelled(self) -> None:
+        """Raises UserError if the labels are -1, which is how TFDS marks a split that has none."""
+        for index in {0, len(self) // 2, len(self) - 1}:
+            with contextlib.suppress(OSError):  # it is counted when it is read
+                if self._read(index).label == -1:
+                    raise UserError(
+                        f"the split {self._split!r} of TFDS data set {self._name!r} has no labels "
+                        f"({self.name(index)} has -1): choose another with --config.data.train_split or "
+                        "--config.data.val_split."
+                    )
 
     def name(self, index: int) -> str:
         """Returns for example `imagenet2012/validation[12]`."""
@@ -325,63 +348,17 @@ def _class_labels(own_classes: Sequence[str], classes: Sequence[str] | None, whe
     return np.array([label_of[name] for name in own_classes], np.int32)
 
 
-def _split_folder(path: str | os.PathLike | None, split: str) -> str:
-    if path is None:
-        raise UserError(f"no path to the images is set: {_HOW_TO_GIVE_IMAGES}")
-    path = os.path.expanduser(path)
-    root = os.path.join(path, split)
-    if not os.path.isdir(path):
-        raise UserError(f"no images found: there is no folder {path}: {_HOW_TO_GIVE_IMAGES}")
-    if not os.path.isdir(root):
-        present = ", ".join(sorted(entry.name for entry in _visible_entries(path) if entry.is_dir()))
-        if not present:
-            raise UserError(
-                f"no images found: folder {path} has no subfolder {split!r}, nor any other: {_HOW_TO_GIVE_IMAGES}"
-            )
-        raise UserError(
-            f"folder {path} has no split {split!r}, only {present}: rename one, or name the splits with "
-            "--config.data.train_split and --config.data.val_split."
-        )
-    return root
-
-
-def _class_folders(root: str) -> list[str]:
-    entries = _visible_entries(root)
-    folders = sorted(entry.name for entry in entries if entry.is_dir())
-    if not folders:
-        raise UserError(f"{root} holds no class folders: put the images of each class in a folder {root}/<class>/.")
-    stray = [entry.path for entry in entries if _is_image(entry.name) and entry.is_file()]
-    if stray:
-        raise UserError(f"image {min(stray)} lies outside the class folders ({len(stray)} such): move it into one.")
-    return folders
-
-
-def _visible_entries(folder: str) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
-
-
-def _image_files(folder: str) -> Iterator[str]:
-    """Yields the image files in `folder` and below, relative to it."""
-    for entry in _visible_entries(folder):
-        if entry.is_dir():
-            yield from (os.path.join(entry.name, file) for file in _image_files(entry.path))
-        elif _is_image(entry.name):
-            yield entry.name
-        else:
-            raise UserError(
-                f"{entry.path} lies in a class folder but does not end as an image does ({' '.join(IMAGE_ENDINGS)}): "
-                "remove it, move it away or rename it."
-            )
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_ENDINGS)
+def _tell_left_out(root: str, names: Sequence[str]) -> None:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    print(
+        f"maxmap: {len(names)} entries of {root} are no images and left out: {', '.join(names[:3])}{more}.",
+        file=sys.stderr,
+    )
 
 
 def _tar_files(path: str | os.PathLike | None, split: str) -> list[str]:
     if path is None:
-        raise UserError(f"no path to the images is set: {_HOW_TO_GIVE_IMAGES}")
+        raise UserError(f"no path to the images is set: {HOW_TO_GIVE_IMAGES}")
     folder = glob.escape(os.path.expanduser(os.fspath(path)))
     patterns = (f"{glob.escape(split)}*.tar", f"*-{glob.escape(split)}-*.tar", f"{glob.escape(split)}/*.tar")
     for pattern in patterns:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
+
+from maxmap.checksums import masked_crc32c
 
 
 class Board:

@@ -2,6 +2,8 @@
 
 import io
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from maxmap.data import decode as room
+from maxmap.data import images
 from maxmap.data.decode import FILTERS, check_filter, check_images, decode, eval_crop, random_box, train_crop
+from maxmap.data.images import MAX_PIXELS, broken_is_oserror
 from maxmap.data.sources import FolderSource
 from maxmap.errors import UserError
 from tests.reference import import_timm
@@ -152,6 +156,8 @@ def test_the_faster_resizer_is_pils_but_for_rounding(interpolation, size, reques
             assert away.max() <= 1, (seed, away.max())
 
 
+PLAIN = {"crop_pct": 1.0, "mode": "center", "interpolation": "bilinear", "mean": MEAN}
+
 JPEGS = {
     "4:4:4": {"subsampling": 0},
     "4:2:2": {"subsampling": 1},
@@ -170,12 +176,13 @@ def test_training_decodes_jpegs_as_pil_does(kind):
         photo = {"grey": photo.convert("L"), "cmyk": photo.convert("CMYK")}.get(kind, photo)
         file = save(photo, "JPEG", **({"keep_rgb": True} if kind == "rgb" else JPEGS.get(kind, {})))
         for most in (1, 2, 3, 7, 8, 40):
-            size, load = room._train_pixels(file)
-            assert size == photo.size
-            assert (load.func is room._load) == (kind == "cmyk")
-            (pixels, shrink), (wanted, expected) = load(most), room._load(room._open(file), most)
+            opened = images.open_image(file, exif=False, max_pixels=MAX_PIXELS)
+            assert opened.size == photo.size and opened.orientation == 1
+            assert (opened.decode.func is images._decode_jpeg) == (kind != "cmyk")
+            pixels, shrink = opened.decode(most)
+            wanted, expected = images._decode(images._open(file, MAX_PIXELS), most)
             assert shrink == expected <= most
-            assert np.array_equal(np.asarray(pixels)[..., :3], np.asarray(wanted))
+            assert np.array_equal(np.asarray(pixels)[..., :3], np.asarray(wanted.convert("RGB")))
 
 
 def test_a_crop_of_a_file_is_that_of_its_pixels():
@@ -199,11 +206,19 @@ def test_a_crop_of_a_file_is_that_of_its_pixels():
         assert np.array_equal(crop, train_crop(np.asarray(decode(file)), np.random.default_rng(3), size=16))
 
 
-def test_a_jpeg_so_large_that_pil_takes_it_for_an_attack_is_broken(monkeypatch):
-    file = save(Image.new("RGB", (64, 64)), "JPEG")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 32 - 1)
-    with pytest.raises(OSError, match="attack"):
-        train_crop(file, np.random.default_rng(0), size=8)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF"])
+def test_an_image_of_more_pixels_than_allowed_is_refused_before_they_are_decoded(format, monkeypatch):
+    file = save(Image.new("RGB", (64, 32)), format)
+    assert decode(file, max_pixels=64 * 32).size == (64, 32)
+    monkeypatch.setattr(images, "_decode", None)
+    monkeypatch.setattr(images, "_decode_jpeg", None)
+    for crop in (
+        lambda: decode(file, max_pixels=64 * 32 - 1),
+        lambda: train_crop(file, np.random.default_rng(0), size=8, max_pixels=64 * 32 - 1),
+        lambda: eval_crop(file, size=8, **PLAIN, max_pixels=64 * 32 - 1),
+    ):
+        with pytest.raises(OSError, match=r"64 x 32 pixels, more than the 2047 of --config.data.max_pixels"):
+            crop()
 
 
 def test_random_interpolation_draws_bilinear_and_bicubic_alike():
@@ -261,6 +276,28 @@ def test_sixteen_bit_grey_keeps_its_high_byte():
     for file in (save(Image.fromarray(values), "PNG"), save(Image.fromarray(values), "TIFF"), pgm):
         rgb = decode(file)
         assert rgb.mode == "RGB" and np.asarray(rgb)[0].tolist() == [[value] * 3 for value in wanted]
+        # A large one would take four times the memory as RGB.
+        assert images.open_image(file, exif=False, max_pixels=5).decode(1)[0].mode == "L"
+
+
+def test_sixteen_bit_grey_is_converted_in_strips(monkeypatch):
+    values = np.random.default_rng(0).integers(0, 65536, (37, 5), np.uint16)
+    monkeypatch.setattr(images, "_STRIP", 20)
+    assert np.array_equal(np.asarray(decode(save(Image.fromarray(values), "PNG")))[..., 1], values >> 8)
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_a_grey_image_has_the_crops_of_the_same_image_in_colour(interpolation):
+    grey = noise(57, 91, 1)
+    colour = np.repeat(grey, 3, axis=-1)
+    for seed in range(5):
+        options = {"size": 24, "interpolation": interpolation}
+        crop = train_crop(grey, np.random.default_rng(seed), **options)
+        assert np.array_equal(crop, train_crop(colour, np.random.default_rng(seed), **options))
+    options = {**PLAIN, "interpolation": interpolation}
+    for mode in ("center", "border"):
+        crop = eval_crop(grey, size=24, **{**options, "mode": mode})
+        assert np.array_equal(crop, eval_crop(colour, size=24, **{**options, "mode": mode}))
 
 
 def test_palette_cmyk_transparent_and_grey_files_become_what_pil_makes_of_them():
@@ -284,9 +321,53 @@ def test_palette_cmyk_transparent_and_grey_files_become_what_pil_makes_of_them()
 
 def test_exif_orientation_is_not_applied_as_in_timm():
     photo = Image.fromarray(PHOTOS[0]).resize((60, 40))
+    assert decode(save(photo, "JPEG", exif=orientation(6))).size == (60, 40)
+
+
+def orientation(number: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode(save(photo, "JPEG", exif=exif)).size == (60, 40)
+    exif[0x0112] = number
+    return exif
+
+
+FILES = {
+    "JPEG": ("JPEG", {"quality": 95}),
+    "progressive": ("JPEG", {"quality": 95, "progressive": True}),
+    "PNG": ("PNG", {}),
+    "WebP": ("WEBP", {"lossless": True, "method": 0}),
+    "TIFF": ("TIFF", {}),
+    "AVIF": ("AVIF", {"quality": 90, "speed": 10}),
+}
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("kind", FILES)
+def test_a_rotated_photo_has_the_crops_of_the_upright_one(kind, number):
+    """EXIF's orientations, in every format that has them: NumPy turns the stored pixels upright."""
+    format, options = FILES[kind]
+    turn = {
+        **{1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1]},
+        **{5: lambda p: p.swapaxes(0, 1), 6: lambda p: np.rot90(p, -1), 8: lambda p: np.rot90(p)},
+        7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
+    }[number]
+    photo = Image.fromarray(PHOTOS[0][:300, :401])
+    stored = np.asarray(decode(save(photo, format, **options)))
+    file = save(photo, format, exif=orientation(number), **options)
+    upright = np.ascontiguousarray(turn(stored))
+    assert np.array_equal(np.asarray(decode(file, exif=True)), upright)
+    assert kind == "TIFF" or np.array_equal(np.asarray(decode(file)), stored)  # Pillow always turns a TIFF
+    for seed in range(3):
+        crop = train_crop(file, np.random.default_rng(seed), size=24, exif=True, draft=False)
+        assert np.array_equal(crop, train_crop(upright, np.random.default_rng(seed), size=24))
+        drafted = train_crop(file, np.random.default_rng(seed), size=24, exif=True)
+        away = np.abs(drafted.astype(int) - crop).mean()
+        assert away < 5, away  # of the same place: a crop that is shifted by a pixel differs by more than 10
+    assert np.array_equal(eval_crop(file, size=24, exif=True, **PLAIN), eval_crop(upright, size=24, **PLAIN))
+
+
+def test_an_exif_block_that_cannot_be_read_says_nothing():
+    file = save(Image.fromarray(PHOTOS[0]), "JPEG", exif=b"Exif\0\0" + b"no TIFF header")
+    assert decode(file, exif=True).size == (640, 427)
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
@@ -325,6 +406,174 @@ def test_what_is_broken_raises_oserror():
             eval_crop(file, size=16, crop_pct=1.0, mode="center", interpolation="bilinear", mean=MEAN)
     with pytest.raises(OSError):
         decode(np.zeros((2, 3, 4, 5), np.uint8))
+
+
+def test_a_jpeg_whose_pixels_are_missing_is_damaged_whatever_pillow_fills_in():
+    whole = save(Image.fromarray(PHOTOS[0]), "JPEG")
+    small = save(Image.fromarray(PHOTOS[0]).resize((16, 16)), "JPEG")
+    size = small.index(b"\xff\xc0") + 5
+    restarts = save(Image.fromarray(PHOTOS[0]), "JPEG", restart_marker_blocks=3)
+    second = restarts.index(b"\xff\xd1")
+    cmyk = save(Image.fromarray(PHOTOS[0]).convert("CMYK"), "JPEG")
+    for file in (
+        small[:size] + struct.pack(">HH", 9000, 9000) + small[size + 4 :],  # a header that lies
+        whole[: len(whole) // 2] + b"\xff\xd9",  # cut, then closed
+        cmyk[: len(cmyk) // 2] + b"\xff\xd9",
+        restarts[:second] + restarts[second + 200 :],
+    ):
+        for read in (
+            lambda file=file: decode(file),
+            lambda file=file: train_crop(file, np.random.default_rng(0), size=16),
+        ):
+            with pytest.raises(OSError, match=r"the JPEG is damaged: .*[a-z0-9]$"):
+                read()
+
+
+def with_size(file: bytes, format: str, width: int, height: int) -> bytes:
+    """An image of 16 x 16 whose header states another size."""
+    data = bytearray(file)
+    if format == "PNG":
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif format == "JPEG2000":
+        at = data.index(b"ihdr") + 4
+        data[at : at + 8] = struct.pack(">II", height, width)
+        at = data.index(b"\xff\x51") + 6
+        data[at : at + 8] = struct.pack(">II", width, height)
+    else:
+        for tag, value in ((256, width), (257, height)):
+            entries = [struct.pack("<HHLL", tag, kind, 1, 16) for kind in (3, 4)]
+            (at,) = (data.index(entry) for entry in entries if entry in data)
+            data[at + 8 : at + 12] = struct.pack("<L", value)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA"])
+@pytest.mark.parametrize("size", [(16, 17), (16, 900), (900, 16), (900, 900)])
+def test_an_image_whose_header_lies_is_refused(size, mode):
+    """Pillow would fill the rest with black."""
+    photo = Image.fromarray(PHOTOS[0]).resize((16, 16)).convert(mode)
+    files = {"PNG": [save(photo, "PNG")]}
+    if mode == "RGB":
+        compressions = ({}, {"compression": "tiff_lzw"}, {"compression": "jpeg"}, {"compression": "tiff_deflate"})
+        files["TIFF"] = [save(photo, "TIFF", **options) for options in compressions]
+        files["JPEG2000"] = [save(photo, "JPEG2000")]
+    for format, formatted in files.items():
+        for file in formatted:
+            assert decode(file).size == (16, 16)
+            with pytest.raises(OSError, match=r"than its header says|truncated|decoder error"):
+                decode(with_size(file, format, *size))
+            with pytest.raises(OSError):
+                train_crop(with_size(file, format, *size), np.random.default_rng(0), size=8)
+
+
+def test_images_that_end_in_black_are_whole():
+    """Zeros at the end make a PNG be checked, of every depth, odd width and interlaced."""
+    black = np.zeros((7, 5, 3), np.uint8)
+    black[0, 0] = 255
+    for mode in ("RGB", "RGBA", "L", "LA", "1", "P", "I;16"):
+        photo = Image.fromarray(black).convert("L" if mode == "I;16" else mode).convert(mode)
+        assert np.asarray(decode(save(photo, "PNG")))[0, 0, 0] == (0 if mode == "I;16" else 255)
+    assert not np.asarray(decode(save(Image.new("RGB", (3000, 2000)), "PNG"))).any()
+    assert np.array_equal(decode(interlaced(black)), black)
+    with pytest.raises(OSError, match="fewer pixels"):
+        decode(interlaced(black, passes=6))
+
+
+def interlaced(pixels: np.ndarray, passes: int = 7) -> bytes:
+    """An interlaced PNG, which Pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    steps = [(0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2)][:passes]
+    rows = [row for x, dx, y, dy in steps for row in pixels[y::dy, x::dx] if row.size]
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, 1)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_a_file_that_is_cut_is_broken_in_every_format(format):
+    file = save(Image.fromarray(PHOTOS[0]).resize((90, 60)), format)
+    assert decode(file).size == (90, 60)
+    for part in (0.3, 0.6, 0.95):
+        with pytest.raises(OSError, match=r"\w"):
+            decode(file[: int(len(file) * part)])
+
+
+def test_grey_values_of_unknown_range_are_refused_and_not_clipped():
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    twelve = save(Image.fromarray((ramp * 4095).astype(np.uint16)), "TIFF").replace(
+        struct.pack("<HHLHH", 258, 3, 1, 16, 0), struct.pack("<HHLHH", 258, 3, 1, 12, 0)
+    )
+    for image in (
+        save(Image.fromarray(ramp.astype(np.float32)), "TIFF"),
+        save(Image.fromarray((ramp * 2**30).astype(np.int32)), "TIFF"),
+        save(Image.fromarray((ramp * 65535).astype(np.uint16)), "TIFF", tiffinfo={262: 0}),  # white is zero
+        twelve,
+        ramp.astype(np.float32),
+        (ramp * 255).astype(np.int32),
+        b"Pf 8 8 -1.0\n" + ramp.astype("<f4").tobytes(),
+    ):
+        with pytest.raises(OSError, match="save it with 8 or 16 bits"):
+            decode(image)
+        with pytest.raises(OSError, match="save it with 8 or 16 bits"):
+            train_crop(image, np.random.default_rng(0), size=4)
+
+
+@pytest.mark.parametrize("format", ["EPS", "PDF", "ICO", "TGA", "PCX", "SGI"])
+def test_no_other_format_is_tried(format, monkeypatch):
+    def start(*args, **kwargs):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.check_call", start)
+    file = save(Image.fromarray(PHOTOS[0]).resize((32, 32)), format)
+    with pytest.raises(OSError, match="no image of a known format"):
+        decode(file)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused():
+    file = save(Image.fromarray(PHOTOS[0]), "JPEG", progressive=True)
+    start = file.index(b"\xff\xda")
+    (length,) = struct.unpack_from(">H", file, start + 2)
+    scan = file[start : start + 2 + length] + b"\0"
+    metadata = b"\xff\xed" + struct.pack(">H", 602) + b"\xff\xda\0" * 200
+    assert np.array_equal(decode(file[:2] + metadata + file[2:]), decode(file))
+    with pytest.raises(OSError, match="more than 100 scans"):
+        decode(file[:start] + scan * 2000 + file[start:])
+
+
+@pytest.mark.parametrize("shape", [(1, 1_000_000), (1_000_000, 1), (3, 400_000)])
+def test_a_very_long_image_takes_no_more_memory_than_its_pixels(shape, monkeypatch):
+    made = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a, **k: made.append(size) or resize(self, size, *a, **k)
+    )
+    image = noise(*shape)
+    for mode in ("center", "squash", "border"):
+        crop = eval_crop(image, size=224, crop_pct=0.875, mode=mode, interpolation="bicubic", mean=MEAN)
+        assert crop.shape == (224, 224, 3)
+    assert max(width * height for width, height in made) <= 2**24
+    crop = eval_crop(noise(50, 60), size=8, crop_pct=1e-6, mode="center", interpolation="bicubic", mean=MEAN)
+    assert np.ptp(crop.reshape(-1, 3), axis=0).max() <= 1  # a part of a pixel
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_the_crop_of_a_long_image_is_that_of_the_whole_resized(mode, monkeypatch):
+    options = {"size": 33, "crop_pct": 0.9, "mode": mode, "interpolation": "bicubic", "mean": MEAN}
+    for image in IMAGES:
+        wanted = eval_crop(image, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(room, "_MOST_RESIZED", 0)
+            assert np.abs(eval_crop(image, **options).astype(int) - wanted).max() <= 1, image.shape
+
+
+def test_an_error_always_has_a_reason():
+    for error in (EOFError(), OSError(), ValueError("it is odd")):
+        with pytest.raises(OSError, match=r"the image: (EOFError|OSError|it is odd)$"), broken_is_oserror():
+            raise error
 
 
 def test_check_images_counts_the_broken_and_names_the_first(tmp_path):

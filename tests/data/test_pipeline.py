@@ -147,6 +147,7 @@ def test_preprocess_does_what_evaluation_does(data, tmp_path):
         "interpolation": "bicubic",
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.2, 0.2],
+        "exif": False,
     }
     images = next(data.eval_batches(9))["image"]
     path = tmp_path / "a.png"
@@ -239,6 +240,43 @@ def test_a_broken_image_in_evaluation_is_masked_and_reported(folder):
     assert (np.delete(rows["skipped"], 17) == -1).all()
 
 
+def test_a_photo_that_lies_on_its_side_is_turned_where_the_config_says_so(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = np.zeros((16, 20, 3), np.uint8)
+    upright[:8] = 255  # the sky
+    for path in folder.rglob("*.jpg"):
+        Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    options = {**OPTIONS, "scale": (1.0, 1.0)}
+    for turned in (False, True):
+        data = open_data("folder", folder, exif=turned, **options)
+        assert data.preprocessing["exif"] is turned
+        train = next(data.train_batches(4, seed=0, num_steps=1))["image"].astype(int)
+        val = next(data.eval_batches(4))["image"].astype(int)
+        single = preprocess(data.val.name(0), data.preprocessing)[None].astype(int)
+        older = {key: value for key, value in data.preprocessing.items() if key != "exif"}
+        assert (
+            np.array_equal(preprocess(data.val.name(0), older)[None] == single, np.full(single.shape, True)) != turned
+        )
+        for images in (train, val, single):
+            sky, ground = images[:, 0].mean(), images[:, -1].mean()
+            assert (sky > 240 and ground < 15) if turned else abs(sky - ground) < 15
+
+
+def test_an_image_of_more_pixels_than_allowed_is_broken(folder):
+    Image.new("RGB", (21, 16)).save(folder / "val" / "a" / "00.jpg")
+    with pytest.raises(
+        UserError, match=r"00\.jpg \(the image has 21 x 16 pixels, more than the 320 of .*max_pixels\);"
+    ):
+        open_data("folder", folder, max_pixels=320, **OPTIONS)
+    data = open_data("folder", folder, max_pixels=320, check=0, **OPTIONS)
+    assert next(data.eval_batches(4))["skipped"].tolist() == [0, -1, -1, -1]
+    (folder / "val" / "a" / "00.jpg").rename(folder / "train" / "a" / "00.jpg")
+    data = open_data("folder", folder, max_pixels=320, check=0, **OPTIONS)
+    (batch,) = data.train_batches(40, seed=0, num_steps=1)
+    assert sorted(batch["skipped"].tolist())[-2:] == [-1, 0]
+
+
 def test_training_gives_up_when_nothing_can_be_read(folder):
     data = open_data("folder", folder, **OPTIONS)
     for path in (folder / "train").rglob("*.jpg"):
@@ -320,6 +358,8 @@ def test_a_negative_seed(data):
         ({"eval_image_size": 0}, "eval_image_size=0 must be at least 1"),
         ({"repeats": 0}, "repeats=0 must be at least 1"),
         ({"threads": 0}, "threads=0 must be at least 1"),
+        ({"max_pixels": 0}, "max_pixels=0 must be from 1 to 178956970"),
+        ({"max_pixels": 178956971}, "max_pixels=178956971 must be from 1 to"),
         ({"train_split": None, "val_split": None}, "neither .*train_split nor .*val_split"),
     ],
 )

@@ -13,8 +13,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.utils.shard_utils import FileInstruction, get_file_instructions
 
+from maxmap.checksums import masked_crc32c
 from maxmap.data.archives import TFRecords, parse_example, record_positions
-from maxmap.data.sources import SOURCES, FolderSource, open_source
+from maxmap.data.pipeline import open_data
+from maxmap.data.sources import SOURCES, FolderSource, LabelledImage, open_source
 from maxmap.errors import UserError
 
 
@@ -132,10 +134,61 @@ def test_a_class_folder_without_images(tree):
     assert f"class folder {tree}/train/bee holds no images" in message("folder", tree, "train")
 
 
-def test_a_file_that_is_no_image(tree):
-    (tree / "train" / "dog" / "boxes.txt").write_text("1 2 3")
+def test_what_people_have_beside_their_images_is_left_out_and_told(tree, capsys):
+    dog = tree / "train" / "dog"
+    for name in ("Thumbs.db", "boxes.txt", "desktop.ini", "README", "labels.json"):
+        (dog / name).write_text("1 2 3")
+    (dog / "deep").mkdir()
+    (dog / "deep" / "c.xml").write_text("<x/>")
+    assert len(open_source("folder", tree, "train")) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"maxmap: 6 entries of {tree}/train are no images and left out: "
+        "dog/README, dog/Thumbs.db, dog/boxes.txt and 3 more."
+    )
+
+
+def test_an_image_of_a_kind_that_cannot_be_read_is_not_left_out(tree):
+    (tree / "train" / "dog" / "IMG_1.HEIC").write_bytes(b"x")
     text = message("folder", tree, "train")
-    assert f"{tree}/train/dog/boxes.txt" in text and ".jpeg" in text and "remove" in text
+    assert f"{tree}/train/dog/IMG_1.HEIC is an image of a kind" in text and "convert it to one of .jpg" in text
+
+
+def test_classes_without_a_split_above_them(tree):
+    text = message("folder", tree / "train", "train")
+    assert f"folder {tree}/train has no split 'train', but ant, cat, dog hold images" in text
+    assert f"move the class folders into {tree}/train/train" in text and f"{tree}/train/val" in text
+
+
+def test_links_in_a_circle_are_left_out_and_told(tree, capsys):
+    cat = tree / "train" / "cat"
+    (cat / "loop").symlink_to(".")
+    (cat / "up").symlink_to("..")
+    (tree / "elsewhere").mkdir()
+    write(tree / "elsewhere" / "z.png", 9)
+    (cat / "more").symlink_to(tree / "elsewhere")  # a link that is no circle
+    (cat / "self.png").symlink_to("self.png")  # looks like an image, and is counted as broken when it is read
+    source = open_source("folder", tree, "train")
+    assert len(source) == 7
+    assert "2 entries" in (told := capsys.readouterr().err) and "cat/loop, cat/up." in told
+    broken = [i for i in range(7) if source.name(i).endswith("self.png")]
+    with pytest.raises(OSError):
+        source[broken[0]]
+
+
+@pytest.mark.parametrize("target, text", [("gone", "is a link to gone, which does not exist"), (".", "lies in")])
+def test_a_class_folder_that_is_a_link_to_nowhere(tree, target, text):
+    (tree / "train" / "bee").symlink_to(target)
+    told = message("folder", tree, "train")
+    assert told.startswith(f"{tree}/train/bee is a link") and text in told
+
+
+def test_a_folder_that_cannot_be_listed(tree, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", refuse)
+    assert "cannot be listed (Permission denied)" in message("folder", tree, "train")
 
 
 def test_a_class_that_training_does_not_have(tree):
@@ -231,10 +284,19 @@ def test_tfds_prepared_in_a_format_that_cannot_be_read(tmp_path):
         _check_prepared(Elsewhere, "maxmap_tiny", None)
 
 
+def tfrecord(record: bytes) -> bytes:
+    """A record as it lies in a TFRecord file."""
+    length = struct.pack("<Q", len(record))
+    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, record))
+
+
 @pytest.fixture(scope="module")
 def as_tfrecord(prepared, tmp_path_factory):
-    """The prepared set with its records in TFRecord files, which only TensorFlow would write."""
-    folder = tmp_path_factory.mktemp("tfrecord")
+    return rewritten_as_tfrecord(prepared, tmp_path_factory.mktemp("tfrecord"))
+
+
+def rewritten_as_tfrecord(prepared, folder):
+    """Writes the prepared set with its records in TFRecord files, which only TensorFlow would write."""
     builder = MaxmapTiny(data_dir=str(prepared), file_format="array_record")
     target = folder / builder.data_path.relative_to(prepared)
     target.mkdir(parents=True)
@@ -246,7 +308,7 @@ def as_tfrecord(prepared, tmp_path_factory):
             from array_record.python.array_record_module import ArrayRecordReader
 
             records = ArrayRecordReader(str(file)).read_all()
-            data = b"".join(struct.pack("<QI", len(r), 0) + r + struct.pack("<I", 0) for r in records)
+            data = b"".join(map(tfrecord, records))
             (target / file.name.replace("array_record", "tfrecord")).write_bytes(data)
         assert split in ("train", "test")
     return folder
@@ -277,6 +339,81 @@ def test_a_tfrecord_file_that_is_cut_off(as_tfrecord, tmp_path):
     length = struct.unpack("<Q", data[:8])[0]
     file.write_bytes(data[: 16 + length])
     assert "has 1 records" in message("tfds", tmp_path / "cut", name="maxmap_tiny")
+
+
+def test_a_damaged_tfrecord_file_is_told(as_tfrecord, tmp_path):
+    shutil.copytree(as_tfrecord, tmp_path / "damaged")
+    (file,) = (tmp_path / "damaged").rglob("*-train.tfrecord-*")
+    whole = file.read_bytes()
+    (start, length), (second, _) = record_positions(str(file))[:2]
+
+    def damage(position: int) -> None:
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+
+    for position in (0, second - 12, start - 2):
+        damage(position)
+        assert "is damaged: its checksum is another" in message("tfds", tmp_path / "damaged", name="maxmap_tiny")
+    for position in (start + length // 2, start + length + 1):
+        damage(position)
+        source = open_source("tfds", tmp_path / "damaged", name="maxmap_tiny")
+        with pytest.raises(OSError, match=rf"record at byte {start} of {file} is damaged: its checksum is another"):
+            source[0]
+        assert source[1] == open_source("tfds", as_tfrecord, name="maxmap_tiny")[1]
+        unchecked = open_source("tfds", tmp_path / "damaged", name="maxmap_tiny", verify=False)
+        assert isinstance(unchecked[0], LabelledImage)
+
+
+def feature(name: bytes, kind: int, value: bytes) -> bytes:
+    def field(number, data):
+        return bytes([number << 3 | 2, len(data)]) + data
+
+    return field(1, field(1, name) + field(2, field(kind, field(1, value))))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        feature(b"label", 3, b"\1"),
+        feature(b"image", 1, b"abc"),
+        feature(b"image", 3, b"\1") + feature(b"label", 3, b"\1"),
+        feature(b"image", 1, b"abc") + feature(b"label", 1, b"ant"),
+    ],
+)
+def test_a_record_that_lacks_a_feature_is_a_broken_image(as_tfrecord, tmp_path, features):
+    shutil.copytree(as_tfrecord, tmp_path / "odd")
+    (file,) = (tmp_path / "odd").rglob("*-train.tfrecord-*")
+    (start, length), *_ = record_positions(str(file))
+    example = b"\x0a" + bytes([len(features)]) + features
+    file.write_bytes(tfrecord(example) + file.read_bytes()[start + length + 4 :])
+    data = open_data("tfds", tmp_path / "odd", name="maxmap_tiny", image_size=4, check=0, threads=1, val_split=None)
+    with pytest.raises(OSError, match="lacks an image or its label"):
+        data.train[0]
+    batches = list(data.train_batches(6, seed=0, num_steps=1))
+    assert sorted(batches[0]["skipped"].tolist()) == [-1] * 5 + [0]
+
+
+@pytest.mark.parametrize("format", ["array_record", "tfrecord"])
+def test_a_split_without_labels(tmp_path, format, monkeypatch):
+    monkeypatch.setattr(MaxmapTiny, "_generate_examples", unlabelled)
+    MaxmapTiny(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    folder = rewritten_as_tfrecord(tmp_path, tmp_path / "rewritten") if format == "tfrecord" else tmp_path
+    text = message("tfds", folder, "train", name="maxmap_tiny")
+    assert "split 'train' of TFDS data set 'maxmap_tiny' has no labels" in text and "train_split" in text
+
+
+def unlabelled(self, num):
+    for i in range(num):
+        yield i, {"image": io.BytesIO(encoded(20 * i)), "label": -1}
+
+
+def test_a_damaged_array_record_is_a_broken_image(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "damaged")
+    (file,) = (tmp_path / "damaged").rglob("*-train.array_record-*")
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) * 4 // 5])
+    source = open_source("tfds", tmp_path / "damaged", name="maxmap_tiny")
+    with pytest.raises(OSError, match=r"maxmap_tiny/train\[2\] cannot be read: .*hash mismatch"):
+        source[2]
 
 
 def test_a_tfrecord_file_of_another_data_set(as_tfrecord, tmp_path):
@@ -377,6 +514,81 @@ def test_web_dataset_shards(tmp_path):
     assert open_source("tar", tmp_path, "train").classes == ("ant", "cat", "dog", "cow")
     (tmp_path / "classes.txt").write_text("ant\ncat\n")
     assert "002.png" in (text := message("tar", tmp_path, "train")) and "label 2" in text and "2 classes" in text
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """A tar of two images; the name of the second is so long that it has a header of its own."""
+    pack(tmp_path / "train.tar", {"a/x.png": bytes(700), f"a/{'y' * 150}.png": bytes(600)})
+    return tmp_path / "train.tar"
+
+
+def test_a_damaged_or_cut_tar_is_told_wherever(archive):
+    """No image is missing without a word, whatever the cut and the byte of a header that changed."""
+    whole = archive.read_bytes()
+    assert len(open_source("tar", archive.parent, "train")) == 2
+    blocks = len(whole.rstrip(b"\0")) // 512 + 3
+    for end in range(1, blocks * 512, 256):
+        archive.write_bytes(whole[:end])
+        if end < 512 * (blocks - 1):
+            assert "cannot be read as an uncompressed tar" in message("tar", archive.parent, "train"), end
+    headers = [block for block in range(blocks) if whole[512 * block + 257 : 512 * block + 262] == b"ustar"]
+    assert len(headers) == 3 and whole[512 * headers[1] + 156 : 512 * headers[1] + 157] in b"xL"
+    for position in (512 * block + byte for block in headers for byte in (0, 100, 124, 150, 156)):
+        archive.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert "cannot be read as an uncompressed tar" in message("tar", archive.parent, "train"), position
+
+
+def test_joined_tars_are_told(archive):
+    archive.write_bytes(2 * archive.read_bytes())
+    assert "more follows: unpack archives that were joined" in message("tar", archive.parent, "train")
+
+
+def odd_tar(file, *infos: tarfile.TarInfo) -> None:
+    with tarfile.open(file, "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(made("a/x.png", size=9), io.BytesIO(bytes(9)))
+        for info in infos:
+            tar.addfile(info)
+
+
+def made(name: str, **fields) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info
+
+
+def test_links_and_lies_in_a_tar(tmp_path):
+    file = tmp_path / "train.tar"
+    odd_tar(file, made("a/again.png", type=tarfile.LNKTYPE, linkname="a/x.png"))
+    source = open_source("tar", tmp_path, "train")
+    assert len(source) == 2 and source[1] == source[0] and source.name(1).endswith("train.tar/a/again.png")
+    for info, text in [
+        (made("b/y.png", type=tarfile.LNKTYPE, linkname="b/x.png"), "'b/x.png', which does not stand before it"),
+        (made("b/y.png", type=tarfile.SYMTYPE, linkname="../a/x.png"), "'b/y.png' is a symbolic link"),
+        (made("b/y.png", type=tarfile.GNUTYPE_SPARSE, size=10**12), "train.tar cannot be read"),
+        (made("b/y.png", size=10**12), "unexpected end of data"),
+        (made("b/y.png", type=tarfile.XHDTYPE, size=10**12), "train.tar cannot be read"),
+        (made("b/y.png", type=tarfile.GNUTYPE_LONGNAME, size=10**12), "train.tar cannot be read"),
+        (made("b/y.png", size=-512), "train.tar cannot be read"),
+    ]:
+        odd_tar(file, info)
+        assert text in message("tar", tmp_path, "train")
+
+
+def test_a_sparse_map_without_end_is_no_endless_loop(tmp_path):
+    records = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "b/y.png"}
+    with tarfile.open(tmp_path / "train.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = made("b/y.png", size=512, pax_headers={**records, "GNU.sparse.realsize": str(10**12)})
+        tar.addfile(info, io.BytesIO(b"999999999\n".ljust(512, b"1")))
+    assert "train.tar cannot be read" in message("tar", tmp_path, "train")
+
+
+@pytest.mark.parametrize("label", [b"100000000", b"9" * 5000, b"-1", b"1.5"])
+def test_a_label_file_is_read_before_anything_is_made_of_its_number(tmp_path, label, monkeypatch):
+    monkeypatch.setattr("maxmap.data.sources._read_class_names", None)
+    text = message_of_tar(tmp_path, {"0.png": b"", "0.cls": label})
+    assert "0.cls in" in text and "which is no class number from 0 to 999999" in text and len(text) < 300
 
 
 def test_mistakes_in_tar_archives(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from maxmap.config import bind
 from maxmap.errors import UserError
-from maxmap.train import loop
+from maxmap.train import build, loop
 from maxmap.train.report import Report
 from maxmap.train.watch import SPIKE_WARMUP as WARMUP
 from maxmap.train.watch import Watch, Watchdog
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("tiny_models")
 
 def poisoned(*steps: int):
     """`make_train_step` with images that are infinite at some steps, counted from 0."""
-    make = loop.make_train_step
+    make = build.make_train_step
 
     def make_poisoned(model, optimizer, loss, prepare, **options):
         def bad(key, images, labels):
@@ -40,7 +40,7 @@ def poisoned(*steps: int):
 
 @pytest.mark.fault("loss not finite")
 def test_steps_that_are_not_finite_are_left_out(images, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(loop, "make_train_step", poisoned(3, 4))
+    monkeypatch.setattr(build, "make_train_step", poisoned(3, 4))
     result = loop.run(bind(settings_for(images, steps=6, log={"every": 2, "max_skips": 2})), tmp_path)
     assert result["step"] == 6 and np.isfinite(result["loss"])
     events = read_lines(tmp_path / "events.jsonl")
@@ -54,7 +54,7 @@ def test_steps_that_are_not_finite_are_left_out(images, tmp_path, monkeypatch, c
 
 @pytest.mark.fault("loss not finite for long")
 def test_too_many_of_them_end_the_run(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "make_train_step", poisoned(4, 5, 6))
+    monkeypatch.setattr(build, "make_train_step", poisoned(4, 5, 6))
     with pytest.raises(
         UserError, match=r"not finite in 2 steps in a row, up to step 6: .*not_finite.json names"
     ) as error:
@@ -82,7 +82,7 @@ def test_a_step_that_is_left_out_changes_nothing(images, tmp_path, monkeypatch):
         save(self, step, items, info, score)
 
     monkeypatch.setattr(loop.Checkpoints, "save", remember)
-    monkeypatch.setattr(loop, "make_train_step", poisoned(*range(3, 9)))
+    monkeypatch.setattr(build, "make_train_step", poisoned(*range(3, 9)))
     loop.run(bind(settings_for(images, checkpoint__every=3)), tmp_path)
     for item in ("variables", "ema"):
         assert_equal(saved[9][item], saved[3][item])

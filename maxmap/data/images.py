@@ -1,0 +1,232 @@
+"""Opens image files from anywhere: which formats are tried, what is refused, and how pixels become 8-bit RGB.
+
+A file that cannot be read right is refused with an OSError that gives the reason. So a loader can leave it out, count
+it and name it. No file can start another program, take memory by a size that it states, or give grey pixels for
+missing ones.
+"""
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image
+from PIL.ImageFile import ImageFile
+
+from maxmap.data.damage import check_pixels, check_scans, check_strips, refuse_damaged_jpeg
+from maxmap.errors import UserError, reason
+
+# Pillow's formats by the endings of their files. Pillow tries no other format, whatever the ending says, because some
+# of its other formats are hostile by design: it starts Ghostscript for an EPS.
+FORMATS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **{".png": "PNG", ".webp": "WEBP", ".avif": "AVIF", ".gif": "GIF", ".bmp": "BMP"},
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
+    ".jp2": "JPEG2000",
+}
+IMAGE_ENDINGS = tuple(FORMATS)
+
+MAX_PIXELS = 178_956_970  # Pillow decodes no larger image; as RGB this one takes 700 MB
+_STRIP = 1 << 22  # pixels of 16 bits that are converted at a time
+
+# How to turn an image upright, by its EXIF orientation: the transposition, and which axes of the result, (x, y), run
+# against an axis of the stored image.
+TURNS = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, (True, False)),
+    3: (Image.Transpose.ROTATE_180, (True, True)),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, (False, True)),
+    5: (Image.Transpose.TRANSPOSE, (False, False)),
+    6: (Image.Transpose.ROTATE_270, (True, False)),
+    7: (Image.Transpose.TRANSVERSE, (True, True)),
+    8: (Image.Transpose.ROTATE_90, (False, True)),
+}
+
+
+class OpenedImage(NamedTuple):
+    """An image of which only the header is read.
+
+    Attributes:
+      size: width and height as they are stored.
+      orientation: EXIF orientation to apply, 1 to 8; 1 for none.
+      decode: takes the largest reduction allowed, and returns the pixels as they are stored and the actual reduction:
+        1, 2, 4 or 8. The pixels have mode RGB, L, which takes a quarter of the memory, or CMYK: then they are RGB and a
+        fourth channel without meaning.
+    """
+
+    size: tuple[int, int]
+    orientation: int
+    decode: Callable[[int], tuple[Image.Image, int]]
+
+
+def check_max_pixels(max_pixels: int) -> None:
+    """Raises UserError unless `data.max_pixels` is in its range."""
+    if not 1 <= max_pixels <= MAX_PIXELS:
+        raise UserError(
+            f"--config.data.max_pixels={max_pixels} must be from 1 to {MAX_PIXELS}: Pillow decodes no larger image."
+        )
+
+
+@contextlib.contextmanager
+def broken_is_oserror() -> Iterator[None]:
+    """Turns into OSError what else a decoder raises for broken files: SyntaxError, ValueError and others."""
+    try:
+        yield
+    except OSError as error:
+        if str(error):
+            raise
+        raise OSError(f"cannot decode the image: {reason(error)}") from error
+    except Exception as error:
+        raise OSError(f"cannot decode the image: {reason(error)}") from error
+
+
+def open_image(image: bytes | np.ndarray, *, exif: bool, max_pixels: int) -> OpenedImage:
+    """Reads the header of an image file, or wraps an array.
+
+    Args:
+      image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+      exif: whether to read the EXIF orientation.
+      max_pixels: an image with more pixels is refused.
+
+    Raises:
+      OSError: the image is broken, too large or of no format in `FORMATS`.
+    """
+    if isinstance(image, np.ndarray):
+        grey = image.ndim == 3 and image.shape[-1] == 1
+        opened = Image.fromarray(image[..., 0] if grey else image)
+        return OpenedImage(opened.size, 1, functools.partial(_decode, opened))
+    if image.startswith(b"\xff\xd8"):
+        check_scans(image)
+        with contextlib.suppress(ValueError):  # simplejpeg does not read the header, but Pillow may
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(image)
+            if colors not in ("CMYK", "YCCK"):
+                _check_size((width, height), max_pixels)
+                orientation = _orientation(_open(image, max_pixels)) if exif else 1
+                return OpenedImage(
+                    (width, height), orientation, functools.partial(_decode_jpeg, image, (width, height))
+                )
+    opened = _open(image, max_pixels)
+    orientation = _orientation(opened) if exif else 1
+    decode = _decode_checked_jpeg if opened.format in ("JPEG", "MPO") else _decode_checked
+    return OpenedImage(opened.size, orientation, functools.partial(decode, image, opened))
+
+
+def _open(file: bytes, max_pixels: int) -> ImageFile:
+    try:
+        opened = Image.open(io.BytesIO(file), formats=_known_formats())
+    except Image.UnidentifiedImageError:
+        raise OSError("the file is no image of a known format, or its header is cut off") from None
+    _check_size(opened.size, max_pixels)
+    return opened
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Returns the formats of `FORMATS` that this build of Pillow reads."""
+    Image.init()
+    return tuple(sorted(set(FORMATS.values()) & Image.OPEN.keys()))
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise OSError(
+            f"the image has {size[0]} x {size[1]} pixels, more than the {max_pixels} of --config.data.max_pixels"
+        )
+
+
+def _orientation(opened: Image.Image) -> int:
+    """Returns the EXIF orientation that is still to be applied; Pillow applies that of a TIFF itself."""
+    if opened.format == "TIFF":
+        return 1
+    if opened.format == "PNG":
+        opened.load()  # the block may follow the pixels
+    with contextlib.suppress(Exception):  # an EXIF block that cannot be read says nothing about the pixels
+        orientation = opened.getexif().get(ExifTags.Base.Orientation)
+        if orientation in TURNS:
+            return orientation
+    return 1
+
+
+def _decode(opened: Image.Image, most: int) -> tuple[Image.Image, int]:
+    shrink = _draft(opened, most)
+    return _to_8_bits(opened), shrink
+
+
+def _decode_checked(file: bytes, opened: ImageFile, most: int) -> tuple[Image.Image, int]:
+    """Decodes with Pillow, and refuses what Pillow takes although pixels are missing."""
+    check_strips(file, opened)
+    opened.load()
+    check_pixels(file, opened)
+    return _decode(opened, most)
+
+
+def _decode_checked_jpeg(file: bytes, opened: Image.Image, most: int) -> tuple[Image.Image, int]:
+    """Decodes with Pillow a JPEG whose colours or size simplejpeg does not take, after a check of its data."""
+    colorspace = "CMYK" if opened.mode == "CMYK" else "RGB"
+    try:
+        simplejpeg.decode_jpeg(file, colorspace, min_height=1, min_width=1)
+    except ValueError as error:
+        refuse_damaged_jpeg(error)
+    return _decode(opened, most)
+
+
+def _decode_jpeg(file: bytes, size: tuple[int, int], most: int) -> tuple[Image.Image, int]:
+    """Decodes a JPEG of `size` (width, height) to Pillow's pixels, and a fourth channel without meaning."""
+    shrink = _shrink(size, most)
+    width, height = (-(-side // shrink) for side in size)
+    try:
+        pixels = simplejpeg.decode_jpeg(file, "RGBX", min_width=width, min_height=height)
+    except ValueError as error:  # Pillow decodes some files that simplejpeg refuses
+        refuse_damaged_jpeg(error)
+        return _decode(_open(file, size[0] * size[1]), most)
+    # PIL holds RGB in four bytes too, so four channels need no copy. It and the resizer treat all four alike in this
+    # mode; that the pixels are not CMYK does not matter to them.
+    return Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK", 0, 1), shrink
+
+
+def _draft(image: Image.Image, most: int) -> int:
+    """Sets a JPEG to decode at 1/8, 1/4 or 1/2 of its size, at least 1 / `most`; returns 8, 4, 2 or 1."""
+    shrink = _shrink(image.size, most)
+    if shrink == 1:
+        return 1
+    width = image.width
+    drafted = image.draft(None, (image.width // shrink, image.height // shrink))
+    # PIL returns mode and box, or None where the format has no reduced size.
+    return 1 if drafted is None else round(width / drafted[1][2])
+
+
+def _shrink(size: tuple[int, int], most: int) -> int:
+    """Returns 8, 4, 2 or 1: the reduction of a JPEG that is at most `most` and leaves at least a pixel on each side."""
+    return next((power for power in (8, 4, 2) if power <= min(most, *size)), 1)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Decodes an image and converts it to RGB or, if it is grey, to L; see `maxmap.data.decode.decode`."""
+    if image.mode == "F":
+        raise OSError("its pixels are floating-point numbers without a stated range: save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;"):
+        return _high_bytes(image)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours; straight to RGB, PIL warns
+    image.load()
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
+
+
+def _high_bytes(image: Image.Image) -> Image.Image:
+    """Returns the high bytes of a grey image of 16 bits."""
+    tags = getattr(image, "tag_v2", {})
+    known = image.format in ("PNG", "PPM", "JPEG2000") or image.mode.startswith("I;16")
+    bits, white_is_zero, kind = tags.get(258, (16,)), tags.get(262) == 0, tags.get(339, (1,))
+    if not known or bits not in (16, (16,)) or white_is_zero or kind not in (1, (1,)):
+        raise OSError("its grey values are no unsigned numbers of 16 bits with 0 for black: save it with 8 or 16 bits")
+    image.load()
+    high = Image.new("L", image.size)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        grey = np.asarray(strip).astype(np.int32).clip(0, 65535) >> 8
+        high.paste(Image.fromarray(grey.astype(np.uint8)), (0, top))
+    return high
