@@ -120,10 +120,10 @@ def test_every_document_is_linked_from_the_readme():
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_names_in_the_documents_exist(path):
-    """Files of the repository, and modules, functions and classes of the package; capitals stand for any name."""
+    """Files and folders of the repository; modules, functions and classes of the package. Capitals stand for a name."""
     text = path.read_text("utf-8")
-    files = re.findall(r"(?<![\w/.])(?:tests|benchmarks|configs|maxmap)/[a-z\d_/]+\.(?:py|csv)\b", text)
-    assert not [file for file in files if not (ROOT / file).is_file()]
+    files = re.findall(r"(?<![\w/.])(?:tests|benchmarks|configs|maxmap)/[a-z\d_/]+(?:\.py\b|\.csv\b|/(?=[\s`]))", text)
+    assert not [file for file in files if not (ROOT / file).exists()]
     for name in re.findall(r"`(maxmap(?:\.\w+)+)[(`]", text):
         pkgutil.resolve_name(name)
 
