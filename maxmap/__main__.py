@@ -167,7 +167,7 @@ def show_batch_command(recipe: Recipe, out: Path, step: int, count: int) -> None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns 2, after one sentence, for a mistake of the user's."""
+    """Runs a command; returns 2, after one sentence, for a mistake of the user's, and 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m maxmap", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_model_commands(commands)
@@ -186,6 +186,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"maxmap: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("maxmap: interrupted.", file=sys.stderr)
+        return 130
 
 
 def _add_model_commands(commands: Any) -> None:

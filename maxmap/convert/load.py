@@ -222,7 +222,7 @@ def _find_source(source: str | Path, ema: bool | None) -> tuple[ForeignCheckpoin
     exists = path.exists() or path.with_name(path.name + ".index").is_file()
     if exists or not hub.is_name(source):
         return read_source(path, ema=ema), {}
-    return read_source(hub.download(str(source)), ema=ema), hub.published().get(str(source), {})
+    return read_source(hub.download(str(source)), ema=ema), hub.published().get(hub.full_name(source), {})
 
 
 def _has_preprocessing(found: ForeignCheckpoint) -> bool:
