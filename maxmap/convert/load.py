@@ -1,6 +1,5 @@
 """Foreign checkpoints as models: from a name or a file to variables and to a checkpoint of ours, and back."""
 
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
@@ -141,25 +140,13 @@ def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **
             f"{dest} is in a bucket, where no folder can be renamed: convert to a local folder and copy that."
         )
     dest = Path(dest).absolute()
+    storage.recover(dest)
     if dest.exists() and not overwrite:
         raise UserError(f"{dest} is there already: give another folder, or --overwrite.")
     if dest.exists() and not (dest / checkpoint.FOLDER).is_dir():
         raise UserError(f"{dest} holds something other than a checkpoint: give another folder.")
     converted = read_foreign(source, **options)
-    unfinished, old = (dest.with_name(f".{dest.name}.{what}") for what in ("unfinished", "old"))
-    try:
-        for left in (unfinished, old):
-            if left.exists():
-                shutil.rmtree(left)
-        checkpoint.write_variables(unfinished, converted.variables, {**converted.info, "step": 0})
-        if dest.exists():
-            dest.rename(old)
-        unfinished.rename(dest)
-    except OSError as error:
-        raise UserError(f"cannot write {dest} ({error.strerror or error}).") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    checkpoint.write_variables(dest, converted.variables, {**converted.info, "step": 0}, overwrite=overwrite)
     return converted
 
 
@@ -186,7 +173,10 @@ def export(
     Raises:
       UserError: there is no checkpoint, or the file exists or has another ending.
     """
+    if storage.in_bucket(file):
+        raise UserError(f"{file} is in a bucket: export to a local file and copy that.")
     file = Path(file)
+    storage.recover(file)
     if file.suffix not in (".safetensors", ".pth", ".bin"):
         raise UserError(f"{file} has no known ending: give a name in .safetensors, .pth or .bin.")
     if file.exists() and not overwrite:
@@ -196,23 +186,25 @@ def export(
         raise UserError(f"{source} has no averaged weights: leave --ema out.")
     model = create_model(**info["model"])
     state_dict = {key: np.array(v, order="C") for key, v in to_torch(variables, model, dialect).items()}
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    try:
-        if file.suffix == ".safetensors":
-            save_file(state_dict, unfinished, metadata={"format": "pt"})
-        else:
+    if file.suffix == ".safetensors":
+        with storage.atomic_target(file, overwrite=overwrite) as unfinished:
             try:
-                import torch
-            except ImportError:
-                raise UserError(
-                    f"{file} can be written by PyTorch only: install the extra 'torch', or give a name in .safetensors."
-                ) from None
-            torch.save({key: torch.from_numpy(value) for key, value in state_dict.items()}, unfinished)
-        unfinished.replace(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {file} ({error}).") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+                save_file(state_dict, unfinished, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise UserError(f"cannot write {file} ({error}): make room there, or give another name.") from None
+    else:
+        try:
+            import torch
+        except ImportError:
+            raise UserError(
+                f"{file} can be written by PyTorch only: install the extra 'torch', or give a name in .safetensors."
+            ) from None
+        with storage.atomic_target(file, overwrite=overwrite) as unfinished:
+            try:
+                torch.save({key: torch.from_numpy(value) for key, value in state_dict.items()}, unfinished)
+            except RuntimeError as error:  # what torch says of a full disk
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"cannot write {file} ({reason}): make room there, or give another name.") from None
     return f"{file}: {len(state_dict)} entries, {dialect or 'canonical'} names, {info['weights']} weights"
 
 
