@@ -61,7 +61,7 @@ def test_a_command_that_is_killed_at_any_write(kind, tmp_path):
     command = [sys.executable, "-m", "tests.kill_at_writes", kind, str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= 8
+    assert int(done.stdout) >= 4
 
 
 def write_folder(target, text, **options):
