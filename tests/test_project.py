@@ -15,7 +15,14 @@ LARGEST_FILE = 600_000  # bytes
 # From the ground up. A module imports only from floors below its own; rooms on one floor do not know each other.
 FLOORS = (
     {"maxmap.errors"},
-    {"maxmap.predictions", "maxmap.protobuf", "maxmap.runtime", "maxmap.sharding", "maxmap.storage"},
+    {
+        "maxmap.checksums",
+        "maxmap.predictions",
+        "maxmap.protobuf",
+        "maxmap.runtime",
+        "maxmap.sharding",
+        "maxmap.storage",
+    },
     {"maxmap.checkpoint"},
     {"maxmap.data"},
     {"maxmap.kernels"},
