@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from maxmap import storage
-from maxmap.errors import UserError
+from maxmap.errors import UserError, printable
 
 FOLDER = "checkpoints"
 SUMS = "SHA256SUMS"
@@ -148,6 +148,11 @@ def finished_steps(workdir: str | Path) -> list[int]:
             entries = list(folder(workdir).iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except (OSError, ValueError) as error:  # for example a name that cannot be
+            if storage.in_bucket(workdir):
+                raise
+            why = printable(getattr(error, "strerror", None) or error)
+            raise UserError(f"{printable(workdir)} cannot be read ({why}): give another folder.") from error
     return sorted(int(p.name) for p in entries if p.name.isdecimal() and (p / SUMS).exists())
 
 

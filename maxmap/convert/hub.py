@@ -7,7 +7,7 @@ import logging
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from huggingface_hub.errors import (
 )
 
 from maxmap.convert.sources import shards_of
-from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
-from maxmap.errors import UserError, nearest
+from maxmap.data.decode import CROP_MODES, FILTERS, IMAGENET_MEAN, IMAGENET_STD
+from maxmap.errors import UserError, nearest, printable
 
 TABLE = resources.files("maxmap") / "pretrained.csv"
 NORMALISATIONS = {
@@ -35,7 +35,9 @@ _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 _PREFIXES = ("timm/", "hf-hub:", "hf_hub:", "hf://")
 _ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".tar", ".npz")
 _PATIENCE = 10  # seconds until a server has to answer
-_LONGEST_REASON = 200  # characters of another library's message
+_LARGEST_IMAGE = 10_000  # pixels of a side
+_LARGEST_NUMBER = 1_000_000  # in means and deviations
+_MOST_CHANNELS = 100  # of images
 
 
 @functools.cache
@@ -153,8 +155,8 @@ def download(name: str) -> Path:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:_LONGEST_REASON]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = printable(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}" if str(error) else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -238,14 +240,50 @@ def _download_url(url: str) -> Path:
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the preprocessing that the config.json of a timm repository gives."""
-    settings = {**config, **config.get("pretrained_cfg", {})}
-    sizes = settings["input_size"]
+    """Returns the preprocessing that the config.json of a timm repository gives; an absent part is the usual one.
+
+    Raises:
+      UserError: a part of it is of another type, or out of range.
+    """
+    nested = config.get("pretrained_cfg") or {}
+    if not isinstance(nested, Mapping):
+        raise _config_error("pretrained_cfg", nested, "an object")
+    settings = {**config, **nested}
+
+    def get(key: str, usual: Any, valid: Callable[[Any], bool], wanted: str) -> Any:
+        value = usual if settings.get(key) is None else settings[key]
+        if not valid(value):
+            raise _config_error(key, value, wanted)
+        return value
+
+    sizes = get("input_size", None, _are_sizes, f"a list of channels, height and width, up to {_LARGEST_IMAGE} pixels")
+    share = get("crop_pct", 0.875, lambda v: _is_number(v) and 0.1 <= v <= 2, "a number from 0.1 to 2")
     return {
-        "image_size": int(sizes[-1]),
-        "crop_pct": float(settings.get("crop_pct") or 0.875),
-        "crop_mode": settings.get("crop_mode") or "center",
-        "interpolation": settings.get("interpolation") or "bicubic",
-        "mean": [float(value) for value in settings["mean"]],
-        "std": [float(value) for value in settings["std"]],
+        "image_size": sizes[-1],
+        "crop_pct": float(share),
+        "crop_mode": get("crop_mode", "center", lambda v: v in list(CROP_MODES), f"one of {', '.join(CROP_MODES)}"),
+        "interpolation": get("interpolation", "bicubic", lambda v: v in list(FILTERS), f"one of {', '.join(FILTERS)}"),
+        "mean": [float(value) for value in get("mean", None, _are_numbers, "a list of numbers")],
+        "std": [
+            float(value)
+            for value in get("std", None, lambda v: _are_numbers(v) and min(v) > 0, "a list of positive numbers")
+        ],
     }
+
+
+def _config_error(key: str, value: Any, wanted: str) -> UserError:
+    return UserError(f"'{key}' in the config.json is {printable(value)}: it has to be {wanted}.")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _LARGEST_NUMBER  # also False for NaN
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and 1 <= len(values) <= _MOST_CHANNELS and all(map(_is_number, values))
+
+
+def _are_sizes(values: Any) -> bool:
+    return (
+        _are_numbers(values) and len(values) == 3 and all(type(v) is int and 1 <= v <= _LARGEST_IMAGE for v in values)
+    )

@@ -1,5 +1,6 @@
 """Foreign checkpoints as models: from a name or a file to variables and to a checkpoint of ours, and back."""
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
@@ -16,8 +17,10 @@ from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
 from maxmap.convert.sources import ForeignCheckpoint, read_source
 from maxmap.convert.torch import as_array, canonical_names, detect_dialect, read_entries, to_torch, torch_name
-from maxmap.errors import UserError, nearest
+from maxmap.errors import UserError, nearest, printable
 from maxmap.models import MODELS, Classifier, create_model
+
+_LONGEST_NAME = 100  # characters of a model's name that are compared with known ones
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], d
     """
     if storage.in_bucket(path):
         return checkpoint.read_variables(path, ema=ema)
-    exists = Path(path).exists()
+    exists = os.path.exists(path)  # unlike Path.exists, it is False for a name that cannot be
     # The name of a repository may start with hf://, which looks like the scheme of a bucket's path.
     if (exists or not hub.is_name(path)) and (not exists or checkpoint.read_info(path) is not None):
         return checkpoint.read_variables(path, ema=ema)
@@ -211,7 +214,7 @@ def export(
 def _find_source(source: str | Path, ema: bool | None) -> tuple[ForeignCheckpoint, Mapping[str, Any]]:
     """Reads a source, downloading a published one; also returns its row of `published`, empty for other sources."""
     path = Path(source)
-    exists = path.exists() or path.with_name(path.name + ".index").is_file()
+    exists = os.path.exists(path) or os.path.isfile(f"{path}.index")
     if exists or not hub.is_name(source):
         return read_source(path, ema=ema), {}
     return read_source(hub.download(str(source)), ema=ema), hub.published().get(hub.full_name(source), {})
@@ -223,12 +226,17 @@ def _has_preprocessing(found: ForeignCheckpoint) -> bool:
 
 def _architecture(found: ForeignCheckpoint, source: str | Path) -> str:
     """Returns the name of the model that the source's config gives."""
-    name = found.config.get("architecture") or found.config.get("model", {}).get("name")
+    key, name = "architecture", found.config.get("architecture")
+    if name is None and isinstance(found.config.get("model"), Mapping):
+        key, name = "model", found.config["model"].get("name")
     if name is None:
         raise UserError(f"{source} does not say which model it is of: give --model with a name of 'maxmap list'.")
+    if not isinstance(name, str):
+        raise UserError(f"'{key}' in the config.json of {source} is {printable(name)}: give --model with a name.")
     if name not in MODELS:
         raise UserError(
-            f"{source} is of the model {name}, which maxmap does not have; the nearest are {nearest(name, MODELS)}."
+            f"{source} is of the model {printable(name)}, which maxmap does not have; the nearest are "
+            f"{nearest(name[:_LONGEST_NAME], MODELS)}."
         )
     return name
 
@@ -244,8 +252,8 @@ def _count_classes(found: ForeignCheckpoint, classifier: Collection[str]) -> int
 def _class_names(found: ForeignCheckpoint, count: int) -> list[str]:
     """Returns the source's names of the classes, else ImageNet's WordNet ids for 1000 classes, else numbers."""
     names = found.config.get("label_names")
-    if isinstance(names, list) and len(names) == count:
-        return [str(name) for name in names]
+    if isinstance(names, list) and len(names) == count == len({name for name in names if isinstance(name, str)}):
+        return names
     package = util.find_spec("tensorflow_datasets")
     if count == 1000 and package is not None and package.submodule_search_locations:
         labels = Path(package.submodule_search_locations[0], "datasets", "imagenet2012", "labels.txt")
