@@ -234,6 +234,13 @@ def _add_conversion_commands(commands: Any) -> None:
     command.add_argument("--resize", choices=RESIZES, help="of position tables (default: bilinear from TensorFlow)")
     command.add_argument("--class-map", type=Path, help="file: for every new class the old one's number, -1 the mean")
     command.add_argument("--classes", type=Path, help="file with the name of a class in every line")
+    command.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out these entries, for example 'criterion.*'",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.set_defaults(run=convert_command)
 

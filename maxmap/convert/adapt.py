@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from maxmap.convert.resize import RESIZED_LEAVES, RESIZES, resize_table, table_size, to_float32
 from maxmap.convert.torch import LeafPath, LeafShapes, image_kernel, leaf_shapes, raise_faults, torch_name
+from maxmap.convert.wrappers import KeyMatch
 from maxmap.errors import UserError
 from maxmap.models import Classifier
 
@@ -29,19 +30,25 @@ class LoadReport:
       changed: leaves that were changed, with the change in words.
       dropped: leaves of the source that the model does not have.
       initialised: leaves of the model that the source does not have.
+      prefix: that was taken off the keys of a foreign source; empty for none.
+      ignored: entries of a foreign source that were left out on request.
     """
 
     loaded: list[str] = field(default_factory=list)
     changed: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     initialised: list[str] = field(default_factory=list)
+    prefix: str = ""
+    ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         by_change: dict[str, list[str]] = {}
         for name, change in self.changed.items():
             by_change.setdefault(change, []).append(name)
-        groups = {"dropped": self.dropped} | by_change | {"initialised": self.initialised}
+        groups = {"dropped": self.dropped} | by_change
+        groups |= {"initialised": self.initialised, "left out on request": self.ignored}
         lines = [f"loaded {len(self.loaded)} entries as they were"]
+        lines += [f"took the prefix {self.prefix} off the names"] * bool(self.prefix)
         for what, names in groups.items():
             more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
             lines += [f"{what} {len(names)}: {', '.join([*names[:_SHOWN], *more])}"] * bool(names)
@@ -53,6 +60,7 @@ def adapt(
     model: Classifier,
     faults: Iterable[str] = (),
     *,
+    match: KeyMatch | None = None,
     probed: LeafShapes | None = None,
     in_channels: int | None = None,
     resize: str = "bicubic",
@@ -68,6 +76,7 @@ def adapt(
       source: leaves by path, in any floating-point type.
       model: the model that the leaves are fitted to.
       faults: faults found so far; the error lists them too.
+      match: how the keys of a foreign source fit the model, for the error and the report; None for one of ours.
       probed: `probe_shapes` of the model, if the caller has them; they do not depend on the number of classes.
       in_channels: channels of the images; None for those of the source.
       resize: "bicubic" (timm's way for position embeddings, and its simple way for tables of offsets), "bilinear" (the
@@ -88,7 +97,7 @@ def adapt(
     shapes, input_kernel = _set_channels(shapes, source, in_channels)
     optional, unwanted = _may_differ(source, model, shapes, classifier, other_head)
     class_maps, all_faults = dict.fromkeys(classifier, class_map), list(faults)
-    report, leaves = LoadReport(), {}
+    report, leaves = LoadReport(prefix=match.prefix if match else ""), {}
     for path, leaf in shapes.items():
         name, value = torch_name(path, model), source.get(path)
         if value is None:
@@ -106,7 +115,7 @@ def adapt(
     left_over = [path for path in source if path not in shapes]
     report.dropped += [torch_name(path, model) for path in left_over if path in unwanted]
     all_faults += [f"left over: {torch_name(path, model)}" for path in left_over if path not in unwanted]
-    raise_faults(all_faults)
+    raise_faults(all_faults, *(() if match is None else (match.describe(), match.advice(all_faults))))
     return leaves | _initialise(model, [path for path in shapes if path not in leaves], seed), report
 
 

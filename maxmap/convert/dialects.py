@@ -30,10 +30,6 @@ CANONICAL: dict[str, list[tuple[str, str]]] = {
 ALIASES: list[tuple[str, str]] = [(r"\.to_global_feature\.pos\.", ".pos_embed.")]
 
 
-# Prefixes that wrappers for several devices, compilers and trainers add to every key.
-PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
-
-
 @dataclass(frozen=True)
 class Naming:
     """The names that a code base gives to the entries of a network.
@@ -188,17 +184,6 @@ def naming_for(dialect: str | None, backbone: str, head: str) -> Naming:
             return DIALECTS[dialect][what]
     others = ", ".join(name for name, backbones in DIALECTS.items() if backbone in backbones)
     raise UserError(f"there is no {backbone} in the dialect {dialect}: give one of {others}.")
-
-
-def strip_prefixes(keys: Iterable[str]) -> dict[str, str]:
-    """Returns each key without the `PREFIXES` that all keys share, by key."""
-    stripped = {key: key for key in keys}
-    while stripped:
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in stripped.values())), None)
-        if prefix is None:
-            break
-        stripped = {key: short.removeprefix(prefix) for key, short in stripped.items()}
-    return stripped
 
 
 def rename(key: str, renames: Iterable[tuple[str, str]]) -> str:

@@ -16,7 +16,8 @@ from maxmap import checkpoint, storage
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
 from maxmap.convert.sources import ForeignCheckpoint, read_source
-from maxmap.convert.torch import as_array, canonical_names, detect_dialect, read_entries, to_torch, torch_name
+from maxmap.convert.torch import as_array, match_entries, read_entries, to_torch, torch_name
+from maxmap.convert.wrappers import KeyMatch, leave_out
 from maxmap.errors import UserError, nearest, printable
 from maxmap.models import MODELS, Classifier, create_model
 
@@ -75,6 +76,7 @@ def read_foreign(
     resize: str | None = None,
     class_map: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
 ) -> ConvertedModel:
     """Reads a checkpoint of PyTorch, safetensors or TensorFlow into one of our models.
 
@@ -88,6 +90,7 @@ def read_foreign(
       resize: how position tables are resized; None for "bilinear" from TensorFlow, as its graph does, else "bicubic".
       class_map: see `adapt`.
       classes: names of the classes; None for those of the source.
+      ignore: shell patterns of entries that are no part of the model; they are left out.
 
     Raises:
       UserError: the source cannot be read, or does not fit.
@@ -102,15 +105,18 @@ def read_foreign(
     model = create_model(**fields, num_classes=1)
     probed = probe_shapes(model)
     shapes, classifier = trace_shapes(model, probed)
-    in_source = _count_classes(found, {torch_name(path, model) for path in classifier})
+    tensors = leave_out(found.tensors, ignore)
+    match = match_entries(tensors, model, shapes)
+    in_source = _count_classes(tensors, match, {torch_name(path, model) for path in classifier})
     count = in_source if class_map is None else len(class_map)
     fields["num_classes"] = count if num_classes is None else num_classes
-    entries, faults = read_entries(found.tensors, model, shapes)
+    entries, faults = read_entries(tensors, model, shapes, match)
     model = with_classes(model, fields["num_classes"])
     resize = resize or ("bilinear" if found.kind == "tensorflow" else "bicubic")
     leaves, report = adapt(
-        entries, model, faults, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
+        entries, model, faults, match=match, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
     )
+    report.ignored = [key for key in found.tensors if key not in tensors]
     size = model.backbone.image_size if isinstance(model.backbone.image_size, int) else model.backbone.image_size[0]
     preprocessing = preprocessing or hub.published_preprocessing(name, in_source, size)
     classes = list(classes or _class_names(found, fields["num_classes"]))
@@ -121,7 +127,7 @@ def read_foreign(
         "classes": classes,
         "preprocessing": preprocessing | ({"image_size": image_size} if image_size else {}),
         "weights": found.weights,
-        "source": {"path": str(source), "kind": found.kind, "dialect": detect_dialect(found.tensors)},
+        "source": {"path": str(source), "kind": found.kind, "dialect": match.naming.dialect},
     }
     return ConvertedModel(model, traverse_util.unflatten_dict(leaves), info, report)
 
@@ -241,11 +247,9 @@ def _architecture(found: ForeignCheckpoint, source: str | Path) -> str:
     return name
 
 
-def _count_classes(found: ForeignCheckpoint, classifier: Collection[str]) -> int:
+def _count_classes(tensors: Mapping[str, Any], match: KeyMatch, classifier: Collection[str]) -> int:
     """Returns the number of classes of a state dict, read from the entries with these canonical names."""
-    shapes = [
-        as_array(found.tensors[key]).shape for key, name in canonical_names(found.tensors).items() if name in classifier
-    ]
+    shapes = [as_array(tensors[key]).shape for key, name in match.names.items() if name in classifier]
     return max((int(shape[0]) for shape in shapes if shape), default=0)
 
 

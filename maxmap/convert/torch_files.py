@@ -96,11 +96,20 @@ def read_torch(path: Path) -> Any:
         raise
     except RefusedGlobalError as error:
         raise UserError(
-            f"{path} is refused: it would run or build {printable(error)}, and only numbers and plain settings are "
-            "read from a pickle."
+            f"{path} is refused: it would run or build {printable(error, 80)}, and only numbers and plain settings are "
+            f"read from a pickle: let its owner save the weights alone, {_saving(path.name)}."
         ) from None
     except (*_DAMAGE, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, RuntimeError) as error:
         raise UserError(f"{path} is damaged or no file of torch.save ({printable(error)}): get it again.") from None
+
+
+def _saving(name: str) -> str:
+    """Returns a line of Python that saves the weights alone, whether a file holds a module or a dict of settings."""
+    return (
+        f"import torch; x = torch.load({name[:80]!r}, weights_only=False); x = x.get('state_dict', x.get('model', x)) "
+        "if isinstance(x, dict) else x; x = getattr(x, 'state_dict', lambda: x)(); torch.save({k: v for k, v in x.items() "
+        "if torch.is_tensor(v)}, 'weights.pth')"
+    )
 
 
 def _read_zip(path: Path) -> Any:

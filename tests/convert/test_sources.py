@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import datetime
 import io
 import json
 import os
@@ -238,6 +239,47 @@ def test_nothing_in_a_pickle_is_run(arrays, tmp_path, capsys):
         message = refused(path, tmp_path, capsys)
         assert ("is refused: it would run or build" in message and "system" in message) or "no file of" in message
         assert not bomb.exists()
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, tensors):
+        super().__init__()
+        for i, value in enumerate(tensors.values()):
+            self.register_buffer(f"part{i}", value)
+
+
+def test_a_refused_pickle_says_how_its_owner_saves_the_weights(arrays, tmp_path, monkeypatch):
+    """A whole module, a date beside the weights or among them: the line in the message is run as it stands."""
+    monkeypatch.chdir(tmp_path)
+    now, weights = datetime.datetime(2024, 1, 1), tensors(arrays)
+    for content in (
+        Wrapper(weights),
+        {"model": Wrapper(weights), "epoch": 3},
+        {"state_dict": weights, "date": now},
+        {"model": weights | {"date": now}},
+        weights | {"date": now},
+    ):
+        torch.save(content, "it's.pth")
+        with pytest.raises(UserError, match=r"let its owner save the weights alone, import torch; ") as error:
+            read_source("it's.pth")
+        assert len(str(error.value)) < 700
+        exec(str(error.value).partition("weights alone, ")[2].rstrip("."), {})
+        saved = read_source("weights.pth").tensors
+        assert [value.tolist() for value in saved.values()] == [value.tolist() for value in arrays.values()]
+
+
+def test_a_wrapped_model_is_converted_with_what_is_beside_left_out(arrays, variables, tmp_path, capsys):
+    wrapped = {f"timm_model.{key}": value for key, value in arrays.items()} | {
+        "criterion.weight": np.ones(3, np.float32)
+    }
+    save_file(wrapped, tmp_path / "in.safetensors")
+    assert "--ignore 'criterion.*'." in refused(tmp_path / "in.safetensors", tmp_path, capsys)
+    command = ["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "dest"), "--model", "test_maxvit"]
+    assert commands.main([*command, "--ignore", "criterion.*"]) == 0
+    printed = capsys.readouterr().out
+    assert "took the prefix timm_model. off the names" in printed
+    assert "left out on request 1: criterion.weight" in printed
+    assert_equal(read_model(tmp_path / "dest")[0], variables)
 
 
 def test_damaged_and_swollen_files(arrays, tmp_path, capsys):

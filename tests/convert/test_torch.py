@@ -215,6 +215,92 @@ def test_derived_entries_are_ignored(model, variables):
     assert_equal(from_torch(state_dict | derived, model), variables)
 
 
+BESIDE = {
+    "criterion.weight": np.ones(3, np.float32),
+    "metrics.accuracy.total": np.zeros((), np.int64),
+    "n_averaged": np.int64(3),
+}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["timm_model.", "net.", "backbone.", "encoder.", "student.", "model.module.", "a.b.c.", "head.", "stem.", ""],
+)
+def test_any_one_prefix_is_taken_off(prefix, model, variables):
+    """What stands beside it is named, with the option that leaves it out."""
+    state_dict = {prefix + key: value for key, value in to_torch(variables, model).items()}
+    assert_equal(from_torch(state_dict, model), variables)
+    with pytest.raises(UserError) as error:
+        from_torch(state_dict | BESIDE, model)
+    message = str(error.value)
+    assert "2 entries differ" in message and f"{len(state_dict)} of its {len(state_dict) + 2} entries have" in message
+    assert "left over: criterion.weight; left over: metrics.accuracy.total" in message
+    assert message.endswith("leave out what is no part of the model: --ignore 'criterion.*' --ignore 'metrics.*'.")
+    assert (f"under the prefix '{prefix}'" in message) == bool(prefix)
+    assert_equal(from_torch(state_dict | BESIDE, model, ignore=["criterion.*", "metrics.*"]), variables)
+
+
+def test_parts_that_are_wrapped_on_their_own(model, variables):
+    """As torch.compile and FSDP name the modules inside of a model."""
+    state_dict = to_torch(variables, model)
+    inner = {
+        key.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module._orig_mod."): v for key, v in state_dict.items()
+    }
+    assert inner.keys() != state_dict.keys()
+    assert_equal(from_torch({f"_orig_mod.{key}": value for key, value in inner.items()}, model), variables)
+
+
+def test_twins_have_to_be_told_apart(model, variables):
+    state_dict = to_torch(variables, model)
+    student = {f"student.{key}": value for key, value in state_dict.items()}
+    teacher = {f"teacher.{key}": value + 1 for key, value in state_dict.items()}
+    with pytest.raises(
+        UserError, match=r"under the prefix 'student\.' and under 'teacher\.': .* --ignore 'teacher\.\*'"
+    ):
+        from_torch(student | teacher, model)
+    assert_equal(from_torch(student | teacher, model, ignore=["teacher.*"]), variables)
+    plain = {f"model_ema.{key}": value + 1 for key, value in state_dict.items()} | state_dict
+    with pytest.raises(UserError, match=r"; and \d+ more left over; .* --ignore 'model_ema\.\*'\.$"):
+        from_torch(plain, model)
+    assert_equal(from_torch(plain, model, ignore=["model_ema.*"]), variables)
+
+
+def test_a_pattern_without_an_entry_is_refused(model, variables):
+    with pytest.raises(UserError, match=r"no entry matches the pattern 'stemm\.\*'; the nearest are stem\."):
+        from_torch(to_torch(variables, model), model, ignore=["stemm.*"])
+
+
+def test_another_model_is_said_in_a_few_words(model):
+    """Not a line for each entry: how many fit, and five examples of each kind."""
+    state_dict = {f"net.{key}": value for key, value in to_torch(small_convnext(), CONVNEXT, "fair").items()}
+    with pytest.raises(UserError) as error:
+        from_torch(state_dict, model)
+    message = str(error.value)
+    assert message.count("missing: ") == message.count("left over: ") == 5 and len(message) < 1500
+    assert f" of its {len(state_dict)} entries have names of the model" in message
+
+
+def unreadable():
+    import torch
+
+    weight = torch.ones(16, 3, 3, 3)
+    yield "float8_e4m3fn, strided, cpu", weight.to(torch.float8_e4m3fn)
+    yield "float32, strided, meta", weight.to("meta")
+    yield "float32, sparse_coo, cpu", weight.to_sparse()
+    yield "qint8, strided, cpu", torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+    yield "of type list", [[1], [2, 3]]
+    yield "of type NoneType", None
+    yield "of type complex64", weight.to(torch.complex64)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_tensors_that_cannot_be_read_name_their_key(model, variables):
+    state_dict = {f"net.{key}": value for key, value in to_torch(variables, model).items()}
+    for what, value in unreadable():
+        with pytest.raises(UserError, match=rf"no floating-point numbers: net\.stem\.conv1\.weight is .*{what}"):
+            from_torch(state_dict | {"net.stem.conv1.weight": value}, model)
+
+
 def test_linear_maps_and_pointwise_convolutions_are_the_same(model, variables):
     """timm writes some attention layers as one or the other, by the layout that it was built for."""
     state_dict = to_torch(variables, model)
