@@ -26,8 +26,9 @@ CANONICAL: dict[str, list[tuple[str, str]]] = {
     "ViT": [(r"^head\.fc\.", "head.")],
 }
 
-# Second names of a tensor that a reference implementation stores twice.
+# Second names of a tensor that a reference implementation stores twice: to the first name, and back.
 ALIASES: list[tuple[str, str]] = [(r"\.to_global_feature\.pos\.", ".pos_embed.")]
+SECOND_NAMES: list[tuple[str, str]] = [(r"\.global_tokenizer\.pos_embed\.", ".global_tokenizer.to_global_feature.pos.")]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from maxmap import checkpoint, storage
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
+from maxmap.convert.buffers import buffers
 from maxmap.convert.sources import ForeignCheckpoint, read_source
 from maxmap.convert.torch import as_array, match_entries, read_entries, to_torch, torch_name
 from maxmap.convert.wrappers import KeyMatch, leave_out
@@ -194,7 +195,10 @@ def export(
     if ema and info["weights"] != "ema":
         raise UserError(f"{source} has no averaged weights: leave --ema out.")
     model = create_model(**info["model"])
-    state_dict = {key: np.array(v, order="C") for key, v in to_torch(variables, model, dialect).items()}
+    state_dict = to_torch(variables, model, dialect)
+    if dialect is None:  # timm and the authors have these names too, and torch makes the counters itself
+        state_dict |= buffers(state_dict, model)
+    state_dict = {key: np.array(value, order="C") for key, value in state_dict.items()}
     if file.suffix == ".safetensors":
         with storage.atomic_target(file, overwrite=overwrite) as unfinished:
             try:

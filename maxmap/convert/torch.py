@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from maxmap.convert.buffers import buffers, counters
 from maxmap.convert.dialects import ALIASES, CANONICAL, naming_for, rename
 from maxmap.convert.wrappers import KeyMatch, leave_out, match_keys
 from maxmap.errors import UserError, printable
@@ -96,6 +97,8 @@ def from_torch(state_dict: Mapping[str, Any], model: Classifier, *, ignore: Sequ
 def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | None = None) -> dict[str, np.ndarray]:
     """Converts Flax variables to a PyTorch state dict; the inverse of `from_torch`.
 
+    In a dialect the result has every key that a strict `load_state_dict` of that code base wants, see `buffers`.
+
     Args:
       variables: variables of the model.
       model: the model.
@@ -114,6 +117,8 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
         if re.fullmatch(naming.matrices, key):
             value = value.reshape(value.shape[:2])
         state_dict[naming.from_canonical(key)] = value
+    if dialect is not None:
+        state_dict |= counters(state_dict) | buffers(state_dict, model)
     return state_dict
 
 

@@ -107,8 +107,8 @@ def _saving(name: str) -> str:
     """Returns a line of Python that saves the weights alone, whether a file holds a module or a dict of settings."""
     return (
         f"import torch; x = torch.load({name[:80]!r}, weights_only=False); x = x.get('state_dict', x.get('model', x)) "
-        "if isinstance(x, dict) else x; x = getattr(x, 'state_dict', lambda: x)(); torch.save({k: v for k, v in x.items() "
-        "if torch.is_tensor(v)}, 'weights.pth')"
+        "if isinstance(x, dict) else x; x = getattr(x, 'state_dict', lambda: x)(); "
+        "torch.save({k: v for k, v in x.items() if torch.is_tensor(v)}, 'weights.pth')"
     )
 
 

@@ -9,7 +9,7 @@ from flax import traverse_util
 from maxmap.convert.torch import abstract_variables, from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
-from tests.reference import fill, import_timm
+from tests.reference import fill, import_timm, read_manifest
 
 
 def random_variables(model, channels=3):
@@ -185,6 +185,65 @@ def test_every_dialect_there_and_back(dialect, name, fields, shapes):
     assert_equal(from_torch(state_dict, model), variables)
     wrapped = {f"module._orig_mod.{key}": value for key, value in state_dict.items()} | {"n_averaged": np.int64(3)}
     assert_equal(from_torch(wrapped, model), variables)
+
+
+@pytest.mark.parametrize(
+    "dialect, name",
+    [
+        ("nvlabs", "faster_vit_0_224"),
+        ("microsoft", "CSWin_64_12211_tiny_224"),
+        ("sail-sg", "caformer_s18"),
+        ("fair", "convnext_tiny"),
+        ("lab-lvm", "map_convnext_tiny"),
+        ("lab-lvm", "map_pit_s"),
+        ("lab-lvm", "map_mobilenet_v1"),
+        ("lab-lvm", "map_resnet50"),
+        ("lab-lvm", "map_maxvit_tiny_tf_224"),
+        ("lab-lvm", "ga_convnext_tiny_688"),
+        ("lab-lvm", "ga_cswin_tiny_p42"),
+    ],
+)
+def test_an_export_has_every_key_of_the_authors(dialect, name, goldens):
+    """Counters, second names and tables too: key by key, shape by shape and type by type, so a strict load succeeds."""
+    model = create_model(name)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_variables(model))
+    exported = to_torch(zeros, model, dialect)
+    wanted = {key: (tuple(shape), kind) for key, shape, kind, *_ in read_manifest(goldens, name)["state_dict"]}
+    assert {key: (value.shape, str(value.dtype)) for key, value in exported.items()} == wanted
+
+
+def test_tables_of_an_export():
+    """Second names hold the same values, and indices are those that the networks gather with."""
+    model = create_model("faster_vit_0_224", depths=(1, 1, 1, 1), num_classes=3)
+    exported = to_torch(random_variables(model), model, "nvlabs")
+    tokenizer = "levels.2.global_tokenizer"
+    assert np.array_equal(exported[f"{tokenizer}.to_global_feature.pos.bias"], exported[f"{tokenizer}.pos_embed.bias"])
+    index = exported["levels.2.blocks.0.hat_attn.pos_emb_funct.relative_position_index"]
+    assert index.shape == (16, 16) and index[0, 0] == 3 * 7 + 3 and index[0, 15] == 0 and index[15, 0] == 48
+    table = exported["levels.2.blocks.0.hat_attn.pos_emb_funct.relative_coords_table"]
+    assert table.shape == (1, 7, 7, 2) and table[0, 3, 3].tolist() == [0, 0]
+    np.testing.assert_allclose(table[0, 0, 6], [-np.log2(9) / 3, np.log2(9) / 3], rtol=1e-6)
+    small_map = small()
+    bp_index = to_torch(random_variables(small_map), small_map, "lab-lvm")[
+        "head.mmcap.mmcap.0.gram_token_extraction.bp_index"
+    ]
+    assert bp_index.tolist() == [16 * row + column for row in range(16) for column in range(row, 16)]
+
+
+@pytest.mark.parametrize("dialect, name", [("torchvision", "maxvit_t"), ("timm", "test_maxvit")])
+def test_a_strict_load_succeeds(dialect, name):
+    """Of the exported state dict in the reference itself; what it computes from its settings stays as it was."""
+    timm = import_timm()
+    import torch
+    import torchvision
+
+    reference = torchvision.models.maxvit_t(num_classes=10) if dialect == "torchvision" else timm.create_model(name)
+    before = reference.state_dict()
+    model = create_model(name, num_classes=10 if dialect == "torchvision" else 1000)
+    exported = to_torch(from_torch(before, model), model, dialect)
+    assert exported.keys() == before.keys()
+    reference.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in exported.items()}, strict=True)
+    assert all(np.array_equal(exported[key], value.numpy()) for key, value in before.items())
 
 
 def test_a_dialect_without_the_backbone_says_who_has_it(model, variables):
