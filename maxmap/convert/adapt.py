@@ -70,18 +70,17 @@ def adapt(
 ) -> tuple[dict[LeafPath, np.ndarray], LoadReport]:
     """Fits leaves to a model with other classes, another image size or other channels.
 
-    A classifier for other classes is initialised, or filled by a class map. Position tables are resized.
-
     Args:
       source: leaves by path, in any floating-point type.
-      model: the model that the leaves are fitted to.
+      model: that the leaves are fitted to.
       faults: faults found so far; the error lists them too.
-      match: how the keys of a foreign source fit the model, for the error and the report; None for one of ours.
+      match: how the keys of a foreign source fit the model, for the error; None for one of ours.
       probed: `probe_shapes` of the model, if the caller has them; they do not depend on the number of classes.
       in_channels: channels of the images; None for those of the source.
       resize: "bicubic" (timm's way for position embeddings, and its simple way for tables of offsets), "bilinear" (the
         official TensorFlow code) or "geometric" (timm's way for tables of offsets when it loads a checkpoint).
-      class_map: for each class of the model the number of a class of the source, or -1 for the mean of all classes.
+      class_map: for each class of the model the number of one of the source, or -1 for the mean of all classes. Without
+        it, a classifier for other classes is initialised.
       other_head: initialise the head if source and model have no leaf of it in common.
       seed: of the initialisation.
 
@@ -89,15 +88,14 @@ def adapt(
       The model's leaves by path, in float32, unchanged ones as views of the source; and the report.
 
     Raises:
-      UserError: names all leaves that are missing, left over or of a shape that cannot be changed.
+      UserError: leaves are missing, left over or of a shape that cannot be changed.
     """
-    if resize not in RESIZES:
-        raise UserError(f"there is no resize '{resize}', only {', '.join(RESIZES)}.")
+    _check_resize(resize)
     shapes, classifier = trace_shapes(model, probed)
     shapes, input_kernel = _set_channels(shapes, source, in_channels)
     optional, unwanted = _may_differ(source, model, shapes, classifier, other_head)
     class_maps, all_faults = dict.fromkeys(classifier, class_map), list(faults)
-    report, leaves = LoadReport(prefix=match.prefix if match else ""), {}
+    report, leaves = LoadReport(), {}
     for path, leaf in shapes.items():
         name, value = torch_name(path, model), source.get(path)
         if value is None:
@@ -112,11 +110,16 @@ def adapt(
             leaves[path], report.changed[name] = changed
         else:
             all_faults.append(f"misshapen: {name} is {value.shape}, the model has {leaf.shape}")
-    left_over = [path for path in source if path not in shapes]
-    report.dropped += [torch_name(path, model) for path in left_over if path in unwanted]
-    all_faults += [f"left over: {torch_name(path, model)}" for path in left_over if path not in unwanted]
-    raise_faults(all_faults, *(() if match is None else (match.describe(), match.advice(all_faults))))
+    for path in [path for path in source if path not in shapes]:
+        name = torch_name(path, model)
+        report.dropped.append(name) if path in unwanted else all_faults.append(f"left over: {name}")
+    raise_faults(all_faults, match)
     return leaves | _initialise(model, [path for path in shapes if path not in leaves], seed), report
+
+
+def _check_resize(resize: str) -> None:
+    if resize not in RESIZES:
+        raise UserError(f"there is no resize '{resize}', only {', '.join(RESIZES)}.")
 
 
 def probe_shapes(model: Classifier) -> LeafShapes:

@@ -99,10 +99,7 @@ def read_foreign(
     found, row = _find_source(source, ema)
     name = name or row.get("model") or _architecture(found, source)
     preprocessing = hub.preprocessing_of(found.config) if _has_preprocessing(found) else row.get("preprocessing", {})
-    fields: dict[str, Any] = {"name": name}
-    size = image_size or preprocessing.get("image_size")
-    if size is not None and create_model(name).backbone.image_size != size:
-        fields["image_size"] = size
+    fields = _sized(name, image_size or preprocessing.get("image_size"))
     model = create_model(**fields, num_classes=1)
     probed = probe_shapes(model)
     shapes, classifier = trace_shapes(model, probed)
@@ -113,24 +110,34 @@ def read_foreign(
     fields["num_classes"] = count if num_classes is None else num_classes
     entries, faults = read_entries(tensors, model, shapes, match)
     model = with_classes(model, fields["num_classes"])
+    if classes and len(classes) != fields["num_classes"]:
+        raise UserError(f"there are {len(classes)} names of {fields['num_classes']} classes: give one for each.")
     resize = resize or ("bilinear" if found.kind == "tensorflow" else "bicubic")
     leaves, report = adapt(
         entries, model, faults, match=match, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
     )
-    report.ignored = [key for key in found.tensors if key not in tensors]
-    size = model.backbone.image_size if isinstance(model.backbone.image_size, int) else model.backbone.image_size[0]
-    preprocessing = preprocessing or hub.published_preprocessing(name, in_source, size)
-    classes = list(classes or _class_names(found, fields["num_classes"]))
-    if len(classes) != fields["num_classes"]:
-        raise UserError(f"there are {len(classes)} names of {fields['num_classes']} classes: give one for each.")
+    report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
+    preprocessing = preprocessing or hub.published_preprocessing(name, in_source, _side(model))
     info = {
         "model": fields,
-        "classes": classes,
+        "classes": list(classes) if classes else _class_names(found, fields["num_classes"]),
         "preprocessing": preprocessing | ({"image_size": image_size} if image_size else {}),
         "weights": found.weights,
         "source": {"path": str(source), "kind": found.kind, "dialect": match.naming.dialect},
     }
     return ConvertedModel(model, traverse_util.unflatten_dict(leaves), info, report)
+
+
+def _sized(name: str, size: int | None) -> dict[str, Any]:
+    """Returns the fields of a model; the size of the images is one of them if it is not that of the name."""
+    if size is None or create_model(name).backbone.image_size == size:
+        return {"name": name}
+    return {"name": name, "image_size": size}
+
+
+def _side(model: Classifier) -> int:
+    size = model.backbone.image_size
+    return size if isinstance(size, int) else size[0]
 
 
 def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **options: Any) -> ConvertedModel:

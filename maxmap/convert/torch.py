@@ -88,7 +88,7 @@ def from_torch(state_dict: Mapping[str, Any], model: Classifier, *, ignore: Sequ
         shape = shapes[path].shape
         if value.shape != shape and not (path == stem and value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]):
             faults.append(f"misshapen: {torch_name(path, model)} is {value.shape}, the model has {shape}")
-    raise_faults(faults, match.describe(), match.advice(faults))
+    raise_faults(faults, match)
     return traverse_util.unflatten_dict(
         {path: np.array(value, _upcast_type(value.dtype), order="C") for path, value in entries.items()}
     )
@@ -172,13 +172,12 @@ def image_kernel(shapes: LeafShapes) -> LeafPath | None:
     return next((path for path, leaf in shapes.items() if path[-1] == "kernel" and leaf.shape[2:3] == (3,)), None)
 
 
-def raise_faults(faults: Sequence[str], about: str = "", advice: str = "") -> None:
+def raise_faults(faults: Sequence[str], match: KeyMatch | None = None) -> None:
     """Raises UserError if there are faults; it lists the first ones of each kind.
 
     Args:
       faults: phrases such as "missing: stem.weight", whose beginning up to the colon is their kind.
-      about: how well the state dict fits.
-      advice: what else may help, after the usual advice.
+      match: how the keys of a foreign state dict fit the model.
     """
     if not faults:
         return
@@ -189,8 +188,9 @@ def raise_faults(faults: Sequence[str], about: str = "", advice: str = "") -> No
     for kind, found in by_kind.items():
         shown = len(found) if len(faults) <= _FEW else _LISTED
         listed += [*found[:shown], *([f"and {len(found) - shown} more {kind}"] if len(found) > shown else [])]
+    about, advice = (f", {match.describe()}", match.advice(faults)) if match else ("", "")
     raise UserError(
-        f"the state dict does not fit the model, {len(faults)} entries differ{f', {about}' * bool(about)}: "
+        f"the state dict does not fit the model, {len(faults)} entries differ{about}: "
         f"{'; '.join(listed)}; give the model, the number of classes and the image size of the state dict{advice}."
     )
 
