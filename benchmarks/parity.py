@@ -37,7 +37,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxmap.convert.torch import DERIVED, from_torch
+from maxmap.convert.torch import from_torch
+from maxmap.convert.wrappers import DERIVED
 from maxmap.cost import cost
 from maxmap.heads.map import MAPHead
 from maxmap.models import Classifier, create_model, list_models

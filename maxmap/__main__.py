@@ -171,7 +171,7 @@ def show_batch_command(recipe: Recipe, out: Path, step: int, count: int) -> None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns 2, after one sentence, for a mistake of the user's."""
+    """Runs a command; returns 2, after one sentence, for a mistake of the user's, and 130 for Ctrl-C."""
     parser = make_parser()
     rest, overrides = config.split_overrides(sys.argv[1:] if argv is None else argv)
     arguments = vars(parser.parse_args(rest))
@@ -186,6 +186,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"maxmap: {sentence(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("maxmap: interrupted.", file=sys.stderr)
+        return 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -292,6 +295,13 @@ def _add_conversion_commands(commands: Any) -> None:
     command.add_argument("--resize", choices=RESIZES, help="of position tables (default: bilinear from TensorFlow)")
     command.add_argument("--class-map", type=_path, help="file: for every new class the old one's number, -1 the mean")
     command.add_argument("--classes", type=_path, help="file with the name of a class in every line")
+    command.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out these entries, for example 'criterion.*'",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.set_defaults(run=convert_command)
 

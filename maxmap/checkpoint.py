@@ -30,7 +30,7 @@ from etils import epath
 
 from maxmap import storage
 from maxmap.classes import stored_names
-from maxmap.errors import UserError
+from maxmap.errors import UserError, printable, shortened
 from maxmap.ranges import Count, check_arguments
 
 FOLDER = "checkpoints"
@@ -150,6 +150,11 @@ def finished_steps(workdir: str | Path) -> list[int]:
             entries = list(folder(workdir).iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except (OSError, ValueError) as error:  # for example a name that cannot be
+            if storage.in_bucket(workdir):
+                raise
+            why = shortened(getattr(error, "strerror", None) or error)
+            raise UserError(f"{printable(workdir)} cannot be read ({why}): give another folder.") from error
     return sorted(int(p.name) for p in entries if p.name.isdecimal() and (p / SUMS).exists())
 
 
@@ -303,8 +308,10 @@ def _require_same_classes(
     )
 
 
-def write_variables(workdir: str | Path, variables: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Writes a checkpoint that holds only a model.
+def write_variables(
+    workdir: str | Path, variables: Mapping[str, Any], info: Mapping[str, Any], *, overwrite: bool = False
+) -> None:
+    """Writes a checkpoint that holds only a model. It appears whole or not at all.
 
     The arrays may be in a memory-mapped file as large as the memory, so no second copy of all of them is made. They are
     not compressed, because compressing takes longer than writing.
@@ -313,12 +320,37 @@ def write_variables(workdir: str | Path, variables: Mapping[str, Any], info: Map
       workdir: folder to write into.
       variables: tree of arrays.
       info: values that JSON can hold; 'step' is the number of the step.
+      overwrite: replace a folder that holds a checkpoint.
 
     Raises:
       UserError: `workdir` holds a checkpoint already, or cannot be written to.
     """
+    path = folder(workdir) / str(info["step"])
+    if storage.in_bucket(workdir):  # where nothing can be renamed, but where a step without checksums does not count
+        _refuse_checkpoint(workdir)
+        with write_errors(workdir, "be written to"):
+            _write_step(path, variables, info)
+        return
+    whole = Path(os.path.abspath(workdir))
+    storage.recover(whole)
+    if not overwrite:
+        _refuse_checkpoint(workdir)
+    # A folder with other files, but without a checkpoint, keeps them and gets the step.
+    beside = not overwrite and whole.is_dir() and any(whole.iterdir())
+    with (
+        write_errors(workdir, "be written to"),
+        storage.atomic_target(Path(path) if beside else whole, overwrite=overwrite or beside) as unfinished,
+    ):
+        _write_step(epath.Path(unfinished if beside else unfinished / FOLDER / path.name), variables, info)
+
+
+def _refuse_checkpoint(workdir: str | Path) -> None:
     if finished_steps(workdir):
         raise UserError(f"{workdir} holds a checkpoint already: give another folder.")
+
+
+def _write_step(path: epath.Path, variables: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Writes the model and the checksums of a step; see `write_variables`."""
     types = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()),
         (np.ndarray, _FewAtATime(deepcopy_host_arrays=False)),
@@ -329,11 +361,9 @@ def write_variables(workdir: str | Path, variables: Mapping[str, Any], info: Map
     }
     trees = jax.tree.map(lambda leaf: np.asarray(leaf) if np.isscalar(leaf) else leaf, dict(variables))
     items = {"variables": ocp.args.PyTreeSave(trees), "info": ocp.args.JsonSave(dict(info))}
-    path = folder(workdir) / str(info["step"])
-    with write_errors(workdir, "be written to"):
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
-            writer.save(os.fspath(path), args=ocp.args.Composite(**items))
-        _write_checksums(path)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
+        writer.save(os.fspath(path), args=ocp.args.Composite(**items), force=True)
+    _write_checksums(path)
 
 
 class _FewAtATime(ocp.type_handlers.NumpyHandler):

@@ -46,3 +46,13 @@ def reason(error: BaseException) -> str:
     """Returns what an exception says, on one line and never empty: what follows a colon or stands in brackets."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split()).rstrip(".")
+
+
+def shortened(value: object, longest: int = 120) -> str:
+    """Returns what a stranger's file or an exception says as text for a message: on one line, escaped and cut."""
+    try:
+        text = str(value) if not isinstance(value, list) else f"{value[:8]}{' and more' * (len(value) > 8)}"
+    except ValueError:  # Python writes no integers of more than 4,300 digits
+        text = ""
+    escaped = printable(text[: longest + 1] or f"a value of type {type(value).__name__}")
+    return escaped if len(escaped) <= longest else f"{escaped[:longest]}..."

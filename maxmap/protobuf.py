@@ -4,6 +4,7 @@ A message is a sequence of fields. Each field is a tag, which holds the field's 
 The format is described in https://protobuf.dev/programming-guides/encoding.
 """
 
+import struct
 from collections.abc import Iterator
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; the groups of the first version, 3 and 4, are not read
@@ -16,7 +17,7 @@ class MalformedMessage(ValueError):
 class Message:
     """The integers, byte strings and messages in one message, by the number of their field.
 
-    The caller knows the schema and asks for the right type. Numbers of fixed size, such as floats, are skipped.
+    The caller knows the schema and asks for the right type. Numbers of 64 bits of fixed size are skipped.
 
     Args:
       data: the encoded message.
@@ -27,8 +28,12 @@ class Message:
 
     def __init__(self, data: bytes):
         self._fields: dict[int, list[int | bytes]] = {}
-        for number, value in _read_fields(data):
-            self._fields.setdefault(number, []).append(value)
+        self._fixed: dict[int, bytes] = {}
+        for number, value, fixed in _read_fields(data):
+            if fixed:
+                self._fixed[number] = _expect_bytes(value)
+            else:
+                self._fields.setdefault(number, []).append(value)
 
     def __contains__(self, number: int) -> bool:
         return number in self._fields
@@ -54,6 +59,11 @@ class Message:
                 integer, position = read_varint(value, position)
                 integers.append(integer)
         return integers
+
+    def fixed32(self, number: int) -> int | None:
+        """Returns an unsigned integer field of 32 bits of fixed size, None if there is none."""
+        value = self._fixed.get(number, b"")
+        return struct.unpack("<I", value)[0] if len(value) == 4 else None
 
     def strings(self, number: int) -> list[bytes]:
         """Returns a repeated field of bytes.
@@ -107,8 +117,8 @@ def read_bytes(data: bytes, position: int, size: int) -> tuple[bytes, int]:
     return data[position : position + size], position + size
 
 
-def _read_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yields number and value of each field, except for values of fixed size."""
+def _read_fields(data: bytes) -> Iterator[tuple[int, int | bytes, bool]]:
+    """Yields number and value of each field, and whether the value has a fixed size and is given as its bytes."""
     position = 0
     value: int | bytes
     while position < len(data):
@@ -122,11 +132,10 @@ def _read_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             size, position = read_varint(data, position)
             value, position = read_bytes(data, position, size)
         elif wire_type in (FIXED64, FIXED32):
-            _, position = read_bytes(data, position, 8 if wire_type == FIXED64 else 4)
-            continue
+            value, position = read_bytes(data, position, 8 if wire_type == FIXED64 else 4)
         else:
             raise MalformedMessage(f"a field has the unknown wire type {wire_type}")
-        yield number, value
+        yield number, value, wire_type in (FIXED64, FIXED32)
 
 
 def _expect_bytes(value: int | bytes) -> bytes:

@@ -5,10 +5,13 @@ A bucket is one of Google Cloud Storage (gs://bucket/run) or of S3 (s3://bucket/
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import importlib.util
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +20,9 @@ from etils import epath
 
 from maxmap.errors import UserError
 
+_UNFINISHED, _NEW, _OLD = ".unfinished", "new", "old"
+_LONGEST_PREFIX = 100  # characters of the target's name
+_TRIES = 100  # to replace a folder that others replace too
 BUCKETS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # by scheme: the extra of pyproject.toml, what it installs
 
 # Orbax writes arrays by tensorstore, whose errors have no numbers but these texts.
@@ -69,12 +75,113 @@ def write_text(path: str | Path | epath.Path, text: str) -> None:
         resolve(path).write_text(text)  # a bucket shows an object only when all of it has arrived
         return
     path = Path(expand(path))
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # two processes may write the same file
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def atomic_target(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a path to write a file or a folder to, which becomes `target` by one rename at the end of the block.
+
+    So the target is whole or absent, even after a kill or with two writers. A folder that is replaced is first moved
+    aside; if the process is killed before the new one is there, the next call for the same target brings it back.
+
+    Args:
+      target: local file or folder. Folders above it are made.
+      overwrite: replace what is there. An empty folder is replaced in any case.
+
+    Raises:
+      UserError: the target exists or cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover(target)
+        if not overwrite:
+            _refuse_existing(target)
+        with _private_folder(target) as private:
+            # The name of the target stays, because some writers choose the format by the ending.
+            unfinished = private / _NEW / target.name
+            yield unfinished
+            _move(unfinished, target, private / _OLD / target.name, overwrite)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target} ({error.strerror or error}): make room there, or give another name."
+        ) from error
+
+
+def recover(target: Path) -> None:
+    """Brings back what a killed writer of `target` had moved aside, and removes what it left unfinished."""
+    left = re.compile(rf"{re.escape(_private_prefix(target))}[a-z0-9_]+{re.escape(_UNFINISHED)}")
+    beside = list(target.parent.iterdir()) if target.parent.is_dir() else []
+    for private in [path for path in beside if left.fullmatch(path.name)]:
+        with contextlib.suppress(OSError):  # its writer is at work, or the file system locks no folders
+            descriptor = os.open(private, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _dissolve(private, target)
+            finally:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _private_folder(target: Path) -> Iterator[Path]:
+    """Makes a folder beside a target. Its lock ends with this process, which tells others that it is abandoned."""
+    descriptor = None
+    while descriptor is None:
+        private = Path(tempfile.mkdtemp(_UNFINISHED, _private_prefix(target), target.parent))
+        try:
+            descriptor = os.open(private, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # some network file systems lock no folders
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            for folder in (_NEW, _OLD):
+                (private / folder).mkdir()
+        except FileNotFoundError:  # another process took it for an abandoned one before the lock
+            if descriptor is not None:
+                os.close(descriptor)
+            descriptor = None
+    try:
+        yield private
+    finally:
+        _dissolve(private, target)
+        os.close(descriptor)
+
+
+def _private_prefix(target: Path) -> str:
+    return f".{target.name[:_LONGEST_PREFIX]}."
+
+
+def _dissolve(private: Path, target: Path) -> None:
+    """Removes the folder of a writer; the old target goes back to its place if nothing is there."""
+    old = private / _OLD / target.name
+    if os.path.lexists(old) and not os.path.lexists(target):
+        os.rename(old, target)
+    shutil.rmtree(private, ignore_errors=True)
+
+
+def _refuse_existing(target: Path) -> None:
+    empty = target.is_dir() and not any(target.iterdir())
+    if os.path.lexists(target) and not empty:
+        raise UserError(f"{target} is there already: give another name, or --overwrite where the command has it.")
+
+
+def _move(unfinished: Path, target: Path, old: Path, overwrite: bool) -> None:
+    """Renames `unfinished` to `target`; a folder that is there goes to `old` first."""
+    if not overwrite:
+        _refuse_existing(target)
+    for _ in range(_TRIES):  # another writer may put its own folder there in between
+        try:
+            os.replace(unfinished, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) or not overwrite:
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target, Path(tempfile.mkdtemp(dir=old.parent)) / "older" if os.path.lexists(old) else old)
+    raise OSError("other processes keep writing it")
 
 
 def walk(folder: epath.Path) -> Iterator[epath.Path]:

@@ -25,9 +25,12 @@ def test_64_bits_are_unsigned():
     assert parsed.integer(1) == 2**62 and parsed.integer(2) == 2**64 - 1
 
 
-def test_numbers_of_fixed_size_are_skipped():
-    parsed = Message(struct_pb2.Value(number_value=1.5).SerializeToString() + bytes([4 << 3, 1]))
-    assert 2 not in parsed and parsed.integer(4) == 1
+def test_numbers_of_fixed_size_are_set_apart():
+    parsed = Message(
+        struct_pb2.Value(number_value=1.5).SerializeToString() + bytes([4 << 3, 1, 6 << 3 | 5, 1, 2, 0, 0])
+    )
+    assert 2 not in parsed and parsed.integer(4) == 1 and 6 not in parsed
+    assert parsed.fixed32(6) == 513 and parsed.fixed32(2) is None and parsed.fixed32(4) is None
 
 
 def test_another_type_than_expected_is_malformed():

@@ -2,6 +2,10 @@
 
 import errno
 import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +54,66 @@ def test_errors_of_the_disk_become_a_sentence_and_bugs_do_not():
     with pytest.raises(UserError, match=r"^gs://bucket cannot take step 3 \(.*\): look at the bucket's name, .*\.$"):
         write("gs://bucket", ConnectionError("no route"))
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("kind", ["convert", "average", "export"])
+@pytest.mark.fault("killed while it writes a target")
+def test_a_command_that_is_killed_at_any_write(kind, tmp_path):
+    """The target is whole or absent, the old one comes back, and the same command again succeeds."""
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "tests.kill_at_writes", kind, str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) >= 4
+
+
+def write_folder(target, text, **options):
+    with storage.atomic_target(target, **options) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "text").write_text(text)
+
+
+@pytest.mark.fault("killed between the two renames of a folder")
+def test_an_old_folder_comes_back(tmp_path):
+    target = tmp_path / "target"
+    aside = tmp_path / ".target.abcd1234.unfinished" / "old" / "target"  # what such a kill leaves
+    aside.mkdir(parents=True)
+    (aside / "text").write_text("old")
+    with pytest.raises(UserError, match="is there already"):  # it is brought back before anything else
+        write_folder(target, "new")
+    assert (target / "text").read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(RuntimeError), storage.atomic_target(target, overwrite=True):
+        raise RuntimeError("the new one cannot be made")
+    assert (target / "text").read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_names_that_begin_alike_are_other_targets(tmp_path):
+    for name in ("run.1", "run"):
+        (tmp_path / f".{name}.abcd1234.unfinished" / "old" / name).mkdir(parents=True)
+    storage.recover(tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.1.abcd1234.unfinished", "run"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_writers_of_one_target(overwrite, tmp_path):
+    """Both take part in time; the target is of one of them, and the loser gets a sentence."""
+    barrier, results = threading.Barrier(2), []
+
+    def write(text):
+        try:
+            with storage.atomic_target(tmp_path / "target", overwrite=overwrite) as unfinished:
+                unfinished.mkdir()
+                (unfinished / "text").write_text(text)
+                barrier.wait()
+            results.append(text)
+        except UserError as error:
+            assert "target is there already" in str(error) or "cannot write" in str(error)
+
+    writers = [threading.Thread(target=write, args=(text,)) for text in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(results) == (2 if overwrite else 1)
+    assert (tmp_path / "target" / "text").read_text() in results
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

@@ -146,13 +146,17 @@ class PositionBias(_PositionMlp):
     @nn.compact
     def __call__(self) -> Array:
         """Returns `[heads, N, N]` (query, key), N = carriers + side * side."""
+        dy, dx = relative_index((self.side, self.side))
+        table = self.mlp(self.offsets())  # [2 side - 1, 2 side - 1, heads]
+        bias = rearrange(16 * nn.sigmoid(table)[dy, dx], "q k h -> h q k")
+        return jnp.pad(bias, [(0, 0), (self.carriers, 0), (self.carriers, 0)])
+
+    def offsets(self) -> np.ndarray:
+        """Returns the scaled logarithm of every offset (dy, dx), `[2 side - 1, 2 side - 1, 2]`."""
         # In float32 as in the reference, even if the model computes in float64: the weights were trained with it.
         steps = np.arange(1 - self.side, self.side, dtype=np.float32) / np.float32(self.side - 1)
         steps = np.sign(steps) * np.log2(np.abs(steps * 8) + 1) / np.log2(np.float32(8))
-        dy, dx = relative_index((self.side, self.side))
-        table = self.mlp(np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1))  # [2 side - 1, 2 side - 1, heads]
-        bias = rearrange(16 * nn.sigmoid(table)[dy, dx], "q k h -> h q k")
-        return jnp.pad(bias, [(0, 0), (self.carriers, 0), (self.carriers, 0)])
+        return np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1)
 
 
 class AttentionBlock(Block):

@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from maxmap.convert.resize import RESIZED_LEAVES, RESIZES, resize_table, table_size, to_float32
 from maxmap.convert.torch import LeafPath, LeafShapes, image_kernel, leaf_shapes, raise_faults, torch_name
+from maxmap.convert.wrappers import KeyMatch
 from maxmap.errors import UserError
 from maxmap.models import Classifier
 
@@ -29,19 +30,25 @@ class LoadReport:
       changed: leaves that were changed, with the change in words.
       dropped: leaves of the source that the model does not have.
       initialised: leaves of the model that the source does not have.
+      prefix: that was taken off the keys of a foreign source; empty for none.
+      ignored: entries of a foreign source that were left out on request.
     """
 
     loaded: list[str] = field(default_factory=list)
     changed: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     initialised: list[str] = field(default_factory=list)
+    prefix: str = ""
+    ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         by_change: dict[str, list[str]] = {}
         for name, change in self.changed.items():
             by_change.setdefault(change, []).append(name)
-        groups = {"dropped": self.dropped} | by_change | {"initialised": self.initialised}
+        groups = {"dropped": self.dropped} | by_change
+        groups |= {"initialised": self.initialised, "left out on request": self.ignored}
         lines = [f"loaded {len(self.loaded)} entries as they were"]
+        lines += [f"took the prefix {self.prefix} off the names"] * bool(self.prefix)
         for what, names in groups.items():
             more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
             lines += [f"{what} {len(names)}: {', '.join([*names[:_SHOWN], *more])}"] * bool(names)
@@ -53,6 +60,7 @@ def adapt(
     model: Classifier,
     faults: Iterable[str] = (),
     *,
+    match: KeyMatch | None = None,
     probed: LeafShapes | None = None,
     in_channels: int | None = None,
     resize: str = "bicubic",
@@ -63,17 +71,17 @@ def adapt(
 ) -> tuple[dict[LeafPath, np.ndarray], LoadReport]:
     """Fits leaves to a model with other classes, another image size or other channels.
 
-    A classifier for other classes is initialised, or filled by a class map. Position tables are resized.
-
     Args:
       source: leaves by path, in any floating-point type.
-      model: the model that the leaves are fitted to.
+      model: that the leaves are fitted to.
       faults: faults found so far; the error lists them too.
+      match: how the keys of a foreign source fit the model, for the error; None for one of ours.
       probed: `probe_shapes` of the model, if the caller has them; they do not depend on the number of classes.
       in_channels: channels of the images; None for those of the source.
       resize: "bicubic" (timm's way for position embeddings, and its simple way for tables of offsets), "bilinear" (the
         official TensorFlow code) or "geometric" (timm's way for tables of offsets when it loads a checkpoint).
-      class_map: for each class of the model the number of a class of the source, or -1 for the mean of all classes.
+      class_map: for each class of the model the number of one of the source, or -1 for the mean of all classes. Without
+        it, a classifier for other classes is initialised.
       other_classes: initialise the classifier even if source and model have the same number of classes.
       other_head: initialise the head if source and model have no leaf of it in common.
       seed: of the initialisation.
@@ -82,10 +90,9 @@ def adapt(
       The model's leaves by path, in float32, unchanged ones as views of the source; and the report.
 
     Raises:
-      UserError: names all leaves that are missing, left over or of a shape that cannot be changed.
+      UserError: leaves are missing, left over or of a shape that cannot be changed.
     """
-    if resize not in RESIZES:
-        raise UserError(f"there is no resize '{resize}', only {', '.join(RESIZES)}.")
+    _check_resize(resize)
     shapes, classifier = trace_shapes(model, probed)
     shapes, input_kernel = _set_channels(shapes, source, in_channels)
     optional, unwanted = _may_differ(source, model, shapes, classifier, other_head)
@@ -105,11 +112,16 @@ def adapt(
             leaves[path], report.changed[name] = changed
         else:
             all_faults.append(f"misshapen: {name} is {value.shape}, the model has {leaf.shape}")
-    left_over = [path for path in source if path not in shapes]
-    report.dropped += [torch_name(path, model) for path in left_over if path in unwanted]
-    all_faults += [f"left over: {torch_name(path, model)}" for path in left_over if path not in unwanted]
-    raise_faults(all_faults)
+    for path in [path for path in source if path not in shapes]:
+        name = torch_name(path, model)
+        report.dropped.append(name) if path in unwanted else all_faults.append(f"left over: {name}")
+    raise_faults(all_faults, match)
     return leaves | _initialise(model, [path for path in shapes if path not in leaves], seed), report
+
+
+def _check_resize(resize: str) -> None:
+    if resize not in RESIZES:
+        raise UserError(f"there is no resize '{resize}', only {', '.join(RESIZES)}.")
 
 
 def probe_shapes(model: Classifier) -> LeafShapes:

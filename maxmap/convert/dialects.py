@@ -26,12 +26,9 @@ CANONICAL: dict[str, list[tuple[str, str]]] = {
     "ViT": [(r"^head\.fc\.", "head.")],
 }
 
-# Second names of a tensor that a reference implementation stores twice.
+# Second names of a tensor that a reference implementation stores twice: to the first name, and back.
 ALIASES: list[tuple[str, str]] = [(r"\.to_global_feature\.pos\.", ".pos_embed.")]
-
-
-# Prefixes that wrappers for several devices, compilers and trainers add to every key.
-PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
+SECOND_NAMES: list[tuple[str, str]] = [(r"\.global_tokenizer\.pos_embed\.", ".global_tokenizer.to_global_feature.pos.")]
 
 
 @dataclass(frozen=True)
@@ -188,17 +185,6 @@ def naming_for(dialect: str | None, backbone: str, head: str) -> Naming:
             return DIALECTS[dialect][what]
     others = ", ".join(name for name, backbones in DIALECTS.items() if backbone in backbones)
     raise UserError(f"there is no {backbone} in the dialect {dialect}: give one of {others}.")
-
-
-def strip_prefixes(keys: Iterable[str]) -> dict[str, str]:
-    """Returns each key without the `PREFIXES` that all keys share, by key."""
-    stripped = {key: key for key in keys}
-    while stripped:
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in stripped.values())), None)
-        if prefix is None:
-            break
-        stripped = {key: short.removeprefix(prefix) for key, short in stripped.items()}
-    return stripped
 
 
 def rename(key: str, renames: Iterable[tuple[str, str]]) -> str:

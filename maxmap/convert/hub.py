@@ -3,10 +3,11 @@
 import contextlib
 import csv
 import functools
+import logging
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import huggingface_hub
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 
 from maxmap.convert.sources import shards_of
-from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
-from maxmap.errors import UserError, nearest
+from maxmap.data.decode import CROP_MODES, FILTERS, IMAGENET_MEAN, IMAGENET_STD
+from maxmap.errors import UserError, nearest, shortened
 
 TABLE = resources.files("maxmap") / "pretrained.csv"
 NORMALISATIONS = {
@@ -30,6 +33,11 @@ NORMALISATIONS = {
 }
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PREFIXES = ("timm/", "hf-hub:", "hf_hub:", "hf://")
+_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".tar", ".npz")
+_PATIENCE = 10  # seconds until a server has to answer
+_LARGEST_IMAGE = 10_000  # pixels of a side
+_LARGEST_NUMBER = 1_000_000  # in means and deviations
+_MOST_CHANNELS = 100  # of images
 
 
 @functools.cache
@@ -74,19 +82,38 @@ def published_preprocessing(model: str, classes: int, image_size: int) -> dict[s
     return {"image_size": image_size, **usual}
 
 
+def full_name(source: str | Path) -> str:
+    """Returns a checkpoint's name without the hub's prefix; a timm name with a tag, but without owner, gets "timm/".
+
+    A path that is no name comes back as it is.
+    """
+    name = str(source)
+    for prefix in _PREFIXES[1:]:
+        name = name.removeprefix(prefix)
+    model, dot, tag = name.partition(".")
+    return f"timm/{name}" if dot and model in _timm_models() and f".{tag}" not in _ENDINGS else name
+
+
 def is_name(source: str | Path) -> bool:
     """Whether a source is the name of a published checkpoint or of a repository, and not a path."""
-    return str(source) in published() or str(source).startswith(_PREFIXES)
+    name = full_name(source)
+    return name in published() or name.startswith("timm/") or str(source).startswith(_PREFIXES)
+
+
+@functools.cache
+def _timm_models() -> set[str]:
+    """Returns the names of timm's published checkpoints without owner and tag."""
+    return {name.removeprefix("timm/").partition(".")[0] for name in published() if name.startswith("timm/")}
 
 
 def download(name: str) -> Path:
     """Downloads a published checkpoint, or finds it in the cache.
 
     The usual variables set the hub's cache, offline mode, token and mirror: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE,
-    HF_TOKEN and HF_ENDPOINT.
+    HF_TOKEN and HF_ENDPOINT. A hub that does not answer is asked once; then only the cache is searched.
 
     Args:
-      name: a key of `published`, or hf://<owner>/<repository> on the Hugging Face hub.
+      name: a key of `published`, with or without "timm/", or hf://<owner>/<repository> on the Hugging Face hub.
 
     Returns:
       The file, or the folder of a repository.
@@ -94,56 +121,97 @@ def download(name: str) -> Path:
     Raises:
       UserError: there is no such checkpoint, or it cannot be downloaded now.
     """
-    for prefix in _PREFIXES[1:]:
-        name = name.removeprefix(prefix)
+    name = full_name(name)
     url = published().get(name, {}).get("url")
     if not url and name.startswith("timm/") and name not in published():
         close = nearest(name, published())
         raise UserError(f"there is no checkpoint {name} for a model of maxmap; the nearest are {close}.")
+    fault = None
     try:
-        if not url:
-            return _download_repository(name)
-        if url.startswith("hf://"):
-            owner, repository, file = url.removeprefix("hf://").split("/", 2)
-            return Path(_download_from_hub(f"{owner}/{repository}", file))
-        return _download_url(url)
+        if url and not url.startswith("hf://"):
+            return _download_url(url)
+        owner, repository, *file = (url or f"hf://{name}/").removeprefix("hf://").split("/", 2)
+        repository, wanted = f"{owner}/{repository}", [part for part in file if part]
+        with _quiet():
+            fault = _hub_fault(repository, (wanted or ["config.json"])[0])
+            if wanted:
+                return Path(_download_from_hub(repository, wanted[0], cached_only=fault is not None))
+            return _download_repository(repository, cached_only=fault is not None)
     except GatedRepoError:
         raise UserError(
             f"{name} needs its owner's permission: ask on its page, and set HF_TOKEN to your token."
         ) from None
     except RepositoryNotFoundError:
         raise UserError(f"the hub has no repository {name}, or does not show it to your token (HF_TOKEN).") from None
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{name} is not in the cache and the hub cannot be reached (HF_HUB_OFFLINE, or no network): download it "
+            f"{name} is not in the cache and the hub cannot be reached ({fault or _one_line(error)}): download it "
             "where there is a network, or give a file."
         ) from None
     except UserError:
         raise
     except Exception as error:  # the hub's library lets errors of its network libraries through
-        raise UserError(f"{name} cannot be downloaded ({type(error).__name__}: {error}).") from None
+        raise UserError(f"{name} cannot be downloaded ({_one_line(error)}): try again, or give a file.") from None
 
 
-def _download_from_hub(repository: str, file: str) -> str:
-    return huggingface_hub.hf_hub_download(repository, file, endpoint=os.environ.get("HF_ENDPOINT"))
+def _one_line(error: Exception) -> str:
+    text = shortened(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}" if str(error) else type(error).__name__
 
 
-def _download_repository(name: str) -> Path:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the hub's library from printing warnings of its own."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _hub_fault(repository: str, file: str) -> str | None:
+    """Asks the hub for a file once, without a second try; returns why there was no answer, None if there was one.
+
+    A refusal, such as that of a file which does not exist, is an answer.
+    """
+    url = huggingface_hub.hf_hub_url(repository, file, endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        huggingface_hub.get_hf_file_metadata(url, timeout=_PATIENCE)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        return f"it answers with the status {status}" if status >= 500 or status in (408, 429) else None
+    except OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE is set"
+    except Exception as error:  # of the network library
+        return _one_line(error)
+    return None
+
+
+def _download_from_hub(repository: str, file: str, *, cached_only: bool) -> str:
+    endpoint = os.environ.get("HF_ENDPOINT")
+    return huggingface_hub.hf_hub_download(repository, file, endpoint=endpoint, local_files_only=cached_only)
+
+
+def _download_repository(name: str, *, cached_only: bool) -> Path:
     """Downloads config and weights of a repository; returns their folder in the cache."""
     folder = None
-    with contextlib.suppress(LocalEntryNotFoundError):  # offline the cache may hold the weights alone
-        folder = Path(_download_from_hub(name, "config.json")).parent
+    with contextlib.suppress(EntryNotFoundError):  # there may be weights alone
+        folder = Path(_download_from_hub(name, "config.json", cached_only=cached_only)).parent
     for file in _FILES:
         try:
-            path = Path(_download_from_hub(name, file))
-        except (EntryNotFoundError, LocalEntryNotFoundError) as error:
+            path = Path(_download_from_hub(name, file, cached_only=cached_only))
+        except EntryNotFoundError as error:
             missing = error
             continue
         if file.endswith(".index.json"):
             for shard in sorted(set(shards_of(path).values())):
-                _download_from_hub(name, shard)
+                _download_from_hub(name, shard, cached_only=cached_only)
         return folder or path.parent
-    raise missing
+    if isinstance(missing, LocalEntryNotFoundError):
+        raise missing
+    raise UserError(f"the repository {name} has none of the files {', '.join(_FILES)}: give a file of weights.")
 
 
 def _download_url(url: str) -> Path:
@@ -155,7 +223,7 @@ def _download_url(url: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer, unfinished.open("wb") as file:
+        with urllib.request.urlopen(url, timeout=_PATIENCE) as answer, unfinished.open("wb") as file:
             size = answer.headers.get("Content-Length")
             while piece := answer.read(1 << 20):
                 file.write(piece)
@@ -172,14 +240,50 @@ def _download_url(url: str) -> Path:
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the preprocessing that the config.json of a timm repository gives."""
-    settings = {**config, **config.get("pretrained_cfg", {})}
-    sizes = settings["input_size"]
+    """Returns the preprocessing that the config.json of a timm repository gives; an absent part is the usual one.
+
+    Raises:
+      UserError: a part of it is of another type, or out of range.
+    """
+    nested = config.get("pretrained_cfg") or {}
+    if not isinstance(nested, Mapping):
+        raise _config_error("pretrained_cfg", nested, "an object")
+    settings = {**config, **nested}
+
+    def get(key: str, usual: Any, valid: Callable[[Any], bool], wanted: str) -> Any:
+        value = usual if settings.get(key) is None else settings[key]
+        if not valid(value):
+            raise _config_error(key, value, wanted)
+        return value
+
+    sizes = get("input_size", None, _are_sizes, f"a list of channels, height and width, up to {_LARGEST_IMAGE} pixels")
+    share = get("crop_pct", 0.875, lambda v: _is_number(v) and 0.1 <= v <= 2, "a number from 0.1 to 2")
     return {
-        "image_size": int(sizes[-1]),
-        "crop_pct": float(settings.get("crop_pct") or 0.875),
-        "crop_mode": settings.get("crop_mode") or "center",
-        "interpolation": settings.get("interpolation") or "bicubic",
-        "mean": [float(value) for value in settings["mean"]],
-        "std": [float(value) for value in settings["std"]],
+        "image_size": sizes[-1],
+        "crop_pct": float(share),
+        "crop_mode": get("crop_mode", "center", lambda v: v in list(CROP_MODES), f"one of {', '.join(CROP_MODES)}"),
+        "interpolation": get("interpolation", "bicubic", lambda v: v in list(FILTERS), f"one of {', '.join(FILTERS)}"),
+        "mean": [float(value) for value in get("mean", None, _are_numbers, "a list of numbers")],
+        "std": [
+            float(value)
+            for value in get("std", None, lambda v: _are_numbers(v) and min(v) > 0, "a list of positive numbers")
+        ],
     }
+
+
+def _config_error(key: str, value: Any, wanted: str) -> UserError:
+    return UserError(f"'{key}' in the config.json is {shortened(value)}: it has to be {wanted}.")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _LARGEST_NUMBER  # also False for NaN
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and 1 <= len(values) <= _MOST_CHANNELS and all(map(_is_number, values))
+
+
+def _are_sizes(values: Any) -> bool:
+    return (
+        _are_numbers(values) and len(values) == 3 and all(type(v) is int and 1 <= v <= _LARGEST_IMAGE for v in values)
+    )

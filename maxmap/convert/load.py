@@ -1,6 +1,6 @@
 """Foreign checkpoints as models: from a name or a file to variables and to a checkpoint of ours, and back."""
 
-import shutil
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
@@ -16,11 +16,15 @@ from maxmap import checkpoint, storage
 from maxmap.classes import require_distinct
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
+from maxmap.convert.buffers import buffers
 from maxmap.convert.sources import ForeignCheckpoint, read_source
-from maxmap.convert.torch import as_array, canonical_names, detect_dialect, read_entries, to_torch, torch_name
-from maxmap.errors import UserError, nearest
+from maxmap.convert.torch import as_array, match_entries, read_entries, to_torch, torch_name
+from maxmap.convert.wrappers import KeyMatch, leave_out
+from maxmap.errors import UserError, nearest, shortened
 from maxmap.models import MODELS, Classifier, create_model
 from maxmap.ranges import Count, CountOrZero, Pixels
+
+_LONGEST_NAME = 100  # characters of a model's name that are compared with known ones
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], d
     if storage.in_bucket(path):
         return checkpoint.read_variables(path, ema=ema)
     path = storage.expand(path)
-    exists = Path(path).exists()
+    exists = os.path.exists(path)  # unlike Path.exists, it is False for a name that cannot be
     if not exists:
         _check_name(str(path))
     # The name of a repository may start with hf://, which looks like the scheme of a bucket's path.
@@ -78,6 +82,7 @@ def read_foreign(
     resize: str | None = None,
     class_map: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
 ) -> ConvertedModel:
     """Reads a checkpoint of PyTorch, safetensors or TensorFlow into one of our models.
 
@@ -91,6 +96,7 @@ def read_foreign(
       resize: how position tables are resized; None for "bilinear" from TensorFlow, as its graph does, else "bicubic".
       class_map: see `adapt`.
       classes: names of the classes; None for those of the source.
+      ignore: shell patterns of entries that are no part of the model; they are left out.
 
     Raises:
       UserError: the source cannot be read, or does not fit.
@@ -98,37 +104,47 @@ def read_foreign(
     found, row = _find_source(source, ema)
     name = name or row.get("model") or _architecture(found, source)
     preprocessing = hub.preprocessing_of(found.config) if _has_preprocessing(found) else row.get("preprocessing", {})
-    fields: dict[str, Any] = {"name": name}
-    size = image_size or preprocessing.get("image_size")
-    if size is not None and create_model(name).backbone.image_size != size:
-        fields["image_size"] = size
+    fields = _sized(name, image_size or preprocessing.get("image_size"))
     model = create_model(**fields, num_classes=1)
     probed = probe_shapes(model)
     shapes, classifier = trace_shapes(model, probed)
-    in_source = _count_classes(found, {torch_name(path, model) for path in classifier})
+    tensors = leave_out(found.tensors, ignore)
+    match = match_entries(tensors, model, shapes)
+    in_source = _count_classes(tensors, match, {torch_name(path, model) for path in classifier})
     count = in_source if class_map is None else len(class_map)
     fields["num_classes"] = count if num_classes is None else num_classes
-    entries, faults = read_entries(found.tensors, model, shapes)
+    entries, faults = read_entries(tensors, model, shapes, match)
     model = with_classes(model, fields["num_classes"])
+    if classes and len(classes) != fields["num_classes"]:
+        raise UserError(f"there are {len(classes)} names of {fields['num_classes']} classes: give one for each.")
     resize = resize or ("bilinear" if found.kind == "tensorflow" else "bicubic")
     leaves, report = adapt(
-        entries, model, faults, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
+        entries, model, faults, match=match, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
     )
-    size = model.backbone.image_size if isinstance(model.backbone.image_size, int) else model.backbone.image_size[0]
-    preprocessing = preprocessing or hub.published_preprocessing(name, in_source, size)
+    report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
+    preprocessing = preprocessing or hub.published_preprocessing(name, in_source, _side(model))
     if classes:
         require_distinct(classes, "the list of class names")
-    classes = list(classes or _class_names(found, fields["num_classes"]))
-    if len(classes) != fields["num_classes"]:
-        raise UserError(f"there are {len(classes)} names of {fields['num_classes']} classes: give one for each.")
     info = {
         "model": fields,
-        "classes": classes,
+        "classes": list(classes) if classes else _class_names(found, fields["num_classes"]),
         "preprocessing": preprocessing | ({"image_size": image_size} if image_size else {}),
         "weights": found.weights,
-        "source": {"path": str(source), "kind": found.kind, "dialect": detect_dialect(found.tensors)},
+        "source": {"path": str(source), "kind": found.kind, "dialect": match.naming.dialect},
     }
     return ConvertedModel(model, traverse_util.unflatten_dict(leaves), info, report)
+
+
+def _sized(name: str, size: int | None) -> dict[str, Any]:
+    """Returns the fields of a model; the size of the images is one of them if it is not that of the name."""
+    if size is None or create_model(name).backbone.image_size == size:
+        return {"name": name}
+    return {"name": name, "image_size": size}
+
+
+def _side(model: Classifier) -> int:
+    size = model.backbone.image_size
+    return size if isinstance(size, int) else size[0]
 
 
 def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **options: Any) -> ConvertedModel:
@@ -148,25 +164,13 @@ def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **
             f"{dest} is in a bucket, where no folder can be renamed: convert to a local folder and copy that."
         )
     dest = Path(storage.expand(dest)).absolute()
+    storage.recover(dest)
     if dest.exists() and not overwrite:
         raise UserError(f"{dest} is there already: give another folder, or --overwrite.")
     if dest.exists() and not (dest / checkpoint.FOLDER).is_dir():
         raise UserError(f"{dest} holds something other than a checkpoint: give another folder.")
     converted = read_foreign(source, **options)
-    unfinished, old = (dest.with_name(f".{dest.name}.{what}") for what in ("unfinished", "old"))
-    try:
-        for left in (unfinished, old):
-            if left.exists():
-                shutil.rmtree(left)
-        checkpoint.write_variables(unfinished, converted.variables, {**converted.info, "step": 0})
-        if dest.exists():
-            dest.rename(old)
-        unfinished.rename(dest)
-    except OSError as error:
-        raise UserError(f"cannot write {dest} ({error.strerror or error}).") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    checkpoint.write_variables(dest, converted.variables, {**converted.info, "step": 0}, overwrite=overwrite)
     return converted
 
 
@@ -193,7 +197,10 @@ def export(
     Raises:
       UserError: there is no checkpoint, or the file exists or has another ending.
     """
+    if storage.in_bucket(file):
+        raise UserError(f"{file} is in a bucket: export to a local file and copy that.")
     file = Path(storage.expand(file))
+    storage.recover(file)
     if file.suffix not in (".safetensors", ".pth", ".bin"):
         raise UserError(f"{file} has no known ending: give a name in .safetensors, .pth or .bin.")
     if file.exists() and not overwrite:
@@ -202,36 +209,41 @@ def export(
     if ema and info["weights"] != "ema":
         raise UserError(f"{source} has no averaged weights: leave --ema out.")
     model = create_model(**info["model"])
-    state_dict = {key: np.array(v, order="C") for key, v in to_torch(variables, model, dialect).items()}
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    try:
-        if file.suffix == ".safetensors":
-            save_file(state_dict, unfinished, metadata={"format": "pt"})
-        else:
+    state_dict = to_torch(variables, model, dialect)
+    if dialect is None:  # timm and the authors have these names too, and torch makes the counters itself
+        state_dict |= buffers(state_dict, model)
+    state_dict = {key: np.array(value, order="C") for key, value in state_dict.items()}
+    if file.suffix == ".safetensors":
+        with storage.atomic_target(file, overwrite=overwrite) as unfinished:
             try:
-                import torch
-            except ImportError:
-                raise UserError(
-                    f"{file} can be written by PyTorch only: install the extra 'torch', or give a name in .safetensors."
-                ) from None
-            torch.save({key: torch.from_numpy(value) for key, value in state_dict.items()}, unfinished)
-        unfinished.replace(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {file} ({error}).") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+                save_file(state_dict, unfinished, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise UserError(f"cannot write {file} ({error}): make room there, or give another name.") from None
+    else:
+        try:
+            import torch
+        except ImportError:
+            raise UserError(
+                f"{file} can be written by PyTorch only: install the extra 'torch', or give a name in .safetensors."
+            ) from None
+        with storage.atomic_target(file, overwrite=overwrite) as unfinished:
+            try:
+                torch.save({key: torch.from_numpy(value) for key, value in state_dict.items()}, unfinished)
+            except RuntimeError as error:  # what torch says of a full disk
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"cannot write {file} ({reason}): make room there, or give another name.") from None
     return f"{file}: {len(state_dict)} entries, {dialect or 'canonical'} names, {info['weights']} weights"
 
 
 def _find_source(source: str | Path, ema: bool | None) -> tuple[ForeignCheckpoint, Mapping[str, Any]]:
     """Reads a source, downloading a published one; also returns its row of `published`, empty for other sources."""
     path = Path(storage.expand(source))
-    exists = path.exists() or path.with_name(path.name + ".index").is_file()
+    exists = os.path.exists(path) or os.path.isfile(f"{path}.index")
     if not exists:
         _check_name(str(source))
     if exists or not hub.is_name(source):
         return read_source(path, ema=ema), {}
-    return read_source(hub.download(str(source)), ema=ema), hub.published().get(str(source), {})
+    return read_source(hub.download(str(source)), ema=ema), hub.published().get(hub.full_name(source), {})
 
 
 def _check_name(name: str) -> None:
@@ -249,29 +261,32 @@ def _has_preprocessing(found: ForeignCheckpoint) -> bool:
 
 def _architecture(found: ForeignCheckpoint, source: str | Path) -> str:
     """Returns the name of the model that the source's config gives."""
-    name = found.config.get("architecture") or found.config.get("model", {}).get("name")
+    key, name = "architecture", found.config.get("architecture")
+    if name is None and isinstance(found.config.get("model"), Mapping):
+        key, name = "model", found.config["model"].get("name")
     if name is None:
         raise UserError(f"{source} does not say which model it is of: give --model with a name of 'maxmap list'.")
+    if not isinstance(name, str):
+        raise UserError(f"'{key}' in the config.json of {source} is {shortened(name)}: give --model with a name.")
     if name not in MODELS:
         raise UserError(
-            f"{source} is of the model {name}, which maxmap does not have; the nearest are {nearest(name, MODELS)}."
+            f"{source} is of the model {shortened(name)}, which maxmap does not have; the nearest are "
+            f"{nearest(name[:_LONGEST_NAME], MODELS)}."
         )
     return name
 
 
-def _count_classes(found: ForeignCheckpoint, classifier: Collection[str]) -> int:
+def _count_classes(tensors: Mapping[str, Any], match: KeyMatch, classifier: Collection[str]) -> int:
     """Returns the number of classes of a state dict, read from the entries with these canonical names."""
-    shapes = [
-        as_array(found.tensors[key]).shape for key, name in canonical_names(found.tensors).items() if name in classifier
-    ]
+    shapes = [as_array(tensors[key]).shape for key, name in match.names.items() if name in classifier]
     return max((int(shape[0]) for shape in shapes if shape), default=0)
 
 
 def _class_names(found: ForeignCheckpoint, count: int) -> list[str]:
     """Returns the source's names of the classes, else ImageNet's WordNet ids for 1000 classes, else numbers."""
     names = found.config.get("label_names")
-    if isinstance(names, list) and len(names) == count:
-        return [str(name) for name in names]
+    if isinstance(names, list) and len(names) == count == len({name for name in names if isinstance(name, str)}):
+        return names
     package = util.find_spec("tensorflow_datasets")
     if count == 1000 and package is not None and package.submodule_search_locations:
         labels = Path(package.submodule_search_locations[0], "datasets", "imagenet2012", "labels.txt")

@@ -4,20 +4,27 @@ A TensorFlow checkpoint is a table in LevelDB's format (`.index`: names, shapes 
 variables (`.data-*`), which stay in the mapped file. Its entries are protocol buffers, see `maxmap.protobuf`.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from maxmap.checksums import masked_crc32c
 from maxmap.errors import UserError
 from maxmap.protobuf import Message, read_bytes, read_varint
 
 _MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 _FOOTER = 48  # bytes
+_TRAILER = 5  # bytes behind each block: its compression and its checksum
+_EXPANSION = 64  # how many times as long as the index all names together may be, which share their beginnings there
+_MOST_DIMENSIONS = 64  # NumPy's limit
+_LARGEST_STATE = 1 << 16  # bytes of the file `checkpoint`, which names the newest one
 _TYPES: dict[int, Any] = {
     1: np.float32,
     2: np.float64,
@@ -91,17 +98,16 @@ def read_checkpoint(path: Path, *, ema: bool | None = None) -> tuple[dict[str, n
     """
     prefix = _prefix(path)
     assert prefix is not None
-    variables = read_variables(prefix)
-    averages = {name.removesuffix(_AVERAGE): value for name, value in variables.items() if name.endswith(_AVERAGE)}
+    entries = _read_index(prefix)
+    averages = {name.removesuffix(_AVERAGE): name for name in entries if name.endswith(_AVERAGE)}
     if ema and not averages:
         raise UserError(f"{path} has no averaged variables: leave --ema out.")
     averaged = bool(averages) and ema is not False
     # An optimizer's state of a variable is named <variable>/<slot>.
-    raw = {name: value for name, value in variables.items() if name.rpartition("/")[0] not in variables}
-    chosen = averages if averaged else {name: value for name, value in raw.items() if not name.endswith(_AVERAGE)}
-    return from_tensorflow(
-        {name: v for name, v in chosen.items() if name != "global_step"}
-    ), "ema" if averaged else "raw"
+    raw = {name: name for name in entries if name.rpartition("/")[0] not in entries and not name.endswith(_AVERAGE)}
+    stored = {name: key for name, key in (averages if averaged else raw).items() if name != "global_step"}
+    values = _read_values(prefix, {key: entries[key] for key in stored.values()})
+    return from_tensorflow({name: values[key] for name, key in stored.items()}), "ema" if averaged else "raw"
 
 
 def from_tensorflow(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -159,7 +165,7 @@ def _to_torch_layout(value: np.ndarray, module: str, leaf: str) -> np.ndarray:
 
 
 def read_variables(prefix: Path) -> dict[str, np.ndarray]:
-    """Reads every numeric variable of a checkpoint.
+    """Reads every numeric variable of a checkpoint, after a check of its checksum.
 
     Args:
       prefix: what the checkpoint's file names have in common, for example 'model.ckpt-92002'.
@@ -170,9 +176,35 @@ def read_variables(prefix: Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: a file is missing or damaged, or a variable is partitioned.
     """
-    index = prefix.with_name(prefix.name + ".index")
+    return _read_values(prefix, _read_index(prefix))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A variable as the index describes it.
+
+    Attributes:
+      dtype: of its numbers.
+      shape: of the variable.
+      file: that holds its bytes.
+      start: of its bytes in the file.
+      length: number of its bytes.
+      checksum: of its bytes, None if the index has none.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+    checksum: int | None
+
+
+@contextlib.contextmanager
+def _damage(prefix: Path) -> Iterator[None]:
+    """Turns what damaged files raise into one sentence."""
     try:
-        return dict(_read_variables(prefix, index.read_bytes()))
+        yield
     except UserError:
         raise
     except (ValueError, OSError, OverflowError) as error:
@@ -181,34 +213,56 @@ def read_variables(prefix: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _read_variables(prefix: Path, index: bytes) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields name and value of each variable, as tensor_bundle.proto describes them."""
+def _read_index(prefix: Path) -> dict[str, _Entry]:
+    """Reads the entry of each numeric variable, as tensor_bundle.proto describes them."""
+    entries: dict[str, _Entry] = {}
     shards = 1
-    files: dict[int, np.ndarray] = {}
-    for name, value in _read_table(index):
-        entry = Message(value)
-        if not name:  # the header
-            shards = entry.integer(1, default=1)
-            continue
-        dtype = _TYPES.get(entry.integer(1))
-        if dtype is None:  # text, such as the graph of objects
-            continue
-        if 7 in entry:
-            raise UserError(f"the TensorFlow checkpoint {prefix} has the partitioned variable {name.decode()}.")
-        shape = [dim.integer(1) for shape in entry.messages(2) for dim in shape.messages(2)]
-        shard, start, length = (entry.integer(number) for number in (3, 4, 5))
-        if shard not in files:
-            files[shard] = np.memmap(prefix.with_name(f"{prefix.name}.data-{shard:05}-of-{shards:05}"), np.uint8, "r")
-        if start + length > files[shard].size or length != math.prod(shape) * np.dtype(dtype).itemsize:
-            raise ValueError(f"{name.decode()} is cut off")
-        yield name.decode(), np.asarray(files[shard][start : start + length]).view(dtype).reshape(shape)
+    with _damage(prefix):
+        for key, value in _read_table(_index_bytes(prefix.with_name(prefix.name + ".index"))):
+            entry, name = Message(value), key.decode()
+            if not name:  # the header
+                shards = entry.integer(1, default=1)
+                if entry.integer(2):
+                    raise ValueError("its numbers are big-endian")
+                continue
+            dtype = _TYPES.get(entry.integer(1))
+            if dtype is None:  # text, such as the graph of objects
+                continue
+            if 7 in entry:
+                raise UserError(f"the TensorFlow checkpoint {prefix} has the partitioned variable {name}.")
+            sizes = [size for shape in entry.messages(2) for size in shape.strings(2)]
+            if len(sizes) > _MOST_DIMENSIONS:
+                raise ValueError(f"{name} has {len(sizes)} dimensions")
+            shape = tuple(Message(size).integer(1) for size in sizes)
+            shard, start, length = (entry.integer(number) for number in (3, 4, 5))
+            if length != math.prod(shape) * np.dtype(dtype).itemsize:
+                raise ValueError(f"{name} is cut off")
+            file = f"{prefix.name}.data-{shard:05}-of-{shards:05}"
+            entries[name] = _Entry(np.dtype(dtype), shape, file, start, length, entry.fixed32(6))
+    return entries
+
+
+def _read_values(prefix: Path, entries: Mapping[str, _Entry]) -> dict[str, np.ndarray]:
+    """Returns the variables as arrays in the mapped files, after checking their checksums."""
+    files: dict[str, np.ndarray] = {}
+    values = {}
+    with _damage(prefix):
+        for name, entry in entries.items():
+            if entry.file not in files:
+                files[entry.file] = np.memmap(prefix.with_name(entry.file), np.uint8, "r")
+            data: Any = np.asarray(files[entry.file][entry.start : entry.start + entry.length])
+            if data.size != entry.length:
+                raise ValueError(f"{name} is cut off")
+            if entry.checksum is not None and masked_crc32c(data) != entry.checksum:
+                raise ValueError(f"{name} has another checksum than the index says")
+            values[name] = data.view(entry.dtype).reshape(entry.shape)
+    return values
 
 
 def _prefix(path: Path) -> Path | None:
     """Returns the prefix of a TensorFlow checkpoint's files, None if there is no checkpoint."""
     if path.is_dir():
-        state = path / "checkpoint"
-        named = re.search(r'^model_checkpoint_path: "(.*)"', state.read_text(), re.M) if state.is_file() else None
+        named = re.search(r'^model_checkpoint_path: "(.*)"', _state(path / "checkpoint"), re.M)
         found = sorted(path.glob("*.index"))
         path = path / Path(named[1]).name if named else found[-1] if found else path / "none"
     if path.suffix == ".index" or ".data-" in path.name:
@@ -216,22 +270,54 @@ def _prefix(path: Path) -> Path | None:
     return path if path.with_name(path.name + ".index").is_file() else None
 
 
+def _state(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    with file.open("rb") as opened:
+        return opened.read(_LARGEST_STATE).decode(errors="replace")
+
+
+def _index_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _FOOTER))
+        if not file.read().endswith(_MAGIC):
+            raise ValueError("the index does not end as a table's index does")
+        file.seek(0)
+        return file.read()
+
+
 def _read_table(index: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yields the keys and values of a table in LevelDB's format, uncompressed and with one level of blocks below it."""
-    if len(index) < _FOOTER or index[-8:] != _MAGIC:
-        raise ValueError("the index does not end as a table's index does")
+    """Yields the keys and values of a table in LevelDB's format, uncompressed and with one level of blocks below it.
+
+    The blocks may not overlap and the keys have to ascend, so that the work is bounded by the size of the index.
+    """
+    if len(index) < _FOOTER:
+        raise ValueError("the index is cut off")
     _, _, position = _read_handle(index, len(index) - _FOOTER)  # of a block that describes the table
     offset, size, _ = _read_handle(index, position)
+    last, names, end_of_last = None, 0, 0
     for _, handle in _read_block(index, offset, size):
         offset, size, _ = _read_handle(handle, 0)
-        yield from _read_block(index, offset, size)
+        if offset < end_of_last:
+            raise ValueError("the blocks of its index overlap")
+        end_of_last = offset + size + _TRAILER
+        for key, value in _read_block(index, offset, size):
+            names += len(key)
+            if names > _EXPANSION * len(index):
+                raise ValueError(f"its names are {_EXPANSION} times as long as the index")
+            if last is not None and key <= last:
+                raise ValueError("the names in its index do not ascend")
+            last = key
+            yield key, value
 
 
 def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     """Yields the keys and values of a block; each key is stored without what it shares with the key before."""
     block, position = read_bytes(data, offset, size)
-    compression, _ = read_bytes(data, position, 1)
-    if compression != b"\0":
+    trailer, _ = read_bytes(data, position, _TRAILER)
+    if masked_crc32c(block + trailer[:1]) != int.from_bytes(trailer[1:], "little"):
+        raise ValueError("a block of its index has another checksum than it says")
+    if trailer[:1] != b"\0":
         raise ValueError("its index is compressed")
     restarts = int.from_bytes(block[-4:], "little")
     position, end, key = 0, size - 4 - 4 * restarts, b""
@@ -241,6 +327,8 @@ def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, by
         shared, position = read_varint(block, position)
         added, position = read_varint(block, position)
         length, position = read_varint(block, position)
+        if shared > len(key):
+            raise ValueError("a name in its index is cut off")
         suffix, position = read_bytes(block, position, added)
         value, position = read_bytes(block, position, length)
         key = key[:shared] + suffix

@@ -14,18 +14,15 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from maxmap.convert.dialects import ALIASES, CANONICAL, detect_naming, naming_for, rename, strip_prefixes
-from maxmap.errors import UserError
+from maxmap.convert.buffers import buffers, counters
+from maxmap.convert.dialects import ALIASES, CANONICAL, naming_for, rename
+from maxmap.convert.wrappers import KeyMatch, leave_out, match_keys
+from maxmap.errors import UserError, shortened
 from maxmap.heads.linear import LinearHead
 from maxmap.models import Classifier
 
 LeafPath = tuple[str, ...]  # from the collection to the leaf, for example ('params', 'backbone', 'stem', 'bias')
 LeafShapes = dict[LeafPath, jax.ShapeDtypeStruct]
-
-# Entries that a module computes from its own settings, and counters; nothing in them is learned.
-DERIVED = re.compile(
-    r"(.*\.)?(num_batches_tracked|n_averaged|bp_index|relative_position_index|relative_coords_table|relative_bias)"
-)
 
 _LEAVES = {
     ("params", "kernel"): "weight",
@@ -33,7 +30,7 @@ _LEAVES = {
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
-_LISTED = 20  # faults that an error names
+_FEW, _LISTED = 25, 5  # an error names a few faults, or so many of each kind
 
 
 def torch_name(path: LeafPath, model: Classifier) -> str:
@@ -66,12 +63,14 @@ def leaf_shapes(model: Classifier) -> LeafShapes:
     return traverse_util.flatten_dict(abstract_variables(model))
 
 
-def from_torch(state_dict: Mapping[str, Any], model: Classifier) -> dict[str, Any]:
+def from_torch(state_dict: Mapping[str, Any], model: Classifier, *, ignore: Sequence[str] = ()) -> dict[str, Any]:
     """Converts a PyTorch state dict to variables.
 
     Args:
-      state_dict: tensors or arrays by name, in any dialect; the names show which one.
+      state_dict: tensors or arrays by name, in any dialect; the names show which one. A prefix before the names of the
+        model, which a wrapper such as `torch.nn.DataParallel` adds, is taken off.
       model: the model of the result. Its images may have any number of channels.
+      ignore: shell patterns of entries to leave out.
 
     Returns:
       The variables {'params': ..., 'batch_stats': ...} as NumPy arrays, float64 ones in float64, others in float32.
@@ -80,14 +79,16 @@ def from_torch(state_dict: Mapping[str, Any], model: Classifier) -> dict[str, An
       UserError: names all entries that are missing, left over, duplicate, of another shape or not finite.
     """
     shapes = leaf_shapes(model)
-    entries, faults = read_entries(state_dict, model, shapes)
+    state_dict = leave_out(state_dict, ignore)
+    match = match_entries(state_dict, model, shapes)
+    entries, faults = read_entries(state_dict, model, shapes, match)
     faults += [f"missing: {torch_name(path, model)}" for path in shapes if path not in entries]
     stem = image_kernel(shapes)
     for path, value in entries.items():
         shape = shapes[path].shape
         if value.shape != shape and not (path == stem and value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]):
             faults.append(f"misshapen: {torch_name(path, model)} is {value.shape}, the model has {shape}")
-    raise_faults(faults)
+    raise_faults(faults, match)
     return traverse_util.unflatten_dict(
         {path: np.array(value, _upcast_type(value.dtype), order="C") for path, value in entries.items()}
     )
@@ -95,6 +96,8 @@ def from_torch(state_dict: Mapping[str, Any], model: Classifier) -> dict[str, An
 
 def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | None = None) -> dict[str, np.ndarray]:
     """Converts Flax variables to a PyTorch state dict; the inverse of `from_torch`.
+
+    In a dialect the result has every key that a strict `load_state_dict` of that code base wants, see `buffers`.
 
     Args:
       variables: variables of the model.
@@ -114,23 +117,18 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
         if re.fullmatch(naming.matrices, key):
             value = value.reshape(value.shape[:2])
         state_dict[naming.from_canonical(key)] = value
+    if dialect is not None:
+        state_dict |= counters(state_dict) | buffers(state_dict, model)
     return state_dict
 
 
-def canonical_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the canonical name of each key of a state dict, by key, without the `DERIVED` entries."""
-    keys = strip_prefixes(key for key in state_dict if not DERIVED.fullmatch(key))
-    naming = detect_naming(keys.values())
-    return {key: naming.to_canonical(short) for key, short in keys.items()}
-
-
-def detect_dialect(state_dict: Mapping[str, Any]) -> str:
-    """Returns the dialect of a state dict's keys."""
-    return detect_naming(strip_prefixes(key for key in state_dict if not DERIVED.fullmatch(key)).values()).dialect
+def match_entries(state_dict: Mapping[str, Any], model: Classifier, shapes: LeafShapes) -> KeyMatch:
+    """Finds a model's entries in a state dict by its keys; see `match_keys`."""
+    return match_keys(state_dict, {torch_name(path, model) for path in shapes})
 
 
 def read_entries(
-    state_dict: Mapping[str, Any], model: Classifier, shapes: LeafShapes
+    state_dict: Mapping[str, Any], model: Classifier, shapes: LeafShapes, match: KeyMatch
 ) -> tuple[dict[LeafPath, np.ndarray], list[str]]:
     """Finds the leaves of a model in a state dict. It does not compare shapes.
 
@@ -138,32 +136,33 @@ def read_entries(
       state_dict: see `from_torch`.
       model: the model.
       shapes: `leaf_shapes` of the model.
+      match: `match_entries` of the same.
 
     Returns:
       The leaves by path, in Flax's layout, as views of the source in its own types; and the faults, a phrase for each
-      entry that is left over, duplicate or not finite.
+      entry that is left over, duplicate, not readable or not finite.
     """
     faults = []
     sources: dict[str, str] = {}  # keys by canonical name
-    for key, second_name in canonical_names(state_dict).items():
+    for key, second_name in match.names.items():
         name = rename(second_name, ALIASES)
         other = sources.setdefault(name, key)
         if other != key:
-            aliased = name != second_name or rename(other, ALIASES) != other
+            aliased = name != second_name or rename(match.names[other], ALIASES) != match.names[other]
             if not (aliased and np.array_equal(as_array(state_dict[other]), as_array(state_dict[key]))):
-                faults.append(f"twice there: {name}, as {other} and as {key}")
+                faults.append(f"twice there: {shortened(name)}, as {shortened(other)} and as {shortened(key)}")
     wanted = {torch_name(path, model): path for path in shapes}
-    faults += [f"left over: {name}" for name in sources if name not in wanted]
+    faults += [f"left over: {shortened(key)}" for name, key in sources.items() if name not in wanted]
     entries = {}
     for name, path in wanted.items():
         if name not in sources:
             continue
         value = as_array(state_dict[sources[name]])
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            faults.append(f"no floating-point numbers: {name} is of type {value.dtype}")
+            faults.append(f"no floating-point numbers: {sources[name]} is {_describe(state_dict[sources[name]])}")
             value = np.broadcast_to(np.float32(0), value.shape)
         if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
-            faults.append(f"not finite: {name} holds NaN or infinity")
+            faults.append(f"not finite: {sources[name]} holds NaN or infinity")
         entries[path] = _from_torch_layout(value, path, len(shapes[path].shape))
     return entries, faults
 
@@ -173,31 +172,57 @@ def image_kernel(shapes: LeafShapes) -> LeafPath | None:
     return next((path for path, leaf in shapes.items() if path[-1] == "kernel" and leaf.shape[2:3] == (3,)), None)
 
 
-def raise_faults(faults: Sequence[str]) -> None:
-    """Raises UserError if there are faults, and lists the first ones."""
-    if faults:
-        more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
-        listed = "; ".join([*faults[:_LISTED], *more])
-        raise UserError(
-            f"the state dict does not fit the model, {len(faults)} entries differ: {listed}; give the model, the "
-            "number of classes and the image size of the state dict."
-        )
+def raise_faults(faults: Sequence[str], match: KeyMatch | None = None) -> None:
+    """Raises UserError if there are faults; it lists the first ones of each kind.
+
+    Args:
+      faults: phrases such as "missing: stem.weight", whose beginning up to the colon is their kind.
+      match: how the keys of a foreign state dict fit the model.
+    """
+    if not faults:
+        return
+    by_kind: dict[str, list[str]] = {}
+    for fault in faults:
+        by_kind.setdefault(fault.partition(":")[0], []).append(fault)
+    listed: list[str] = []
+    for kind, found in by_kind.items():
+        shown = len(found) if len(faults) <= _FEW else _LISTED
+        listed += [*found[:shown], *([f"and {len(found) - shown} more {kind}"] if len(found) > shown else [])]
+    about, advice = (f", {match.describe()}", match.advice(faults)) if match else ("", "")
+    raise UserError(
+        f"the state dict does not fit the model, {len(faults)} entries differ{about}: "
+        f"{'; '.join(listed)}; give the model, the number of classes and the image size of the state dict{advice}."
+    )
 
 
 def as_array(value: Any) -> np.ndarray:
     """Returns a tensor or array as an array of the same type that shares its memory.
 
-    Anything else except a number becomes an empty array of objects, which `read_entries` calls a fault.
+    What has no numbers in the memory that NumPy can read, such as a sparse, quantised or meta tensor, becomes an empty
+    array of objects, which `read_entries` calls a fault.
     """
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # NumPy has no such type, and torch does not know the one of ml_dtypes
-            import torch
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            if str(value.dtype) == "torch.bfloat16":  # NumPy has no such type, and torch does not know ml_dtypes' one
+                import torch
 
-            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        value = value.numpy()
-    is_number = hasattr(value, "shape") or isinstance(value, (int, float))
-    return np.asarray(value) if is_number else np.empty((), object)
+                return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            value = value.numpy()
+        is_number = hasattr(value, "shape") or isinstance(value, (int, float))
+        return np.asarray(value) if is_number else np.empty((), object)
+    except (TypeError, ValueError, RuntimeError):  # torch and JAX raise many kinds of these
+        return np.empty((), object)
+
+
+def _describe(value: Any) -> str:
+    """Returns what a value without readable floating-point numbers is, and what to give instead."""
+    if as_array(value).dtype != object:
+        return f"of type {as_array(value).dtype}"
+    if not hasattr(value, "detach"):
+        return f"of type {type(value).__name__}"
+    traits = [str(getattr(value, name, "")).removeprefix("torch.") for name in ("dtype", "layout", "device")]
+    return f"a tensor ({', '.join(traits)}) that cannot be read, give a dense one of float32 in memory"
 
 
 def _upcast_type(dtype: np.dtype) -> np.dtype:

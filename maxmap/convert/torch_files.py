@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from maxmap.convert.pickles import Name, RefusedGlobalError, Unpickler, check_arguments
-from maxmap.errors import UserError
+from maxmap.errors import UserError, shortened
 
 _MAGIC = 119547037146038801333356  # what a file before PyTorch 1.6 begins with
 _VERSION = 1001
@@ -27,6 +27,11 @@ _LARGEST_PICKLE = 256 << 20  # bytes
 _MOST_DIMENSIONS = 64  # NumPy's limit
 _ALIGNMENT = 8  # bytes, the most that a type needs
 _FREE_SIZE = 1 << 20  # numbers that a tensor with strides of zero may have beyond the size of the file
+_LARGEST_DIRECTORY = 8 << 20  # bytes of a zip archive; that of 6,000 tensors has half a megabyte
+_LARGEST_GAP = 24  # bytes between the parts of a zip archive: size and checksum may stand behind a part
+_END = struct.Struct("<4s4x2H2I2x")  # signature, entries on this disk and in all, size and position of the directory
+_END_64 = struct.Struct("<4s20x2Q2Q")
+_LOCATOR_64 = struct.Struct("<4s4xQ4x")  # signature, position of the record above
 _LOCAL_HEADER = struct.Struct("<4s2xHH8xIIHH")  # signature, flags, method, sizes, lengths of the name and extra field
 _DAMAGE = (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError, struct.error)
 
@@ -91,16 +96,20 @@ def read_torch(path: Path) -> Any:
         raise
     except RefusedGlobalError as error:
         raise UserError(
-            f"{path} is refused: it would run or build {_printable(error)}, and only numbers and plain settings are "
-            "read from a pickle."
+            f"{path} is refused: it would run or build {shortened(error, 80)}, and only numbers and plain settings are "
+            f"read from a pickle: let its owner save the weights alone, {_saving(path.name)}."
         ) from None
     except (*_DAMAGE, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or no file of torch.save ({_printable(error)}): get it again.") from None
+        raise UserError(f"{path} is damaged or no file of torch.save ({shortened(error)}): get it again.") from None
 
 
-def _printable(error: Exception) -> str:
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)[:400]).split())
-    return text[:200] or type(error).__name__
+def _saving(name: str) -> str:
+    """Returns a line of Python that saves the weights alone, whether a file holds a module or a dict of settings."""
+    return (
+        f"import torch; x = torch.load({name[:80]!r}, weights_only=False); x = x.get('state_dict', x.get('model', x)) "
+        "if isinstance(x, dict) else x; x = getattr(x, 'state_dict', lambda: x)(); "
+        "torch.save({k: v for k, v in x.items() if torch.is_tensor(v)}, 'weights.pth')"
+    )
 
 
 def _read_zip(path: Path) -> Any:
@@ -145,9 +154,12 @@ def _zip_members(path: Path) -> dict[str, tuple[int, int]]:
 
     torch.save does not compress, so the parts are the bytes of the file.
     """
-    size = path.stat().st_size
     found: dict[str, tuple[int, int]] = {}
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+    with path.open("rb") as file:
+        directory = _directory_start(file, path.stat().st_size)
+        archive = zipfile.ZipFile(file)
+        if archive.start_dir != directory:
+            raise ValueError("its directory has two places")
         end_of_last = 0
         for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
             if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
@@ -156,8 +168,10 @@ def _zip_members(path: Path) -> dict[str, tuple[int, int]]:
                 )
             start = _local_start(file, member)
             end = start + member.file_size
-            if member.header_offset < end_of_last or end > min(archive.start_dir, size):
+            if member.header_offset < end_of_last or end > directory:
                 raise UserError(f"{path} is refused: its parts overlap, or reach beyond the file.")
+            if member.header_offset > end_of_last + _LARGEST_GAP * bool(found):
+                raise UserError(f"{path} is refused: it has bytes that belong to no part.")
             if member.filename in found:
                 raise UserError(f"{path} is refused: it has a part twice.")
             found[member.filename], end_of_last = (start, end), end
@@ -165,7 +179,34 @@ def _zip_members(path: Path) -> dict[str, tuple[int, int]]:
                 file.seek(start)
                 if zlib.crc32(file.read(member.file_size)) != member.CRC:
                     raise ValueError("the checksum of its pickle is another")
+        if end_of_last + _LARGEST_GAP < directory:
+            raise UserError(f"{path} is refused: it has bytes that belong to no part.")
     return found
+
+
+def _directory_start(file: io.BufferedReader, size: int) -> int:
+    """Returns where the directory of an archive begins; raises ValueError unless it is the last thing in the file.
+
+    `zipfile` searches for a directory and reads all of it. Here its size is compared with the file's before.
+    """
+
+    def read(layout: struct.Struct, position: int) -> tuple[Any, ...]:
+        file.seek(max(0, position))
+        return layout.unpack(file.read(layout.size))
+
+    end = size - _END.size
+    signature, _, _, length, start = read(_END, end)
+    if signature != b"PK\5\6":
+        raise ValueError("it does not end as an archive does")
+    signature, record = read(_LOCATOR_64, end - _LOCATOR_64.size) if end >= _LOCATOR_64.size else (b"", 0)
+    if signature == b"PK\6\7":
+        end -= _LOCATOR_64.size + _END_64.size
+        signature, _, _, length, start = read(_END_64, record)
+        if signature != b"PK\6\6" or record != end:
+            raise ValueError("its directory is not where the end of the file says")
+    if length > _LARGEST_DIRECTORY or start + length != end:
+        raise ValueError(f"its directory of {length:,} bytes is too large or not at its place")
+    return start
 
 
 def _local_start(file: io.BufferedReader, member: zipfile.ZipInfo) -> int:

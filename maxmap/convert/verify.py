@@ -16,7 +16,7 @@ from maxmap import checkpoint, storage
 from maxmap.convert import hub
 from maxmap.convert.load import read_model
 from maxmap.convert.sources import read_source
-from maxmap.convert.torch import as_array, canonical_names, image_kernel, leaf_shapes, to_torch
+from maxmap.convert.torch import as_array, image_kernel, leaf_shapes, match_entries, to_torch
 from maxmap.errors import UserError
 from maxmap.models import Classifier, create_model
 from maxmap.ranges import Count, Positive
@@ -58,7 +58,7 @@ def verify(
     model = create_model(**info["model"])
     where = hub.download(str(against)) if hub.is_name(against) and not Path(against).exists() else Path(against)
     source = read_source(where, ema=info["weights"] == "ema" if ema is None else ema)
-    names = canonical_names(source.tensors)
+    names = match_entries(source.tensors, model, leaf_shapes(model)).names
     theirs = {name: as_array(source.tensors[key]) for key, name in names.items()}
     ours = to_torch(variables, model)
     identical = sum(_identical(value, theirs.get(name)) for name, value in ours.items())

@@ -1,7 +1,11 @@
 """Published names: their table, the hub, and its cache."""
 
+import contextlib
 import json
+import signal
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
@@ -183,9 +187,101 @@ def test_releases_come_from_their_address(tmp_path, monkeypatch):
 
 
 def test_what_the_network_says_is_a_sentence(monkeypatch):
-    def fail(repository, file):
+    def fail(repository, file, *, cached_only):
         raise ConnectionError("no route")
 
+    monkeypatch.setattr(hub, "_hub_fault", lambda repository, file: None)
     monkeypatch.setattr(hub, "_download_from_hub", fail)
     with pytest.raises(UserError, match=r"somebody/else cannot be downloaded \(ConnectionError: no route\)"):
         hub.download("hf://somebody/else")
+
+
+@contextlib.contextmanager
+def listening(answer):
+    """A server that gives each connection to `answer` in a thread; yields its address and the list of connections."""
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:  # the server is closed
+                    return
+                connections.append(connection)
+                answer(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}", connections
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for connection in connections:
+                connection.close()
+
+
+def refuse(connection):
+    connection.close()
+
+
+def overload(connection):
+    connection.recv(10_000)
+    connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "answer, why",
+    [(refuse, r"\w+: .+"), (lambda _: None, r"\w*Timeout.*"), (overload, "it answers with the status 503")],
+    ids=["refuses", "never answers", "is overloaded"],
+)
+@pytest.mark.parametrize("name", ["hf://somebody/else", "maxvit_tiny_tf_224.in1k", "caformer_s18"])
+def test_a_hub_that_cannot_be_reached_is_asked_once(answer, why, name, monkeypatch, tmp_path, capfd):
+    """One connection, one sentence, and nothing else is printed."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "_PATIENCE", 0.2)
+    row = {**hub.published()["map_pit_s"], "url": "hf://somebody/weights/file.pth"}
+    monkeypatch.setitem(hub.published(), "caformer_s18", row)
+    with listening(answer) as (address, connections):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        with pytest.raises(UserError, match=rf"is not in the cache and the hub cannot be reached \({why}\): download"):
+            maxmap.load(name)
+        assert len(connections) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_interrupt_ends_the_waiting(monkeypatch):
+    monkeypatch.setattr(hub, "_PATIENCE", 60)
+    with listening(lambda _: None) as (address, connections):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+
+        def interrupt():
+            while not connections:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        began = time.monotonic()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            hub.download("hf://somebody/else")
+        thread.join()
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("name", ["maxvit_tiny_tf_224.in1k", "hf-hub:timm/maxvit_tiny_tf_224.in1k"])
+def test_names_of_timm_need_no_owner(name):
+    assert hub.is_name(name) and hub.full_name(name) == "timm/maxvit_tiny_tf_224.in1k"
+
+
+def test_a_tag_that_timm_does_not_have_is_a_sentence_and_a_file_is_no_tag():
+    with pytest.raises(
+        UserError, match=r"there is no checkpoint timm/maxvit_tiny_tf_224\.in2k .*; the nearest are timm/"
+    ):
+        maxmap.load("maxvit_tiny_tf_224.in2k")
+    for path in ("maxvit_tiny_tf_224.pth", "runs/maxvit_tiny_tf_224.in1k"):
+        assert not hub.is_name(path)
+        with pytest.raises(UserError, match=f"there is no checkpoint in {path}"):
+            maxmap.load(path)

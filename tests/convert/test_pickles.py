@@ -220,7 +220,7 @@ def crafted():
         ),
         "many arguments": (call("torch", "Size", b"N" * 100_000), "without a short tuple"),
         "itself": (b"]q\x00h\x00a", "holds no state dict but 'a'"),
-        "controls": (named("os\x1b[2J", "system"), "would run or build os [2J.system"),
+        "controls": (named("os\x1b[2J", "system"), r"would run or build os\x1b[2J.system"),
     }
     files = {name: (archive(content), why) for name, (content, why) in pickles.items()}
     good = archive(tensor())
@@ -237,6 +237,7 @@ def crafted():
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(file := io.BytesIO(good), "a") as zipped:
         zipped.writestr("file/data/0", bytes(16))
     files["twice"] = (file.getvalue(), "has a part twice")
+    files |= {name: (data, why) for name, data, why in _directories(good)}
     # The part data/1 stands inside of data/0, with a header of its own.
     inner = archive(tensor(), **{"data/1": bytes(16)})
     inner = inner[inner.rindex(b"PK\x03\x04") :][: 30 + len("file/data/1") + 16]
@@ -249,6 +250,25 @@ def crafted():
     files["cut"] = (legacy + pickle.dumps(["0"], 2) + struct.pack("<q", 4) + bytes(15), "is cut off")
     files["length"] = (legacy + pickle.dumps(["0"], 2) + struct.pack("<q", -1) + bytes(16), "is cut off")
     return files
+
+
+def _directories(good):
+    """Archives that a reader may see in two ways, or whose directory asks for more memory than the file is worth."""
+    yield "two ends", good + good[good.index(b"PK\1\2") :], "not at its place"
+    yield "two archives", good + good, "not at its place"
+    yield "more", good + b"more", "does not end as an archive does"
+    yield "no directory", good[:-22] + b"PK\5\6" + bytes(18), "not at its place"
+    yield "large", good[:-10] + b"\xff\xff\xff\x7f" + good[-6:], "is too large or not at its place"
+    with zipfile.ZipFile(file := io.BytesIO(good), "a") as zipped:
+        zipped.start_dir += 100
+        zipped.writestr("file/data/2", bytes(16))
+    yield "gap", file.getvalue(), "has bytes that belong to no part"
+    with zipfile.ZipFile(file := io.BytesIO(good), "a") as zipped:
+        for number in range(150):
+            part = zipfile.ZipInfo(f"file/data/{number + 3}")
+            part.comment = bytes(65535)
+            zipped.writestr(part, b"")
+    yield "comments", file.getvalue(), "is too large"
 
 
 # Arguments: a folder. Prints for each file in it what reading it gives: null or the sentence of a UserError.

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import datetime
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from maxmap import __main__ as commands
-from maxmap.convert.load import convert, export, read_model
+from maxmap.convert.load import convert, export, read_foreign, read_model
 from maxmap.convert.sources import read_source
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
@@ -240,6 +241,47 @@ def test_nothing_in_a_pickle_is_run(arrays, tmp_path, capsys):
         assert not bomb.exists()
 
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, tensors):
+        super().__init__()
+        for i, value in enumerate(tensors.values()):
+            self.register_buffer(f"part{i}", value)
+
+
+def test_a_refused_pickle_says_how_its_owner_saves_the_weights(arrays, tmp_path, monkeypatch):
+    """A whole module, a date beside the weights or among them: the line in the message is run as it stands."""
+    monkeypatch.chdir(tmp_path)
+    now, weights = datetime.datetime(2024, 1, 1), tensors(arrays)
+    for content in (
+        Wrapper(weights),
+        {"model": Wrapper(weights), "epoch": 3},
+        {"state_dict": weights, "date": now},
+        {"model": weights | {"date": now}},
+        weights | {"date": now},
+    ):
+        torch.save(content, "it's.pth")
+        with pytest.raises(UserError, match=r"let its owner save the weights alone, import torch; ") as error:
+            read_source("it's.pth")
+        assert len(str(error.value)) < 700
+        exec(str(error.value).partition("weights alone, ")[2].rstrip("."), {})
+        saved = read_source("weights.pth").tensors
+        assert [value.tolist() for value in saved.values()] == [value.tolist() for value in arrays.values()]
+
+
+def test_a_wrapped_model_is_converted_with_what_is_beside_left_out(arrays, variables, tmp_path, capsys):
+    wrapped = {f"timm_model.{key}": value for key, value in arrays.items()} | {
+        "criterion.weight": np.ones(3, np.float32)
+    }
+    save_file(wrapped, tmp_path / "in.safetensors")
+    assert "--ignore 'criterion.*'." in refused(tmp_path / "in.safetensors", tmp_path, capsys)
+    command = ["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "dest"), "--model", "test_maxvit"]
+    assert commands.main([*command, "--ignore", "criterion.*"]) == 0
+    printed = capsys.readouterr().out
+    assert "took the prefix timm_model. off the names" in printed
+    assert "left out on request 1: criterion.weight" in printed
+    assert_equal(read_model(tmp_path / "dest")[0], variables)
+
+
 def test_damaged_and_swollen_files(arrays, tmp_path, capsys):
     path = tmp_path / "file.pth"
     torch.save(tensors(arrays), path)
@@ -285,6 +327,130 @@ def test_damaged_safetensors(arrays, tmp_path, capsys):
     assert "header cannot be read" in header({"a": {"dtype": "PICKLE"}})
     assert "header cannot be read" in header(b"[1]")
     assert "holds no state dict" in header({})
+
+
+def test_a_safetensors_header_states_what_it_likes(tmp_path, capsys):
+    """Each lie is one short sentence, at once, and nothing is allocated for it."""
+    path = tmp_path / "file.safetensors"
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    huge = int("9" * 4000)
+    cases = [
+        *(
+            {"a": entry | {"data_offsets": offsets}}
+            for offsets in ([], [0], [0, 4, 8], 4, None, "04", [0, None], [0.0, 4])
+        ),
+        *({"a": entry | {"data_offsets": offsets}} for offsets in ([0, huge], [-4, 0], [True, 4], {"0": 4})),
+        *(
+            {"a": entry | {"shape": shape}}
+            for shape in ([1] * 65, [huge], [-1], ["1"], [None], 1, None, {}, [[1]], [1.0])
+        ),
+        *({"a": entry | {"dtype": dtype}} for dtype in (["F32"], None, 4, "f32", "F" * 100_000)),
+        *({"a": value} for value in (None, 1, [], "text", {})),
+        {"a" * 1_000_000: None},
+        {"a\x1b[2J\n": None},
+    ]
+    texts = [json.dumps(case).encode() for case in cases]
+    texts += [
+        b'{"a":' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+        b"[" * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe",
+        b"",
+    ]
+    for text in texts:
+        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+        message = refused(path, tmp_path, capsys)
+        assert "is damaged or no safetensors file" in message and len(message) < 600 and message[:-1].isprintable(), (
+            message
+        )
+
+
+CONFIGS = [
+    ({"pretrained_cfg": [1]}, "'pretrained_cfg'"),
+    ({"pretrained_cfg": None, "input_size": None}, "'input_size'"),
+    ({"input_size": 160}, "'input_size'"),
+    ({"input_size": []}, "'input_size'"),
+    ({"input_size": [3, 160, 10**12]}, "'input_size'"),
+    ({"input_size": [3, 160, -1]}, "'input_size'"),
+    ({"input_size": [3, "a", "b"]}, "'input_size'"),
+    ({"mean": "0.5"}, "'mean'"),
+    ({"mean": [0.5, None, 0.5]}, "'mean'"),
+    ({"mean": [0.5, float("nan"), 0.5]}, "'mean'"),
+    ({"std": [0.5, 0.0, 0.5]}, "'std'"),
+    ({"std": []}, "'std'"),
+    ({"crop_pct": "much"}, "'crop_pct'"),
+    ({"crop_pct": -1}, "'crop_pct'"),
+    ({"crop_pct": 1e-6}, "'crop_pct'"),
+    ({"crop_mode": "diagonal"}, "'crop_mode'"),
+    ({"interpolation": ["bicubic"]}, "'interpolation'"),
+    ({"architecture": ["test_maxvit"]}, "'architecture'"),
+    ({"architecture": "x" * 10_000}, "of the model xxxx"),
+    ({"architecture": None, "model": "test_maxvit"}, "does not say which model"),
+    ({"architecture": None, "model": {"name": 5}}, "'model'"),
+]
+
+
+@pytest.mark.parametrize("changed, why", CONFIGS)
+def test_config_values_of_other_types(changed, why, arrays, tmp_path):
+    """The entry of the config that cannot be is named."""
+    usual = {"input_size": [3, 160, 160], "mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_maxvit"} | usual | changed))
+    save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=why) as error:
+        read_foreign(tmp_path)
+    assert len(str(error.value)) < 700
+
+
+def test_class_names_of_other_kinds_are_left_out(arrays, tmp_path):
+    save_file(arrays, tmp_path / "model.safetensors")
+    for names in ("abc", [1, 2, 3], ["a", "b", "b"], {"0": "a"}, ["a", "b"]):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_maxvit", "label_names": names}))
+        assert read_foreign(tmp_path).info["classes"] == ["0", "1", "2"]
+
+
+def test_an_index_that_names_itself_or_a_folder(arrays, tmp_path):
+    index = shards(tmp_path, arrays)
+    (tmp_path / "folder").mkdir()
+    for file in (index.name, "other.index.json", "", ".", "..", "folder/file", "a\0b", "folder"):
+        index.write_text(json.dumps({"weight_map": {"a": file}}))
+        for source in (index, tmp_path):
+            with pytest.raises(UserError, match=r"names the shard|there is no checkpoint .*folder"):
+                read_source(source)
+    for text in (
+        "[" * 10_000,
+        '{"a":' * 10_000,
+        "9" * 5000,
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": []}',
+        "\xff",
+    ):
+        index.write_text(text, "latin-1")
+        with pytest.raises(UserError, match=r"is no JSON file|holds no JSON object|is no index of shards"):
+            read_source(index)
+
+
+@pytest.mark.parametrize("version", ["def", "../elsewhere", "", "..", ".", "a\0b", "\xff\xfe", "x" * 5000])
+def test_a_cache_entry_without_its_version(version, arrays, tmp_path):
+    entry = tmp_path / "models--me--mine"
+    (entry / "snapshots" / "abc").mkdir(parents=True)
+    save_file(arrays, entry / "snapshots" / "abc" / "model.safetensors")
+    (entry / "elsewhere").mkdir()
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text(version, "latin-1")
+    with pytest.raises(
+        UserError, match=r"names the version .* has no such folder: download it again, or give a folder"
+    ):
+        read_source(entry)
+
+
+def test_paths_that_cannot_be(tmp_path):
+    for path in ("x" * 5000, "a\0b", tmp_path / ("y" * 300)):
+        with pytest.raises(UserError, match=r"there is no checkpoint|cannot be read"):
+            read_model(path)
+        with pytest.raises(UserError, match=r"there is no checkpoint|cannot be read"):
+            read_foreign(path, name="test_maxvit")
 
 
 def test_values_that_are_no_weights(arrays, tmp_path, capsys):

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
+import tracemalloc
 
 import jax
 import ml_dtypes
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 
 from maxmap import __main__ as commands
+from maxmap.checksums import masked_crc32c
 from maxmap.convert import tensorflow
 from maxmap.convert.load import read_foreign
 from maxmap.data.archives import parse_example, record_positions
@@ -217,6 +220,104 @@ def test_a_damaged_index_never_ends_in_another_error(folder, tmp_path):
             assert "damaged or not complete" in str(error) or "partitioned" in str(error)
             refused += 1
     assert refused > 50
+
+
+def test_every_flipped_bit_is_noticed(folder, tmp_path):
+    """In a block of the index by the block's checksum, in the values by that of the variable."""
+    prefix = tmp_path / "model.ckpt-92002"
+    for name in ("index", "data-00000-of-00001"):
+        shutil.copy(folder / f"{prefix.name}.{name}", tmp_path)
+    index = (folder / f"{prefix.name}.index").read_bytes()
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, len(index) - 100, 50):
+        flipped = bytearray(index)
+        flipped[position] ^= 1 << rng.integers(8)
+        prefix.with_name(f"{prefix.name}.index").write_bytes(flipped)
+        with pytest.raises(UserError, match="damaged or not complete"):
+            tensorflow.read_variables(prefix)
+    prefix.with_name(f"{prefix.name}.index").write_bytes(index)
+    data = prefix.with_name(f"{prefix.name}.data-00000-of-00001")
+    values = bytearray(data.read_bytes())
+    values[len(values) // 2] ^= 16
+    data.write_bytes(values)
+    with pytest.raises(UserError, match=r"damaged or not complete \(.+ has another checksum than the index says\)"):
+        tensorflow.read_variables(prefix)
+
+
+def varint(value):
+    parts = []
+    while value > 127:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*parts, value])
+
+
+def block(entries):
+    """A block of a table; `entries` gives the shared length, the suffix of the key, and the value."""
+    content = b"".join(
+        varint(shared) + varint(len(key)) + varint(len(value)) + key + value for shared, key, value in entries
+    )
+    content += bytes(4) + (1).to_bytes(4, "little")
+    return content, content + b"\0" + masked_crc32c(content + b"\0").to_bytes(4, "little")
+
+
+def table(blocks, handles=None):
+    """A file of blocks, with valid checksums; `handles` are those of the block of blocks."""
+    file, own = b"", []
+    for entries in blocks:
+        content, stored = block(entries)
+        own.append(varint(len(file)) + varint(len(content)))
+        file += stored
+    content, stored = block([(0, bytes([i]), handle) for i, handle in enumerate(handles or own)])
+    handle = varint(0) + varint(0) + varint(len(file)) + varint(len(content))
+    return file + stored + handle.ljust(40, b"\0") + (0xDB4775248B80FB57).to_bytes(8, "little")
+
+
+# An entry of a float32 variable with `dimensions`, which the files hold at offset 0.
+def entry(dimensions, length):
+    shape = b"".join(b"\x12" + varint(len(size := b"\x08" + varint(n))) + size for n in dimensions)
+    return b"\x08\x01\x12" + varint(len(shape)) + shape + b"\x28" + varint(length)
+
+
+@pytest.mark.parametrize(
+    "index, why",
+    [
+        (table([[(0, b"k" * 20_000, b"")] + [(20_000, b"%05d" % i, b"") for i in range(5000)]]), "times as long"),
+        (table([[(0, b"a", b"")]], [varint(0) + varint(12)] * 200), "overlap"),
+        (table([[(0, b"b", entry([1], 4)), (0, b"a", entry([1], 4))]]), "do not ascend"),
+        (table([[(0, b"a", entry([1], 4)), (1, b"", entry([1], 4))]]), "do not ascend"),
+        (table([[(9, b"a", b"")]]), "is cut off"),
+        (table([[(0, b"a", b"\x08" + b"\x80" * (1 << 20))]]), "more than 64 bits"),
+        (table([[(0, b"a", entry([1] * 65, 4))]]), "a has 65 dimensions"),
+        (table([[(0, b"a", entry([2**63 - 1] * 60_000, 4))]]), "a has 60000 dimensions"),
+        (table([[(0, b"a", entry([2**40], 2**42))]]), "a is cut off"),
+        (table([[(0, b"a", entry([0, 2**62], 0))]]), "not complete"),
+        (table([[(0, b"", b"\x08\x01\x10\x01")]]), "big-endian"),
+        (table([[(0, b"\xff", entry([1], 4))]]), "not complete"),
+        (bytes(100), "does not end as"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_hostile_index_is_refused_at_once(index, why, tmp_path):
+    """Its checksums are right, but it states more than its size allows."""
+    (tmp_path / "model.index").write_bytes(index)
+    (tmp_path / "model.data-00000-of-00001").write_bytes(bytes(8))
+    tracemalloc.start()
+    began = time.perf_counter()
+    try:
+        with pytest.raises(UserError, match=why):
+            tensorflow.read_checkpoint(tmp_path / "model.index")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20_000_000 + 5 * len(index) and time.perf_counter() - began < 5
+
+
+def test_the_file_that_names_the_newest_may_be_anything(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    for content in (b"\xff\xfe\0", b'model_checkpoint_path: "\0"', b'model_checkpoint_path: "../../etc/passwd"'):
+        (tmp_path / "copy" / "checkpoint").write_bytes(content)
+        assert tensorflow.is_checkpoint(tmp_path / "copy") == (content[:1] == b"\xff")
 
 
 def test_another_model_is_refused(folder):

@@ -9,7 +9,7 @@ from flax import traverse_util
 from maxmap.convert.torch import abstract_variables, from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
-from tests.reference import fill, import_timm
+from tests.reference import fill, import_timm, read_manifest
 
 
 def random_variables(model, channels=3):
@@ -187,6 +187,65 @@ def test_every_dialect_there_and_back(dialect, name, fields, shapes):
     assert_equal(from_torch(wrapped, model), variables)
 
 
+@pytest.mark.parametrize(
+    "dialect, name",
+    [
+        ("nvlabs", "faster_vit_0_224"),
+        ("microsoft", "CSWin_64_12211_tiny_224"),
+        ("sail-sg", "caformer_s18"),
+        ("fair", "convnext_tiny"),
+        ("lab-lvm", "map_convnext_tiny"),
+        ("lab-lvm", "map_pit_s"),
+        ("lab-lvm", "map_mobilenet_v1"),
+        ("lab-lvm", "map_resnet50"),
+        ("lab-lvm", "map_maxvit_tiny_tf_224"),
+        ("lab-lvm", "ga_convnext_tiny_688"),
+        ("lab-lvm", "ga_cswin_tiny_p42"),
+    ],
+)
+def test_an_export_has_every_key_of_the_authors(dialect, name, goldens):
+    """Counters, second names and tables too: key by key, shape by shape and type by type, so a strict load succeeds."""
+    model = create_model(name)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_variables(model))
+    exported = to_torch(zeros, model, dialect)
+    wanted = {key: (tuple(shape), kind) for key, shape, kind, *_ in read_manifest(goldens, name)["state_dict"]}
+    assert {key: (value.shape, str(value.dtype)) for key, value in exported.items()} == wanted
+
+
+def test_tables_of_an_export():
+    """Second names hold the same values, and indices are those that the networks gather with."""
+    model = create_model("faster_vit_0_224", depths=(1, 1, 1, 1), num_classes=3)
+    exported = to_torch(random_variables(model), model, "nvlabs")
+    tokenizer = "levels.2.global_tokenizer"
+    assert np.array_equal(exported[f"{tokenizer}.to_global_feature.pos.bias"], exported[f"{tokenizer}.pos_embed.bias"])
+    index = exported["levels.2.blocks.0.hat_attn.pos_emb_funct.relative_position_index"]
+    assert index.shape == (16, 16) and index[0, 0] == 3 * 7 + 3 and index[0, 15] == 0 and index[15, 0] == 48
+    table = exported["levels.2.blocks.0.hat_attn.pos_emb_funct.relative_coords_table"]
+    assert table.shape == (1, 7, 7, 2) and table[0, 3, 3].tolist() == [0, 0]
+    np.testing.assert_allclose(table[0, 0, 6], [-np.log2(9) / 3, np.log2(9) / 3], rtol=1e-6)
+    small_map = small()
+    bp_index = to_torch(random_variables(small_map), small_map, "lab-lvm")[
+        "head.mmcap.mmcap.0.gram_token_extraction.bp_index"
+    ]
+    assert bp_index.tolist() == [16 * row + column for row in range(16) for column in range(row, 16)]
+
+
+@pytest.mark.parametrize("dialect, name", [("torchvision", "maxvit_t"), ("timm", "test_maxvit")])
+def test_a_strict_load_succeeds(dialect, name):
+    """Of the exported state dict in the reference itself; what it computes from its settings stays as it was."""
+    timm = import_timm()
+    import torch
+    import torchvision
+
+    reference = torchvision.models.maxvit_t(num_classes=10) if dialect == "torchvision" else timm.create_model(name)
+    before = reference.state_dict()
+    model = create_model(name, num_classes=10 if dialect == "torchvision" else 1000)
+    exported = to_torch(from_torch(before, model), model, dialect)
+    assert exported.keys() == before.keys()
+    reference.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in exported.items()}, strict=True)
+    assert all(np.array_equal(exported[key], value.numpy()) for key, value in before.items())
+
+
 def test_a_dialect_without_the_backbone_says_who_has_it(model, variables):
     with pytest.raises(UserError, match="no MaxxViT in the dialect fair: give one of timm, lab-lvm"):
         to_torch(variables, model, "fair")
@@ -213,6 +272,92 @@ def test_derived_entries_are_ignored(model, variables):
         "stages.0.blocks.0.attn_grid.attn.rel_pos.relative_position_index": np.zeros((4, 4), int),
     }
     assert_equal(from_torch(state_dict | derived, model), variables)
+
+
+BESIDE = {
+    "criterion.weight": np.ones(3, np.float32),
+    "metrics.accuracy.total": np.zeros((), np.int64),
+    "n_averaged": np.int64(3),
+}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["timm_model.", "net.", "backbone.", "encoder.", "student.", "model.module.", "a.b.c.", "head.", "stem.", ""],
+)
+def test_any_one_prefix_is_taken_off(prefix, model, variables):
+    """What stands beside it is named, with the option that leaves it out."""
+    state_dict = {prefix + key: value for key, value in to_torch(variables, model).items()}
+    assert_equal(from_torch(state_dict, model), variables)
+    with pytest.raises(UserError) as error:
+        from_torch(state_dict | BESIDE, model)
+    message = str(error.value)
+    assert "2 entries differ" in message and f"{len(state_dict)} of its {len(state_dict) + 2} entries have" in message
+    assert "left over: criterion.weight; left over: metrics.accuracy.total" in message
+    assert message.endswith("leave out what is no part of the model: --ignore 'criterion.*' --ignore 'metrics.*'.")
+    assert (f"under the prefix '{prefix}'" in message) == bool(prefix)
+    assert_equal(from_torch(state_dict | BESIDE, model, ignore=["criterion.*", "metrics.*"]), variables)
+
+
+def test_parts_that_are_wrapped_on_their_own(model, variables):
+    """As torch.compile and FSDP name the modules inside of a model."""
+    state_dict = to_torch(variables, model)
+    inner = {
+        key.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module._orig_mod."): v for key, v in state_dict.items()
+    }
+    assert inner.keys() != state_dict.keys()
+    assert_equal(from_torch({f"_orig_mod.{key}": value for key, value in inner.items()}, model), variables)
+
+
+def test_twins_have_to_be_told_apart(model, variables):
+    state_dict = to_torch(variables, model)
+    student = {f"student.{key}": value for key, value in state_dict.items()}
+    teacher = {f"teacher.{key}": value + 1 for key, value in state_dict.items()}
+    with pytest.raises(
+        UserError, match=r"under the prefix 'student\.' and under 'teacher\.': .* --ignore 'teacher\.\*'"
+    ):
+        from_torch(student | teacher, model)
+    assert_equal(from_torch(student | teacher, model, ignore=["teacher.*"]), variables)
+    plain = {f"model_ema.{key}": value + 1 for key, value in state_dict.items()} | state_dict
+    with pytest.raises(UserError, match=r"; and \d+ more left over; .* --ignore 'model_ema\.\*'\.$"):
+        from_torch(plain, model)
+    assert_equal(from_torch(plain, model, ignore=["model_ema.*"]), variables)
+
+
+def test_a_pattern_without_an_entry_is_refused(model, variables):
+    with pytest.raises(UserError, match=r"no entry matches the pattern 'stemm\.\*'; the nearest are stem\."):
+        from_torch(to_torch(variables, model), model, ignore=["stemm.*"])
+
+
+def test_another_model_is_said_in_a_few_words(model):
+    """Not a line for each entry: how many fit, and five examples of each kind."""
+    state_dict = {f"net.{key}": value for key, value in to_torch(small_convnext(), CONVNEXT, "fair").items()}
+    with pytest.raises(UserError) as error:
+        from_torch(state_dict, model)
+    message = str(error.value)
+    assert message.count("missing: ") == message.count("left over: ") == 5 and len(message) < 1500
+    assert f" of its {len(state_dict)} entries have names of the model" in message
+
+
+def unreadable():
+    import torch
+
+    weight = torch.ones(16, 3, 3, 3)
+    yield "float8_e4m3fn, strided, cpu", weight.to(torch.float8_e4m3fn)
+    yield "float32, strided, meta", weight.to("meta")
+    yield "float32, sparse_coo, cpu", weight.to_sparse()
+    yield "qint8, strided, cpu", torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+    yield "of type list", [[1], [2, 3]]
+    yield "of type NoneType", None
+    yield "of type complex64", weight.to(torch.complex64)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_tensors_that_cannot_be_read_name_their_key(model, variables):
+    state_dict = {f"net.{key}": value for key, value in to_torch(variables, model).items()}
+    for what, value in unreadable():
+        with pytest.raises(UserError, match=rf"no floating-point numbers: net\.stem\.conv1\.weight is .*{what}"):
+            from_torch(state_dict | {"net.stem.conv1.weight": value}, model)
 
 
 def test_linear_maps_and_pointwise_convolutions_are_the_same(model, variables):
