@@ -40,7 +40,7 @@ def write(kind: str, folder: Path, value: int, *options: str) -> int:
     if kind == "average":
         return commands.main(["average", source, "--out", out])
     load.create_model = lambda **fields: None
-    load.to_torch = lambda tree, model, dialect: tree["params"]
+    load.to_torch, load.buffers = lambda tree, model, dialect: tree["params"], lambda *_: {}
     info = {**INFO, "source": {"kind": "", "dialect": ""}}
     load.read_foreign = lambda *_, **__: load.ConvertedModel(None, variables(value), info, LoadReport())
     return commands.main([kind, source, out, *options])
