@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
             "augment": {"hflip": 0.0},  # a mirrored digit is another sign
             "mix": {"smoothing": 0.1},
             "optim": {"name": "adamw", "weight_decay": 0.05, "clip_norm": 1.0},
-            "schedule": {"lr": 2e-3, "warmup_epochs": 4, "warmup_max_share": 0.2, "min_lr": 1e-5, "per": "step"},
+            "schedule": {"lr": 2e-3, "warmup_epochs": 4, "min_lr": 1e-5, "per": "step"},
             "loss": {"decorrelation": -0.8},
             "evaluate": {"batch_size": 128, "every_epochs": 5},
             "checkpoint": {"every": 220, "keep": 2},

@@ -114,7 +114,7 @@ def test_only_fine_tuning_turns_photos(file):
     assert load(file)["data"]["exif"] == (file == "configs/finetune.py")
 
 
-@pytest.mark.parametrize("name", [*builds("configs/finetune.py"), "configs/quickstart.py"])
+@pytest.mark.parametrize("name", builds("configs/finetune.py"))
 def test_a_short_run_has_a_short_warm_up(name):
     """A preset keeps its warm-up in a run of its own length, and a run of one or two epochs learns too."""
     section, epochs = load(name)["schedule"], load(name)["epochs"]
