@@ -76,12 +76,11 @@ def adapt(
       model: that the leaves are fitted to.
       faults: faults found so far; the error lists them too.
       match: how the keys of a foreign source fit the model, for the error; None for one of ours.
-      probed: `probe_shapes` of the model, if the caller has them; they do not depend on the number of classes.
+      probed: `probe_shapes` of the model, if the caller has them.
       in_channels: channels of the images; None for those of the source.
       resize: "bicubic" (timm's way for position embeddings, and its simple way for tables of offsets), "bilinear" (the
         official TensorFlow code) or "geometric" (timm's way for tables of offsets when it loads a checkpoint).
-      class_map: for each class of the model the number of one of the source, or -1 for the mean of all classes. Without
-        it, a classifier for other classes is initialised.
+      class_map: for each class of the model the number of one of the source, or -1 for the mean of all classes.
       other_classes: initialise the classifier even if source and model have the same number of classes.
       other_head: initialise the head if source and model have no leaf of it in common.
       seed: of the initialisation.
@@ -112,8 +111,7 @@ def adapt(
             leaves[path], report.changed[name] = changed
         else:
             all_faults.append(f"misshapen: {name} is {value.shape}, the model has {leaf.shape}")
-    for path in [path for path in source if path not in shapes]:
-        name = torch_name(path, model)
+    for path, name in [(path, torch_name(path, model)) for path in source if path not in shapes]:
         report.dropped.append(name) if path in unwanted else all_faults.append(f"left over: {name}")
     raise_faults(all_faults, match)
     return leaves | _initialise(model, [path for path in shapes if path not in leaves], seed), report

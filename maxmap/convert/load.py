@@ -115,16 +115,13 @@ def read_foreign(
     fields["num_classes"] = count if num_classes is None else num_classes
     entries, faults = read_entries(tensors, model, shapes, match)
     model = with_classes(model, fields["num_classes"])
-    if classes and len(classes) != fields["num_classes"]:
-        raise UserError(f"there are {len(classes)} names of {fields['num_classes']} classes: give one for each.")
+    _check_classes(classes, fields["num_classes"])
     resize = resize or ("bilinear" if found.kind == "tensorflow" else "bicubic")
     leaves, report = adapt(
         entries, model, faults, match=match, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
     )
     report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
     preprocessing = preprocessing or hub.published_preprocessing(name, in_source, _side(model))
-    if classes:
-        require_distinct(classes, "the list of class names")
     info = {
         "model": fields,
         "classes": list(classes) if classes else _class_names(found, fields["num_classes"]),
@@ -133,6 +130,14 @@ def read_foreign(
         "source": {"path": str(source), "kind": found.kind, "dialect": match.naming.dialect},
     }
     return ConvertedModel(model, traverse_util.unflatten_dict(leaves), info, report)
+
+
+def _check_classes(classes: Sequence[str] | None, count: int) -> None:
+    """Raises UserError unless the names that the user gives for the classes are distinct, and one for each class."""
+    if classes and len(classes) != count:
+        raise UserError(f"there are {len(classes)} names of {count} classes: give one for each.")
+    if classes:
+        require_distinct(classes, "the list of class names")
 
 
 def _sized(name: str, size: int | None) -> dict[str, Any]:

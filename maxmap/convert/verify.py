@@ -18,6 +18,7 @@ from maxmap.convert.load import read_model
 from maxmap.convert.sources import read_source
 from maxmap.convert.torch import as_array, image_kernel, leaf_shapes, match_entries, to_torch
 from maxmap.errors import UserError
+from maxmap.layers.primitives import pair
 from maxmap.models import Classifier, create_model
 from maxmap.ranges import Count, Positive
 
@@ -42,8 +43,7 @@ def verify(
       path: of the checkpoint.
       against: the source; see `read_source`.
       ema: weights of the source, True for the averaged ones; None for those that the checkpoint was made from.
-      tolerance: largest difference in float64; None for `TOLERANCES`. Differences are relative: of logits to their
-        standard deviation, of feature maps and gradients to their largest value.
+      tolerance: largest difference in float64; None for `TOLERANCES`. Differences are relative, see `_compare`.
       images: size of the batch.
 
     Returns:
@@ -58,8 +58,8 @@ def verify(
     model = create_model(**info["model"])
     where = hub.download(str(against)) if hub.is_name(against) and not Path(against).exists() else Path(against)
     source = read_source(where, ema=info["weights"] == "ema" if ema is None else ema)
-    names = match_entries(source.tensors, model, leaf_shapes(model)).names
-    theirs = {name: as_array(source.tensors[key]) for key, name in names.items()}
+    keys = match_entries(source.tensors, model, leaf_shapes(model)).names
+    theirs = {name: as_array(source.tensors[key]) for key, name in keys.items()}
     ours = to_torch(variables, model)
     identical = sum(_identical(value, theirs.get(name)) for name, value in ours.items())
     report: dict[str, Any] = {
@@ -75,11 +75,9 @@ def verify(
         report["reference"] = type(reference).__module__.partition(".")[0]
         stem = image_kernel(leaf_shapes(model))
         channels = 3 if stem is None else traverse_util.flatten_dict(variables)[stem].shape[2]
-        size = model.backbone.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        x = np.random.default_rng(0).standard_normal((images, height, width, channels))
-        tolerances = TOLERANCES if tolerance is None else {**TOLERANCES, "float64": tolerance}
-        for dtype, allowed in tolerances.items():
+        size = pair(model.backbone.image_size)
+        x = np.random.default_rng(0).standard_normal((images, *size, channels))
+        for dtype, allowed in (TOLERANCES | ({} if tolerance is None else {"float64": tolerance})).items():
             with jax.enable_x64(dtype == "float64"):
                 row = _compare(model, variables, reference, x.astype(dtype))
             report[dtype] = {**row, "tolerance": allowed}
@@ -178,7 +176,11 @@ def _reference(model: Classifier, fields: Mapping[str, Any], weights: Mapping[st
 
 
 def _compare(model: Classifier, variables: Any, reference: Any, x: np.ndarray) -> dict[str, Any]:
-    """Runs both models in the type of the images; returns the differences, relative ones except 'logits_max'."""
+    """Runs both models in the type of the images and returns the differences.
+
+    All but 'logits_max' are relative: of logits to their standard deviation, of feature maps and gradients to their
+    largest value.
+    """
     import torch
 
     dtype = x.dtype
