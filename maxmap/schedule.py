@@ -16,7 +16,7 @@ With `warmup_prefix` the warm-up comes before them: the decay starts at t = W, a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ def make_schedule(
     if warmup_max_share is not None:
         warmup = min(warmup, round(warmup_max_share * span))
     if warmup > span and not warmup_prefix:
-        raise _too_long("warmup_epochs" if warmup_steps is None else "warmup_steps", warmup, span, per)
+        _refuse_warmup("warmup_epochs" if warmup_steps is None else "warmup_steps", warmup, span, per)
     decay = span if decay_epochs is None else _ticks("decay_epochs", decay_epochs, ticks_per_epoch, per)
     if name == "wsd" and not 1 <= decay <= (span if warmup_prefix else span - warmup):
         raise UserError(f"schedule.decay_epochs is {decay_epochs!r}: warm-up and decay must fit into {epochs} epochs.")
@@ -135,8 +135,8 @@ def _check_combination(name: str, lr: float, min_lr: float, decay_epochs: float 
         raise UserError("schedule.decay_epochs goes with name='wsd': give it there, in epochs, and nowhere else.")
 
 
-def _too_long(key: str, warmup: int, span: int, per: str) -> UserError:
-    return UserError(
+def _refuse_warmup(key: str, warmup: int, span: int, per: str) -> NoReturn:
+    raise UserError(
         f"the warm-up of {warmup} {per}s (schedule.{key}) does not fit into the {span} {per}s of the run (epochs): "
         f"lower --config.schedule.{key}, raise --config.epochs, or cut every warm-up to a tenth of the epochs with "
         "--config.schedule.warmup_max_share=0.1."

@@ -103,9 +103,7 @@ def test_names_given_twice_in_python_are_refused(given):
 def test_a_class_folder_that_leads_nowhere_is_named(tmp_path):
     write_classes(tmp_path, "a", "b")
     (tmp_path / "train" / "c").symlink_to(tmp_path / "gone")
-    with pytest.raises(
-        UserError, match=f"class folder {tmp_path}/train/c is a link to {tmp_path}/gone, which does not"
-    ):
+    with pytest.raises(UserError, match=f"{tmp_path}/train/c is a link to {tmp_path}/gone, which does not"):
         open_data("folder", tmp_path, image_size=8)
 
 

@@ -178,8 +178,9 @@ def messages() -> dict[str, str]:
     found = {}
     for path in [ROOT / "main.py", *ROOT.glob("maxmap/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                for argument in node.exc.args:
+            made = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
+            if isinstance(made, ast.Call) and ast.unparse(made.func).endswith("Error"):
+                for argument in made.args:
                     parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
                     text = "".join(
                         "{}" if isinstance(part, ast.FormattedValue) else str(getattr(part, "value", ""))
@@ -219,7 +220,11 @@ def test_every_section_and_key_of_a_message_is_there(file):
 def test_every_flag_that_a_message_advises_is_there():
     (choices,) = (action.choices for action in commands.make_parser()._actions if action.choices)
     known = {option for parser in choices.values() for action in parser._actions for option in action.option_strings}
-    known |= {f"--{name}" for name in flags.FLAGS} | {"--data_dir", "--file_format"}  # the last two are tfds's
+    known |= {f"--{name}" for name in flags.FLAGS} | {
+        "--data_dir",
+        "--file_format",
+        "--dereference",
+    }  # tfds's two, and tar's
     for text, where in messages().items():
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+(?![\w.-])", text):
             assert flag in known, f"{where} names {flag}, which no command has"

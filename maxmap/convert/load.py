@@ -252,10 +252,9 @@ def _find_source(source: str | Path, ema: bool | None) -> tuple[ForeignCheckpoin
 
 
 def _check_name(name: str) -> None:
-    """Raises UserError for a model's name, with or without a tag, that lacks the owner of its checkpoint."""
-    model = name.partition(".")[0]
-    if model in MODELS and not hub.is_name(name):
-        named = [full for full in hub.published() if full.partition("/")[2].partition(".")[0] == model]
+    """Raises UserError for a model's name, which does not say which of its published checkpoints is meant."""
+    if name in MODELS and not hub.is_name(name):
+        named = [full for full in hub.published() if full.partition("/")[2].partition(".")[0] == name]
         there = f"write {' or '.join(named)}" if named else "give the folder of a run or of a converted checkpoint"
         raise UserError(f"{name} is neither a folder nor the name of a published checkpoint: {there}.")
 

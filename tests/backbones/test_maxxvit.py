@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from maxmap.backbones import maxxvit
 from maxmap.convert.torch import from_torch, to_torch
+from maxmap.convert.wrappers import DERIVED
 from maxmap.layers.primitives import DropPath
 from maxmap.models import create_model
 from tests.reference import import_timm
@@ -273,12 +274,13 @@ def test_equals_timm(config, x64, plain_convolutions):
     assert max(error(a, b, largest) for a, b in zip(features, wanted, strict=True)) < 1e-9
 
     exported = to_torch(variables, model)
-    assert set(exported) == set(weights)
+    assert {key for key in exported if not DERIVED.fullmatch(key)} == set(weights)
     assert all(np.array_equal(exported[key], value) for key, value in weights.items())
 
 
 def test_equals_torchvision(x64, plain_convolutions):
     """Another graph under other names: logits, every name and shape."""
+    import_timm()  # defines the operators that torchvision misses beside a CPU build of torch
     import torch
     from torchvision.models.maxvit import MaxVit
 

@@ -293,7 +293,7 @@ def test_init_from_that_does_not_fit(images, tmp_path, monkeypatch):
     settings = settings_for(images, model=REAL, data__image_size=32, init_from=str(tmp_path / "other"))
     message = sentence(settings, tmp_path / "run")
     assert str(tmp_path / "other") in message and "does not fit the model" in message
-    assert "misshapen: stages.1." in message and "is (96,), the model has (48,)" in message
+    assert "misshapen: stages.1." in message and "is (128,), the model has (64,)" in message
     message = sentence({**settings, "init_from": str(tmp_path / "nothing")}, tmp_path / "run")
     assert f"no checkpoint in {tmp_path / 'nothing'}" in message
 
