@@ -143,8 +143,10 @@ def from_goldens(folder: Path, name: str) -> Reference | None:
     weights = {key: value.astype(np.float64) for key, value in filled.items()}
     with np.load(folder / f"{name}.npz") as file:
         arrays = {key.removesuffix("_f64"): file[key] for key in file if key.endswith("_f64")}
-    logits = arrays.get("head_logits", arrays["logits"][None])
+    logits = arrays["head_logits"] if "head_logits" in arrays else arrays["logits"][None]
     features = [arrays[key] for key in sorted(arrays) if key.startswith("feature_")]
+    if not features:
+        raise ValueError(f"{folder / name}.npz holds no feature maps: give --goldens the folder of the whole files")
     features = features[:5]  # the sixth of GA's models belongs to the head
     return Reference("goldens", weights, noise(2, 224, 224), logits, arrays.get("distill_logits"), features)
 
