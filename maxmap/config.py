@@ -227,11 +227,7 @@ def _module_fields(module: nn.Module, prefix: str) -> dict[str, Key]:
 
 def _meanings(documented: Any) -> dict[str, str]:
     """Returns the first sentence of every entry under `Args:` or `Attributes:` of a docstring."""
-    # A class without entries of its own has those of the class that it extends.
-    text = next((one.__doc__ for one in inspect.getmro(type(documented)) if "Attributes:" in (one.__doc__ or "")), "")
-    if not isinstance(documented, nn.Module):
-        text = documented.__doc__ or ""
-    entries = docstring_parser.parse(text, docstring_parser.DocstringStyle.GOOGLE).params
+    entries = docstring_parser.parse(documented.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE).params
     return {
         name.strip(): re.split(r"[;.](?=\s|$)", " ".join((entry.description or "").split()))[0]
         for entry in entries
