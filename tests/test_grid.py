@@ -16,7 +16,7 @@ from maxmap.errors import UserError
 from maxmap.layers.primitives import BatchNorm
 from maxmap.models import FAMILIES, HEADS, create_model
 from tests.reference import fill
-from tests.zoo import QUICK
+from tests.zoo import QUICK, run
 
 # A small member of every family, of two stages where it can be; every map has several pixels, for attention to weigh.
 BACKBONES = {
@@ -145,6 +145,23 @@ def test_the_grid_is_complete():
     assert set(BACKBONES) == set(FAMILIES)
     assert set(HEAD_FIELDS) == set(HEADS)
     assert all(BACKBONES[family][0] in FAMILIES[family] for family in FAMILIES)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_layer_widens_the_type(family, train):
+    """In bfloat16 every map and every output is of that type: one float32 count would make all that follows float32."""
+    for model in [small(family, head) for head in HEADS]:
+        size = model.backbone.image_size
+        x = jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.bfloat16)
+        variables = dict(jax.eval_shape(model.init, jax.random.key(0), x))
+        variables["params"] = jax.tree.map(lambda leaf: leaf.update(dtype=x.dtype), variables["params"])
+
+        def maps_and_outputs(variables, x, model=model):
+            rngs = {"dropout": jax.random.key(0)}
+            return model.apply(variables, x, train=train, rngs=rngs, mutable=["batch_stats"], method=run)[0]
+
+        assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(maps_and_outputs, variables, x))} == {x.dtype}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -333,5 +333,5 @@ def drop_path_rates(rate: float, depth: int, *, endpoint: bool = True) -> list[f
 
 
 def average_pool(x: Array, size: int, stride: int, padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0))) -> Array:
-    """Average pooling of NHWC maps; padding is not counted."""
-    return nn.avg_pool(x, (size, size), (stride, stride), list(padding), count_include_pad=False)
+    """Average pooling of NHWC maps; padding is not counted. Flax divides by counts in float32: the type is `x`'s again."""
+    return nn.avg_pool(x, (size, size), (stride, stride), list(padding), count_include_pad=False).astype(x.dtype)
