@@ -15,6 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 from jax import lax
 
+from maxmap.kernels import batch_norm as one_pass
 from maxmap.kernels import cpu, xla
 from maxmap.kernels.target import Array, accumulator, compiled_for, platform, upcast
 from maxmap.kernels.xla import Pads
@@ -27,6 +28,7 @@ Padding = int | str
 # depthwise    convolutions: "lax" or "shifted_sum" (a sum of shifted products)
 # dense        all other convolutions without groups: "lax" or "im2col" (the kernel's gradient from patches)
 # sum          in layer norms, and in gradients of parameters that all positions share: "lax" or "matmul" (with ones)
+# batch_norm   while training: "two_pass" (the mean, then centred squares) or "one_pass" (with its own backward pass)
 # max_pool     the backward pass: "lax" (XLA's select-and-scatter) or "compare" (input with output, once more)
 # activation   the backward pass: "recompute" (from the input, which is all that is kept) or "autodiff" (JAX's own)
 # attention    "plain" (matrix products) or "pallas" (one kernel, for one GPU; see maxmap/kernels/pallas.py)
@@ -40,6 +42,7 @@ IMPLEMENTATIONS = {
         "depthwise": "shifted_sum",
         "dense": "im2col",
         "sum": "matmul",
+        "batch_norm": "two_pass",
         "max_pool": "compare",
         "activation": "recompute",
         "attention": "plain",
@@ -50,6 +53,7 @@ IMPLEMENTATIONS = {
         "depthwise": "lax",
         "dense": "lax",
         "sum": "lax",
+        "batch_norm": "one_pass",
         "max_pool": "lax",
         "activation": "recompute",
         "attention": "plain",
@@ -60,6 +64,7 @@ IMPLEMENTATIONS = {
         "depthwise": "lax",
         "dense": "lax",
         "sum": "lax",
+        "batch_norm": "two_pass",
         "max_pool": "lax",
         "activation": "autodiff",
         "attention": "plain",
@@ -180,6 +185,42 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     y = centred * (lax.rsqrt(variance + epsilon) * scale[None]) + bias[None]
     return y.reshape(x.shape).astype(x.dtype)
+
+
+def batch_norm(
+    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, parts: int = 1
+) -> tuple[Array, Array, Array]:
+    """Normalises each of several equal parts of a batch over all axes but the last, in float32 or wider.
+
+    Args:
+      x: `[B, ..., C]`.
+      scale: `[C]`.
+      bias: `[C]`.
+      near: an estimate of the mean, `[C]`, from which the "one_pass" way measures, so that its sums do not cancel.
+      epsilon: added to the variance.
+      parts: number of parts, each of consecutive samples; it divides B.
+
+    Returns:
+      The normalised `x` in its type; mean and biased variance, both `[parts, C]`. Gradients pass only by the first.
+    """
+    scale, bias = upcast(scale), upcast(bias)
+    if implementation("batch_norm") == "one_pass":
+        return one_pass.batch_norm(x, scale, bias, near.astype(scale.dtype), epsilon, parts)
+    rows = upcast(x).reshape(parts, -1, *x.shape[1:])  # [parts, B / parts, ..., C]
+    axes = tuple(range(1, rows.ndim - 1))
+    mean = jnp.mean(rows, axis=axes, keepdims=True)
+    var = jnp.mean(jnp.square(rows - mean), axis=axes, keepdims=True)
+    y = affine(rows, mean, var, scale, bias, epsilon).reshape(x.shape).astype(x.dtype)
+    mean, var = (lax.stop_gradient(value).reshape(parts, -1) for value in (mean, var))
+    return y, mean, var
+
+
+def affine(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """Normalises `x` `[..., C]` with given statistics, which may have as many axes or one; all in float32 or wider."""
+    expand = (1,) * (x.ndim - 1) + (-1,)
+    mean, var, scale, bias = (v if v.ndim == x.ndim else v.reshape(expand) for v in (mean, var, scale, bias))
+    multiplier = lax.rsqrt(var + epsilon) * scale
+    return x * multiplier + (bias - mean * multiplier)
 
 
 def activate(x: Array, function: Callable[[Array], Array], derivative: Callable[[Array], Array]) -> Array:

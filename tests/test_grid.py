@@ -155,7 +155,7 @@ def test_no_layer_widens_the_type(family, train):
         size = model.backbone.image_size
         x = jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.bfloat16)
         variables = dict(jax.eval_shape(model.init, jax.random.key(0), x))
-        variables["params"] = jax.tree.map(lambda leaf: leaf.update(dtype=x.dtype), variables["params"])
+        variables["params"] = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16), variables["params"])
 
         def maps_and_outputs(variables, x, model=model):
             rngs = {"dropout": jax.random.key(0)}

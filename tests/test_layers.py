@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from maxmap.layers import blocks, pooling, primitives
-from maxmap.layers.primitives import BatchNorm, Conv, DropPath, LayerNorm, Linear
+from maxmap.layers.primitives import BatchNorm, Conv, DropPath, LayerNorm, Linear, batch_norm_groups
+from maxmap.operations import compiled_for
 from tests.zoo import assert_close, nchw, nhwc, numbers
 
 
@@ -31,8 +32,15 @@ def test_bias_and_mixed_precision():
     assert "bias" not in Linear(3, bias=False).init(jax.random.key(0), jnp.zeros((1, 5)))["params"]
 
 
+@pytest.fixture(params=["cpu", "tpu"])
+def platform(request):
+    """Traces the test's programs for each platform; all of them are computed on this one."""
+    with compiled_for(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 2, 5), (6, 5)])
-def test_batch_norm_equals_torch(shape, x64):
+def test_batch_norm_equals_torch(shape, platform, x64):
     """Two training steps, their gradients and running statistics, then evaluation."""
     import torch
 
@@ -70,10 +78,55 @@ def test_batch_norm_equals_torch(shape, x64):
     assert_close(y.reshape(-1, 5), theirs.eval()(torch.from_numpy(x.reshape(-1, 5))).detach())
 
 
-def test_batch_norm_keeps_float32_statistics_of_bfloat16():
+@pytest.mark.parametrize("groups, keep_first", [(2, False), (3, True)])
+def test_batch_norms_of_groups_are_those_of_each_alone(groups, keep_first, platform, x64):
+    x, direction = jnp.asarray(1 + numbers(0, 6, 3, 2, 5)), numbers(1, 6, 3, 2, 5)
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x)
+    variables["params"] = {"scale": jnp.asarray(1 + numbers(2, 5)), "bias": jnp.asarray(numbers(3, 5))}
+
+    def pulled(x, direction):
+        def run(params, x):
+            return norm.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+
+        y, pull, new = jax.vjp(run, variables["params"], x, has_aux=True)
+        return y, pull(direction), new["batch_stats"]
+
+    with batch_norm_groups(groups, keep_first=keep_first):
+        y, (of_params, of_x), stats = pulled(x, direction)
+    alone = [pulled(*pair) for pair in zip(jnp.split(x, groups), np.split(direction, groups), strict=True)]
+    assert_close(y, jnp.concatenate([y for y, _, _ in alone]))
+    assert_close(of_x, jnp.concatenate([of_x for _, (_, of_x), _ in alone]))
+    jax.tree.map(lambda leaf, *leaves: assert_close(leaf, sum(leaves)), of_params, *(one[0] for _, one, _ in alone))
+    followed = alone[:1] if keep_first else alone
+    jax.tree.map(
+        lambda leaf, *leaves: assert_close(leaf, np.mean(leaves, axis=0)), stats, *(one for _, _, one in followed)
+    )
+
+
+@pytest.mark.parametrize("near", [0.0, 99.0])
+def test_one_pass_statistics_measure_from_the_running_mean(near):
+    """A mean of 100 deviations in float32: from 0, the squares cancel to 1e4 * 2**-24; from near the mean, they do not.
+
+    The factor of 32 is for the sum of 4096 values one by one.
+    """
+    x = jnp.asarray(100 + numbers(0, 4096, 2), jnp.float32)
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x)
+    variables["batch_stats"]["mean"] += near
+    with compiled_for("tpu"):
+        y, new = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    exact = np.asarray(x, np.float64)
+    error = 32 * 2**-24 * (1 + (100 - near) ** 2)
+    assert_close((new["batch_stats"]["var"] - 0.9) / 0.1, exact.var(0, ddof=1), max(error, 1e-5))
+    assert_close(y, (exact - exact.mean(0)) / exact.std(0), max(error, 1e-4))
+
+
+def test_batch_norm_keeps_float32_statistics_of_bfloat16(platform):
     x = jnp.asarray(100 + numbers(0, 512, 2), jnp.bfloat16)
     norm = BatchNorm(momentum=0.0)
     variables = norm.init(jax.random.key(0), x)
+    variables["batch_stats"]["mean"] += 100  # from which the one-pass form measures
     y, new = norm.apply(variables, x, train=True, mutable=["batch_stats"])
     exact = np.asarray(x, np.float64)
     assert y.dtype == jnp.bfloat16

@@ -15,7 +15,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from maxmap.operations import Array, Padding, activate, broadcast, convolve, layer_norm, linear, scaled, upcast
+from maxmap.operations import (
+    Array,
+    Padding,
+    activate,
+    affine,
+    batch_norm,
+    broadcast,
+    convolve,
+    layer_norm,
+    linear,
+    scaled,
+    upcast,
+)
 
 Initializer = Callable[..., Array]
 
@@ -234,26 +246,17 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        y = upcast(x)[None]  # [parts, B / parts, ..., C]
-        if train:
-            parts, keep_first = _batch_groups.get()
-            y = y.reshape(parts, -1, *x.shape[1:])
-            axes = tuple(range(1, y.ndim - 1))
-            mean = jnp.mean(y, axis=axes, keepdims=True)
-            var = jnp.mean(jnp.square(y - mean), axis=axes, keepdims=True)
-            if not self.is_initializing():
-                count = math.prod(y.shape[1:-1])
-                unbiased = var * (count / max(count - 1, 1))
-                for running, new in ((running_mean, mean), (running_var, unbiased)):
-                    new = lax.stop_gradient(new).reshape(parts, channels)
-                    new = new[0] if keep_first else jnp.mean(new, axis=0)
-                    running.value = self.momentum * running.value + (1 - self.momentum) * new
-        else:
-            mean, var = (v.value.reshape((1,) * x.ndim + (-1,)) for v in (running_mean, running_var))
-        expand = (1,) * x.ndim + (-1,)
-        multiplier = lax.rsqrt(var + self.epsilon) * upcast(scale).reshape(expand)
-        shift = upcast(bias).reshape(expand) - mean * multiplier
-        return (y * multiplier + shift).reshape(x.shape).astype(x.dtype)
+        if not train:
+            y = affine(upcast(x), running_mean.value, running_var.value, upcast(scale), upcast(bias), self.epsilon)
+            return y.astype(x.dtype)
+        parts, keep_first = _batch_groups.get()
+        y, mean, var = batch_norm(x, scale, bias, running_mean.value, self.epsilon, parts)
+        if not self.is_initializing():
+            count = x.size // channels // parts
+            for running, new in ((running_mean, mean), (running_var, var * (count / max(count - 1, 1)))):
+                new = new[0] if keep_first else jnp.mean(new, axis=0)
+                running.value = self.momentum * running.value + (1 - self.momentum) * new
+        return y
 
 
 class LayerNorm(nn.Module):
@@ -333,5 +336,5 @@ def drop_path_rates(rate: float, depth: int, *, endpoint: bool = True) -> list[f
 
 
 def average_pool(x: Array, size: int, stride: int, padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0))) -> Array:
-    """Average pooling of NHWC maps; padding is not counted. Flax divides by counts in float32: the type is `x`'s again."""
+    """Average pooling of NHWC maps; padding is not counted. Flax divides by counts in float32; the type stays `x`'s."""
     return nn.avg_pool(x, (size, size), (stride, stride), list(padding), count_include_pad=False).astype(x.dtype)
