@@ -26,7 +26,7 @@ from maxmap.models import average
 from maxmap.operations import Array, upcast
 from maxmap.predictions import make_rows, to_csv
 from maxmap.recipe import Recipe
-from maxmap.sharding import gather, gather_processes, replicated, split_batch, to_devices
+from maxmap.sharding import gather, gather_processes, replicated, split_batch, to_devices, traced_on
 
 EvalStep = Callable[[Any, Mapping[str, Array]], dict[str, Any]]
 
@@ -58,7 +58,8 @@ def make_eval_step(
     def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Any]:
         images = normalize(batch["image"], preprocessing["mean"], preprocessing["std"], dtype)
         params = gather(jax.tree.map(lambda p: p.astype(dtype), variables["params"]), mesh)
-        outputs = model.apply({**variables, "params": params}, images)
+        with traced_on(mesh):
+            outputs = model.apply({**variables, "params": params}, images)
         logits, branches = average(outputs), upcast(outputs["logits"])
         if among is not None:
             candidate = jnp.zeros(logits.shape[-1], bool).at[jnp.array(among)].set(True)

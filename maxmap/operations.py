@@ -6,7 +6,7 @@ parameters: `maxmap.layers` has the modules.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import jax
@@ -17,7 +17,7 @@ from jax import lax
 
 from maxmap.kernels import batch_norm as one_pass
 from maxmap.kernels import cpu, xla
-from maxmap.kernels.target import Array, accumulator, compiled_for, platform, upcast
+from maxmap.kernels.target import Array, accumulator, compiled_for, local_batch, platform, upcast
 from maxmap.kernels.xla import Pads
 
 Padding = int | str
@@ -32,6 +32,8 @@ Padding = int | str
 # max_pool     the backward pass: "lax" (XLA's select-and-scatter) or "compare" (input with output, once more)
 # activation   the backward pass: "recompute" (from the input, which is all that is kept) or "autodiff" (JAX's own)
 # attention    "plain" (matrix products) or "pallas" (one kernel, for one GPU; see maxmap/kernels/pallas.py)
+# block        norm, attention or MLP, and residual path: "plain" (one by one) or "fused" (one kernel for TPUs; see
+#              maxmap/kernels/tpu_attention.py and tpu_mlp.py)
 #
 # The CPU's own ways pay because XLA's CPU backend takes 6 times as long for a 1x1 convolution as for the same matrix
 # product, 17 times as long for a depthwise convolution as for shifted products, and up to 3 times as long for the
@@ -46,8 +48,9 @@ IMPLEMENTATIONS = {
         "max_pool": "compare",
         "activation": "recompute",
         "attention": "plain",
+        "block": "plain",
     },
-    # TPUs, GPUs, and every platform that has no entry.
+    # GPUs, and every platform that has no entry.
     "default": {
         "pointwise": "lax",
         "depthwise": "lax",
@@ -57,6 +60,7 @@ IMPLEMENTATIONS = {
         "max_pool": "lax",
         "activation": "recompute",
         "attention": "plain",
+        "block": "plain",
     },
     # No platform: see `plain_operations`.
     "plain": {
@@ -68,16 +72,33 @@ IMPLEMENTATIONS = {
         "max_pool": "lax",
         "activation": "autodiff",
         "attention": "plain",
+        "block": "plain",
     },
 }
+IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {"block": "fused"}
+
+KERNELS = ("fused", "pallas")  # ways that are kernels written by hand
+_kernels = jax.make_user_context("auto")
+
+
+def kernels(choice: str) -> AbstractContextManager[None]:
+    """Traces programs with the kernels that are written by hand, or without them.
+
+    Args:
+      choice: "auto" takes those that the target platform's entry of `IMPLEMENTATIONS` names; "plain" takes none.
+    """
+    if choice not in ("auto", "plain"):
+        raise ValueError(f"kernels '{choice}' is not one of auto, plain")
+    return _kernels(choice)
 
 
 def implementation(kind: str) -> str:
     """Returns the way in which operations of `kind` are computed on the platform that programs are compiled for.
 
-    To choose another way, set `IMPLEMENTATIONS["cpu" or "default"][kind]` before the model is traced.
+    To choose another way, set `IMPLEMENTATIONS["cpu", "tpu" or "default"][kind]` before the model is traced.
     """
-    return IMPLEMENTATIONS.get(platform(), IMPLEMENTATIONS["default"])[kind]
+    way = IMPLEMENTATIONS.get(platform(), IMPLEMENTATIONS["default"])[kind]
+    return IMPLEMENTATIONS["plain"][kind] if way in KERNELS and _kernels.value == "plain" else way
 
 
 def plain_operations() -> AbstractContextManager[None]:
@@ -118,6 +139,89 @@ def attention(
         repeated = broadcast(bias.reshape(-1).astype(logits.dtype), (logits.size // bias.size, bias.size))
         logits = logits + repeated.reshape(logits.shape)
     return attend(logits, v, dropout)
+
+
+def fuses_attention(x: Array, window: tuple[int, int], head_dim: int) -> bool:
+    """Whether `attention_block` has a kernel for maps like `x`, `[B, H, W, C]`, on the target platform."""
+    batch = local_batch(x.shape[0])
+    if implementation("block") != "fused" or batch is None:
+        return False
+    from maxmap.kernels import tpu_attention  # takes half a second to import
+
+    return tpu_attention.fits(batch, window, head_dim)
+
+
+def attention_block(
+    x: Array,
+    weights: Mapping[str, Array | None],
+    kind: str,
+    window: tuple[int, int],
+    heads: int,
+    scale: float,
+    epsilon: float,
+) -> Array:
+    """Computes x + keep * proj(attention(qkv(norm(x)))) inside of windows or grid cells, in one kernel.
+
+    Args:
+      x: `[B, H, W, C]`, of a shape that `fuses_attention` allows.
+      weights: see `maxmap.kernels.tpu_attention.attention_block`.
+      kind: "window" or "grid".
+      window: height and width of a window or grid cell.
+      heads: of the attention.
+      scale: factor of the queries.
+      epsilon: of the norm.
+
+    Returns:
+      `[B, H, W, C]`.
+    """
+    from maxmap.kernels import tpu_attention
+
+    y = tpu_attention.attention_block(_images_last(x), weights, kind, window, heads, scale, epsilon)
+    return _images_first(y)
+
+
+def fuses_mlp(x: Array, hidden: int) -> bool:
+    """Whether `mlp_block` has a kernel for maps like `x`, `[B, H, W, C]`, on the target platform."""
+    batch = local_batch(x.shape[0])
+    if implementation("block") != "fused" or batch is None:
+        return False
+    from maxmap.kernels import tpu_mlp
+
+    return tpu_mlp.fits(batch, hidden)
+
+
+def mlp_block(
+    x: Array,
+    weights: Mapping[str, Array | None],
+    activation: Callable[[Array, Array | None], Array],
+    epsilon: float,
+    residual: Array | None = None,
+) -> Array:
+    """Computes residual + keep * fc2(activation(fc1(norm(x)))) in one kernel.
+
+    Args:
+      x: `[B, H, W, C]`, of a shape that `fuses_mlp` allows.
+      weights: see `maxmap.kernels.tpu_mlp.mlp_block`.
+      activation: of hidden values `[R, F]` and weights 'activation' `[weights, F]`.
+      epsilon: of the norm.
+      residual: `[B, H, W, C]`; None for `x`.
+
+    Returns:
+      `[B, H, W, C]`.
+    """
+    from maxmap.kernels import tpu_mlp
+
+    path = None if residual is None or residual is x else _images_last(residual)
+    return _images_first(tpu_mlp.mlp_block(_images_last(x), weights, activation, epsilon, path))
+
+
+def _images_last(x: Array) -> Array:
+    """Transposes `[B, H, W, C]` to `[H, W, B, C]`, the order in memory of XLA's maps on TPUs: nothing moves."""
+    return jnp.transpose(x, (1, 2, 0, 3))
+
+
+def _images_first(x: Array) -> Array:
+    return jnp.transpose(x, (2, 0, 1, 3))
 
 
 def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] | None = None) -> Array:

@@ -5,6 +5,7 @@ replicated over "data". The shape of an array alone decides along which axis it 
 or part of the optimizer's state.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -155,6 +156,18 @@ def gather(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh)), tree)
+
+
+def traced_on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Traces functions whose batch is split over a mesh: kernels that are written by hand have to know that.
+
+    Args:
+      mesh: of the batch; None for one device.
+
+    Returns:
+      The context.
+    """
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def check_batch(size: int, mesh: Mesh | AbstractMesh, what: str) -> None:

@@ -422,7 +422,7 @@ class MAPHead(nn.Module):
 class _LinearClassifier(Linear):
     """A linear map that takes and ignores `train`, to be called like `NormClassifier`."""
 
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
         del train
         return super().__call__(x)
 

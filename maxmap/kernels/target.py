@@ -1,9 +1,12 @@
-"""What all ways of computing an operation share: the platform that a program is compiled for, and its precision."""
+"""What all ways of computing an operation share: the target platform of a program, its mesh and its precision."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 Array = jax.Array
 
@@ -29,6 +32,61 @@ def compiled_for(platform: str) -> AbstractContextManager[None]:
 def platform() -> str:
     """Returns the platform that programs are traced for: "cpu", "gpu" or "tpu"."""
     return _platform.value or jax.default_backend()
+
+
+def local_batch(batch: int) -> int | None:
+    """Returns how many samples of a batch each device of the current mesh has; None if the devices do not divide it."""
+    devices = _devices()
+    return None if batch % devices else batch // devices
+
+
+def over_batch(
+    function: Callable[..., Any], arguments: Sequence[Any], axes: Sequence[int | None], out_axes: Sequence[int | None]
+) -> Any:
+    """Calls a function on every device's part of the batch: XLA cannot split a kernel that is written by hand.
+
+    The mesh is the one that `jax.set_mesh` or `maxmap.sharding.traced_on` names; all of its axes split the batch.
+
+    Args:
+      function: of arrays or trees of arrays.
+      arguments: of the function.
+      axes: of the batch in each argument; None for an argument that all devices have.
+      out_axes: of the batch in each result. None for a sum over the batch: the devices' parts are added up.
+
+    Returns:
+      The results.
+    """
+    if _devices() == 1:
+        return function(*arguments)
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def split(axis: int | None) -> PartitionSpec:
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, mesh.axis_names)
+
+    def part(*arguments: Any) -> tuple[Any, ...]:
+        results = function(*arguments)
+        return tuple(
+            jax.tree.map(lambda x: x[None], result) if axis is None else result
+            for result, axis in zip(results, out_axes, strict=True)
+        )
+
+    results = jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=tuple(split(axis) for axis in axes),
+        out_specs=tuple(split(axis or 0) for axis in out_axes),
+        check_vma=False,  # a Pallas call does not say which axes its results differ along
+    )(*arguments)
+    return tuple(
+        jax.tree.map(lambda x: jnp.sum(x, axis=0), result) if axis is None else result
+        for result, axis in zip(results, out_axes, strict=True)
+    )
+
+
+def _devices() -> int:
+    """The number of devices that a batch is split over here: 1 without a mesh, and inside of a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size if not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types) else 1
 
 
 def upcast(x: Array) -> Array:

@@ -9,8 +9,21 @@ from einops import rearrange
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Block, Conv, DropPath, Initializer, LayerNorm, Linear
-from maxmap.operations import Array, attention, scaled
+from maxmap.layers.primitives import (
+    ACTIVATIONS,
+    FUNCTIONS,
+    TRUNC_NORMAL,
+    Block,
+    Conv,
+    DropPath,
+    Initializer,
+    LayerNorm,
+    Linear,
+)
+from maxmap.operations import Array, attention, fuses_mlp, mlp_block, scaled
+
+# Computes an MLP from its activation and its weights.
+Compute = Callable[[Callable[[Array, Array | None], Array], dict[str, Array | None]], Array]
 
 
 class Mlp(nn.Module):
@@ -34,12 +47,92 @@ class Mlp(nn.Module):
     hidden_dropout: float = 0.0
     dropout: float = 0.0
 
+    @nn.nowrap
+    def fuses(self, x: Array, *, train: bool) -> bool:
+        """Whether a kernel can compute the MLP together with what stands around it, see `residual_mlp`."""
+        return not (train and (self.hidden_dropout or self.dropout)) and fuses_mlp(x, self.hidden)
+
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        x = ACTIVATIONS[self.activation](self.layer(self.hidden, name="fc1", **self.inits)(x))
+    def __call__(self, x: Array, *, train: bool, compute: Compute | None = None) -> Array:
+        """Maps `[..., C]` to `[..., channels]`; `compute` does it instead, given the activation and the weights."""
+        fc1, fc2 = (
+            self.layer(self.hidden, name="fc1", **self.inits),
+            self.layer(self.channels, name="fc2", **self.inits),
+        )
+        if compute is not None:
+            return compute(unweighted(self.activation), mlp_weights(fc1, fc2, x.shape[-1]))
+        x = ACTIVATIONS[self.activation](fc1(x))
         x = nn.Dropout(self.hidden_dropout)(x, deterministic=not train)
-        x = self.layer(self.channels, name="fc2", **self.inits)(x)
-        return nn.Dropout(self.dropout)(x, deterministic=not train)
+        return nn.Dropout(self.dropout)(fc2(x), deterministic=not train)
+
+
+@functools.cache
+def unweighted(activation: str) -> Callable[[Array, Array | None], Array]:
+    """Returns an activation as `operations.mlp_block` takes it; the same object each time, as JAX's caches need it."""
+    return lambda x, _: FUNCTIONS[activation](x)
+
+
+def mlp_weights(fc1: Linear | Conv, fc2: Linear | Conv, channels: int) -> dict[str, Array | None]:
+    """Returns the weights of two linear maps or 1x1 convolutions as `operations.mlp_block` takes them."""
+    found: dict[str, Array | None] = {"activation": None}
+    for name, layer, inputs in (("fc1", fc1, channels), ("fc2", fc2, fc1.channels)):
+        kernel, found[f"{name}_bias"] = layer.weights(inputs)
+        found[f"{name}_kernel"] = kernel.reshape(kernel.shape[-2:])
+    return found
+
+
+def residual_mlp(
+    x: Array,
+    norm: LayerNorm,
+    mlp: nn.Module,
+    drop_path: float,
+    *,
+    train: bool,
+    gamma: Array | None = None,
+    residual: Array | None = None,
+) -> Array:
+    """Computes residual + DropPath(gamma * mlp(norm(x))); the modules are the caller's.
+
+    Args:
+      x: `[B, H, W, C]`.
+      norm: of the channels.
+      mlp: a module with `fuses` and `compute` as `Mlp` has them.
+      drop_path: rate of dropping the branch.
+      train: drops.
+      gamma: `[C]`; None for 1.
+      residual: `[B, H, W, C]`; None for `x`.
+    """
+    start = x if residual is None else residual
+    if mlp.fuses(x, train=train):
+        keep = kept_samples(x, drop_path, train)
+
+        def compute(activation: Callable[[Array, Array | None], Array], weights: dict[str, Array | None]) -> Array:
+            scale, bias = norm.weights(x.shape[-1])
+            weights = scaled_output(weights, "fc2", gamma) | {"norm_scale": scale, "norm_bias": bias, "keep": keep}
+            return mlp_block(x, weights, activation, norm.epsilon, residual)
+
+        return mlp(x, train=train, compute=compute)
+    y = mlp(norm(x), train=train)
+    y = y if gamma is None else scaled(y, gamma)
+    return start + DropPath(drop_path)(y, train=train)
+
+
+def kept_samples(x: Array, drop_path: float, train: bool) -> Array:
+    """Returns the factor by which stochastic depth multiplies every sample of a batch `[B, ...]`, float32 `[B]`.
+
+    It makes a `DropPath` of the caller's and draws the same random numbers as that does for the batch itself.
+    """
+    ones = jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), jnp.float32)
+    return DropPath(drop_path)(ones, train=train).reshape(-1)
+
+
+def scaled_output(weights: dict[str, Array | None], name: str, gamma: Array | None) -> dict[str, Array | None]:
+    """Multiplies the outputs of a linear map among `weights` by factors `[C]`: its kernel's columns and its bias."""
+    if gamma is None:
+        return weights
+    kernel, bias = weights[f"{name}_kernel"], weights[f"{name}_bias"]
+    assert kernel is not None
+    return weights | {f"{name}_kernel": kernel * gamma[None], f"{name}_bias": None if bias is None else bias * gamma}
 
 
 class GroupedMlp(nn.Module):
@@ -214,10 +307,9 @@ class ConvNeXtBlock(Block):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         channels = x.shape[-1]
         y = Conv(channels, 7, padding=3, groups=channels, name="conv_dw", **TRUNC_NORMAL)(x)
-        y = LayerNorm(1e-6, name="norm")(y)
-        y = Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")(y, train=train)
+        norm, mlp = LayerNorm(1e-6, name="norm"), Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")
         gamma = self.param("gamma", nn.initializers.constant(self.init_values), (channels,))
-        return x + DropPath(self.drop_path)(scaled(y, gamma), train=train)
+        return residual_mlp(y, norm, mlp, self.drop_path, train=train, gamma=gamma, residual=x)
 
 
 class StripeAttention(nn.Module):
@@ -281,11 +373,11 @@ class CSWinBlock(Block):
             ]
             y = jnp.concatenate(branches, axis=-1)
         x = x + DropPath(self.drop_path)(Linear(channels, name="proj", **TRUNC_NORMAL)(y), train=train)
-        y = LayerNorm(1e-5, name="norm2")(x)
+        norm = LayerNorm(1e-5, name="norm2")
         if self.mlp_groups == 1:
-            y = Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")(y, train=train)
-        else:
-            y = GroupedMlp(self.mlp_groups, name="mlp")(y, train=train)
+            mlp = Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")
+            return residual_mlp(x, norm, mlp, self.drop_path, train=train)
+        y = GroupedMlp(self.mlp_groups, name="mlp")(norm(x), train=train)
         return x + DropPath(self.drop_path)(y, train=train)
 
 

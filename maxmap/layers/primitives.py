@@ -56,14 +56,21 @@ def _silu_derivative(x: Array) -> Array:
     return s * (1 + x * (1 - s))
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+# The functions alone, of values in float32 or wider.
+FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
     "relu2": lambda x: jnp.square(nn.relu(x)),
-    "silu": functools.partial(activate, function=nn.silu, derivative=_silu_derivative),
-    "gelu": functools.partial(activate, function=_gelu, derivative=_gelu_derivative),
-    "gelu_tanh": functools.partial(activate, function=_gelu_tanh, derivative=_gelu_tanh_derivative),
+    "silu": nn.silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
     "tanh": jnp.tanh,
+}
+_DERIVATIVES = {"silu": _silu_derivative, "gelu": _gelu_derivative, "gelu_tanh": _gelu_tanh_derivative}
+# The functions as networks use them: of values in any type, the costly ones with a backward pass of their own.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = FUNCTIONS | {
+    name: functools.partial(activate, function=FUNCTIONS[name], derivative=derivative)
+    for name, derivative in _DERIVATIVES.items()
 }
 
 # Initialisers under the names of the PyTorch schemes that the reference networks use.
@@ -162,18 +169,19 @@ class Conv(nn.Module):
     bias_init: Initializer | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def weights(self, channels: int) -> tuple[Array, Array | None]:
+        """Returns the kernel `[k, k, channels / groups, self.channels]`, and the bias or None."""
         k = self.kernel_size
-        if x.shape[-1] % self.groups or self.channels % self.groups:
-            raise ValueError(
-                f"{self.groups} groups do not divide {x.shape[-1]} input and {self.channels} output channels"
-            )
-        shape = (k, k, x.shape[-1] // self.groups, self.channels)
+        if channels % self.groups or self.channels % self.groups:
+            raise ValueError(f"{self.groups} groups do not divide {channels} input and {self.channels} output channels")
+        shape = (k, k, channels // self.groups, self.channels)
         kernel = self.param("kernel", self.kernel_init or torch_kernel, shape)
-        bias = None
-        if self.bias:
-            bias = self.param("bias", self.bias_init or torch_bias(math.prod(shape[:3])), (self.channels,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
+        if not self.bias:
+            return kernel, None
+        return kernel, self.param("bias", self.bias_init or torch_bias(math.prod(shape[:3])), (self.channels,))
+
+    def __call__(self, x: Array) -> Array:
+        x, kernel, bias = nn.dtypes.promote_dtype(x, *self.weights(x.shape[-1]))
         x = convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
         return x if bias is None else x + broadcast(bias, x.shape)
 
@@ -193,12 +201,15 @@ class Linear(nn.Module):
     bias_init: Initializer | None = None
 
     @nn.compact
+    def weights(self, channels: int) -> tuple[Array, Array | None]:
+        """Returns the kernel `[channels, self.channels]`, and the bias or None."""
+        kernel = self.param("kernel", self.kernel_init or torch_kernel, (channels, self.channels))
+        if not self.bias:
+            return kernel, None
+        return kernel, self.param("bias", self.bias_init or torch_bias(channels), (self.channels,))
+
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", self.kernel_init or torch_kernel, (x.shape[-1], self.channels))
-        bias = None
-        if self.bias:
-            bias = self.param("bias", self.bias_init or torch_bias(x.shape[-1]), (self.channels,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, *self.weights(x.shape[-1]))
         return linear(x, kernel, bias)
 
 
@@ -271,10 +282,14 @@ class LayerNorm(nn.Module):
     use_bias: bool = True
 
     @nn.compact
+    def weights(self, channels: int) -> tuple[Array, Array | None]:
+        """Returns the scale `[channels]`, and the bias or None."""
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        return scale, self.param("bias", nn.initializers.zeros, (channels,)) if self.use_bias else None
+
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.use_bias else jnp.zeros_like(scale)
-        return layer_norm(x, scale, bias, self.epsilon)
+        scale, bias = self.weights(x.shape[-1])
+        return layer_norm(x, scale, jnp.zeros_like(scale) if bias is None else bias, self.epsilon)
 
 
 class Scale(nn.Module):
@@ -295,8 +310,12 @@ class LayerScale(nn.Module):
     initial: float
 
     @nn.compact
+    def weights(self, channels: int) -> Array:
+        """Returns the factors `[channels]`."""
+        return self.param("gamma", nn.initializers.constant(self.initial), (channels,))
+
     def __call__(self, x: Array) -> Array:
-        return scaled(x, self.param("gamma", nn.initializers.constant(self.initial), x.shape[-1:]))
+        return scaled(x, self.weights(x.shape[-1]))
 
 
 class StarReLU(nn.Module):
@@ -307,11 +326,13 @@ class StarReLU(nn.Module):
     """
 
     @nn.compact
+    def weights(self) -> tuple[Array, Array]:
+        """Returns scale and bias, both `[1]`."""
+        return self.param("scale", nn.initializers.ones, (1,)), self.param("bias", nn.initializers.zeros, (1,))
+
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (1,))
-        bias = self.param("bias", nn.initializers.zeros, (1,))
         scale, bias = (
-            broadcast(jnp.broadcast_to(value.astype(x.dtype), x.shape[-1:]), x.shape) for value in (scale, bias)
+            broadcast(jnp.broadcast_to(value.astype(x.dtype), x.shape[-1:]), x.shape) for value in self.weights()
         )
         return scale * jnp.square(nn.relu(x)) + bias
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from maxmap.layers.primitives import batch_norm_groups
 from maxmap.operations import Array
-from maxmap.sharding import gather, shard
+from maxmap.sharding import gather, shard, traced_on
 from maxmap.train.state import TrainState
 
 Metrics = dict[str, Array]
@@ -63,10 +63,11 @@ def make_train_step(
     def step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         full = gather(cast(state.params, dtype), mesh)
-        if accumulate == 1:
-            grads, model_state, metrics = gradients(full, state.model_state, batch["image"], batch["label"], key)
-        else:
-            grads, model_state, metrics = _accumulate(gradients, accumulate, full, state, batch, key)
+        with traced_on(mesh):
+            if accumulate == 1:
+                grads, model_state, metrics = gradients(full, state.model_state, batch["image"], batch["label"], key)
+            else:
+                grads, model_state, metrics = _accumulate(gradients, accumulate, full, state, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema

@@ -1,5 +1,6 @@
 """Attention over a whole map, inside of windows and inside of grid cells, and the blocks that are made of it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.backbones.maxxvit.convolution import LayerScale, Shortcut, layer_or_batch_norm, pool
-from maxmap.layers.blocks import Mlp, relative_index
+from maxmap.layers.blocks import Mlp, kept_samples, relative_index, residual_mlp, scaled_output
 from maxmap.layers.primitives import (
     Block,
     Conv,
@@ -20,7 +21,7 @@ from maxmap.layers.primitives import (
     trunc_normal_02,
     xavier_uniform,
 )
-from maxmap.operations import Array, attention
+from maxmap.operations import Array, attention, attention_block, fuses_attention, scaled
 from maxmap.ranges import Count, DropRate, NonNegative, Positive
 
 
@@ -136,25 +137,88 @@ class WindowAttention(nn.Module):
     head_first: bool | None = None
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        """Maps windows `[B, windows, N, C]` to `[B, windows, N, channels]`."""
+    def __call__(
+        self, x: Array, *, train: bool, compute: Callable[[dict[str, Array | None]], Array] | None = None
+    ) -> Array:
+        """Maps windows `[B, windows, N, C]` to `[B, windows, N, channels]`; or `compute` does it, given the weights."""
         fields, inits = self.fields, linear_inits(self.init_scheme)
         heads = self.width // fields.head_dim
         head_first = fields.head_first if self.head_first is None else self.head_first
         order = "h three d" if head_first else "three h d"
-        qkv = self.layer(3 * self.width, name="qkv", **inits)(x)
-        q, k, v = rearrange(qkv, f"b w n ({order}) -> three b w h n d", three=3, h=heads)
+        qkv_layer = self.layer(3 * self.width, name="qkv", **inits)
+        proj = self.layer(self.channels, name="proj", **inits)
         bias = RelativePositionBias(
             self.window, heads, fields.rel_pos_type, fields.rel_pos_dim, self.init_scheme, name="rel_pos"
         )(train=train)
-        scale = (self.width if fields.scale_by_width else fields.head_dim) ** -0.5
+        if compute is not None:
+            return compute(self._weights(qkv_layer, proj, x.shape[-1], order) | {"bias": bias})
+        q, k, v = rearrange(qkv_layer(x), f"b w n ({order}) -> three b w h n d", three=3, h=heads)
         dropout = nn.Dropout(fields.attn_drop, deterministic=False)
         x = rearrange(
-            attention(q * scale, k, v, bias, dropout if train and fields.attn_drop else None),
+            attention(q * self.scale(), k, v, bias, dropout if train and fields.attn_drop else None),
             "b w h n d -> b w n (h d)",
         )
-        x = self.layer(self.channels, name="proj", **inits)(x)
-        return nn.Dropout(fields.proj_drop)(x, deterministic=not train)
+        return nn.Dropout(fields.proj_drop)(proj(x), deterministic=not train)
+
+    @nn.nowrap
+    def fuses(self, x: Array, *, train: bool) -> bool:
+        """Whether a kernel can compute the attention together with what stands around it, see `residual_attention`."""
+        fields = self.fields
+        dropped = train and (fields.attn_drop or fields.proj_drop)
+        return not dropped and fuses_attention(x, self.window, fields.head_dim)
+
+    @nn.nowrap
+    def scale(self) -> float:
+        """Returns the factor of the queries."""
+        return (self.width if self.fields.scale_by_width else self.fields.head_dim) ** -0.5
+
+    @nn.nowrap
+    def _weights(self, qkv: nn.Module, proj: nn.Module, channels: int, order: str) -> dict[str, Array | None]:
+        """Returns the weights of the projections as `operations.attention_block` takes them."""
+        kernel, bias = qkv.weights(channels)
+        sizes = {"three": 3, "d": self.fields.head_dim}
+        proj_kernel, proj_bias = proj.weights(self.width)
+        return {
+            "qkv_kernel": rearrange(kernel.reshape(kernel.shape[-2:]), f"c ({order}) -> c three (h d)", **sizes),
+            "qkv_bias": rearrange(bias, f"({order}) -> three (h d)", **sizes),
+            "proj_kernel": proj_kernel.reshape(proj_kernel.shape[-2:]),
+            "proj_bias": proj_bias,
+        }
+
+
+def residual_attention(
+    x: Array,
+    norm: LayerNorm,
+    attention: WindowAttention,
+    kind: str,
+    drop_path: float,
+    *,
+    train: bool,
+    gamma: Array | None = None,
+) -> Array:
+    """Computes x + DropPath(gamma * attention(norm(x))) of a map in one kernel, where `attention.fuses` allows it.
+
+    Norm and attention are submodules of the caller, as is the DropPath.
+
+    Args:
+      x: `[B, H, W, C]`.
+      norm: of the channels.
+      attention: inside of windows.
+      kind: of the windows, "window" or "grid".
+      drop_path: rate of dropping the branch.
+      train: drops.
+      gamma: `[C]`; None for 1.
+    """
+
+    keep = kept_samples(x, drop_path, train)
+
+    def compute(weights: dict[str, Array | None]) -> Array:
+        scale, bias = norm.weights(x.shape[-1])
+        weights = scaled_output(weights, "proj", gamma) | {"norm_scale": scale, "norm_bias": bias, "keep": keep}
+        heads = attention.width // attention.fields.head_dim
+        return attention_block(x, weights, kind, attention.window, heads, attention.scale(), norm.epsilon)
+
+    return attention(x, train=train, compute=compute)
 
 
 class NormPool(nn.Module):
@@ -189,9 +253,13 @@ def _mlp(channels: int, fields: TransformerFields, scheme: str, layer: Callable[
     )
 
 
-def _scale(x: Array, initial: float | None, name: str) -> Array:
-    """Applies a layer scale, a submodule of the caller, unless its initial value is None."""
-    return x if initial is None else LayerScale(initial, name=name)(x)
+def _gamma(channels: int, initial: float | None, name: str) -> Array | None:
+    """Returns the factors of a layer scale, a submodule of the caller, unless its initial value is None."""
+    return None if initial is None else LayerScale(initial, name=name).weights(channels)
+
+
+def _scale(x: Array, gamma: Array | None) -> Array:
+    return x if gamma is None else scaled(x, gamma)
 
 
 class TransformerBlock(Block):
@@ -223,22 +291,30 @@ class TransformerBlock(Block):
             linear_inits(self.init_scheme),
             name="shortcut",
         )(x)
-        if self.stride == 2:
-            x = NormPool(fields.norm, fields.epsilon, fields.pool_type, name="norm1")(x, train=train)
-        else:
-            x = layer_or_batch_norm(x, fields.norm, fields.epsilon, "norm1", train)
-        size = x.shape[1:3]
+        size = shortcut.shape[1:3]
         # The reference does not pass `head_first` on to this block: its order is always head-first.
         attention = WindowAttention(
             self.channels, width, size, fields, self.init_scheme, layer=Conv, head_first=True, name="attn"
         )
-        x = rearrange(
-            attention(rearrange(x, "b h w c -> b 1 (h w) c"), train=train), "b 1 (h w) c -> b h w c", h=size[0]
-        )
-        x = shortcut + DropPath(self.drop_path)(_scale(x, fields.init_values, "ls1"), train=train)
-        y = layer_or_batch_norm(x, fields.norm, fields.epsilon, "norm2", train)
-        y = _mlp(self.channels, fields, self.init_scheme, Conv, 0.0)(y, train=train)
-        return x + DropPath(self.drop_path)(_scale(y, fields.init_values, "ls2"), train=train)
+        gamma = functools.partial(_gamma, self.channels, fields.init_values)
+        layer_norms, same = fields.norm == "layer", self.stride == 1 and x.shape[-1] == self.channels
+        if same and layer_norms and attention.fuses(x, train=train):
+            norm = LayerNorm(fields.epsilon, name="norm1")
+            x = residual_attention(x, norm, attention, "window", self.drop_path, train=train, gamma=gamma("ls1"))
+        else:
+            if self.stride == 2:
+                x = NormPool(fields.norm, fields.epsilon, fields.pool_type, name="norm1")(x, train=train)
+            else:
+                x = layer_or_batch_norm(x, fields.norm, fields.epsilon, "norm1", train)
+            x = attention(rearrange(x, "b h w c -> b 1 (h w) c"), train=train)
+            x = rearrange(x, "b 1 (h w) c -> b h w c", h=size[0])
+            x = shortcut + DropPath(self.drop_path)(_scale(x, gamma("ls1")), train=train)
+        mlp = _mlp(self.channels, fields, self.init_scheme, Conv, 0.0)
+        if layer_norms:
+            norm = LayerNorm(fields.epsilon, name="norm2")
+            return residual_mlp(x, norm, mlp, self.drop_path, train=train, gamma=gamma("ls2"))
+        y = mlp(layer_or_batch_norm(x, fields.norm, fields.epsilon, "norm2", train), train=train)
+        return x + DropPath(self.drop_path)(_scale(y, gamma("ls2")), train=train)
 
 
 _PARTITIONS = {
@@ -288,19 +364,27 @@ class PartitionAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         fields = self.fields
-        y = LayerNorm(fields.epsilon, name="norm1")(x)
-        parts = []
-        for name, kind in self.attentions:
-            attention = WindowAttention(
+        norm = LayerNorm(fields.epsilon, name="norm1")
+        gamma = functools.partial(_gamma, self.channels, fields.init_values)
+        attentions = [
+            WindowAttention(
                 self.channels // len(self.attentions), self.channels, self.window, fields, self.init_scheme, name=name
             )
-            part = attention(partition(y, kind, self.window), train=train)
-            parts.append(departition(part, kind, self.window, x.shape[1:3]))
-        y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-        x = x + DropPath(self.drop_path)(_scale(y, fields.init_values, "ls1"), train=train)
-        y = LayerNorm(fields.epsilon, name="norm2")(x)
-        y = _mlp(self.channels, fields, self.init_scheme, Linear, fields.proj_drop)(y, train=train)
-        return x + DropPath(self.drop_path)(_scale(y, fields.init_values, "ls2"), train=train)
+            for name, _ in self.attentions
+        ]
+        kinds = [kind for _, kind in self.attentions]
+        if len(kinds) == 1 and attentions[0].fuses(x, train=train):
+            x = residual_attention(x, norm, attentions[0], kinds[0], self.drop_path, train=train, gamma=gamma("ls1"))
+        else:
+            y, parts = norm(x), []
+            for attention, kind in zip(attentions, kinds, strict=True):
+                part = attention(partition(y, kind, self.window), train=train)
+                parts.append(departition(part, kind, self.window, x.shape[1:3]))
+            y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+            x = x + DropPath(self.drop_path)(_scale(y, gamma("ls1")), train=train)
+        norm = LayerNorm(fields.epsilon, name="norm2")
+        mlp = _mlp(self.channels, fields, self.init_scheme, Linear, fields.proj_drop)
+        return residual_mlp(x, norm, mlp, self.drop_path, train=train, gamma=gamma("ls2"))
 
 
 class MultiAxisBlock(Block):

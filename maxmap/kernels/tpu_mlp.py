@@ -1,0 +1,213 @@
+"""The MLP of a transformer block for TPUs: norm, both linear maps, activation and residual path in one kernel.
+
+The hidden channels, four times as many as the map has, stay on the chip; the backward pass computes them again.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from maxmap.kernels.target import Array, accumulator, local_batch, over_batch
+from maxmap.kernels.tpu import (
+    LANES,
+    Ref,
+    accumulate,
+    call,
+    images_per_program,
+    normalized,
+    normalized_gradient,
+    product,
+    whole,
+)
+
+ROWS = 1024  # tokens of a program, at most
+HIDDEN = 512  # hidden channels that a program computes at a time, at most
+
+# Of hidden values `[R, F]` and weights of the activation `[weights, F]`.
+Activation = Callable[[Array, Array | None], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a kernel knows of its shapes.
+
+    Attributes:
+      positions: of a program; a position has one token in every image.
+      images: of a program.
+      activation: between the linear maps.
+      epsilon: of the norm.
+      residual: the residual path has an input of its own.
+    """
+
+    positions: int
+    images: int
+    activation: Activation
+    epsilon: float
+    residual: bool
+
+
+def fits(batch: int, hidden: int) -> bool:
+    """Whether there is a kernel for a device's part of a batch and a number of hidden channels."""
+    return images_per_program(batch) > 0 and hidden % LANES == 0
+
+
+def mlp_block(
+    x: Array,
+    weights: Mapping[str, Any],
+    activation: Activation,
+    epsilon: float,
+    residual: Array | None = None,
+) -> Array:
+    """Computes residual + keep * fc2(activation(fc1(norm(x)))).
+
+    Args:
+      x: `[H, W, B, C]`.
+      weights: 'norm_scale' and 'norm_bias' `[C]`, 'fc1_kernel' `[C, F]`, 'fc1_bias' `[F]`, 'activation' `[weights, F]`,
+        'fc2_kernel' `[F, C]`, 'fc2_bias' `[C]`, 'keep' `[B]`: the factor of the branch for every sample, without a
+        gradient. All but the kernels may be None.
+      activation: of hidden values `[R, F]` and its weights.
+      epsilon: of the norm.
+      residual: `[H, W, B, C]`; None for `x`.
+
+    Returns:
+      `[H, W, B, C]`.
+    """
+    height, width, batch, channels = x.shape
+    hidden, wide = weights["fc1_kernel"].shape[1], accumulator(x.dtype)
+    images = images_per_program(local_batch(batch))
+    most = max(1, ROWS // images)
+    positions = max(n for n in range(1, most + 1) if height * width % n == 0)
+    sizes = Sizes(positions, images, activation, epsilon, residual is not None)
+    arranged = {
+        "norm": jnp.stack([_or(weights["norm_scale"], channels, 1), _or(weights["norm_bias"], channels, 0)]),
+        "fc1_kernel": weights["fc1_kernel"],
+        "fc1_bias": _or(weights["fc1_bias"], hidden, 0)[None],
+        "fc2_kernel": weights["fc2_kernel"],
+        "fc2_bias": _or(weights["fc2_bias"], channels, 0)[None],
+    }
+    if weights["activation"] is not None:
+        arranged["activation"] = weights["activation"]
+    arranged = {name: w if name.endswith("kernel") else w.astype(wide) for name, w in arranged.items()}
+    keep = jnp.broadcast_to(_or(weights["keep"], batch, 1).astype(wide)[:, None], (batch, channels))
+    rows = [part.reshape(height * width, batch, channels) for part in (x, residual) if part is not None]
+    return _block(sizes, rows, arranged, keep).reshape(x.shape)
+
+
+def _or(x: Array | None, length: int, value: float) -> Array:
+    return jnp.full((length,), value, jnp.float32) if x is None else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block(sizes: Sizes, rows: list[Array], weights: dict[str, Array], keep: Array) -> Array:
+    (out,) = over_batch(functools.partial(_run, sizes, grad=None), (rows, weights, keep), (1, None, 0), (1,))
+    return out
+
+
+def _forward(sizes: Sizes, rows: list[Array], weights: dict[str, Array], keep: Array) -> tuple[Array, tuple]:
+    return _block(sizes, rows, weights, keep), (rows[0], weights, keep)
+
+
+def _backward(sizes: Sizes, residuals: tuple, grad: Array) -> tuple[list[Array], dict[str, Array], Array]:
+    x, weights, keep = residuals
+    run = functools.partial(_run, sizes)
+    of_x, of_weights = over_batch(run, ([x], weights, keep, grad), (1, None, 0, 1), (1, None))
+    of_weights = {name: g.astype(weights[name].dtype) for name, g in of_weights.items()}
+    return [of_x, grad] if sizes.residual else [of_x], of_weights, jnp.zeros_like(keep)
+
+
+_block.defvjp(_forward, _backward)
+
+
+# Compiled by itself so that it is traced once for all blocks of the same shapes: tracing takes seconds.
+@functools.partial(jax.jit, static_argnums=0)
+def _run(
+    sizes: Sizes, rows: list[Array], weights: dict[str, Array], keep: Array, grad: Array | None
+) -> tuple[Any, ...]:
+    """Runs the kernel of one pass: the output alone, or the gradients of `x` and of the weights."""
+    positions, batch, channels = rows[0].shape
+    spec = pl.BlockSpec((sizes.positions, sizes.images, channels), lambda i, b: (i, b, 0))
+    inputs = {name: (part, spec) for name, part in zip(("x", "residual"), rows, strict=False)}
+    inputs |= {name: (w, whole(w)) for name, w in weights.items()}
+    inputs["keep"] = (keep, pl.BlockSpec((sizes.images, channels), lambda i, b: (b, 0)))
+    outputs = {"x": (jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype), spec)}
+    kernel, step = _forward_kernel, "forward"
+    if grad is not None:
+        kernel, step = _backward_kernel, "backward"
+        inputs["grad"] = (grad, spec)
+        for name, w in weights.items():
+            shape = jax.ShapeDtypeStruct(w.shape, accumulator(w.dtype))
+            outputs[name] = (shape, whole(shape))
+    name = f"mlp_{step}_{positions}x{batch}x{channels}_{weights['fc1_kernel'].shape[1]}"
+    grid = (positions // sizes.positions, batch // sizes.images)
+    out, *rest = call(functools.partial(kernel, sizes), name, grid, inputs, outputs)
+    return (out,) if grad is None else (out, dict(zip(weights, rest, strict=True)))
+
+
+def _rows(ref: Ref) -> Array:
+    """Reads a block as rows `[R, C]` in float32 or wider."""
+    x = ref[...]
+    return x.astype(accumulator(x.dtype)).reshape(-1, x.shape[-1])
+
+
+def _kept(rows: Array, keep: Array, sizes: Sizes) -> Array:
+    """Multiplies rows `[R, C]` by the factors `[images, C]` of their images."""
+    return (rows.reshape(sizes.positions, sizes.images, -1) * keep[None]).reshape(rows.shape)
+
+
+def _parts(hidden: int) -> list[slice]:
+    """The hidden channels, so many at a time."""
+    step = next(n for n in (HIDDEN, HIDDEN // 2, LANES) if hidden % n == 0)
+    return [slice(start, start + step) for start in range(0, hidden, step)]
+
+
+def _scaled(normal: Array, ins: Mapping[str, Ref]) -> Array:
+    return (normal * ins["norm"][0:1, :] + ins["norm"][1:2, :]).astype(ins["x"].dtype)
+
+
+def _forward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Ref]) -> None:
+    x, dtype = _rows(ins["x"]), ins["x"].dtype
+    y = _scaled(normalized(x, sizes.epsilon)[0], ins)
+    branch = ins["fc2_bias"][...]
+    for part in _parts(ins["fc1_kernel"].shape[1]):
+        hidden = product(y, ins["fc1_kernel"][:, part]) + ins["fc1_bias"][:, part]
+        active = sizes.activation(hidden, ins["activation"][:, part] if "activation" in ins else None)
+        branch = branch + product(active.astype(dtype), ins["fc2_kernel"][part, :])
+    start = _rows(ins["residual"]) if sizes.residual else x
+    outs["x"][...] = (start + _kept(branch, ins["keep"][...], sizes)).astype(dtype).reshape(outs["x"].shape)
+
+
+def _backward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Ref]) -> None:
+    x, dtype = _rows(ins["x"]), ins["x"].dtype
+    normal, factor = normalized(x, sizes.epsilon)
+    y = _scaled(normal, ins)
+    grad = _rows(ins["grad"])
+    branch = _kept(grad, ins["keep"][...], sizes)
+    sums = {"fc2_bias": branch.sum(axis=0, keepdims=True)}
+    branch = branch.astype(dtype)
+    of_y = jnp.zeros(x.shape, x.dtype)
+    found: dict[str, list[Array]] = {"fc1_kernel": [], "fc1_bias": [], "fc2_kernel": [], "activation": []}
+    for part in _parts(ins["fc1_kernel"].shape[1]):
+        hidden = product(y, ins["fc1_kernel"][:, part]) + ins["fc1_bias"][:, part]
+        of_active = product(branch, ins["fc2_kernel"][part, :], (1, 1))
+        active, vjp = jax.vjp(sizes.activation, hidden, ins["activation"][:, part] if "activation" in ins else None)
+        of_hidden, of_weights = vjp(of_active)
+        found["fc2_kernel"].append(product(active.astype(dtype), branch, (0, 0)))
+        found["fc1_bias"].append(of_hidden.sum(axis=0, keepdims=True))
+        if "activation" in ins:
+            found["activation"].append(of_weights)
+        of_hidden = of_hidden.astype(dtype)
+        found["fc1_kernel"].append(product(y, of_hidden, (0, 0)))
+        of_y = of_y + product(of_hidden, ins["fc1_kernel"][:, part], (1, 1))
+    sums |= {
+        name: jnp.concatenate(parts, axis=0 if name == "fc2_kernel" else 1) for name, parts in found.items() if parts
+    }
+    sums["norm"] = jnp.concatenate([(of_y * part).sum(axis=0, keepdims=True) for part in (normal, jnp.ones_like(of_y))])
+    accumulate(2, [outs[name] for name in sums], list(sums.values()))
+    of_x = normalized_gradient(normal, factor, of_y * ins["norm"][0:1, :])
+    of_x = of_x if sizes.residual else grad + of_x
+    outs["x"][...] = of_x.astype(dtype).reshape(outs["x"].shape)

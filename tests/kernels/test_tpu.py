@@ -1,0 +1,159 @@
+"""The kernels for TPUs in Pallas' interpreter against the plain modules, forward and backward, and over a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from maxmap import operations
+from maxmap.backbones.maxxvit.attention import PartitionAttention, TransformerBlock, TransformerFields
+from maxmap.kernels import tpu_attention, tpu_mlp
+from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock
+from maxmap.sharding import make_mesh, split_batch, traced_on
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS["cpu"] | {"block": "fused"})
+
+
+def run(module: nn.Module, variables: Any, x: jax.Array, grad: jax.Array, train: bool = False) -> Any:
+    """The output, and the gradients of the parameters and of the input."""
+
+    def apply(variables: Any, x: jax.Array) -> jax.Array:
+        return module.apply(variables, x, train=train, rngs={"dropout": jax.random.key(3)})
+
+    out, vjp = jax.vjp(apply, variables, x)
+    return out, *vjp(grad)
+
+
+def both(module: nn.Module, shape: tuple[int, ...], dtype: str, train: bool = False) -> tuple[Any, Any, Any]:
+    """Results without and with kernels, every leaf random; and how many kernels there were."""
+    generator = np.random.default_rng(0)
+
+    def numbers(shape: tuple[int, ...]) -> jax.Array:
+        return jnp.asarray(generator.normal(size=shape), dtype)
+
+    x, grad = numbers(shape), numbers(shape)
+    like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape[1:])))
+    variables = jax.tree.map(lambda leaf: numbers(leaf.shape) * 0.5, like)
+    with operations.kernels("plain"):
+        wanted = jax.jit(lambda *arguments: run(module, *arguments, train))(variables, x, grad)
+    traced = jax.jit(lambda *arguments: run(module, *arguments, train)).trace(variables, x, grad)
+    return wanted, traced.lower().compile()(variables, x, grad), str(traced.jaxpr).count("pallas_call[")
+
+
+def close(ours: Any, wanted: Any, tolerance: float) -> None:
+    for (path, leaf), expected in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(wanted), strict=True):
+        assert leaf.dtype == expected.dtype
+        expected = np.asarray(expected, np.float64)
+        # Some gradients are sums that cancel: that of a bias that all logits of a head share is 0.
+        error = np.abs(np.asarray(leaf, np.float64) - expected).max() / max(np.abs(expected).max(), 1)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error}"
+
+
+def attention(window: tuple[int, int], kind: str, channels: int, **fields: Any) -> PartitionAttention:
+    return PartitionAttention(channels, TransformerFields(**fields), window, (("attn", kind),))
+
+
+TF = {"head_first": False, "rel_pos_type": "bias_tf", "activation": "gelu_tanh"}
+# Windows and grid cells of 7 x 7 and other sizes, heads that fill tiles of lanes and that do not, one head to a tile,
+# several windows to a map, a layer scale, torchvision's scale, positions by an MLP.
+MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "window": (attention((7, 7), "window", 64, **TF), (8, 14, 7, 64)),
+    "grid": (attention((5, 4), "grid", 96, init_values=0.1), (16, 5, 8, 96)),
+    "narrow": (attention((4, 3), "grid", 64, head_dim=16, rel_pos_type="mlp"), (8, 4, 6, 64)),
+    "wide": (attention((3, 3), "window", 256, head_dim=128, scale_by_width=True), (8, 3, 6, 256)),
+    "large": (attention((9, 8), "window", 32), (8, 9, 8, 32)),
+    "whole map": (TransformerBlock(160, TransformerFields()), (8, 5, 5, 160)),
+    "convnext": (ConvNeXtBlock(), (8, 5, 6, 96)),
+    "cswin": (CSWinBlock(2, (3, 3)), (8, 3, 3, 64)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_kernels_equal_the_plain_modules(name: str, fused: None, x64: None) -> None:
+    module, shape = MODULES[name]
+    wanted, ours, kernels = both(module, shape, "float64")
+    assert kernels == (2 if name in ("convnext", "cswin") else 4)
+    close(ours, wanted, 1e-11)
+
+
+# A value of float32 has 24 bits and of bfloat16 8; sums of a few hundred products lose a few of them.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.06)])
+@pytest.mark.parametrize("name", ["window", "convnext"])
+def test_kernels_equal_the_plain_modules_in_short_types(name: str, dtype: str, tolerance: float, fused: None) -> None:
+    wanted, ours, _ = both(*MODULES[name], dtype)
+    close(ours, wanted, tolerance)
+
+
+def test_bfloat16_kernels_are_no_further_from_float32_than_the_plain_way(fused: None) -> None:
+    exact, *_ = both(*MODULES["window"], "float32")
+    wanted, ours, _ = both(*MODULES["window"], "bfloat16")
+
+    def distance(results: Any) -> float:
+        pairs = zip(jax.tree.leaves(results), jax.tree.leaves(exact), strict=True)
+        errors = [np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b) for a, b in pairs]
+        return float(np.mean(errors))
+
+    assert distance(ours) <= distance(wanted)
+
+
+def test_stochastic_depth_drops_the_same_samples(fused: None, x64: None) -> None:
+    module = PartitionAttention(32, TransformerFields(), (2, 2), (("attn", "grid"),), drop_path=0.5)
+    wanted, ours, kernels = both(module, (16, 4, 4, 32), "float64", train=True)
+    assert kernels == 4
+    close(ours, wanted, 1e-11)
+
+
+@pytest.mark.parametrize("fields", [{"attn_drop": 0.1}, {"proj_drop": 0.1}])
+def test_dropout_is_left_to_the_plain_way(fields: dict[str, float], fused: None) -> None:
+    module = PartitionAttention(32, TransformerFields(**fields), (2, 2), (("attn", "grid"),))
+    *_, kernels = both(module, (8, 4, 4, 32), "float32", train=True)
+    assert kernels == (2 if "attn_drop" in fields else 0)  # the MLP has no attention
+
+
+def test_batches_that_no_program_divides_are_left_to_the_plain_way(fused: None) -> None:
+    *_, kernels = both(
+        PartitionAttention(32, TransformerFields(), (2, 2), (("attn", "grid"),)), (4, 4, 4, 32), "float32"
+    )
+    assert kernels == 0
+
+
+@pytest.mark.parametrize(
+    ("allowed", "fits"),
+    [
+        (True, tpu_attention.fits(8, (16, 16), 32)),
+        (False, tpu_attention.fits(8, (17, 16), 32)),
+        (False, tpu_attention.fits(8, (7, 7), 48)),
+        (False, tpu_attention.fits(12, (7, 7), 32)),
+        (True, tpu_mlp.fits(16, 384)),
+        (False, tpu_mlp.fits(16, 320)),
+    ],
+)
+def test_what_fits(allowed: bool, fits: bool) -> None:
+    assert fits == allowed
+
+
+def test_each_device_computes_its_own_part_of_the_batch(fused: None, x64: None) -> None:
+    module, shape = attention((2, 2), "grid", 32), (32, 4, 4, 32)
+    mesh = make_mesh(data=2, fsdp=2)
+    wanted, _, _ = both(module, shape, "float64")
+    generator = np.random.default_rng(0)
+    numbers: Callable[..., np.ndarray] = lambda *shape: generator.normal(size=shape)  # noqa: E731
+    x, grad = numbers(*shape), numbers(*shape)
+    like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape[1:])))
+    variables = jax.tree.map(lambda leaf: numbers(*leaf.shape) * 0.5, like)
+
+    def step(x: jax.Array, grad: jax.Array) -> Any:
+        with traced_on(mesh):
+            return run(module, variables, x, grad)
+
+    split = split_batch(mesh)
+    compiled = jax.jit(step, in_shardings=(split, split)).lower(x, grad).compile()
+    close(compiled(jax.device_put(x, split), jax.device_put(grad, split)), wanted, 1e-11)
+    assert "all-gather" not in compiled.as_text()  # of maps; each device has its part from the start to the end
