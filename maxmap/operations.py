@@ -159,8 +159,9 @@ def attention_block(
     heads: int,
     scale: float,
     epsilon: float,
+    residual: Array | None = None,
 ) -> Array:
-    """Computes x + keep * proj(attention(qkv(norm(x)))) inside of windows or grid cells, in one kernel.
+    """Computes residual + keep * proj(attention(qkv(norm(x)))) inside of windows or grid cells, in one kernel.
 
     Args:
       x: `[B, H, W, C]`, of a shape that `fuses_attention` allows.
@@ -170,13 +171,15 @@ def attention_block(
       heads: of the attention.
       scale: factor of the queries.
       epsilon: of the norm.
+      residual: `[B, H, W, C]`; None for `x`.
 
     Returns:
       `[B, H, W, C]`.
     """
     from maxmap.kernels import tpu_attention
 
-    y = tpu_attention.attention_block(_images_last(x), weights, kind, window, heads, scale, epsilon)
+    path = None if residual is None or residual is x else _images_last(residual)
+    y = tpu_attention.attention_block(_images_last(x), weights, kind, window, heads, scale, epsilon, path)
     return _images_first(y)
 
 

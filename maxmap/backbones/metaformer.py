@@ -9,7 +9,7 @@ and 1e-5 in the authors' code, with which the published weights were trained and
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ from maxmap.layers.primitives import (
     require_image_size,
     require_one_of,
 )
-from maxmap.operations import Array, attention
+from maxmap.layers.residual import Compute, mlp_weights, residual_attention, residual_mlp
+from maxmap.operations import Array, attention, fuses_attention, fuses_mlp
 from maxmap.ranges import Count, DropRate, Pixels
 
 HEAD_DIM = 32
@@ -89,14 +90,27 @@ class ConvMixing(nn.Module):
 class AttentionMixing(nn.Module):
     """Self-attention over the whole map in heads of 32 channels, without positions and biases."""
 
+    @nn.nowrap
+    def fuses(self, x: Array) -> bool:
+        """Whether a kernel can compute the attention together with what stands around it."""
+        return fuses_attention(x, (x.shape[1], x.shape[2]), HEAD_DIM)
+
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Array, *, train: bool = False, compute: Callable[[dict[str, Array | None]], Array] | None = None
+    ) -> Array:
+        """Maps `[B, H, W, C]` to `[B, H, W, C]`; or `compute` does it, given the weights."""
+        del train  # there is no dropout
         height, channels = x.shape[1], x.shape[-1]
         linear = functools.partial(Linear, bias=False, **TRUNC_NORMAL)
-        qkv = linear(3 * channels, name="qkv")(x)
-        q, k, v = rearrange(qkv, "b h w (three n d) -> three b n (h w) d", three=3, d=HEAD_DIM)
+        qkv, proj = linear(3 * channels, name="qkv"), linear(channels, name="proj")
+        if compute is not None:
+            kernel = rearrange(qkv.weights(channels)[0], "c (three e) -> c three e", three=3)
+            absent = dict.fromkeys(("qkv_bias", "bias", "proj_bias"))
+            return compute({"qkv_kernel": kernel, "proj_kernel": proj.weights(channels)[0], **absent})
+        q, k, v = rearrange(qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, d=HEAD_DIM)
         out = attention(q * HEAD_DIM**-0.5, k, v)
-        return linear(channels, name="proj")(rearrange(out, "b n (h w) d -> b h w (n d)", h=height))
+        return proj(rearrange(out, "b n (h w) d -> b h w (n d)", h=height))
 
 
 # None is the identity: the branch adds the normalised input.
@@ -118,11 +132,29 @@ class StarReLUMlp(nn.Module):
 
     layer: type[nn.Module]
 
+    @nn.nowrap
+    def fuses(self, x: Array, *, train: bool) -> bool:
+        """Whether a kernel can compute the MLP together with what stands around it, see `residual_mlp`."""
+        del train  # there is no dropout
+        return fuses_mlp(x, 4 * x.shape[-1])
+
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, train: bool, compute: Compute | None = None) -> Array:
+        """Maps `[..., C]` to `[..., C]`; `compute` does it instead, given the activation and the weights."""
+        del train
         channels = x.shape[-1]
-        x = StarReLU(name="act")(self.layer(4 * channels, bias=False, name="fc1", **TRUNC_NORMAL)(x))
-        return self.layer(channels, bias=False, name="fc2", **TRUNC_NORMAL)(x)
+        fc1 = self.layer(4 * channels, bias=False, name="fc1", **TRUNC_NORMAL)
+        act, fc2 = StarReLU(name="act"), self.layer(channels, bias=False, name="fc2", **TRUNC_NORMAL)
+        if compute is None:
+            return fc2(act(fc1(x)))
+        factors = jnp.stack([jnp.broadcast_to(value, (4 * channels,)) for value in act.weights()])
+        return compute(_star_relu, mlp_weights(fc1, fc2, channels) | {"activation": factors})
+
+
+def _star_relu(x: Array, weights: Array | None) -> Array:
+    """StarReLU of `[R, F]` with scale and bias `[2, F]`."""
+    assert weights is not None
+    return weights[0:1] * jnp.square(nn.relu(x)) + weights[1:2]
 
 
 class MetaFormerBlock(Block):
@@ -145,14 +177,23 @@ class MetaFormerBlock(Block):
         def residual(x: Array, name: str) -> Array:
             return Scale(name=name)(x) if self.residual_scale else x
 
-        y = _norm(self.norm, "norm1")(x)
-        mixer = MIXERS[self.mixer]
-        if mixer is not None:
-            y = mixer(name="token_mixer")(y)
-        x = residual(x, "res_scale1") + DropPath(self.drop_path)(y, train=train)
-        mlp = StarReLUMlp(Linear if self.mixer == "attention" else Conv, name="mlp")
-        y = mlp(_norm(self.norm, "norm2")(x))
-        return residual(x, "res_scale2") + DropPath(self.drop_path)(y, train=train)
+        norm, path = _norm(self.norm, "norm1"), residual(x, "res_scale1")
+        kind = MIXERS[self.mixer]
+        mixer = None if kind is None else kind(name="token_mixer")
+        if isinstance(mixer, AttentionMixing) and isinstance(norm, LayerNorm) and mixer.fuses(x):
+            heads = x.shape[-1] // HEAD_DIM
+            size = x.shape[1], x.shape[2]
+            x = residual_attention(
+                x, norm, mixer, "window", size, heads, HEAD_DIM**-0.5, self.drop_path, train=train, residual=path
+            )
+        else:
+            y = norm(x)
+            x = path + DropPath(self.drop_path)(y if mixer is None else mixer(y), train=train)
+        mlp, norm = StarReLUMlp(Linear if self.mixer == "attention" else Conv, name="mlp"), _norm(self.norm, "norm2")
+        path = residual(x, "res_scale2")
+        if isinstance(norm, LayerNorm):
+            return residual_mlp(x, norm, mlp, self.drop_path, train=train, residual=path)
+        return path + DropPath(self.drop_path)(mlp(norm(x), train=train), train=train)
 
 
 class Stem(nn.Module):

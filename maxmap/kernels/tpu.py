@@ -59,6 +59,17 @@ def normalized_gradient(normal: Array, factor: Array, grad: Array) -> Array:
     return factor * (grad - mean - normal * slope)
 
 
+def rows(ref: Ref) -> Array:
+    """Reads a block `[..., images, C]` as rows `[R, C]` in float32 or wider; the images of a pixel are neighbours."""
+    x = ref[...]
+    return x.astype(accumulator(x.dtype)).reshape(-1, x.shape[-1])
+
+
+def kept(x: Array, keep: Array) -> Array:
+    """Multiplies rows `[R, C]` by the factors `[images, C]` of their images."""
+    return (x.reshape(-1, *keep.shape) * keep[None]).reshape(x.shape)
+
+
 def accumulate(axes: int, refs: Sequence[Ref], parts: Sequence[Array]) -> None:
     """Adds parts to outputs that all programs of a grid with so many axes share; the first program starts them."""
     first = functools.reduce(operator.and_, [pl.program_id(axis) == 0 for axis in range(axes)])

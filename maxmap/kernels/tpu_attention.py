@@ -23,10 +23,12 @@ from maxmap.kernels.tpu import (
     accumulate,
     call,
     images_per_program,
+    kept,
     normalized,
     normalized_gradient,
     product,
     round_up,
+    rows,
     whole,
 )
 
@@ -51,6 +53,7 @@ class Sizes:
       head_dim: channels of a head; it divides 128.
       scale: factor of the queries.
       epsilon: of the norm.
+      residual: the residual path has an input of its own.
     """
 
     window: tuple[int, int]
@@ -60,6 +63,7 @@ class Sizes:
     head_dim: int
     scale: float
     epsilon: float
+    residual: bool
 
     @property
     def tokens(self) -> int:
@@ -118,8 +122,9 @@ def attention_block(
     heads: int,
     scale: float,
     epsilon: float,
+    residual: Array | None = None,
 ) -> Array:
-    """Computes x + keep * proj(attention(qkv(norm(x)))) inside of windows or grid cells.
+    """Computes residual + keep * proj(attention(qkv(norm(x)))) inside of windows or grid cells.
 
     Args:
       x: `[H, W, B, C]`.
@@ -131,13 +136,23 @@ def attention_block(
       heads: of the attention; they divide E.
       scale: factor of the queries.
       epsilon: of the norm.
+      residual: `[H, W, B, C]`; None for `x`.
 
     Returns:
       `[H, W, B, C]`.
     """
     batch, channels = x.shape[2:]
     width = weights["proj_kernel"].shape[0]
-    sizes = Sizes(window, kind, images_per_program(local_batch(batch)), heads, width // heads, scale, epsilon)
+    sizes = Sizes(
+        window,
+        kind,
+        images_per_program(local_batch(batch)),
+        heads,
+        width // heads,
+        scale,
+        epsilon,
+        residual is not None,
+    )
     lanes = sizes.tiles * LANES - width
     qkv = jnp.pad(weights["qkv_kernel"], ((0, 0), (0, 0), (0, lanes))).reshape(channels, -1)
     qkv_bias = jnp.pad(_or(weights["qkv_bias"], (3, width), 0), ((0, 0), (0, lanes))).reshape(1, -1)
@@ -152,7 +167,7 @@ def attention_block(
     wide = accumulator(x.dtype)
     arranged = {name: a if name.endswith("kernel") else a.astype(wide) for name, a in arranged.items()}
     keep = jnp.broadcast_to(_or(weights["keep"], (batch,), 1).astype(wide)[:, None], (batch, channels))
-    return _block(sizes, x, arranged, keep)
+    return _block(sizes, [part for part in (x, residual) if part is not None], arranged, keep)
 
 
 def _or(x: Array | None, shape: tuple[int, ...], value: float) -> Array:
@@ -169,21 +184,21 @@ def _arrange_bias(bias: Array, sizes: Sizes) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(sizes: Sizes, x: Array, weights: dict[str, Array], keep: Array) -> Array:
-    (out,) = over_batch(functools.partial(_run, sizes, grad=None), (x, weights, keep), (2, None, 0), (2,))
+def _block(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> Array:
+    (out,) = over_batch(functools.partial(_run, sizes, grad=None), (maps, weights, keep), (2, None, 0), (2,))
     return out
 
 
-def _forward(sizes: Sizes, x: Array, weights: dict[str, Array], keep: Array) -> tuple[Array, tuple]:
-    return _block(sizes, x, weights, keep), (x, weights, keep)
+def _forward(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> tuple[Array, tuple]:
+    return _block(sizes, maps, weights, keep), (maps[0], weights, keep)
 
 
-def _backward(sizes: Sizes, residuals: tuple, grad: Array) -> tuple[Array, dict[str, Array], Array]:
+def _backward(sizes: Sizes, residuals: tuple, grad: Array) -> tuple[list[Array], dict[str, Array], Array]:
     x, weights, keep = residuals
     run = functools.partial(_run, sizes)
-    of_x, of_weights = over_batch(run, (x, weights, keep, grad), (2, None, 0, 2), (2, None))
+    of_x, of_weights = over_batch(run, ([x], weights, keep, grad), (2, None, 0, 2), (2, None))
     of_weights = {name: g.astype(weights[name].dtype) for name, g in of_weights.items()}
-    return of_x, of_weights, jnp.zeros_like(keep)
+    return [of_x, grad] if sizes.residual else [of_x], of_weights, jnp.zeros_like(keep)
 
 
 _block.defvjp(_forward, _backward)
@@ -191,8 +206,9 @@ _block.defvjp(_forward, _backward)
 
 # Compiled by itself so that it is traced once for all blocks of the same shapes: tracing takes seconds.
 @functools.partial(jax.jit, static_argnums=0)
-def _run(sizes: Sizes, x: Array, weights: dict[str, Array], keep: Array, grad: Array | None) -> tuple[Any, ...]:
+def _run(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array, grad: Array | None) -> tuple:
     """Runs the kernel of one pass: the output alone, or the gradients of `x` and of the weights."""
+    x = maps[0]
     height, width, batch, channels = x.shape
     (p, q), images = sizes.window, sizes.images
     if sizes.kind == "window":
@@ -202,7 +218,8 @@ def _run(sizes: Sizes, x: Array, weights: dict[str, Array], keep: Array, grad: A
         view = (p, height // p, q, width // q, batch, channels)
         spec = pl.BlockSpec((p, None, q, None, images, channels), lambda i, j, b: (0, i, 0, j, b, 0))
     whole_map = jax.ShapeDtypeStruct(view, x.dtype)
-    inputs = {"x": (x.reshape(view), spec), **{name: (w, whole(w)) for name, w in weights.items()}}
+    inputs = {name: (part.reshape(view), spec) for name, part in zip(("x", "residual"), maps, strict=False)}
+    inputs |= {name: (w, whole(w)) for name, w in weights.items()}
     inputs["keep"] = (keep, pl.BlockSpec((images, channels), lambda i, j, b: (b, 0)))
     wide = accumulator(x.dtype)
     keys, queries = sizes.keys * images, sizes.queries * images
@@ -228,23 +245,12 @@ def _run(sizes: Sizes, x: Array, weights: dict[str, Array], keep: Array, grad: A
     return (out,) if grad is None else (out, dict(zip(weights, rest, strict=True)))
 
 
-def _rows(ref: Ref, sizes: Sizes) -> Array:
-    """Reads a block as tokens `[rows, C]` in float32 or wider; the images of a token stand beside each other."""
-    x = ref[...]
-    return x.astype(accumulator(x.dtype)).reshape(sizes.rows, x.shape[-1])
-
-
-def _kept(rows: Array, keep: Array, sizes: Sizes) -> Array:
-    """Multiplies tokens `[rows, C]` by the factors `[images, C]` of their images."""
-    return (rows.reshape(sizes.tokens, sizes.images, -1) * keep[None]).reshape(rows.shape)
-
-
-def _fill(ref: Ref, tile: int, rows: Array) -> None:
+def _fill(ref: Ref, tile: int, part: Array) -> None:
     """Writes rows to a tile; what pads it becomes zero."""
-    filled, length = rows.shape[0], ref.shape[1]
-    ref[tile, :filled, :] = rows
+    filled, length = part.shape[0], ref.shape[1]
+    ref[tile, :filled, :] = part
     if filled < length:
-        ref[tile, filled:, :] = jnp.zeros((length - filled, LANES), rows.dtype)
+        ref[tile, filled:, :] = jnp.zeros((length - filled, LANES), part.dtype)
 
 
 def _project(ins: Mapping[str, Ref], qkv: Ref, normal: Array, sizes: Sizes) -> Array:
@@ -306,7 +312,7 @@ def _write(ref: Ref, tile: int, image: int, x: Array, sizes: Sizes) -> None:
 
 
 def _forward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Ref], qkv: Ref, heads_out: Ref) -> None:
-    x, dtype, tiles = _rows(ins["x"], sizes), ins["x"].dtype, sizes.tiles
+    x, dtype, tiles = rows(ins["x"]), ins["x"].dtype, sizes.tiles
     _project(ins, qkv, normalized(x, sizes.epsilon)[0], sizes)
     for tile in range(tiles):
         for start in range(0, sizes.images, INTERLEAVED):
@@ -316,7 +322,8 @@ def _forward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Ref
             for image, out in zip(images, _attend(ins["bias"], q, k, v, tile, sizes), strict=True):
                 _write(heads_out, tile, image, out, sizes)
     out = _merge(heads_out, ins["proj_kernel"], sizes, dtype) + ins["proj_bias"][...]
-    y = x + _kept(out, ins["keep"][...], sizes)
+    path = rows(ins["residual"]) if sizes.residual else x
+    y = path + kept(out, ins["keep"][...])
     outs["x"][...] = y.astype(dtype).reshape(outs["x"].shape)
 
 
@@ -357,11 +364,11 @@ def _attend(bias: Ref, q: list[Array], k: list[Array], v: list[Array], tile: int
 def _backward_kernel(
     sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Ref], qkv: Ref, heads_out: Ref, grads: Ref, grad_qkv: Ref
 ) -> None:
-    x, dtype, tiles = _rows(ins["x"], sizes), ins["x"].dtype, sizes.tiles
+    x, dtype, tiles = rows(ins["x"]), ins["x"].dtype, sizes.tiles
     normal, factor = normalized(x, sizes.epsilon)
     y = _project(ins, qkv, normal, sizes)
-    grad = _rows(ins["grad"], sizes)
-    branch = _kept(grad, ins["keep"][...], sizes)
+    grad = rows(ins["grad"])
+    branch = kept(grad, ins["keep"][...])
     of_bias = branch.sum(axis=0, keepdims=True)
     branch = branch.astype(dtype)
     for tile in range(tiles):
@@ -392,7 +399,8 @@ def _backward_kernel(
         "proj_bias": of_bias,
     }
     accumulate(3, [outs[name] for name in parts], list(parts.values()))
-    of_x = grad + normalized_gradient(normal, factor, of_y * ins["norm"][0:1, :])
+    of_x = normalized_gradient(normal, factor, of_y * ins["norm"][0:1, :])
+    of_x = of_x if sizes.residual else grad + of_x
     outs["x"][...] = of_x.astype(dtype).reshape(outs["x"].shape)
 
 

@@ -19,9 +19,11 @@ from maxmap.kernels.tpu import (
     accumulate,
     call,
     images_per_program,
+    kept,
     normalized,
     normalized_gradient,
     product,
+    rows,
     whole,
 )
 
@@ -94,8 +96,8 @@ def mlp_block(
         arranged["activation"] = weights["activation"]
     arranged = {name: w if name.endswith("kernel") else w.astype(wide) for name, w in arranged.items()}
     keep = jnp.broadcast_to(_or(weights["keep"], batch, 1).astype(wide)[:, None], (batch, channels))
-    rows = [part.reshape(height * width, batch, channels) for part in (x, residual) if part is not None]
-    return _block(sizes, rows, arranged, keep).reshape(x.shape)
+    maps = [part.reshape(height * width, batch, channels) for part in (x, residual) if part is not None]
+    return _block(sizes, maps, arranged, keep).reshape(x.shape)
 
 
 def _or(x: Array | None, length: int, value: float) -> Array:
@@ -103,13 +105,13 @@ def _or(x: Array | None, length: int, value: float) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(sizes: Sizes, rows: list[Array], weights: dict[str, Array], keep: Array) -> Array:
-    (out,) = over_batch(functools.partial(_run, sizes, grad=None), (rows, weights, keep), (1, None, 0), (1,))
+def _block(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> Array:
+    (out,) = over_batch(functools.partial(_run, sizes, grad=None), (maps, weights, keep), (1, None, 0), (1,))
     return out
 
 
-def _forward(sizes: Sizes, rows: list[Array], weights: dict[str, Array], keep: Array) -> tuple[Array, tuple]:
-    return _block(sizes, rows, weights, keep), (rows[0], weights, keep)
+def _forward(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> tuple[Array, tuple]:
+    return _block(sizes, maps, weights, keep), (maps[0], weights, keep)
 
 
 def _backward(sizes: Sizes, residuals: tuple, grad: Array) -> tuple[list[Array], dict[str, Array], Array]:
@@ -126,15 +128,15 @@ _block.defvjp(_forward, _backward)
 # Compiled by itself so that it is traced once for all blocks of the same shapes: tracing takes seconds.
 @functools.partial(jax.jit, static_argnums=0)
 def _run(
-    sizes: Sizes, rows: list[Array], weights: dict[str, Array], keep: Array, grad: Array | None
+    sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array, grad: Array | None
 ) -> tuple[Any, ...]:
     """Runs the kernel of one pass: the output alone, or the gradients of `x` and of the weights."""
-    positions, batch, channels = rows[0].shape
+    positions, batch, channels = maps[0].shape
     spec = pl.BlockSpec((sizes.positions, sizes.images, channels), lambda i, b: (i, b, 0))
-    inputs = {name: (part, spec) for name, part in zip(("x", "residual"), rows, strict=False)}
+    inputs = {name: (part, spec) for name, part in zip(("x", "residual"), maps, strict=False)}
     inputs |= {name: (w, whole(w)) for name, w in weights.items()}
     inputs["keep"] = (keep, pl.BlockSpec((sizes.images, channels), lambda i, b: (b, 0)))
-    outputs = {"x": (jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype), spec)}
+    outputs = {"x": (jax.ShapeDtypeStruct(maps[0].shape, maps[0].dtype), spec)}
     kernel, step = _forward_kernel, "forward"
     if grad is not None:
         kernel, step = _backward_kernel, "backward"
@@ -148,17 +150,6 @@ def _run(
     return (out,) if grad is None else (out, dict(zip(weights, rest, strict=True)))
 
 
-def _rows(ref: Ref) -> Array:
-    """Reads a block as rows `[R, C]` in float32 or wider."""
-    x = ref[...]
-    return x.astype(accumulator(x.dtype)).reshape(-1, x.shape[-1])
-
-
-def _kept(rows: Array, keep: Array, sizes: Sizes) -> Array:
-    """Multiplies rows `[R, C]` by the factors `[images, C]` of their images."""
-    return (rows.reshape(sizes.positions, sizes.images, -1) * keep[None]).reshape(rows.shape)
-
-
 def _parts(hidden: int) -> list[slice]:
     """The hidden channels, so many at a time."""
     step = next(n for n in (HIDDEN, HIDDEN // 2, LANES) if hidden % n == 0)
@@ -170,23 +161,23 @@ def _scaled(normal: Array, ins: Mapping[str, Ref]) -> Array:
 
 
 def _forward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Ref]) -> None:
-    x, dtype = _rows(ins["x"]), ins["x"].dtype
+    x, dtype = rows(ins["x"]), ins["x"].dtype
     y = _scaled(normalized(x, sizes.epsilon)[0], ins)
     branch = ins["fc2_bias"][...]
     for part in _parts(ins["fc1_kernel"].shape[1]):
         hidden = product(y, ins["fc1_kernel"][:, part]) + ins["fc1_bias"][:, part]
         active = sizes.activation(hidden, ins["activation"][:, part] if "activation" in ins else None)
         branch = branch + product(active.astype(dtype), ins["fc2_kernel"][part, :])
-    start = _rows(ins["residual"]) if sizes.residual else x
-    outs["x"][...] = (start + _kept(branch, ins["keep"][...], sizes)).astype(dtype).reshape(outs["x"].shape)
+    start = rows(ins["residual"]) if sizes.residual else x
+    outs["x"][...] = (start + kept(branch, ins["keep"][...])).astype(dtype).reshape(outs["x"].shape)
 
 
 def _backward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Ref]) -> None:
-    x, dtype = _rows(ins["x"]), ins["x"].dtype
+    x, dtype = rows(ins["x"]), ins["x"].dtype
     normal, factor = normalized(x, sizes.epsilon)
     y = _scaled(normal, ins)
-    grad = _rows(ins["grad"])
-    branch = _kept(grad, ins["keep"][...], sizes)
+    grad = rows(ins["grad"])
+    branch = kept(grad, ins["keep"][...])
     sums = {"fc2_bias": branch.sum(axis=0, keepdims=True)}
     branch = branch.astype(dtype)
     of_y = jnp.zeros(x.shape, x.dtype)

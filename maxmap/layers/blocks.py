@@ -9,21 +9,9 @@ from einops import rearrange
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from maxmap.layers.primitives import (
-    ACTIVATIONS,
-    FUNCTIONS,
-    TRUNC_NORMAL,
-    Block,
-    Conv,
-    DropPath,
-    Initializer,
-    LayerNorm,
-    Linear,
-)
-from maxmap.operations import Array, attention, fuses_mlp, mlp_block, scaled
-
-# Computes an MLP from its activation and its weights.
-Compute = Callable[[Callable[[Array, Array | None], Array], dict[str, Array | None]], Array]
+from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Block, Conv, DropPath, Initializer, LayerNorm, Linear
+from maxmap.layers.residual import Compute, mlp_weights, residual_mlp, unweighted
+from maxmap.operations import Array, attention, fuses_mlp
 
 
 class Mlp(nn.Module):
@@ -64,75 +52,6 @@ class Mlp(nn.Module):
         x = ACTIVATIONS[self.activation](fc1(x))
         x = nn.Dropout(self.hidden_dropout)(x, deterministic=not train)
         return nn.Dropout(self.dropout)(fc2(x), deterministic=not train)
-
-
-@functools.cache
-def unweighted(activation: str) -> Callable[[Array, Array | None], Array]:
-    """Returns an activation as `operations.mlp_block` takes it; the same object each time, as JAX's caches need it."""
-    return lambda x, _: FUNCTIONS[activation](x)
-
-
-def mlp_weights(fc1: Linear | Conv, fc2: Linear | Conv, channels: int) -> dict[str, Array | None]:
-    """Returns the weights of two linear maps or 1x1 convolutions as `operations.mlp_block` takes them."""
-    found: dict[str, Array | None] = {"activation": None}
-    for name, layer, inputs in (("fc1", fc1, channels), ("fc2", fc2, fc1.channels)):
-        kernel, found[f"{name}_bias"] = layer.weights(inputs)
-        found[f"{name}_kernel"] = kernel.reshape(kernel.shape[-2:])
-    return found
-
-
-def residual_mlp(
-    x: Array,
-    norm: LayerNorm,
-    mlp: nn.Module,
-    drop_path: float,
-    *,
-    train: bool,
-    gamma: Array | None = None,
-    residual: Array | None = None,
-) -> Array:
-    """Computes residual + DropPath(gamma * mlp(norm(x))); the modules are the caller's.
-
-    Args:
-      x: `[B, H, W, C]`.
-      norm: of the channels.
-      mlp: a module with `fuses` and `compute` as `Mlp` has them.
-      drop_path: rate of dropping the branch.
-      train: drops.
-      gamma: `[C]`; None for 1.
-      residual: `[B, H, W, C]`; None for `x`.
-    """
-    start = x if residual is None else residual
-    if mlp.fuses(x, train=train):
-        keep = kept_samples(x, drop_path, train)
-
-        def compute(activation: Callable[[Array, Array | None], Array], weights: dict[str, Array | None]) -> Array:
-            scale, bias = norm.weights(x.shape[-1])
-            weights = scaled_output(weights, "fc2", gamma) | {"norm_scale": scale, "norm_bias": bias, "keep": keep}
-            return mlp_block(x, weights, activation, norm.epsilon, residual)
-
-        return mlp(x, train=train, compute=compute)
-    y = mlp(norm(x), train=train)
-    y = y if gamma is None else scaled(y, gamma)
-    return start + DropPath(drop_path)(y, train=train)
-
-
-def kept_samples(x: Array, drop_path: float, train: bool) -> Array:
-    """Returns the factor by which stochastic depth multiplies every sample of a batch `[B, ...]`, float32 `[B]`.
-
-    It makes a `DropPath` of the caller's and draws the same random numbers as that does for the batch itself.
-    """
-    ones = jnp.ones((x.shape[0],) + (1,) * (x.ndim - 1), jnp.float32)
-    return DropPath(drop_path)(ones, train=train).reshape(-1)
-
-
-def scaled_output(weights: dict[str, Array | None], name: str, gamma: Array | None) -> dict[str, Array | None]:
-    """Multiplies the outputs of a linear map among `weights` by factors `[C]`: its kernel's columns and its bias."""
-    if gamma is None:
-        return weights
-    kernel, bias = weights[f"{name}_kernel"], weights[f"{name}_bias"]
-    assert kernel is not None
-    return weights | {f"{name}_kernel": kernel * gamma[None], f"{name}_bias": None if bias is None else bias * gamma}
 
 
 class GroupedMlp(nn.Module):

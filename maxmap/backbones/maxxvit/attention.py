@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.backbones.maxxvit.convolution import LayerScale, Shortcut, layer_or_batch_norm, pool
-from maxmap.layers.blocks import Mlp, kept_samples, relative_index, residual_mlp, scaled_output
+from maxmap.layers.blocks import Mlp, relative_index
 from maxmap.layers.primitives import (
     Block,
     Conv,
@@ -21,7 +21,8 @@ from maxmap.layers.primitives import (
     trunc_normal_02,
     xavier_uniform,
 )
-from maxmap.operations import Array, attention, attention_block, fuses_attention, scaled
+from maxmap.layers.residual import residual_attention, residual_mlp
+from maxmap.operations import Array, attention, fuses_attention, scaled
 from maxmap.ranges import Count, DropRate, NonNegative, Positive
 
 
@@ -168,6 +169,16 @@ class WindowAttention(nn.Module):
         return not dropped and fuses_attention(x, self.window, fields.head_dim)
 
     @nn.nowrap
+    def residual(
+        self, x: Array, norm: LayerNorm, kind: str, drop_path: float, *, train: bool, gamma: Array | None
+    ) -> Array:
+        """Computes x + DropPath(gamma * attention(norm(x))) of a map in one kernel, see `residual_attention`."""
+        heads = self.width // self.fields.head_dim
+        return residual_attention(
+            x, norm, self, kind, self.window, heads, self.scale(), drop_path, train=train, gamma=gamma
+        )
+
+    @nn.nowrap
     def scale(self) -> float:
         """Returns the factor of the queries."""
         return (self.width if self.fields.scale_by_width else self.fields.head_dim) ** -0.5
@@ -184,41 +195,6 @@ class WindowAttention(nn.Module):
             "proj_kernel": proj_kernel.reshape(proj_kernel.shape[-2:]),
             "proj_bias": proj_bias,
         }
-
-
-def residual_attention(
-    x: Array,
-    norm: LayerNorm,
-    attention: WindowAttention,
-    kind: str,
-    drop_path: float,
-    *,
-    train: bool,
-    gamma: Array | None = None,
-) -> Array:
-    """Computes x + DropPath(gamma * attention(norm(x))) of a map in one kernel, where `attention.fuses` allows it.
-
-    Norm and attention are submodules of the caller, as is the DropPath.
-
-    Args:
-      x: `[B, H, W, C]`.
-      norm: of the channels.
-      attention: inside of windows.
-      kind: of the windows, "window" or "grid".
-      drop_path: rate of dropping the branch.
-      train: drops.
-      gamma: `[C]`; None for 1.
-    """
-
-    keep = kept_samples(x, drop_path, train)
-
-    def compute(weights: dict[str, Array | None]) -> Array:
-        scale, bias = norm.weights(x.shape[-1])
-        weights = scaled_output(weights, "proj", gamma) | {"norm_scale": scale, "norm_bias": bias, "keep": keep}
-        heads = attention.width // attention.fields.head_dim
-        return attention_block(x, weights, kind, attention.window, heads, attention.scale(), norm.epsilon)
-
-    return attention(x, train=train, compute=compute)
 
 
 class NormPool(nn.Module):
@@ -300,7 +276,7 @@ class TransformerBlock(Block):
         layer_norms, same = fields.norm == "layer", self.stride == 1 and x.shape[-1] == self.channels
         if same and layer_norms and attention.fuses(x, train=train):
             norm = LayerNorm(fields.epsilon, name="norm1")
-            x = residual_attention(x, norm, attention, "window", self.drop_path, train=train, gamma=gamma("ls1"))
+            x = attention.residual(x, norm, "window", self.drop_path, train=train, gamma=gamma("ls1"))
         else:
             if self.stride == 2:
                 x = NormPool(fields.norm, fields.epsilon, fields.pool_type, name="norm1")(x, train=train)
@@ -374,7 +350,7 @@ class PartitionAttention(nn.Module):
         ]
         kinds = [kind for _, kind in self.attentions]
         if len(kinds) == 1 and attentions[0].fuses(x, train=train):
-            x = residual_attention(x, norm, attentions[0], kinds[0], self.drop_path, train=train, gamma=gamma("ls1"))
+            x = attentions[0].residual(x, norm, kinds[0], self.drop_path, train=train, gamma=gamma("ls1"))
         else:
             y, parts = norm(x), []
             for attention, kind in zip(attentions, kinds, strict=True):
