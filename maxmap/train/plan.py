@@ -7,13 +7,13 @@ float32 (`python -m benchmarks.memory`, docs/performance.md). Times follow from 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from maxmap.accelerators.hardware import HARDWARE
 from maxmap.cost import count_parameters, multiply_adds
 from maxmap.errors import UserError
 from maxmap.models import Classifier
@@ -27,32 +27,6 @@ from maxmap.train.step import cast
 Devices: TypeAlias = Annotated[int, Range(at_least=1, at_most=1_000_000)]
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """One device, by its maker's figures.
-
-    Attributes:
-      flops: multiply-adds times two per second, bfloat16, at the peak.
-      memory: bytes.
-      bandwidth: bytes per second that it sends to the others, in the job's network as a whole.
-    """
-
-    flops: float
-    memory: float
-    bandwidth: float
-
-
-HARDWARE = {
-    "tpu-v4": Hardware(275e12, 32e9, 300e9),
-    "tpu-v5e": Hardware(197e12, 16e9, 200e9),
-    "tpu-v5p": Hardware(459e12, 95e9, 600e9),
-    "tpu-v6e": Hardware(918e12, 32e9, 448e9),
-    # GPUs of many hosts are joined by one port of 200 or 400 Gbit/s each; inside of a host NVLink is ten times as fast.
-    "a100-80": Hardware(312e12, 80e9, 25e9),
-    "h100-80": Hardware(989e12, 80e9, 50e9),
-}
-
-
 def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction) -> dict[str, Any]:
     """Counts what a recipe needs.
 
@@ -63,9 +37,10 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
       utilisation: Share of the peak that the model's arithmetic reaches, 0 to 1; a guess until it is measured.
 
     Returns:
-      'memory' (bytes per device, by purpose), 'sent' (bytes that a device sends per step, by purpose), 'flops' (of a
-      step on a device), 'compute_seconds', 'network_seconds', 'efficiency' (if nothing overlaps), 'fits' and
-      'largest_batch' (images at a time on a device).
+      'memory' (bytes per device, by purpose), 'sent' (bytes that a device sends per step, by purpose), 'multiply_adds'
+      (of the forward pass of a step on a device), 'flops' (of the whole step there, with what remat computes again),
+      'compute_seconds', 'network_seconds', 'efficiency' (if nothing overlaps), 'fits' and 'largest_batch' (images at a
+      time on a device).
     """
     machine, accumulate = HARDWARE[hardware], recipe.accumulate
     mesh = _mesh(devices, **recipe.mesh.keywords)
@@ -102,6 +77,7 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
         "images_per_device": local * accumulate,
         "memory": memory,
         "sent": sent,
+        "multiply_adds": accumulate * operations,
         "flops": flops,
         "compute_seconds": compute,
         "network_seconds": network,
