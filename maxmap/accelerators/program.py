@@ -6,7 +6,6 @@ those that their operands and results take from and to memory. A GPU's compiler 
 the bytes that every instruction reads and writes at the memory's bandwidth. Collectives are counted, their time is not.
 """
 
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 
 from maxmap.accelerators import bundles, hlo, topology
 from maxmap.accelerators.hardware import HARDWARE
-from maxmap.errors import UserError
+from maxmap.errors import UserError, shortened
 from maxmap.operations import compiled_for
 
 PARTS = 25  # rows of the report's tables
@@ -179,11 +178,9 @@ def _kernel_cycles(
 
 def _does_not_fit(hardware: str, error: Exception) -> UserError | None:
     """Returns a sentence for the compiler's complaint that memory ends; None for another error."""
-    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    kind, _, said = str(error).partition(": ")
+    if kind != "RESOURCE_EXHAUSTED":
         return None
-    sizes = f" needs {used[1]} of {used[2]}" if used else ""
-    return UserError(
-        f"the program does not fit a {hardware}: its compiler says that it{sizes or ' runs out of memory'}; raise fsdp "
-        "or accumulate, or set model.remat."
-    )
+    why = shortened(said.splitlines()[0].rstrip("."), 200)
+    mend = "raise fsdp or accumulate, or set model.remat"
+    return UserError(f"the program does not fit a {hardware}, says its compiler ({why}): {mend}.")
