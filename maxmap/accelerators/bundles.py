@@ -133,7 +133,8 @@ def read(text: str, programs: int, loops: Sequence[tuple[int, int | None]]) -> S
         del times_at[depth:]
         times_at.append(times_at[-1] * times)
         cycles += count * times_at[-1]
-    return Schedule(cycles, (cycles - counts[0]) // programs if grid else cycles, known)
+    unrolled = len(depths) - 1 == len(grid)  # whatever the kernel says: there is no loop left
+    return Schedule(cycles, (cycles - counts[0]) // programs if grid else cycles, known or unrolled)
 
 
 def _count_bundles(text: str) -> tuple[list[int], list[int]]:

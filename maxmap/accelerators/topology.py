@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from typing import Any
 
@@ -71,6 +72,7 @@ def devices_of(hardware: str, devices: int) -> list[jax.Device]:
     compiler(hardware)
     jax.config.update("jax_platforms", "cpu")
     if HARDWARE[hardware].platform == "gpu":
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)  # it logs that there is no driver
         found = topologies.get_topology_desc(
             platform="cuda", topology_name=grid, topology=grid, target_config=_GPUS[hardware]
         )

@@ -120,6 +120,11 @@ def test_bundles_run_as_often_as_their_loops():
         assert bundles.read(SCHEDULE, 16, loops) == bundles.Schedule(outside + 16 * (grid + loop), grid + loop, False)
 
 
+def test_a_loop_that_the_compiler_has_unrolled_is_counted():
+    straight = SCHEDULE.replace("LB: >>", "  : >").replace(": >>", ": >")
+    assert bundles.read(straight, 16, [(1, 7)]) == bundles.Schedule(3 + 16 * 5, 5, True)
+
+
 @pytest.mark.parametrize(
     ("hardware", "devices", "name"),
     [("tpu-v5e", 16, "v5e:4x4"), ("tpu-v5e", 1, "v5e:1x1"), ("tpu-v4", 256, "v4:4x8x8"), ("h100-80", 16, "1x2x8")],
