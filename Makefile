@@ -4,6 +4,7 @@
 # make check   format, lint, types
 # make soak    runs that are killed, starved and lied to: a table of what survived; half an hour (tests/soak.py)
 # make bench   speed beside timm on this machine, in turns (benchmarks/speed.py)
+# make accelerators  what the compilers of a TPU and an H100 say of our programs (benchmarks/accelerators.py)
 # make parity  every model against its reference implementation, in float64; hours (benchmarks/parity.py)
 #
 # Another Python in an environment of its own: make PYTHON=python3.13 VENV=.venv313 test
@@ -18,7 +19,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEMO := runs/quickstart
 
-.PHONY: help setup demo test check soak bench parity
+# Of `make accelerators`: an environment of its own for the compilers; GPU=1 installs CUDA's too, 5.5 GB.
+AOT ?= $(VENV)-aot
+GPU ?=
+
+.PHONY: help setup demo test check soak bench parity accelerators
 help:
 	@sed -n 's/^# \(make [a-z]*  .*\)/\1/p' Makefile
 
@@ -46,6 +51,18 @@ bench: $(VENV)/.test
 parity: $(VENV)/.test
 	$(BIN)/python -m benchmarks.parity $(ARGS)
 
+accelerators: $(AOT)/.tpu $(if $(GPU),$(AOT)/.gpu)
+	$(AOT)/bin/python -m benchmarks.accelerators $(ARGS)
+
+# JAX's extras name the compilers of the version that requirements.txt has.
+$(AOT)/.tpu: requirements.txt | $(AOT)/bin/pip
+	$(AOT)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements.txt 'jax[tpu]' flatbuffers
+	@touch $@
+
+$(AOT)/.gpu: requirements.txt $(AOT)/.tpu
+	$(AOT)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements.txt 'jax[cuda12]'
+	@touch $@
+
 # The stamps are newer than the requirements they were made from, so a second call installs nothing.
 $(VENV)/.test: requirements-test.txt $(VENV)/.run
 	$(PIP) -r requirements-test.txt
@@ -55,7 +72,7 @@ $(VENV)/.run: requirements.txt | $(BIN)/pip
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(BIN)/pip:
+$(BIN)/pip $(AOT)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'maxmap needs Python 3.11 or newer: make PYTHON=/path/to/python3.12 setup' >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@:/bin/pip=)

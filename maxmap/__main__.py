@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from absl import logging
 from PIL import Image
 
 from maxmap import checkpoint, config, runtime, storage
+from maxmap.accelerators.hardware import HARDWARE
 from maxmap.classes import read_lines, read_names
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export, read_foreign
@@ -28,7 +30,8 @@ from maxmap.labels import LABEL_SETS, evaluate_set
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
 from maxmap.ranges import Count, fits, type_text
 from maxmap.recipe import Recipe
-from maxmap.train.plan import HARDWARE, describe, plan
+from maxmap.train.compile import compile_step, describe_step
+from maxmap.train.plan import describe, plan
 from maxmap.train.preview import show_batch
 
 _LONGEST_NAME = 50  # characters of a class in the name of a file
@@ -151,9 +154,25 @@ def evaluate_command(workdir: str, images: Path, labels: str, file: Path | None,
     print(f"{labels}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']} images")
 
 
-def plan_command(recipe: Recipe, devices: int, hardware: str, utilisation: float) -> None:
+def plan_command(
+    recipe: Recipe,
+    devices: int,
+    hardware: str,
+    utilisation: float,
+    compile_it: bool,
+    as_json: bool,
+    save: Path | None,
+) -> None:
     """Prints whether a recipe fits on devices that one does not have yet, and what its steps cost there."""
-    print(describe(plan(recipe, devices, hardware, utilisation), devices, hardware, utilisation))
+    if save is not None and not compile_it:
+        raise UserError("there is no compiled program to save: give --compile, too.")
+    if compile_it:
+        found = compile_step(recipe, devices, hardware, save)
+        text = describe_step(found)
+    else:
+        found = plan(recipe, devices, hardware, utilisation)
+        text = describe(found, devices, hardware, utilisation)
+    print(json.dumps(found, indent=2) if as_json else text)
 
 
 def average_command(workdirs: list[str], out: str, last: int, raw: bool) -> None:
@@ -347,6 +366,14 @@ def _add_config_commands(commands: Any) -> None:
         default=0.3,
         help="share of the peak that the arithmetic reaches (default: 0.3)",
     )
+    command.add_argument(
+        "--compile",
+        action="store_true",
+        dest="compile_it",
+        help="compile the step for that hardware, here, and print what the compiler says; minutes",
+    )
+    command.add_argument("--json", action="store_true", dest="as_json", help="print it as JSON")
+    command.add_argument("--save", type=_path, help="file for the compiled program's text")
     command.set_defaults(run=plan_command)
 
     command = commands.add_parser("show-batch", help="draw an augmented training batch with its targets")

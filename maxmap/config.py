@@ -54,7 +54,7 @@ class Section(NamedTuple):
 
 
 SECTIONS: dict[str, Section] = {
-    "mesh": Section(make_mesh),
+    "mesh": Section(make_mesh, ("devices",)),
     "model": Section(create_model),
     "data": Section(open_data),
     "augment": Section(augment.augment, ("key", "images", "mean")),

@@ -29,6 +29,7 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 def prepare() -> None:
     """Keeps freed memory and compiled programs, and lets all text be printed; a command calls it first."""
+    _leave_out_absent_tpus()
     freed_memory.keep()
     cache_programs()
     for stream in (sys.stdout, sys.stderr):  # a terminal in another encoding lacks some characters
@@ -71,8 +72,8 @@ class FreedMemory:
         step: only the pool of that thread holds blocks of any size. For the same reason JAX then runs each program in
         the thread that calls it, and the call returns when the program has ended.
 
-        It does nothing if JAX will use an accelerator (`JAX_PLATFORMS` names one, or is unset while a plugin for one is
-        installed), or if the C library is not glibc.
+        It does nothing if JAX will use an accelerator (`JAX_PLATFORMS` names one, or is unset while there is a TPU or a
+        plugin for another one), or if the C library is not glibc.
         """
         if not sys.platform.startswith("linux") or not _computes_on_cpu():
             return False
@@ -147,4 +148,18 @@ def _computes_on_cpu() -> bool:
     """Whether JAX will compute on the CPU; asking JAX would already start its backend."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
-    return importlib.util.find_spec("libtpu") is None and not importlib.metadata.entry_points(group="jax_plugins")
+    return not _may_have_tpu() and not importlib.metadata.entry_points(group="jax_plugins")
+
+
+def _may_have_tpu() -> bool:
+    """Whether a TPU can be used: its library is installed, and the system has files of devices that may be TPUs."""
+    if importlib.util.find_spec("libtpu") is None:
+        return False
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("*"))
+
+
+def _leave_out_absent_tpus() -> None:
+    """Keeps JAX from loading libtpu where it is installed to compile alone: it would print that it finds no TPU."""
+    installed = importlib.util.find_spec("libtpu") is not None
+    if installed and not os.environ.get("JAX_PLATFORMS") and _computes_on_cpu():
+        jax.config.update("jax_platforms", "cpu")

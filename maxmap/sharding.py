@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,10 +80,13 @@ def _on_tpu_vm() -> bool:
     return devices and importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
-def make_mesh(*, data: Annotated[int, Range(at_least=-1)] = -1, fsdp: Count = 1) -> Mesh:
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None, *, data: Annotated[int, Range(at_least=-1)] = -1, fsdp: Count = 1
+) -> Mesh:
     """Returns a mesh with the axes "data" and "fsdp".
 
     Args:
+      devices: to choose from; None for those of JAX's backend.
       data: copies of the state; -1 for as many as the devices allow.
       fsdp: devices that share a copy, each holding a part of it (fully sharded data parallelism, ZeRO: Rajbhandari et
         al. 2020). The batch is split over data * fsdp devices. One device is a mesh of 1 x 1.
@@ -92,7 +95,8 @@ def make_mesh(*, data: Annotated[int, Range(at_least=-1)] = -1, fsdp: Count = 1)
       UserError: the devices do not allow such a mesh.
     """
     check_arguments(make_mesh, "mesh", locals())
-    available = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    available = len(devices)
     if not 1 <= fsdp <= available:
         raise UserError(f"config.mesh.fsdp is {fsdp}, but JAX sees {available} devices: at most that, 1 for none.")
     if data == -1:
@@ -111,7 +115,7 @@ def make_mesh(*, data: Annotated[int, Range(at_least=-1)] = -1, fsdp: Count = 1)
         raise UserError(f"config.mesh.data is {data}, which leaves some of {available} devices idle: give -1 for all.")
     # With explicit axes, JAX's default, shardings are part of types, and dropout's masks do not type-check.
     axis_types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((data, fsdp), (DATA, FSDP), axis_types=axis_types, devices=jax.devices()[: data * fsdp])
+    return jax.make_mesh((data, fsdp), (DATA, FSDP), axis_types=axis_types, devices=devices[: data * fsdp])
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers fill the cores already: n
 # threads on two cores can all wait for a ninth until XLA aborts (jaxlib 0.10.2); sixteen do not.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of what a test starts, too: libtpu is there to compile, not to run
 # XLA's older emitters compile gradients in about half the time, and compiling is what the tests wait for. What a test
 # starts inherits them, so that both sides of a bitwise comparison compile alike. XLA aborts at a flag that it does not
 # know, and after jaxlib 0.10 it does not know this one.

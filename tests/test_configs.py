@@ -1,7 +1,6 @@
 """Every config builds and says what its recipe says, and the flagship is the published recipe."""
 
 import runpy
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 from maxmap.config import _fixed_schema, bind, read
 from maxmap.errors import UserError
 from maxmap.schedule import make_schedule
-from maxmap.train.build import make_prepare
+from maxmap.train.build import Images, make_prepare
 from tests.tiny import ROOT
 
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
@@ -71,7 +70,7 @@ TRACED = {repr([load(name)[key] for key in ("augment", "mix", "erase", "loss")])
 def test_what_happens_to_a_batch_can_be_traced(name):
     recipe = bind(load(name))
     pre = {key: recipe.values["data"][key] for key in ("mean", "std")}
-    prepare = make_prepare(recipe, SimpleNamespace(preprocessing=pre, classes=range(10)))
+    prepare = make_prepare(recipe, Images(32, 10, **pre))
     batch, labels = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8), jax.ShapeDtypeStruct((4,), jnp.int32)
     images, targets = jax.eval_shape(prepare, jax.random.key(0), batch, labels)
     assert (images.shape, images.dtype, targets.shape) == (batch.shape, jnp.float32, (4, 10))

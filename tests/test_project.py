@@ -35,7 +35,7 @@ FLOORS = (
     {"maxmap.losses", "maxmap.optim", "maxmap.schedule"},
     {"maxmap.recipe"},
     {"maxmap.config"},
-    {"maxmap.convert"},
+    {"maxmap.accelerators", "maxmap.convert"},
     {"maxmap.comparison", "maxmap.cost"},
     {"maxmap.evaluate", "maxmap.inference"},
     {"maxmap.labels"},
@@ -62,6 +62,12 @@ STOREYS = (
     ),
     ("maxmap.data.randaugment", "maxmap.data.randaugment_device", "maxmap.data.augment"),
     ("maxmap.data.randaugment", "maxmap.data.randaugment_host", "maxmap.data.pipeline"),
+    (
+        "maxmap.accelerators.hardware",
+        "maxmap.accelerators.topology",
+        "maxmap.accelerators.bundles",
+        "maxmap.accelerators.program",
+    ),
     ("maxmap.losses", "maxmap.train.step", "maxmap.train.loop"),
 )
 ALOOF = ("maxmap.backbones", "maxmap.heads")  # their files do not import each other

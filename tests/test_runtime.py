@@ -75,6 +75,16 @@ def test_nothing_is_kept_where_an_accelerator_computes(monkeypatch: pytest.Monke
     assert not freed_memory.keep()
 
 
+def test_libtpu_without_a_tpu_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(runtime.importlib.metadata, "entry_points", lambda group: ())
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: iter(()))
+    assert runtime._computes_on_cpu()
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: iter([path / "0"] if path == Path("/dev/vfio") else []))
+    assert not runtime._computes_on_cpu()
+
+
 # What a command does first, and then a program that compiles within a second.
 COMMAND = """
 import jax

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,47 @@ from maxmap.schedule import Schedule
 from maxmap.sharding import check_batch, replicated, split_batch
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import Loss, Prepare, make_diagnosis, make_train_step
+
+
+class Images(NamedTuple):
+    """What a training step knows of its images: side in pixels, number of classes, mean and deviation of colours."""
+
+    size: int
+    num_classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @classmethod
+    def of(cls, data: Data) -> "Images":
+        """Returns what it knows of a data set."""
+        return cls(data.image_size, len(data.classes), data.preprocessing["mean"], data.preprocessing["std"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The training step of a recipe on a mesh, and what it is made of.
+
+    Attributes:
+      model: The network.
+      schedule: The learning rate by step.
+      prepare: What the step does to its batch on the device.
+      create_state: Function of a key that makes a fresh state.
+      like: Shapes, types and shardings of a state.
+      function: Jitted function of state, batch and key; see `maxmap.train.step.make_train_step`.
+      batch: Shapes, types and shardings of a batch.
+    """
+
+    model: Classifier
+    schedule: Schedule
+    prepare: Prepare
+    create_state: Callable[[Array], TrainState]
+    like: TrainState
+    function: jax.stages.Wrapped
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Returns shapes, types and shardings of what the function takes, to trace and to compile it."""
+        return self.like, self.batch, jax.eval_shape(lambda: jax.random.key(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,50 +136,67 @@ def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
     Raises:
       UserError: Batch, mesh, model and images do not fit each other.
     """
-    model = recipe.model(num_classes=len(data.classes))
-    check_batch(recipe.batch_size // recipe.accumulate, mesh, "config.batch_size / config.accumulate =")
     steps_per_epoch = data.steps_per_epoch(recipe.batch_size)
-    schedule = recipe.schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
-    optimizer = make_optimizer(recipe, model, schedule)
-    prepare = make_prepare(recipe, data)
-    images = jax.ShapeDtypeStruct((recipe.batch_size, data.image_size, data.image_size, 3), jnp.uint8)
-    _trace_once(prepare, recipe.loss, images, len(data.classes))
-
-    def create_state(key: Array) -> TrainState:
-        one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
-        return create(model, optimizer, key, one, ema=recipe.ema_decay is not None)
-
-    like = _abstract_state(
-        create_state, mesh, f"{recipe.model.keywords['name']} with images of {data.image_size} pixels"
-    )
+    step = make_step(recipe, mesh, Images.of(data), steps_per_epoch)
     if data.preprocessing["image_size"] != data.image_size:
-        check_image_size(model, like.variables(), data.preprocessing["image_size"])
-
-    dtype = jnp.dtype(recipe.dtype)
-    same, split = replicated(mesh), split_batch(mesh)
-    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
-    options = {key: getattr(recipe, key) for key in ("ema_decay", "accumulate", "batch_norm")}
-    train_step = make_train_step(model, optimizer, recipe.loss, prepare, mesh=mesh, dtype=dtype, **options)
+        check_image_size(step.model, step.like.variables(), data.preprocessing["image_size"])
+    dtype, schedule = jnp.dtype(recipe.dtype), step.schedule
     return Parts(
         recipe=recipe,
         mesh=mesh,
         data=data,
-        model=model,
+        model=step.model,
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
         total_steps=min(schedule.total_steps, recipe.steps or schedule.total_steps),
-        create_state=create_state,
-        like=like,
-        train_step=jax.jit(
-            train_step,
-            in_shardings=(state_sharding, {"image": split, "label": split}, same),
-            out_shardings=(state_sharding, same),
-            donate_argnums=0,
-        ),
-        diagnose=jax.jit(make_diagnosis(model, recipe.loss, prepare, mesh=mesh, dtype=dtype)),
-        eval_step=make_eval_step(model, data.preprocessing, mesh, dtype),
+        create_state=step.create_state,
+        like=step.like,
+        train_step=step.function,
+        diagnose=jax.jit(make_diagnosis(step.model, recipe.loss, step.prepare, mesh=mesh, dtype=dtype)),
+        eval_step=make_eval_step(step.model, data.preprocessing, mesh, dtype),
         info=_info(recipe, mesh, data),
     )
+
+
+def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int) -> Step:
+    """Builds the training step of a recipe; nothing is computed, and the devices of the mesh need not be here.
+
+    Args:
+      recipe: What the run is.
+      mesh: Of the state and of the batches.
+      images: That the run trains on.
+      steps_per_epoch: Steps of an epoch, for the learning rate.
+
+    Raises:
+      UserError: Batch, mesh, model and images do not fit each other.
+    """
+    model = recipe.model(num_classes=images.num_classes)
+    check_batch(recipe.batch_size // recipe.accumulate, mesh, "config.batch_size / config.accumulate =")
+    schedule = recipe.schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
+    optimizer = make_optimizer(recipe, model, schedule)
+    prepare = make_prepare(recipe, images)
+    same, split = replicated(mesh), split_batch(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((recipe.batch_size, images.size, images.size, 3), jnp.uint8, sharding=split),
+        "label": jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32, sharding=split),
+    }
+    _trace_once(prepare, recipe.loss, batch, images.num_classes)
+
+    def create_state(key: Array) -> TrainState:
+        one = jax.ShapeDtypeStruct((1, images.size, images.size, 3), jnp.float32)
+        return create(model, optimizer, key, one, ema=recipe.ema_decay is not None)
+
+    like = _abstract_state(create_state, mesh, f"{recipe.model.keywords['name']} with images of {images.size} pixels")
+    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
+    options = {key: getattr(recipe, key) for key in ("ema_decay", "accumulate", "batch_norm")}
+    dtype = jnp.dtype(recipe.dtype)
+    function = jax.jit(
+        make_train_step(model, optimizer, recipe.loss, prepare, mesh=mesh, dtype=dtype, **options),
+        in_shardings=(state_sharding, {"image": split, "label": split}, same),
+        out_shardings=(state_sharding, same),
+        donate_argnums=0,
+    )
+    return Step(model, schedule, prepare, create_state, like, function, batch)
 
 
 def _info(recipe: Recipe, mesh: Mesh, data: Data) -> dict[str, Any]:
@@ -168,22 +226,21 @@ def make_optimizer(
     return recipe.optim(learning_rate, blocks=blocks)
 
 
-def make_prepare(recipe: Recipe, data: Data) -> Prepare:
+def make_prepare(recipe: Recipe, about: Images) -> Prepare:
     """Returns what a step does to its batch on the device: flips and RandAugment, mixing, normalisation, erasing."""
-    mean, std, num_classes = data.preprocessing["mean"], data.preprocessing["std"], len(data.classes)
 
     def prepare(key: Array, images: Array, labels: Array) -> tuple[Array, Array]:
         augment_key, mix_key, erase_key = jax.random.split(key, 3)
-        images = recipe.augment(augment_key, images, mean=mean)
-        images, targets = recipe.mix(mix_key, images, labels, num_classes=num_classes)
-        return recipe.erase(erase_key, normalize(images, mean, std)), targets
+        images = recipe.augment(augment_key, images, mean=about.mean)
+        images, targets = recipe.mix(mix_key, images, labels, num_classes=about.num_classes)
+        return recipe.erase(erase_key, normalize(images, about.mean, about.std)), targets
 
     return prepare
 
 
-def _trace_once(prepare: Prepare, loss: Loss, images: jax.ShapeDtypeStruct, num_classes: int) -> None:
+def _trace_once(prepare: Prepare, loss: Loss, batch: dict[str, jax.ShapeDtypeStruct], num_classes: int) -> None:
     """Traces augmentation and loss, so that a mistake in their sections shows before anything is built."""
-    labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32)
+    images, labels = (jax.ShapeDtypeStruct(batch[key].shape, batch[key].dtype) for key in ("image", "label"))
     _, targets = jax.eval_shape(prepare, jax.random.key(0), images, labels)
     logits = jax.ShapeDtypeStruct((1, images.shape[0], num_classes), jnp.float32)
     jax.eval_shape(loss, {"logits": logits}, targets)

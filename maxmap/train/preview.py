@@ -13,7 +13,7 @@ from maxmap.errors import UserError, printable
 from maxmap.ranges import Count, Range, check_arguments
 from maxmap.recipe import Recipe
 from maxmap.schedule import MOST_STEPS
-from maxmap.train.build import make_prepare
+from maxmap.train.build import Images, make_prepare
 
 Step: TypeAlias = Annotated[int, Range(at_least=0, at_most=MOST_STEPS)]
 
@@ -37,7 +37,7 @@ def show_batch(recipe: Recipe, path: str | Path, *, step: Step = 0, count: Count
     """
     check_arguments(show_batch, "", locals())
     data = recipe.data()
-    prepare = make_prepare(recipe, data)
+    prepare = make_prepare(recipe, Images.of(data))
     key = jax.random.fold_in(jax.random.split(jax.random.key(recipe.seed))[1], step)
     accumulate = recipe.accumulate
     if accumulate > 1:

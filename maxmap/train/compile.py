@@ -1,0 +1,83 @@
+"""The training step of a recipe, compiled for accelerators that are not here: what their compilers say of it."""
+
+from pathlib import Path
+from typing import Any
+
+from maxmap.accelerators import program, topology
+from maxmap.accelerators.hardware import HARDWARE, slice_of
+from maxmap.errors import UserError, printable
+from maxmap.recipe import Recipe
+from maxmap.train.build import Images, make_step
+from maxmap.train.plan import Devices, plan
+
+IMAGENET = 1_281_167  # images of an epoch where no data set is opened
+
+
+def compile_step(recipe: Recipe, devices: Devices, hardware: str, save: str | Path | None = None) -> dict[str, Any]:
+    """Compiles the step as training would run it; opens no data set.
+
+    Args:
+      recipe: As for training; 1,000 classes where it does not set `model.num_classes`.
+      devices: Of the job: as many as a slice of that hardware has.
+      hardware: A key of `HARDWARE`.
+      save: File for the text of the compiled program; None for none.
+
+    Returns:
+      What `program.compile_for` reports of one device, with 'hardware', 'devices', 'topology', 'mesh',
+      'images_per_device' (of a step), 'images_per_second' (of all devices), 'flops' (of the model on a device, without
+      what remat computes again), 'share_of_peak' and 'network_seconds' (as `plan` counts them).
+
+    Raises:
+      UserError: no slice has so many devices, the compiler is not installed, or the step does not fit.
+    """
+    available = topology.devices_of(hardware, devices)
+    planned = plan(recipe, devices, hardware, 1.0)
+    mesh = recipe.mesh(available)
+    data = recipe.data.keywords
+    classes = recipe.model.keywords.get("num_classes", 1000)
+    images = Images(data["image_size"], classes, data["mean"], data["std"])
+    step = make_step(recipe, mesh, images, max(1, IMAGENET // recipe.batch_size))
+    found, text = program.compile_for(hardware, step.function, *step.arguments())
+    if save is not None:
+        try:
+            Path(save).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {printable(save)} ({error.strerror}): give another --save.") from error
+    flops = 6.0 * planned["multiply_adds"]
+    return {
+        "model": recipe.model.keywords["name"],
+        "hardware": hardware,
+        "devices": devices,
+        "topology": slice_of(hardware, devices),
+        "mesh": dict(mesh.shape),
+        "dtype": recipe.dtype,
+        "images_per_device": planned["images_per_device"],
+        "images_per_second": recipe.batch_size / found["seconds"],
+        "flops": flops,
+        "share_of_peak": flops / found["seconds"] / HARDWARE[hardware].flops,
+        "network_seconds": planned["network_seconds"],
+        **found,
+    }
+
+
+def describe_step(found: dict[str, Any]) -> str:
+    """Returns what `compile_step` found as text."""
+    lines = program.describe(found, found["hardware"])
+    images, devices = found["images_per_device"], found["devices"]
+    speed = (
+        f"{found['images_per_second']:,.0f} images/s, {found['images_per_second'] / devices:,.0f} a device; "
+        f"{found['flops'] / 1e12:.2f} TFLOP a step and device, {100 * found['share_of_peak']:.1f} % of the peak; "
+        f"network {1e3 * found['network_seconds']:.1f} ms if nothing overlaps, not counted"
+    )
+    return "\n".join(
+        [
+            f"{found['model']}, {found['dtype']}, on {devices} x {found['hardware']} ({found['topology']}), mesh "
+            f"{found['mesh']['data']} x {found['mesh']['fsdp']} (data x fsdp), {images} images a step on each device",
+            f"These are estimates of the compiler, {found['compiler']} (jax {found['jax']}), not measurements; it took "
+            f"{found['compile_seconds']:.0f} s.",
+            "",
+            *lines[:2],
+            speed,
+            *lines[2:],
+        ]
+    )
