@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -23,8 +24,11 @@ from maxmap.ranges import Count, Range, check_arguments
 
 DATA, FSDP = "data", "fsdp"
 HEARTBEAT_TIMEOUT = 60  # seconds without a sign of life from a process, after which the others of its job end too
-# Values. A smaller array is replicated: its copies take little memory, and gathering its parts would take long.
-MIN_SHARDED_SIZE = 4096
+# Values. An array whose part on a device would be smaller is replicated: its copies take little memory, gathering its
+# parts would take long, and a TPU scatters only what fills two tiles of 16 x 128 on each device.
+MIN_PART = 4096
+LANES = 128  # of a TPU's tile: the length that its last axis is padded to
+COMBINED = 2**18  # bytes of a gathered array, below which it is gathered together with others of its shape
 
 
 def initialize_processes(
@@ -131,14 +135,20 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 def state_sharding(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of an array of the state.
 
-    The longest axis whose length the devices of "fsdp" divide is split; of axes with the same length, the last one. An
-    array without such an axis, or with fewer than `MIN_SHARDED_SIZE` values, is replicated.
+    The last axis but one is split; the last one in its stead if that is shorter than `LANES` and the other is not; the
+    longest axis where the devices of "fsdp" do not divide that one. An array that has no axis which they divide, or
+    whose parts would have fewer than `MIN_PART` values, is replicated.
+
+    This is how a TPU can scatter gradients while it sums them. The axis that is left whole is the one that it keeps in
+    its lanes; of arrays that are split along the lanes, it sums the whole on every device and cuts it afterwards.
     """
     parts = mesh.shape[FSDP]
     axes = [axis for axis, length in enumerate(shape) if length % parts == 0]
-    if parts == 1 or math.prod(shape) < MIN_SHARDED_SIZE or not axes:
+    if parts == 1 or math.prod(shape) < MIN_PART * parts or not axes:
         return replicated(mesh)
-    split = max(axes, key=lambda axis: (shape[axis], axis))
+    tall = len(shape) > 1 and shape[-1] < LANES <= shape[-2]
+    wanted = len(shape) - (1 if tall else 2)
+    split = wanted if wanted in axes else max(axes, key=lambda axis: (shape[axis], axis))
     return NamedSharding(mesh, PartitionSpec(*[FSDP if axis == split else None for axis in range(split + 1)]))
 
 
@@ -155,11 +165,28 @@ def shard(tree: Any, mesh: Mesh | None) -> Any:
 def gather(tree: Any, mesh: Mesh | None) -> Any:
     """Gathers sharded arrays inside jit, so that every device has all of each.
 
-    Without a mesh, it returns the arrays unchanged.
+    Small arrays of one shape and type are gathered at once, because starting takes longer than sending them; large ones
+    each on their own, so that computing can go on in between. Without a mesh, it returns the arrays unchanged.
     """
     if mesh is None:
         return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh)), tree)
+    leaves, structure = jax.tree.flatten(tree)
+    alike: dict[Any, list[int]] = {}
+    for place, leaf in enumerate(leaves):
+        split = not state_sharding(leaf.shape, mesh).is_fully_replicated
+        small = split and leaf.size * leaf.dtype.itemsize < COMBINED
+        alike.setdefault((leaf.shape, leaf.dtype) if small else place, []).append(place)
+    for places in alike.values():
+        if len(places) == 1:
+            leaves[places[0]] = jax.lax.with_sharding_constraint(leaves[places[0]], replicated(mesh))
+            continue
+        spec = state_sharding(leaves[places[0]].shape, mesh).spec
+        stack = jnp.stack([leaves[place] for place in places])  # [count, *shape]
+        stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, PartitionSpec(None, *spec)))
+        stack = jax.lax.with_sharding_constraint(stack, replicated(mesh))
+        for number, place in enumerate(places):
+            leaves[place] = stack[number]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def traced_on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

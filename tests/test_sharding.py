@@ -1,22 +1,33 @@
 """Devices change nothing: a step on eight is the step on one, however the state lies on them."""
 
-import math
-import re
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from maxmap import sharding
 from maxmap.errors import UserError
 from maxmap.losses import total_loss
 from maxmap.models import create_model
-from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, state_sharding, to_devices
+from maxmap.sharding import (
+    DATA,
+    FSDP,
+    check_batch,
+    gather,
+    make_mesh,
+    replicated,
+    split_batch,
+    state_sharding,
+    to_devices,
+)
+from maxmap.train.plan import _traffic as planned_traffic
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import cast, make_train_step
+from tests.collectives import collectives, on_tpu
 from tests.tiny import Tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -39,10 +50,10 @@ MODEL = {
 }
 
 
-# The tests' network is small: let arrays of 8 values and more be split.
+# The tests' network is small: let arrays of few values be split.
 @pytest.fixture
 def split_small(monkeypatch):
-    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 8)
+    monkeypatch.setattr(sharding, "MIN_PART", 1)
 
 
 def start(model, optimizer) -> TrainState:
@@ -118,17 +129,6 @@ def test_every_mesh_trains_as_one_device_does():
     assert all(jax.tree.leaves(moved)) and len(set(losses)) == 20
 
 
-def collectives(text: str) -> list[tuple[str, int]]:
-    """Kind and bytes of what every collective of a compiled program returns on one device; scalars left out."""
-    sizes = {"f64": 8, "f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "u8": 1}
-    found = []
-    pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    for shapes, kind in re.findall(pattern, text):
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", shapes):
-            found.append((kind, math.prod(map(int, dims.split(","))) * sizes[dtype]))
-    return found
-
-
 def size(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -149,7 +149,7 @@ def test_what_a_step_sends(name):
         patch.setitem(globals(), "prepare", eight)
         step, _, _ = compiled_step(model, optimizer, state, mesh, ema_decay=0.5)
     sent = collectives(step.as_text())
-    by_kind = {kind: sum(size for k, size in sent if k == kind) for kind in {kind for kind, _ in sent}}
+    by_kind = {kind: sum(bytes for k, bytes, _ in sent if k == kind) for kind in {kind for kind, *_ in sent}}
     split = [p for p in jax.tree.leaves(state.params) if not state_sharding(p.shape, mesh).is_fully_replicated]
     # Beside the gradients: batch norm sums two numbers per channel forward and two backward.
     few = 4 * 1024
@@ -165,6 +165,59 @@ def test_what_a_step_sends(name):
     assert by_kind.keys() <= {"all-reduce", "all-gather", "reduce-scatter"}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
+@pytest.mark.parametrize(("topology", "data", "fsdp"), [("v5e:2x2", 2, 2), ("v5e:4x4", 4, 4)])
+def test_what_a_step_sends_on_tpus(topology, data, fsdp):
+    """The TPU's compiler adds up and scatters in one, and the plan counts what it sends."""
+    sent = on_tpu(topology, fsdp)
+    mesh = AbstractMesh((data, fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+    model = Tiny(128, width=256, constant=False)
+    params = jax.eval_shape(
+        lambda: cast(model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"], jnp.bfloat16)
+    )
+    split = [p for p in jax.tree.leaves(params) if not state_sharding(p.shape, mesh).is_fully_replicated]
+    assert len(split) == 3 and size(split) > 0.9 * size(params)  # the kernels of mlp and heads
+    whole = size(params) - size(split)
+    few = 4 * 4 * 256 + 2 * whole  # batch norm's sums; what stays whole may be summed in float32
+    of = {
+        (kind, group): [n for k, n, g in sent if (k, g) == (kind, group)]
+        for kind, group in {(kind, group) for kind, _, group in sent}
+    }
+    assert of.keys() == {
+        ("all-gather", fsdp),  # parameters
+        ("reduce-scatter", fsdp),  # their gradients
+        ("all-reduce", data),  # the parts of these
+        ("all-reduce", mesh.size),  # gradients of what every device holds, and batch norm's sums
+    }
+    assert len(of["all-gather", fsdp]) == 2  # both heads at once
+    assert sum(of["all-gather", fsdp]) == size(split)
+    assert sum(of["reduce-scatter", fsdp]) == sum(of["all-reduce", data]) == size(split) / fsdp
+    largest = max(n.size for n in jax.tree.leaves(params) if state_sharding(n.shape, mesh).is_fully_replicated)
+    assert max(of["all-reduce", mesh.size]) <= 4 * largest
+    assert whole <= sum(of["all-reduce", mesh.size]) <= whole + few
+    plan = planned_traffic(params, mesh, accumulate=1)
+    assert plan["parameters gathered"] == sum(of["all-gather", fsdp]) * (fsdp - 1) / fsdp
+    assert plan["gradients summed over fsdp"] == sum(of["reduce-scatter", fsdp]) * (fsdp - 1)
+    parts = 2 * sum(of["all-reduce", data]) * (data - 1) / data
+    assert plan["gradients summed over data"] == parts + 2 * whole * (mesh.size - 1) / mesh.size
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(4, 2), (1, 8)])
+def test_small_arrays_are_gathered_together(data, fsdp):
+    # Twelve arrays of three shapes, one of them too large to wait for the others.
+    mesh = make_mesh(data=data, fsdp=fsdp)
+    shapes = [(256, 128)] * 5 + [(128, 256)] * 5 + [(512, 512)] * 2
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    placed = [jax.device_put(x, state_sharding(x.shape, mesh)) for x in arrays]
+    assert not any(x.sharding.is_fully_replicated for x in placed)
+    step = jax.jit(lambda arrays: gather(arrays, mesh)).lower(placed).compile()
+    assert [kind for kind, *_ in collectives(step.as_text())] == ["all-gather"] * 4
+    for got, wanted in zip(step(placed), arrays, strict=True):
+        assert got.sharding.is_fully_replicated
+        np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.usefixtures("split_small")
 def test_nothing_is_replicated_that_can_be_split():
     mesh = make_mesh(data=2, fsdp=4)
@@ -174,19 +227,23 @@ def test_nothing_is_replicated_that_can_be_split():
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         held = leaf.addressable_shards[0].data.size
-        divisible = leaf.size >= 8 and any(n % 4 == 0 for n in leaf.shape)
+        divisible = any(n % 4 == 0 for n in leaf.shape)
         assert held == (leaf.size // 4 if divisible else leaf.size), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize(
     ("shape", "axes"),
     [
-        ((64, 128), (None, "fsdp")),
-        ((128, 64), ("fsdp",)),
-        ((3, 3, 64, 64), (None, None, None, "fsdp")),
+        ((128, 256), ("fsdp",)),
+        ((256, 128), ("fsdp",)),
+        ((256, 64), (None, "fsdp")),  # shorter than a TPU's lanes
+        ((64, 64, 64), (None, "fsdp")),
+        ((3, 3, 64, 64), (None, None, "fsdp")),
+        ((3, 3, 1, 2048), (None, None, None, "fsdp")),
         ((7, 4096), (None, "fsdp")),
         ((4098, 3), ()),  # nothing that four divides
-        ((1024,), ()),  # too small
+        ((128, 96), ()),  # too small
+        ((16384,), ("fsdp",)),
         ((), ()),
     ],
 )

@@ -118,17 +118,18 @@ def _trace_step(
 def _traffic(params: Any, mesh: AbstractMesh, accumulate: int) -> dict[str, float]:
     """Returns the bytes that a device sends in a step, by purpose; `params` are in the type that is sent."""
     data, fsdp = mesh.shape[DATA], mesh.shape[FSDP]
-    split = [leaf for leaf in jax.tree.leaves(params) if not state_sharding(leaf.shape, mesh).is_fully_replicated]
-    whole = _bytes(params)
-    kept = whole - _bytes(split) * (1 - 1 / fsdp)  # the gradients that a device keeps
-    sent = {
-        "parameters gathered": _bytes(split) * (fsdp - 1) / fsdp,
-        "gradients summed over fsdp": accumulate * (_bytes(split) * (fsdp - 1) / fsdp),
-        "gradients summed over data": accumulate * 2 * kept * (data - 1) / data,
+    split = _bytes(
+        [leaf for leaf in jax.tree.leaves(params) if not state_sharding(leaf.shape, mesh).is_fully_replicated]
+    )
+    scattered = split * (fsdp - 1) / fsdp
+    parts = 2 * (split / fsdp) * (data - 1) / data
+    # Arrays that are too small to be split are summed over all devices at once.
+    small = 2 * (_bytes(params) - split) * (mesh.size - 1) / mesh.size
+    return {
+        "parameters gathered": scattered,
+        "gradients summed over fsdp": accumulate * (scattered + (small if data == 1 else 0)),
+        "gradients summed over data": accumulate * (parts + small if data > 1 else 0),
     }
-    if fsdp > 1:  # arrays that are too small to be split are summed over fsdp too
-        sent["gradients summed over fsdp"] += accumulate * 2 * (whole - _bytes(split)) * (fsdp - 1) / fsdp
-    return sent
 
 
 def largest_batch(memory: float, fixed: float, per_image: float) -> int:

@@ -55,9 +55,11 @@ def test_what_is_sent():
     assert sum(one.values()) == 0
     assert eight["gradients summed over data"] == pytest.approx(2 * whole * 7 / 8)
     assert eight["parameters gathered"] == 0
-    split = plan(bind(settings(mesh={"fsdp": 8})), 8, "tpu-v4", 0.3)["sent"]
+    split = plan(bind(settings(mesh={"fsdp": 2})), 2, "tpu-v4", 0.3)["sent"]
     assert split["gradients summed over data"] == 0
-    assert 0.9 * whole * 7 / 8 < split["parameters gathered"] <= whole * 7 / 8
+    assert 0.9 * whole / 2 < split["parameters gathered"] <= whole / 2
+    kept = whole - 2 * split["parameters gathered"]
+    assert split["gradients summed over fsdp"] == split["parameters gathered"] + kept  # 2 * 1 / 2 of what is not split
     # Every micro-batch sums its gradients.
     twice = plan(bind(settings(accumulate=2)), 8, "tpu-v4", 0.3)["sent"]
     assert twice["gradients summed over data"] == pytest.approx(2 * eight["gradients summed over data"])
