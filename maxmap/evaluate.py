@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from maxmap import checkpoint, storage
+from maxmap import checkpoint, operations, storage
 from maxmap.classes import stored_names
 from maxmap.comparison import differences
 from maxmap.convert.load import read_model
@@ -37,6 +37,7 @@ def make_eval_step(
     mesh: Mesh,
     dtype: jnp.dtype,
     among: Sequence[int] | None = None,
+    kernels: str = "auto",
 ) -> EvalStep:
     """Builds the evaluation step: a jitted function of variables and a batch.
 
@@ -53,12 +54,13 @@ def make_eval_step(
       mesh: Of the variables and the batch.
       dtype: That the model computes in.
       among: The only labels that are candidates; None for all.
+      kernels: See `maxmap.operations.kernels`.
     """
 
     def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Any]:
         images = normalize(batch["image"], preprocessing["mean"], preprocessing["std"], dtype)
         params = gather(jax.tree.map(lambda p: p.astype(dtype), variables["params"]), mesh)
-        with traced_on(mesh):
+        with traced_on(mesh), operations.kernels(kernels):
             outputs = model.apply({**variables, "params": params}, images)
         logits, branches = average(outputs), upcast(outputs["logits"])
         if among is not None:
@@ -197,7 +199,8 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     check_same_model(recipe.describe_model(len(data.classes)), info["model"], path)
     model = recipe.model(num_classes=len(data.classes))
     check_image_size(model, variables, data.preprocessing["image_size"])
-    eval_step = make_eval_step(model, data.preprocessing, mesh, jnp.dtype(recipe.dtype))
+    dtype = jnp.dtype(recipe.dtype)
+    eval_step = make_eval_step(model, data.preprocessing, mesh, dtype, kernels=recipe.kernels)
     rows: dict[str, list[dict[str, Any]]] = {}
 
     def figures(variables: Any, weights: str) -> dict[str, Any]:

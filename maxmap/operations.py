@@ -5,7 +5,9 @@ have. All ways of an operation give the same results, which tests/test_operation
 parameters: `maxmap.layers` has the modules.
 """
 
+import collections
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -17,7 +19,16 @@ from jax import lax
 
 from maxmap.kernels import batch_norm as one_pass
 from maxmap.kernels import cpu, xla
-from maxmap.kernels.target import Array, accumulator, compiled_for, local_batch, platform, upcast
+from maxmap.kernels.target import (
+    Array,
+    accumulator,
+    compiled_for,
+    kernel_calls,
+    kernel_name,
+    local_batch,
+    platform,
+    upcast,
+)
 from maxmap.kernels.xla import Pads
 
 Padding = int | str
@@ -104,6 +115,12 @@ def implementation(kind: str) -> str:
 def plain_operations() -> AbstractContextManager[None]:
     """Traces programs in which every operation has its plain form on every platform, to count multiply-adds in it."""
     return compiled_for("plain")
+
+
+def kernels_of(traced: jax.stages.Traced) -> str:
+    """Returns which kernels that are written by hand a traced program calls, and how often; "none" for none."""
+    counts = collections.Counter(re.sub(r"_\d.*", "", kernel_name(call)) for call in kernel_calls(traced.jaxpr))
+    return ", ".join(f"{count} x {name}" for name, count in sorted(counts.items())) or "none"
 
 
 def softmax(logits: Array) -> Array:

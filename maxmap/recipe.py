@@ -91,6 +91,7 @@ class Recipe:
       accumulate: Micro-batches of a step, computed one after another.
       dtype: Type that the model computes in; parameters and statistics stay in float32.
       batch_norm: Whose samples a batch norm sees in training; see `maxmap.train.step.make_train_step`.
+      kernels: "auto" takes the kernels written by hand for the platform; "plain" takes none.
       ema_decay: Share of the old moving average of the weights that a step keeps, such as 0.9999; None for no average.
       init_from: Checkpoint to start from: folder of a run or of a converted checkpoint, or a published name.
     """
@@ -115,6 +116,7 @@ class Recipe:
     accumulate: Count = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_norm: Literal["sync", "averaged", "per_device"] = "sync"
+    kernels: Literal["auto", "plain"] = "auto"
     ema_decay: Decay | None = None
     init_from: str | None = None
 

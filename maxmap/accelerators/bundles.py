@@ -22,6 +22,7 @@ from jax import export
 from jax.sharding import SingleDeviceSharding
 
 from maxmap.accelerators import hlo, topology
+from maxmap.kernels.target import kernel_calls, kernel_name
 
 TARGET = "tpu_custom_call"
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(\w\w)?\s*:\s*(>*)\s*\{(\})?")
@@ -69,11 +70,10 @@ class Schedule:
 def kernels(jaxpr: Any) -> list[Kernel]:
     """Returns the kernels of a traced program, each once."""
     found: dict[tuple[Any, ...], Kernel] = {}
-    for equation in _calls(jaxpr):
-        name = equation.params.get("name") or getattr(equation.params.get("name_and_src_info"), "name", None)
+    for equation in kernel_calls(jaxpr):
         grid = equation.params["grid_mapping"].grid
         kernel = Kernel(
-            str(name),
+            kernel_name(equation),
             math.prod(grid) if all(isinstance(size, int) for size in grid) else None,
             tuple(_loops(equation.params["jaxpr"], 1)),
             tuple(tuple(variable.aval.shape) for variable in equation.invars),
@@ -157,16 +157,6 @@ def _count_bundles(text: str) -> tuple[list[int], list[int]]:
         counts[stack[-1]] += 1
         header = label == "LH"
     return counts, depths
-
-
-def _calls(jaxpr: Any) -> Iterator[Any]:
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if equation.primitive.name == "pallas_call":
-            yield equation
-            continue
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from _calls(inner)
 
 
 def _loops(jaxpr: Any, depth: int) -> Iterator[tuple[int, int | None]]:

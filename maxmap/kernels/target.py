@@ -1,6 +1,6 @@
 """What all ways of computing an operation share: the target platform of a program, its mesh and its precision."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -87,6 +87,22 @@ def _devices() -> int:
     """The number of devices that a batch is split over here: 1 without a mesh, and inside of a `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.size if not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types) else 1
+
+
+def kernel_calls(jaxpr: Any) -> Iterator[Any]:
+    """Yields the equations of a traced program that call kernels written by hand, wherever in it."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+            continue
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from kernel_calls(inner)
+
+
+def kernel_name(equation: Any) -> str:
+    """Returns the name of a kernel, given the equation that calls it."""
+    return str(equation.params.get("name") or getattr(equation.params.get("name_and_src_info"), "name", None))
 
 
 def upcast(x: Array) -> Array:

@@ -153,7 +153,7 @@ def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
         like=step.like,
         train_step=step.function,
         diagnose=jax.jit(make_diagnosis(step.model, recipe.loss, step.prepare, mesh=mesh, dtype=dtype)),
-        eval_step=make_eval_step(step.model, data.preprocessing, mesh, dtype),
+        eval_step=make_eval_step(step.model, data.preprocessing, mesh, dtype, kernels=recipe.kernels),
         info=_info(recipe, mesh, data),
     )
 
@@ -188,7 +188,7 @@ def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int) 
 
     like = _abstract_state(create_state, mesh, f"{recipe.model.keywords['name']} with images of {images.size} pixels")
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
-    options = {key: getattr(recipe, key) for key in ("ema_decay", "accumulate", "batch_norm")}
+    options = {key: getattr(recipe, key) for key in ("ema_decay", "accumulate", "batch_norm", "kernels")}
     dtype = jnp.dtype(recipe.dtype)
     function = jax.jit(
         make_train_step(model, optimizer, recipe.loss, prepare, mesh=mesh, dtype=dtype, **options),

@@ -13,7 +13,7 @@ from maxmap import checkpoint, evaluate, storage
 from maxmap.checkpoint import Checkpoints
 from maxmap.cost import count_parameters
 from maxmap.errors import UserError, printable
-from maxmap.operations import Array
+from maxmap.operations import Array, kernels_of, platform
 from maxmap.recipe import Recipe
 from maxmap.runtime import freed_memory
 from maxmap.sharding import to_devices
@@ -202,8 +202,11 @@ class Loop:
         on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
         if self._train_step is None:
             began = time.perf_counter()
-            self._train_step = self._parts.train_step.lower(self._state, on_devices, self._key).compile()
+            traced = self._parts.train_step.trace(self._state, on_devices, self._key)
+            self._train_step = traced.lower().compile()
             self._report.compiled(time.perf_counter() - began)
+            if platform() != "cpu":
+                self._report.tell(f"kernels written by hand: {kernels_of(traced)}")
         self._state, metrics = self._train_step(self._state, on_devices, self._key)
         self._report.advanced()
         self._check_last_step()

@@ -21,7 +21,7 @@ LOCK = "lock"
 # Keys and (with a dot) sections that may change when a run goes on: it computes the same, apart from rounding, because
 # other devices add numbers in another order. Only configs of older versions have data.prefetch.
 CHANGEABLE = (
-    *("log.", "checkpoint.", "evaluate.", "mesh.", "steps", "init_from", "model.remat"),
+    *("log.", "checkpoint.", "evaluate.", "mesh.", "steps", "init_from", "model.remat", "kernels"),
     *("data.path", "data.threads", "data.workers", "data.prefetch", "data.check"),
 )
 

@@ -10,6 +10,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from maxmap import operations
 from maxmap.layers.primitives import batch_norm_groups
 from maxmap.operations import Array
 from maxmap.sharding import gather, shard, traced_on
@@ -38,6 +39,7 @@ def make_train_step(
     ema_decay: float | None = None,
     accumulate: int = 1,
     batch_norm: str = "sync",
+    kernels: str = "auto",
 ) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
     """Builds the training step.
 
@@ -53,6 +55,7 @@ def make_train_step(
       accumulate: Micro-batches of a step. Each is prepared on its own, and batch norms see one at a time; gradients and
         metrics are means over them.
       batch_norm: Whose samples a batch norm sees; see `_make_gradients`.
+      kernels: See `maxmap.operations.kernels`.
 
     Returns:
       A function of state, batch and key that returns the next state and metrics: 'loss', its parts, 'grad_norm' and
@@ -63,7 +66,7 @@ def make_train_step(
     def step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         full = gather(cast(state.params, dtype), mesh)
-        with traced_on(mesh):
+        with traced_on(mesh), operations.kernels(kernels):
             if accumulate == 1:
                 grads, model_state, metrics = gradients(full, state.model_state, batch["image"], batch["label"], key)
             else:
@@ -182,7 +185,8 @@ def make_diagnosis(
             return loss(outputs, targets)[0], captured["intermediates"]
 
         full = gather(cast(state.params, dtype), mesh)
-        grads, outputs = jax.grad(objective, has_aux=True)(full)
+        with operations.kernels("plain"):  # a kernel hides the outputs of the layers inside of it
+            grads, outputs = jax.grad(objective, has_aux=True)(full)
         found = {"outputs": outputs, "gradients": grads, "parameters": state.params}
         return jax.tree.map(describe, found)
 
