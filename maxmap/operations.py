@@ -17,7 +17,7 @@ from jax import lax
 
 from maxmap.kernels import batch_norm as one_pass
 from maxmap.kernels import cpu, xla
-from maxmap.kernels.target import Array, accumulator, compiled_for, platform, upcast
+from maxmap.kernels.target import Array, accumulator, compiled_for, devices, platform, upcast
 from maxmap.kernels.xla import Pads
 
 Padding = int | str
@@ -25,7 +25,8 @@ Padding = int | str
 # The way of each operation, by the platform that a program is compiled for (see `compiled_for`).
 #
 # pointwise    1x1 convolutions, and convolutions whose stride is their size: "lax" (XLA's convolution) or "matmul"
-# depthwise    convolutions: "lax" or "shifted_sum" (a sum of shifted products)
+# depthwise    convolutions: "lax", "shifted_sum" (a sum of shifted products) or "pallas" (kernels for TPUs)
+# expand       1x1 convolutions with a depthwise one behind: "plain" or "pallas" (the map between stays on the chip)
 # dense        all other convolutions without groups: "lax" or "im2col" (the kernel's gradient from patches)
 # sum          in layer norms, and in gradients of parameters that all positions share: "lax" or "matmul" (with ones)
 # batch_norm   while training: "two_pass" (the mean, then centred squares) or "one_pass" (with its own backward pass)
@@ -40,6 +41,7 @@ IMPLEMENTATIONS = {
     "cpu": {
         "pointwise": "matmul",
         "depthwise": "shifted_sum",
+        "expand": "plain",
         "dense": "im2col",
         "sum": "matmul",
         "batch_norm": "two_pass",
@@ -47,10 +49,11 @@ IMPLEMENTATIONS = {
         "activation": "recompute",
         "attention": "plain",
     },
-    # TPUs, GPUs, and every platform that has no entry.
+    # GPUs, and every platform that has no entry.
     "default": {
         "pointwise": "lax",
         "depthwise": "lax",
+        "expand": "plain",
         "dense": "lax",
         "sum": "lax",
         "batch_norm": "one_pass",
@@ -62,6 +65,7 @@ IMPLEMENTATIONS = {
     "plain": {
         "pointwise": "lax",
         "depthwise": "lax",
+        "expand": "plain",
         "dense": "lax",
         "sum": "lax",
         "batch_norm": "two_pass",
@@ -70,6 +74,7 @@ IMPLEMENTATIONS = {
         "attention": "plain",
     },
 }
+IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {"depthwise": "pallas", "expand": "pallas"}
 
 
 def implementation(kind: str) -> str:
@@ -215,6 +220,15 @@ def batch_norm(
     return y, mean, var
 
 
+moments = one_pass.moments
+
+
+def scale_and_shift(x: Array, factor: Array, summand: Array) -> Array:
+    """Multiplies `x` `[..., C]` by one factor and adds one summand per channel, both `[C]`, in their wider type."""
+    expand = (1,) * (x.ndim - 1) + (-1,)
+    return (upcast(x) * factor.reshape(expand) + summand.reshape(expand)).astype(x.dtype)
+
+
 def affine(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """Normalises `x` `[..., C]` with given statistics, which may have as many axes or one; all in float32 or wider."""
     expand = (1,) * (x.ndim - 1) + (-1,)
@@ -328,6 +342,53 @@ def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, 
     if groups == channels and out_channels % channels == 0 and implementation("depthwise") == "shifted_sum":
         x = jnp.repeat(x, out_channels // channels, axis=-1)  # output channel o reads input channel o // multiplier
         return cpu.depthwise_convolution(x, kernel[:, :, 0], stride, pads)
+    if groups == channels == out_channels and implementation("depthwise") == "pallas":
+        from maxmap.kernels import depthwise  # takes half a second to import
+
+        if depthwise.fits(x.shape, channels, kh, stride, pads, devices()):
+            window = depthwise.Window(kh, stride, (pads[0][0], pads[1][0]))
+            y = depthwise.depthwise(x.transpose(1, 2, 0, 3), kernel[:, :, 0], window)
+            return y.transpose(2, 0, 1, 3)
     if groups == 1 and implementation("dense") == "im2col":
         return cpu.convolution(x, kernel, stride, pads)
     return xla.convolution(x, kernel, stride, pads, groups)
+
+
+def expansion(
+    shape: Sequence[int],
+    channels: int,
+    kernel_size: int,
+    function: Callable[[Array], Array],
+    *,
+    stride: int,
+    padding: Padding,
+) -> Callable[[Array, Array, Array, Array], tuple[Array, Array]] | None:
+    """Finds the operation that expands maps and convolves them depthwise without leaving the chip in between.
+
+    Args:
+      shape: of the maps, `[B, H, W, I]`.
+      channels: C, to which they are expanded.
+      kernel_size: k, of the depthwise convolution.
+      function: the activation in between, of single values.
+      stride: of the depthwise convolution, both axes.
+      padding: of the depthwise convolution; see `convolve`.
+
+    Returns:
+      None where the platform has no kernel for that. Otherwise a function of a map, weights `[I, C]`, a bias `[C]` and
+      a kernel `[k, k, 1, C]`, which convolves function(map @ weights + bias): it returns the result `[B, H', W', C]`,
+      and its sum and sum of squares over all pixels, `[2, C]`.
+    """
+    if implementation("expand") != "pallas":
+        return None
+    from maxmap.kernels import depthwise  # takes half a second to import
+
+    pads = _explicit_padding(padding, shape[1:3], kernel_size, stride)
+    if not depthwise.fits(shape, channels, kernel_size, stride, pads, devices()):
+        return None
+    window = depthwise.Window(kernel_size, stride, (pads[0][0], pads[1][0]), function)
+
+    def expand(x: Array, weights: Array, bias: Array, kernel: Array) -> tuple[Array, Array]:
+        y, sums = depthwise.expand_depthwise(x.transpose(1, 2, 0, 3), (weights, bias), kernel[:, :, 0], window)
+        return y.transpose(2, 0, 1, 3), sums
+
+    return expand

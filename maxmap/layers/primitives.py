@@ -135,6 +135,17 @@ def require_one_of(value: str, what: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{what} '{value}' is not one of {', '.join(allowed)}")
 
 
+def plain_activation(name: str) -> Callable[[Array], Array]:
+    """The function of single values behind an entry of `ACTIVATIONS`, with JAX's own backward pass, for kernels."""
+    activation = ACTIVATIONS[name]
+    return activation.keywords["function"] if isinstance(activation, functools.partial) else activation
+
+
+def batch_in_one_part() -> bool:
+    """Tells whether batch norms normalise the batch as a whole; see `batch_norm_groups`."""
+    return _batch_groups.get()[0] == 1
+
+
 class Block(nn.Module):
     """Marks the modules that a backbone repeats. Rematerialisation and layer-wise learning rates go by it."""
 
@@ -257,6 +268,65 @@ class BatchNorm(nn.Module):
                 new = new[0] if keep_first else jnp.mean(new, axis=0)
                 running.value = self.momentum * running.value + (1 - self.momentum) * new
         return y
+
+
+class FoldedBatchNorm(nn.Module):
+    """The factor and the summand by which a `BatchNorm` trains, for a caller that knows its input's moments.
+
+    Parameters and running statistics are those of a `BatchNorm`, under the same names.
+
+    Attributes:
+      channels: of the input.
+      epsilon, momentum: see `BatchNorm`.
+    """
+
+    channels: int
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+
+    def setup(self) -> None:
+        """Declares what `BatchNorm` declares."""
+        self.scale = self.param("scale", nn.initializers.ones, (self.channels,))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        self.running_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.channels,), jnp.float32)
+        self.running_var = self.variable("batch_stats", "var", jnp.ones, (self.channels,), jnp.float32)
+
+    def near(self) -> Array:
+        """The running mean `[C]`, near which the input's mean is."""
+        return self.running_mean.value
+
+    def __call__(self, mean: Array, var: Array, count: int) -> tuple[Array, Array]:
+        """Updates the running statistics.
+
+        Args:
+          mean: of the input over `count` values, `[C]`, in float32 or wider.
+          var: biased variance, `[C]`.
+          count: number of values.
+
+        Returns:
+          Factor and summand, both `[C]`, in the type of `mean`.
+        """
+        unbiased = var * (count / max(count - 1, 1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.value = self.momentum * running.value + (1 - self.momentum) * lax.stop_gradient(new)
+        factor = lax.rsqrt(var + self.epsilon) * upcast(self.scale)
+        return factor, upcast(self.bias) - mean * factor
+
+
+class Kernel(nn.Module):
+    """The kernel of a `Conv` without bias, under the same name, for operations that fuse it.
+
+    Attributes:
+      shape: `[kh, kw, C / groups, O]`.
+      kernel_init: None for PyTorch's default.
+    """
+
+    shape: tuple[int, ...]
+    kernel_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("kernel", self.kernel_init or torch_kernel, self.shape)
 
 
 class LayerNorm(nn.Module):

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from maxmap.layers.blocks import Mlp, SqueezeExcite
@@ -12,13 +13,17 @@ from maxmap.layers.primitives import (
     Block,
     Conv,
     DropPath,
+    FoldedBatchNorm,
     Initializer,
+    Kernel,
     LayerNorm,
     LayerScale,
     average_pool,
+    batch_in_one_part,
     he_fan_out,
+    plain_activation,
 )
-from maxmap.operations import Array, max_pool
+from maxmap.operations import Array, expansion, max_pool, moments, scale_and_shift, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
 
 POOLS = ("avg2", "avg3", "max")
@@ -161,30 +166,69 @@ class MBConv(Block):
             self.channels, self.stride, self.pool_type, self.output_bias, inits, self.always_expand, name="shortcut"
         )(x)
 
-        x = BatchNorm(self.epsilon, name="pre_norm")(x, train=train)
-        if self.pre_norm_act:
-            x = act(x)
-        if self.stride == 2 and self.stride_mode == "pool":
-            x = pool(x, "avg2")
-        x = Conv(width, bias=False, name="conv1_1x1", **inits)(x)
-        x = act(BatchNorm(self.epsilon, name="norm1")(x, train=train))
-        x = Conv(
-            width,
-            3,
-            stride=self.stride if self.stride_mode == "dw" else 1,
-            padding=self.padding,
-            groups=width,
-            bias=False,
-            name="conv2_kxk",
-            **conv_inits(self.init_scheme, groups=width),
-        )(x)
+        x, sums = self._expanded(x, width, train=train)
         if self.se_early:
             x = squeeze_excite(name="se_early")(x)
-        x = act(BatchNorm(self.epsilon, name="norm2")(x, train=train))
+        if sums is None or self.se_early:
+            x = act(BatchNorm(self.epsilon, name="norm2")(x, train=train))
+        else:
+            count = x.size // width
+            mean = sums[0] / count
+            var = jnp.maximum(sums[1] / count - jnp.square(mean), 0)
+            x = act(scale_and_shift(x, *FoldedBatchNorm(width, self.epsilon, name="norm2")(mean, var, count)))
         if not self.se_early:
             x = squeeze_excite(name="se")(x)
         x = Conv(self.channels, bias=self.output_bias, name="conv3_1x1", **inits)(x)
         return DropPath(self.drop_path)(x, train=train) + shortcut
+
+    def _expanded(self, x: Array, width: int, *, train: bool) -> tuple[Array, Array | None]:
+        """Returns the depthwise convolution's output and, where one operation computed all, its sums."""
+        act, inits = ACTIVATIONS[self.activation], conv_inits(self.init_scheme)
+        depthwise_inits = conv_inits(self.init_scheme, groups=width)
+        pooled = self.stride == 2 and self.stride_mode == "pool"
+        stride = 1 if pooled else self.stride
+        linear = not self.pre_norm_act and not pooled  # from the first norm to the second
+        expand = None
+        if train and not self.is_initializing() and batch_in_one_part():
+            size = [n // 2 if pooled else n for n in x.shape[1:3]]
+            function = plain_activation(self.activation)
+            shape = (x.shape[0], *size, x.shape[-1])
+            expand = expansion(shape, width, 3, function, stride=stride, padding=self.padding)
+        if expand is None or not linear:
+            x = BatchNorm(self.epsilon, name="pre_norm")(x, train=train)
+            x = act(x) if self.pre_norm_act else x
+            x = pool(x, "avg2") if pooled else x
+        if expand is not None:
+            kernel = Kernel((1, 1, x.shape[-1], width), name="conv1_1x1")()[0, 0]
+            weights, bias = self._folded(x, kernel, normalise=linear)
+            depthwise = Kernel((3, 3, 1, width), name="conv2_kxk")()
+            return expand(x, weights, bias, depthwise)
+        x = Conv(width, bias=False, name="conv1_1x1", **inits)(x)
+        x = act(BatchNorm(self.epsilon, name="norm1")(x, train=train))
+        conv = functools.partial(Conv, width, 3, groups=width, bias=False, name="conv2_kxk", **depthwise_inits)
+        return conv(stride=stride, padding=self.padding)(x), None
+
+    def _folded(self, x: Array, kernel: Array, *, normalise: bool) -> tuple[Array, Array]:
+        """Weights and bias of the map from `x` to the second norm's output, with or without the first norm.
+
+        The first norm and the 1x1 convolution are linear: the second norm's statistics follow from the moments of `x`.
+        """
+        channels, width = kernel.shape
+        count = x.size // channels
+        dot = functools.partial(jnp.matmul, precision="highest")
+        kernel = upcast(kernel)
+        if normalise:
+            norm = FoldedBatchNorm(channels, self.epsilon, name="pre_norm")
+            mean, covariance = moments(x.transpose(1, 2, 0, 3), norm.near())
+            factor, summand = norm(mean, jnp.diagonal(covariance), count)
+            mean = mean * factor + summand
+            weights, bias = kernel * factor[:, None], dot(summand, kernel)
+        else:
+            mean, covariance = moments(x.transpose(1, 2, 0, 3), jnp.zeros(channels, kernel.dtype))
+            weights, bias = kernel, jnp.zeros(width, kernel.dtype)
+        var = jnp.sum(weights * dot(covariance, weights), axis=0)
+        factor, summand = FoldedBatchNorm(width, self.epsilon, name="norm1")(dot(mean, kernel), var, count)
+        return weights * factor[None], bias * factor + summand
 
 
 def _round_to_eight(width: int) -> int:
