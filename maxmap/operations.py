@@ -223,12 +223,6 @@ def batch_norm(
 moments = one_pass.moments
 
 
-def scale_and_shift(x: Array, factor: Array, summand: Array) -> Array:
-    """Multiplies `x` `[..., C]` by one factor and adds one summand per channel, both `[C]`, in their wider type."""
-    expand = (1,) * (x.ndim - 1) + (-1,)
-    return (upcast(x) * factor.reshape(expand) + summand.reshape(expand)).astype(x.dtype)
-
-
 def affine(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """Normalises `x` `[..., C]` with given statistics, which may have as many axes or one; all in float32 or wider."""
     expand = (1,) * (x.ndim - 1) + (-1,)
@@ -392,3 +386,39 @@ def expansion(
         return y.transpose(2, 0, 1, 3), sums
 
     return expand
+
+
+def squeeze_project(
+    x: Array,
+    factor: Array,
+    summand: Array,
+    gating: tuple[Array, ...],
+    weights: Array,
+    bias: Array,
+    *,
+    function: Callable[[Array], Array],
+    gate: Callable[..., Array],
+) -> Array:
+    """Norm, activation, squeeze-excitation and 1x1 convolution in one operation, behind an `expansion`.
+
+    With z = function(x * factor + summand) it computes z * gate(mean of z over the pixels, *gating) @ weights + bias.
+
+    Args:
+      x: what an `expansion` returns, `[B, H, W, C]`.
+      factor: `[C]`.
+      summand: `[C]`.
+      gating: arguments of the gate behind the mean.
+      weights: `[C, O]`.
+      bias: `[O]`.
+      function: an activation, of single values.
+      gate: a function of the mean `[B, C]` and other arrays; it returns factors `[B, C]`.
+
+    Returns:
+      `[B, H, W, O]`.
+    """
+    from maxmap.kernels import squeeze  # takes half a second to import
+
+    batch, height, width, channels = x.shape
+    pixels = x.transpose(1, 2, 0, 3).reshape(-1, batch, channels)
+    y = squeeze.squeeze_project(pixels, factor, summand, gating, weights, bias, squeeze.Block(function, gate))
+    return y.reshape(height, width, batch, -1).transpose(2, 0, 1, 3)

@@ -2,13 +2,12 @@
 
 Maps are `[H, W, B, C]`, XLA's own layout for convolutions on TPUs: shifts along height and width are offsets of whole
 registers, of 8 images and 128 channels. The map between the two convolutions never leaves the chip: both directions
-compute it from the input. Programs for a CPU run in Pallas' interpreter, which is for tests.
+compute it from the input.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +15,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from maxmap.kernels.target import Array, accumulator, over_batch, platform
+from maxmap.kernels.mosaic import IMAGES, LANES, Ref, call, lanes_of, part, product, whole
+from maxmap.kernels.target import Array, accumulator, over_batch
 from maxmap.kernels.xla import Pads
 
-Ref = Any  # JAX's reference to an array in memory, with a shape and a type
 Index = int | Array
 Map = Array | jax.ShapeDtypeStruct
 Activation = Callable[[Array], Array]
 
-IMAGES = 16  # of one program: the rows of a register tile in bfloat16
-LANES = 128
 ROWS = 14  # of the input, at most, in one program
 COLUMNS = 8  # at most, that are computed at a time, in registers
-VMEM = 100 * 2**20  # bytes of a TPU's fast memory that a program may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +129,8 @@ class _Tiles:
     def of(cls, y: Map, stride: int) -> "_Tiles":
         height, _, batch, channels = y.shape
         rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * stride <= ROWS))
-        lanes = LANES if channels % LANES == 0 else channels
+        lanes = lanes_of(channels)
         return cls(IMAGES, rows, lanes, (batch // IMAGES, height // rows, channels // lanes))
-
-    def lanes_of(self, c: Array) -> Any:
-        """The channels of program `c` in an array that holds all."""
-        return pl.ds(pl.multiple_of(c * self.lanes, LANES), self.lanes) if self.grid[2] > 1 else slice(None)
 
     def tile(self, x: Map, rows: int, *, whole: bool, halo: tuple[int, int] = (0, 0)) -> list[pl.BlockSpec]:
         """Blocks of `rows` rows of a map, and the single rows above and below; `whole` for all channels."""
@@ -156,24 +148,6 @@ class _Tiles:
     def channels(self, x: Array) -> pl.BlockSpec:
         """Blocks of the last axis of a matrix."""
         return pl.BlockSpec((x.shape[0], self.lanes), lambda b, t, c: (0, c))
-
-
-def _whole(x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    return pl.BlockSpec(x.shape, lambda b, t, c: (0,) * len(x.shape))
-
-
-def _call(
-    kernel: Callable[..., None], name: str, tiles: _Tiles, out_shape: Sequence[Any], **specs: Any
-) -> Callable[..., Sequence[Array]]:
-    return pl.pallas_call(
-        kernel,
-        name=name,
-        out_shape=out_shape,
-        grid=tiles.grid,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=VMEM),
-        interpret=platform() == "cpu",
-        **specs,
-    )
 
 
 def _name(kind: str, x: Array, channels: int, window: Window) -> str:
@@ -199,13 +173,13 @@ def _forward_call(x: Array, kernel: Array, *pointwise: Array, window: Window) ->
     rows = tiles.rows * stride
     columns = -(-(window.size - stride) // stride) + width // stride
     x_specs = tiles.tile(x, rows, whole=bool(pointwise), halo=halo)
-    y, sums = _call(
+    y, sums = call(
         functools.partial(_forward_kernel, window=window, tiles=tiles, halo=halo),
         _name("forward", x, channels, window),
-        tiles,
+        tiles.grid,
         [out, out_sums],
         in_specs=[*x_specs, *map(tiles.channels, inputs)],
-        out_specs=[*tiles.tile(out, tiles.rows, whole=False), _whole(out_sums)],
+        out_specs=[*tiles.tile(out, tiles.rows, whole=False), whole(out_sums)],
         scratch_shapes=[pltpu.VMEM((rows + sum(halo), columns, stride, tiles.images, tiles.lanes), wide)],
     )(*[x] * len(x_specs), *inputs)
     return y, jnp.sum(sums, axis=1)
@@ -215,7 +189,7 @@ def _forward_kernel(*refs: Ref, window: Window, tiles: _Tiles, halo: tuple[int, 
     x_ref, *beside = refs[: 1 + sum(halo)]
     kernel_ref, *pointwise, y_ref, sums_ref, read_ref = refs[1 + sum(halo) :]
     b, t, c = (pl.program_id(axis) for axis in range(3))
-    stride, rows, lanes = window.stride, x_ref.shape[0], tiles.lanes_of(c)
+    stride, rows, lanes = window.stride, x_ref.shape[0], part(c, tiles.lanes, sums_ref.shape[-1])
     columns = y_ref.shape[1]
     pads_before, pads_after = -(-window.pads[1] // stride), window.pads[1] // stride + columns
 
@@ -284,13 +258,13 @@ def _backward_call(
         scratch.append(pltpu.VMEM((tiles.rows * stride, width * tiles.images, in_channels), wide))
     (x_spec,) = tiles.tile(x, tiles.rows * stride, whole=bool(pointwise))
     y_specs = tiles.tile(y, tiles.rows, whole=False, halo=window.halo(0))
-    of_x, of_kernel, *of_pointwise = _call(
+    of_x, of_kernel, *of_pointwise = call(
         functools.partial(_backward_kernel, window=window, tiles=tiles),
         _name("backward", x, channels, window),
-        tiles,
+        tiles.grid,
         out,
         in_specs=[x_spec, *y_specs, *y_specs, *map(tiles.channels, inputs)],
-        out_specs=[x_spec, *map(_whole, out[1:])],
+        out_specs=[x_spec, *map(whole, out[1:])],
         scratch_shapes=scratch,
     )(x, *[of_y] * len(y_specs), *[y] * len(y_specs), *inputs)
     of_kernel = jnp.sum(of_kernel, axis=1)
@@ -309,7 +283,7 @@ def _backward_kernel(*refs: Ref, window: Window, tiles: _Tiles) -> None:
     of_x_ref, of_kernel_ref, *of_pointwise = refs[len(pointwise) + 2 :][: 4 if expands else 2]
     grad_ref, value_ref, slope_ref, line_ref, *total_ref = refs[len(pointwise) + 2 + (4 if expands else 2) :]
     b, t, c = (pl.program_id(axis) for axis in range(3))
-    stride, lanes, rows = window.stride, tiles.lanes_of(c), tiles.rows
+    stride, lanes, rows = window.stride, part(c, tiles.lanes, of_kernel_ref.shape[-1]), tiles.rows
     columns, left = line_ref.shape[0], window.halo(1)[0]
     wide = grad_ref.dtype
 
@@ -361,8 +335,8 @@ def _backward_kernel(*refs: Ref, window: Window, tiles: _Tiles) -> None:
                 continue
             line = line_ref[...].reshape(-1, tiles.lanes)
             pixels = x_ref[at].reshape(-1, x_ref.shape[-1])
-            of_pointwise[0][:, lanes] += _product(pixels, line, 0, 0)
-            total = _product(line, pointwise[0][...], 1, 1)
+            of_pointwise[0][:, lanes] += product(pixels, line, 0, 0)
+            total = product(line, pointwise[0][...], 1, 1)
             if total_ref:
                 total += jnp.where(c == 0, 0, total_ref[0][at])
                 total_ref[0][at] = total
@@ -378,14 +352,10 @@ def _expanded(
     x = ref[row]
     if not pointwise or window.activation is None:
         return x.astype(wide), None
-    h = _product(x.reshape(-1, x.shape[-1]), pointwise[0][...], 1, 0) + pointwise[1][...]
+    h = product(x.reshape(-1, x.shape[-1]), pointwise[0][...], 1, 0) + pointwise[1][...]
     value, slope = jax.jvp(window.activation, (h,), (jnp.ones_like(h),))
     shape = (*x.shape[:-1], -1)
     return value.reshape(shape), slope.reshape(shape)
-
-
-def _product(a: Array, b: Array, axis: int, other: int) -> Array:
-    return lax.dot_general(a, b, (((axis,), (other,)), ((), ())), preferred_element_type=accumulator(a.dtype))
 
 
 def _divisor(columns: int) -> int:

@@ -313,20 +313,21 @@ class FoldedBatchNorm(nn.Module):
         return factor, upcast(self.bias) - mean * factor
 
 
-class Kernel(nn.Module):
-    """The kernel of a `Conv` without bias, under the same name, for operations that fuse it.
+class Parameters(nn.Module):
+    """Kernel and bias of a `Conv`, under the same names, for operations that fuse it; initialised by `Conv` alone.
 
     Attributes:
-      shape: `[kh, kw, C / groups, O]`.
-      kernel_init: None for PyTorch's default.
+      shape: of the kernel, `[kh, kw, C / groups, O]`.
     """
 
     shape: tuple[int, ...]
-    kernel_init: Initializer | None = None
 
     @nn.compact
-    def __call__(self) -> Array:
-        return self.param("kernel", self.kernel_init or torch_kernel, self.shape)
+    def __call__(self) -> tuple[Array, Array]:
+        """Returns the kernel, and the bias or zeros."""
+        kernel = self.param("kernel", nn.initializers.zeros, self.shape)
+        zeros = jnp.zeros(self.shape[-1:], kernel.dtype)
+        return kernel, self.param("bias", lambda _: zeros) if self.has_variable("params", "bias") else zeros
 
 
 class LayerNorm(nn.Module):

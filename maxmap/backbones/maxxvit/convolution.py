@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.layers.blocks import Mlp, SqueezeExcite
+from maxmap.layers.blocks import Mlp, SqueezeExcite, SqueezeExciteParameters, squeeze_gate
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     BatchNorm,
@@ -15,15 +15,15 @@ from maxmap.layers.primitives import (
     DropPath,
     FoldedBatchNorm,
     Initializer,
-    Kernel,
     LayerNorm,
     LayerScale,
+    Parameters,
     average_pool,
     batch_in_one_part,
     he_fan_out,
     plain_activation,
 )
-from maxmap.operations import Array, expansion, max_pool, moments, scale_and_shift, upcast
+from maxmap.operations import Array, expansion, max_pool, moments, squeeze_project, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
 
 POOLS = ("avg2", "avg3", "max")
@@ -169,16 +169,13 @@ class MBConv(Block):
         x, sums = self._expanded(x, width, train=train)
         if self.se_early:
             x = squeeze_excite(name="se_early")(x)
-        if sums is None or self.se_early:
-            x = act(BatchNorm(self.epsilon, name="norm2")(x, train=train))
+        if sums is not None and not self.se_early:
+            x = self._projected(x, sums, se_width)
         else:
-            count = x.size // width
-            mean = sums[0] / count
-            var = jnp.maximum(sums[1] / count - jnp.square(mean), 0)
-            x = act(scale_and_shift(x, *FoldedBatchNorm(width, self.epsilon, name="norm2")(mean, var, count)))
-        if not self.se_early:
-            x = squeeze_excite(name="se")(x)
-        x = Conv(self.channels, bias=self.output_bias, name="conv3_1x1", **inits)(x)
+            x = act(BatchNorm(self.epsilon, name="norm2")(x, train=train))
+            if not self.se_early:
+                x = squeeze_excite(name="se")(x)
+            x = Conv(self.channels, bias=self.output_bias, name="conv3_1x1", **inits)(x)
         return DropPath(self.drop_path)(x, train=train) + shortcut
 
     def _expanded(self, x: Array, width: int, *, train: bool) -> tuple[Array, Array | None]:
@@ -199,14 +196,27 @@ class MBConv(Block):
             x = act(x) if self.pre_norm_act else x
             x = pool(x, "avg2") if pooled else x
         if expand is not None:
-            kernel = Kernel((1, 1, x.shape[-1], width), name="conv1_1x1")()[0, 0]
-            weights, bias = self._folded(x, kernel, normalise=linear)
-            depthwise = Kernel((3, 3, 1, width), name="conv2_kxk")()
+            kernel, _ = Parameters((1, 1, x.shape[-1], width), name="conv1_1x1")()
+            weights, bias = self._folded(x, kernel[0, 0], normalise=linear)
+            depthwise, _ = Parameters((3, 3, 1, width), name="conv2_kxk")()
             return expand(x, weights, bias, depthwise)
         x = Conv(width, bias=False, name="conv1_1x1", **inits)(x)
         x = act(BatchNorm(self.epsilon, name="norm1")(x, train=train))
         conv = functools.partial(Conv, width, 3, groups=width, bias=False, name="conv2_kxk", **depthwise_inits)
         return conv(stride=stride, padding=self.padding)(x), None
+
+    def _projected(self, x: Array, sums: Array, se_width: int) -> Array:
+        """What follows the depthwise convolution, in one operation, from its output and the sums of that."""
+        width = x.shape[-1]
+        count = x.size // width
+        mean = sums[0] / count
+        var = jnp.maximum(sums[1] / count - jnp.square(mean), 0)
+        factor, summand = FoldedBatchNorm(width, self.epsilon, name="norm2")(mean, var, count)
+        gating = SqueezeExciteParameters(width, se_width, name="se")()
+        kernel, bias = Parameters((1, 1, width, self.channels), name="conv3_1x1")()
+        gate = functools.partial(squeeze_gate, activation=self.se_activation)
+        function = plain_activation(self.activation)
+        return squeeze_project(x, factor, summand, gating, kernel[0, 0], bias, function=function, gate=gate)
 
     def _folded(self, x: Array, kernel: Array, *, normalise: bool) -> tuple[Array, Array]:
         """Weights and bias of the map from `x` to the second norm's output, with or without the first norm.
