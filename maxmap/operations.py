@@ -220,9 +220,6 @@ def batch_norm(
     return y, mean, var
 
 
-moments = one_pass.moments
-
-
 def affine(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """Normalises `x` `[..., C]` with given statistics, which may have as many axes or one; all in float32 or wider."""
     expand = (1,) * (x.ndim - 1) + (-1,)
@@ -356,7 +353,8 @@ def expansion(
     *,
     stride: int,
     padding: Padding,
-) -> Callable[[Array, Array, Array, Array], tuple[Array, Array]] | None:
+    shortcut: str,
+) -> Callable[..., tuple[Array, Array, tuple[Array, ...], Array, Array]] | None:
     """Finds the operation that expands maps and convolves them depthwise without leaving the chip in between.
 
     Args:
@@ -366,24 +364,31 @@ def expansion(
       function: the activation in between, of single values.
       stride: of the depthwise convolution, both axes.
       padding: of the depthwise convolution; see `convolve`.
+      shortcut: "same" for the map itself, "mean" for its 2x2 means, or "none".
 
     Returns:
-      None where the platform has no kernel for that. Otherwise a function of a map, weights `[I, C]`, a bias `[C]` and
-      a kernel `[k, k, 1, C]`, which convolves function(map @ weights + bias): it returns the result `[B, H', W', C]`,
-      and its sum and sum of squares over all pixels, `[2, C]`.
+      None where the platform has no kernel for that. Otherwise a function of a map, an estimate of its mean `[I]`, a
+      function `fold`, a tuple of arrays for it, and a kernel `[k, k, 1, C]`. `fold`, of the map's mean `[I]` and
+      covariance `[I, I]` and the arrays, returns weights `[I, C]` and a bias `[C]`. The function convolves
+      function(map @ weights + bias). It returns the result `[B, H', W', C]`; its sum and sum of squares over all
+      pixels, `[2, C]`; a tuple with the shortcut, or none; mean and covariance, by which no gradient passes.
     """
     if implementation("expand") != "pallas":
         return None
-    from maxmap.kernels import depthwise  # takes half a second to import
+    from maxmap.kernels import depthwise, normalised  # takes half a second to import
 
     pads = _explicit_padding(padding, shape[1:3], kernel_size, stride)
     if not depthwise.fits(shape, channels, kernel_size, stride, pads, devices()):
         return None
     window = depthwise.Window(kernel_size, stride, (pads[0][0], pads[1][0]), function)
 
-    def expand(x: Array, weights: Array, bias: Array, kernel: Array) -> tuple[Array, Array]:
-        y, sums = depthwise.expand_depthwise(x.transpose(1, 2, 0, 3), (weights, bias), kernel[:, :, 0], window)
-        return y.transpose(2, 0, 1, 3), sums
+    def expand(
+        x: Array, near: Array, fold: Callable[..., tuple[Array, Array]], folding: tuple[Array, ...], kernel: Array
+    ) -> tuple[Array, Array, tuple[Array, ...], Array, Array]:
+        front = normalised.Front(window, fold, shortcut)
+        x = x.transpose(1, 2, 0, 3)
+        y, sums, beside, mean, covariance = normalised.expand(x, near, folding, kernel[:, :, 0], front)
+        return y.transpose(2, 0, 1, 3), sums, tuple(z.transpose(2, 0, 1, 3) for z in beside), mean, covariance
 
     return expand
 

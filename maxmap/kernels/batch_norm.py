@@ -1,4 +1,4 @@
-"""Batch normalisation that reads its map once in each direction for all of its sums, and the moments of a map.
+"""Batch normalisation that reads its map once in each direction for all of its sums.
 
 For compilers of accelerators, which fuse these sums into what writes the map and the normalisation into what reads it.
 """
@@ -85,47 +85,3 @@ def _means(*maps: Array) -> Array:
 def _spread(x: Array, rows: Array) -> Array:
     """Gives `[parts or 1, C]` as many axes as `rows` `[parts, ..., C]`."""
     return jnp.expand_dims(x, tuple(range(1, rows.ndim - 1)))
-
-
-@jax.custom_vjp
-def moments(x: Array, near: Array) -> tuple[Array, Array]:
-    """Mean and covariance of the channels over all other axes, from which those of any linear map of `x` follow.
-
-    One matrix product sums; values are measured from `near`, so that the sums do not cancel.
-
-    Args:
-      x: `[..., C]`.
-      near: an estimate of the mean, `[C]`. It has no gradient.
-
-    Returns:
-      `[C]` and `[C, C]`, in float32 or wider.
-    """
-    return _moments_forward(x, near)[0]
-
-
-def _moments_forward(x: Array, near: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    near = near.astype(x.dtype)
-    rows, axes = x - _channels(near, x), tuple(range(x.ndim - 1))
-    precision = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    count, wide = x.size // x.shape[-1], accumulator(x.dtype)
-    offset = jnp.sum(rows, axis=axes, dtype=wide) / count
-    square = lax.dot_general(rows, rows, ((axes, axes), ((), ())), precision, wide) / count
-    return (near.astype(wide) + offset, square - jnp.outer(offset, offset)), (x, near, offset)
-
-
-def _moments_backward(residuals: tuple[Array, Array, Array], grads: tuple[Array, Array]) -> tuple[Array, Array]:
-    (x, near, offset), (of_mean, of_covariance) = residuals, grads
-    count, wide = x.size // x.shape[-1], accumulator(x.dtype)
-    slope = (of_covariance + of_covariance.T) / count
-    constant = of_mean / count - offset @ slope
-    rows = x - _channels(near, x)
-    grad = lax.dot_general(rows, slope.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), None, wide)
-    return (grad + _channels(constant, x)).astype(x.dtype), jnp.zeros_like(near)
-
-
-def _channels(x: Array, like: Array) -> Array:
-    """Gives `[C]` as many axes as `like` `[..., C]`."""
-    return x.reshape((1,) * (like.ndim - 1) + (-1,))
-
-
-moments.defvjp(_moments_forward, _moments_backward)

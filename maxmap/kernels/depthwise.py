@@ -88,20 +88,22 @@ def expand_depthwise(x: Array, pointwise: tuple[Array, ...], kernel: Array, wind
       The map `[H', W', B, C]` in the type of `x`, and its sum and sum of squares over all pixels, `[2, C]`, in float32
       or wider.
     """
-    return _forward(x, pointwise, kernel, window)[0]
+    return forward(x, pointwise, kernel, window)[0]
 
 
-def _forward(
+def forward(
     x: Array, pointwise: tuple[Array, ...], kernel: Array, window: Window
 ) -> tuple[tuple[Array, Array], tuple[Array, tuple[Array, ...], Array, Array]]:
-    forward = functools.partial(_forward_call, window=window)
-    y, sums = over_batch(forward, (x, kernel, *pointwise), (2, None, None, None), (2, None))
+    """The results of `expand_depthwise`, and what its backward pass needs: the operands, `x` first, and the map."""
+    compute = functools.partial(_forward_call, window=window)
+    y, sums = over_batch(compute, (x, kernel, *pointwise), (2, None, None, None), (2, None))
     return (y, sums), (x, pointwise, kernel, y)
 
 
-def _backward(
+def backward(
     window: Window, residuals: tuple[Array, tuple[Array, ...], Array, Array], grads: tuple[Array, Array]
 ) -> tuple[Array, tuple[Array, ...], Array]:
+    """The gradients of `x`, of what belongs to the 1x1 convolution, and of the kernel."""
     x, pointwise, kernel, y = residuals
     of_x, of_kernel, *of_pointwise = over_batch(
         functools.partial(_backward_call, window=window),
@@ -113,7 +115,7 @@ def _backward(
     return of_x, tuple(g.astype(leaf.dtype) for g, leaf in zip(of_pointwise, pointwise, strict=True)), of_kernel
 
 
-expand_depthwise.defvjp(_forward, _backward)
+expand_depthwise.defvjp(forward, backward)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -270,18 +270,23 @@ class BatchNorm(nn.Module):
         return y
 
 
+def fold_batch_norm(mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array]:
+    """Factor and summand of a batch norm, all arrays `[C]`, in float32 or wider."""
+    factor = lax.rsqrt(var + epsilon) * upcast(scale)
+    return factor, upcast(bias) - mean * factor
+
+
 class FoldedBatchNorm(nn.Module):
-    """The factor and the summand by which a `BatchNorm` trains, for a caller that knows its input's moments.
+    """What a `BatchNorm` keeps, for operations that fuse it and know its input's moments; see `fold_batch_norm`.
 
     Parameters and running statistics are those of a `BatchNorm`, under the same names.
 
     Attributes:
       channels: of the input.
-      epsilon, momentum: see `BatchNorm`.
+      momentum: see `BatchNorm`.
     """
 
     channels: int
-    epsilon: float = 1e-5
     momentum: float = 0.9
 
     def setup(self) -> None:
@@ -295,22 +300,17 @@ class FoldedBatchNorm(nn.Module):
         """The running mean `[C]`, near which the input's mean is."""
         return self.running_mean.value
 
-    def __call__(self, mean: Array, var: Array, count: int) -> tuple[Array, Array]:
+    def follow(self, mean: Array, var: Array, count: int) -> None:
         """Updates the running statistics.
 
         Args:
           mean: of the input over `count` values, `[C]`, in float32 or wider.
           var: biased variance, `[C]`.
           count: number of values.
-
-        Returns:
-          Factor and summand, both `[C]`, in the type of `mean`.
         """
         unbiased = var * (count / max(count - 1, 1))
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             running.value = self.momentum * running.value + (1 - self.momentum) * lax.stop_gradient(new)
-        factor = lax.rsqrt(var + self.epsilon) * upcast(self.scale)
-        return factor, upcast(self.bias) - mean * factor
 
 
 class Parameters(nn.Module):
