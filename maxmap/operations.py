@@ -23,6 +23,7 @@ from maxmap.kernels.target import (
     Array,
     accumulator,
     compiled_for,
+    devices,
     kernel_calls,
     kernel_name,
     local_batch,
@@ -36,7 +37,8 @@ Padding = int | str
 # The way of each operation, by the platform that a program is compiled for (see `compiled_for`).
 #
 # pointwise    1x1 convolutions, and convolutions whose stride is their size: "lax" (XLA's convolution) or "matmul"
-# depthwise    convolutions: "lax" or "shifted_sum" (a sum of shifted products)
+# depthwise    convolutions: "lax", "shifted_sum" (a sum of shifted products) or "pallas" (kernels for TPUs)
+# expand       1x1 convolutions with a depthwise one behind: "plain" or "pallas" (the map between stays on the chip)
 # dense        all other convolutions without groups: "lax" or "im2col" (the kernel's gradient from patches)
 # sum          in layer norms, and in gradients of parameters that all positions share: "lax" or "matmul" (with ones)
 # batch_norm   while training: "two_pass" (the mean, then centred squares) or "one_pass" (with its own backward pass)
@@ -53,6 +55,7 @@ IMPLEMENTATIONS = {
     "cpu": {
         "pointwise": "matmul",
         "depthwise": "shifted_sum",
+        "expand": "plain",
         "dense": "im2col",
         "sum": "matmul",
         "batch_norm": "two_pass",
@@ -65,6 +68,7 @@ IMPLEMENTATIONS = {
     "default": {
         "pointwise": "lax",
         "depthwise": "lax",
+        "expand": "plain",
         "dense": "lax",
         "sum": "lax",
         "batch_norm": "one_pass",
@@ -77,6 +81,7 @@ IMPLEMENTATIONS = {
     "plain": {
         "pointwise": "lax",
         "depthwise": "lax",
+        "expand": "plain",
         "dense": "lax",
         "sum": "lax",
         "batch_norm": "two_pass",
@@ -86,7 +91,7 @@ IMPLEMENTATIONS = {
         "block": "plain",
     },
 }
-IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {"block": "fused"}
+IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {"depthwise": "pallas", "expand": "pallas", "block": "fused"}
 
 KERNELS = ("fused", "pallas")  # ways that are kernels written by hand
 _kernels = jax.make_user_context("auto")
@@ -452,6 +457,97 @@ def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, 
     if groups == channels and out_channels % channels == 0 and implementation("depthwise") == "shifted_sum":
         x = jnp.repeat(x, out_channels // channels, axis=-1)  # output channel o reads input channel o // multiplier
         return cpu.depthwise_convolution(x, kernel[:, :, 0], stride, pads)
+    if groups == channels == out_channels and implementation("depthwise") == "pallas":
+        from maxmap.kernels import depthwise  # takes half a second to import
+
+        if depthwise.fits(x.shape, channels, kh, stride, pads, devices()):
+            window = depthwise.Window(kh, stride, (pads[0][0], pads[1][0]))
+            y = depthwise.depthwise(x.transpose(1, 2, 0, 3), kernel[:, :, 0], window)
+            return y.transpose(2, 0, 1, 3)
     if groups == 1 and implementation("dense") == "im2col":
         return cpu.convolution(x, kernel, stride, pads)
     return xla.convolution(x, kernel, stride, pads, groups)
+
+
+def expansion(
+    shape: Sequence[int],
+    channels: int,
+    kernel_size: int,
+    function: Callable[[Array], Array],
+    *,
+    stride: int,
+    padding: Padding,
+    shortcut: str,
+) -> Callable[..., tuple[Array, Array, tuple[Array, ...], Array, Array]] | None:
+    """Finds the operation that expands maps and convolves them depthwise without leaving the chip in between.
+
+    Args:
+      shape: of the maps, `[B, H, W, I]`.
+      channels: C, to which they are expanded.
+      kernel_size: k, of the depthwise convolution.
+      function: the activation in between, of single values.
+      stride: of the depthwise convolution, both axes.
+      padding: of the depthwise convolution; see `convolve`.
+      shortcut: "same" for the map itself, "mean" for its 2x2 means, or "none".
+
+    Returns:
+      None where the platform has no kernel for that. Otherwise a function of a map, an estimate of its mean `[I]`, a
+      function `fold`, a tuple of arrays for it, and a kernel `[k, k, 1, C]`. `fold`, of the map's mean `[I]` and
+      covariance `[I, I]` and the arrays, returns weights `[I, C]` and a bias `[C]`. The function convolves
+      function(map @ weights + bias). It returns the result `[B, H', W', C]`; its sum and sum of squares over all
+      pixels, `[2, C]`; a tuple with the shortcut, or none; mean and covariance, by which no gradient passes.
+    """
+    if implementation("expand") != "pallas":
+        return None
+    from maxmap.kernels import depthwise, normalised  # takes half a second to import
+
+    pads = _explicit_padding(padding, shape[1:3], kernel_size, stride)
+    if not depthwise.fits(shape, channels, kernel_size, stride, pads, devices()):
+        return None
+    window = depthwise.Window(kernel_size, stride, (pads[0][0], pads[1][0]), function)
+
+    def expand(
+        x: Array, near: Array, fold: Callable[..., tuple[Array, Array]], folding: tuple[Array, ...], kernel: Array
+    ) -> tuple[Array, Array, tuple[Array, ...], Array, Array]:
+        front = normalised.Front(window, fold, shortcut)
+        x = x.transpose(1, 2, 0, 3)
+        y, sums, beside, mean, covariance = normalised.expand(x, near, folding, kernel[:, :, 0], front)
+        return y.transpose(2, 0, 1, 3), sums, tuple(z.transpose(2, 0, 1, 3) for z in beside), mean, covariance
+
+    return expand
+
+
+def squeeze_project(
+    x: Array,
+    factor: Array,
+    summand: Array,
+    gating: tuple[Array, ...],
+    weights: Array,
+    bias: Array,
+    *,
+    function: Callable[[Array], Array],
+    gate: Callable[..., Array],
+) -> Array:
+    """Norm, activation, squeeze-excitation and 1x1 convolution in one operation, behind an `expansion`.
+
+    With z = function(x * factor + summand) it computes z * gate(mean of z over the pixels, *gating) @ weights + bias.
+
+    Args:
+      x: what an `expansion` returns, `[B, H, W, C]`.
+      factor: `[C]`.
+      summand: `[C]`.
+      gating: arguments of the gate behind the mean.
+      weights: `[C, O]`.
+      bias: `[O]`.
+      function: an activation, of single values.
+      gate: a function of the mean `[B, C]` and other arrays; it returns factors `[B, C]`.
+
+    Returns:
+      `[B, H, W, O]`.
+    """
+    from maxmap.kernels import squeeze  # takes half a second to import
+
+    batch, height, width, channels = x.shape
+    pixels = x.transpose(1, 2, 0, 3).reshape(-1, batch, channels)
+    y = squeeze.squeeze_project(pixels, factor, summand, gating, weights, bias, squeeze.Block(function, gate))
+    return y.reshape(height, width, batch, -1).transpose(2, 0, 1, 3)

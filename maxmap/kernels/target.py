@@ -36,8 +36,7 @@ def platform() -> str:
 
 def local_batch(batch: int) -> int | None:
     """Returns how many samples of a batch each device of the current mesh has; None if the devices do not divide it."""
-    devices = _devices()
-    return None if batch % devices else batch // devices
+    return None if batch % devices() else batch // devices()
 
 
 def over_batch(
@@ -50,13 +49,13 @@ def over_batch(
     Args:
       function: of arrays or trees of arrays.
       arguments: of the function.
-      axes: of the batch in each argument; None for an argument that all devices have.
-      out_axes: of the batch in each result. None for a sum over the batch: the devices' parts are added up.
+      axes: of the batch in each argument; None for an argument that all devices have. Those left over are not read.
+      out_axes: the same for the results; None for a sum over the batch: the devices' parts are added up.
 
     Returns:
       The results.
     """
-    if _devices() == 1:
+    if devices() == 1:
         return function(*arguments)
     mesh = jax.sharding.get_abstract_mesh()
 
@@ -67,24 +66,25 @@ def over_batch(
         results = function(*arguments)
         return tuple(
             jax.tree.map(lambda x: x[None], result) if axis is None else result
-            for result, axis in zip(results, out_axes, strict=True)
+            for result, axis in zip(results, out_axes, strict=False)
         )
 
+    count = len(jax.eval_shape(function, *arguments))
     results = jax.shard_map(
         part,
         mesh=mesh,
-        in_specs=tuple(split(axis) for axis in axes),
-        out_specs=tuple(split(axis or 0) for axis in out_axes),
+        in_specs=tuple(split(axis) for axis in axes[: len(arguments)]),
+        out_specs=tuple(split(axis or 0) for axis in out_axes[:count]),
         check_vma=False,  # a Pallas call does not say which axes its results differ along
     )(*arguments)
     return tuple(
         jax.tree.map(lambda x: jnp.sum(x, axis=0), result) if axis is None else result
-        for result, axis in zip(results, out_axes, strict=True)
+        for result, axis in zip(results, out_axes, strict=False)
     )
 
 
-def _devices() -> int:
-    """The number of devices that a batch is split over here: 1 without a mesh, and inside of a `shard_map`."""
+def devices() -> int:
+    """Returns how many devices a batch is split over here: 1 without a mesh, and inside of a `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.size if not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types) else 1
 

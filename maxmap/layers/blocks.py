@@ -9,9 +9,19 @@ from einops import rearrange
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from maxmap.layers.primitives import ACTIVATIONS, TRUNC_NORMAL, Block, Conv, DropPath, Initializer, LayerNorm, Linear
+from maxmap.layers.primitives import (
+    ACTIVATIONS,
+    TRUNC_NORMAL,
+    Block,
+    Conv,
+    DropPath,
+    Initializer,
+    LayerNorm,
+    Linear,
+    Parameters,
+)
 from maxmap.layers.residual import Compute, mlp_weights, residual_mlp, unweighted
-from maxmap.operations import Array, attention, fuses_mlp
+from maxmap.operations import Array, attention, fuses_mlp, linear
 
 
 class Mlp(nn.Module):
@@ -189,6 +199,39 @@ def relative_index(window: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     h, w = window
     y, x = np.divmod(np.arange(h * w), w)
     return y[:, None] - y[None] + h - 1, x[:, None] - x[None] + w - 1
+
+
+def squeeze_gate(mean: Array, *parameters: Array, activation: str) -> Array:
+    """The gate of a `SqueezeExcite`.
+
+    Args:
+      mean: of the maps, `[B, C]`.
+      *parameters: kernel `[1, 1, I, O]` and bias `[O]` of the two convolutions.
+      activation: between them.
+
+    Returns:
+      `[B, C]`, in the type of `mean`.
+    """
+    kernel, bias, out_kernel, out_bias = (leaf.astype(mean.dtype) for leaf in parameters)
+    hidden = ACTIVATIONS[activation](linear(mean, kernel[0, 0], bias))
+    return nn.sigmoid(linear(hidden, out_kernel[0, 0], out_bias))
+
+
+class SqueezeExciteParameters(nn.Module):
+    """The parameters of a `SqueezeExcite`, under the same names, for operations that fuse it; see `squeeze_gate`.
+
+    Attributes:
+      channels: of the map.
+      hidden: see `SqueezeExcite`.
+    """
+
+    channels: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, ...]:
+        shapes = {"fc1": (self.channels, self.hidden), "fc2": (self.hidden, self.channels)}
+        return sum((Parameters((1, 1, *shape), name=name)() for name, shape in shapes.items()), ())
 
 
 class SqueezeExcite(nn.Module):

@@ -1,24 +1,31 @@
 """The stem and the convolution blocks."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.layers.blocks import Mlp, SqueezeExcite
+from maxmap.layers.blocks import Mlp, SqueezeExcite, SqueezeExciteParameters, squeeze_gate
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     BatchNorm,
     Block,
     Conv,
     DropPath,
+    FoldedBatchNorm,
     Initializer,
     LayerNorm,
     LayerScale,
+    Parameters,
     average_pool,
+    batch_in_one_part,
+    fold_batch_norm,
     he_fan_out,
+    plain_activation,
 )
-from maxmap.operations import Array, max_pool
+from maxmap.operations import Array, expansion, max_pool, squeeze_project, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
 
 POOLS = ("avg2", "avg3", "max")
@@ -102,8 +109,8 @@ class Shortcut(nn.Module):
     always: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        if self.stride == 2:
+    def __call__(self, x: Array, *, pooled: bool = False) -> Array:
+        if self.stride == 2 and not pooled:
             x = pool(x, self.pool_type)
         if x.shape[-1] != self.channels or (self.always and self.stride == 2):
             x = Conv(self.channels, bias=self.bias, name="expand", **self.inits)(x)
@@ -159,32 +166,153 @@ class MBConv(Block):
         squeeze_excite = functools.partial(SqueezeExcite, se_width, self.se_activation, inits)
         shortcut = Shortcut(
             self.channels, self.stride, self.pool_type, self.output_bias, inits, self.always_expand, name="shortcut"
-        )(x)
+        )
 
+        expand = self._expansion(x.shape, width) if train and not self.is_initializing() else None
+        if expand is None:
+            beside, sums = shortcut(x), None
+            x = self._expanded(x, width, train=train)
+        else:
+            x, sums, beside = self._expanded_at_once(x, width, expand, shortcut)
+        if self.se_early:
+            x = squeeze_excite(name="se_early")(x)
+        if sums is not None and not self.se_early:
+            x = self._projected(x, sums, se_width)
+        else:
+            x = act(BatchNorm(self.epsilon, name="norm2")(x, train=train))
+            if not self.se_early:
+                x = squeeze_excite(name="se")(x)
+            x = Conv(self.channels, bias=self.output_bias, name="conv3_1x1", **inits)(x)
+        return DropPath(self.drop_path)(x, train=train) + beside
+
+    def _pooled(self) -> bool:
+        return self.stride == 2 and self.stride_mode == "pool"
+
+    def _expanded(self, x: Array, width: int, *, train: bool) -> Array:
+        """All from the first norm to the depthwise convolution."""
+        act = ACTIVATIONS[self.activation]
         x = BatchNorm(self.epsilon, name="pre_norm")(x, train=train)
         if self.pre_norm_act:
             x = act(x)
-        if self.stride == 2 and self.stride_mode == "pool":
+        if self._pooled():
             x = pool(x, "avg2")
-        x = Conv(width, bias=False, name="conv1_1x1", **inits)(x)
+        x = Conv(width, bias=False, name="conv1_1x1", **conv_inits(self.init_scheme))(x)
         x = act(BatchNorm(self.epsilon, name="norm1")(x, train=train))
-        x = Conv(
+        return Conv(
             width,
             3,
-            stride=self.stride if self.stride_mode == "dw" else 1,
+            stride=1 if self._pooled() else self.stride,
             padding=self.padding,
             groups=width,
             bias=False,
             name="conv2_kxk",
             **conv_inits(self.init_scheme, groups=width),
         )(x)
-        if self.se_early:
-            x = squeeze_excite(name="se_early")(x)
-        x = act(BatchNorm(self.epsilon, name="norm2")(x, train=train))
-        if not self.se_early:
-            x = squeeze_excite(name="se")(x)
-        x = Conv(self.channels, bias=self.output_bias, name="conv3_1x1", **inits)(x)
-        return DropPath(self.drop_path)(x, train=train) + shortcut
+
+    def _linear(self) -> bool:
+        """Whether all between the input and the norm behind the first convolution is linear, pixel by pixel."""
+        return not self.pre_norm_act and not self._pooled()
+
+    def _beside(self) -> str:
+        """The shortcut's part that `expansion` computes."""
+        if not self._linear():
+            return "none"
+        return "same" if self.stride == 1 else "mean" if self.pool_type == "avg2" else "none"
+
+    def _expansion(self, shape: Sequence[int], width: int) -> Callable[..., Any] | None:
+        """The operation that trains the same at once, where the platform has it."""
+        if not batch_in_one_part():
+            return None
+        batch, height, rows, channels = shape
+        step = 2 if self._pooled() else 1
+        return expansion(
+            (batch, height // step, rows // step, channels),
+            width,
+            3,
+            plain_activation(self.activation),
+            stride=self.stride // step,
+            padding=self.padding,
+            shortcut=self._beside(),
+        )
+
+    def _expanded_at_once(
+        self, x: Array, width: int, expand: Callable[..., Any], shortcut: "Shortcut"
+    ) -> tuple[Array, Array, Array]:
+        """What `_expanded` returns, its sums, and the shortcut."""
+        channels, beside = x.shape[-1], None
+        if self._linear():
+            first = FoldedBatchNorm(channels, name="pre_norm")
+            near, norm = first.near(), [first.scale, first.bias]
+        else:
+            beside = shortcut(x)
+            x = BatchNorm(self.epsilon, name="pre_norm")(x, train=True)
+            x = ACTIVATIONS[self.activation](x) if self.pre_norm_act else x
+            x = pool(x, "avg2") if self._pooled() else x
+            first, near, norm = None, jnp.zeros(channels), []
+        second = FoldedBatchNorm(width, name="norm1")
+        kernel, _ = Parameters((1, 1, channels, width), name="conv1_1x1")()
+        depthwise, _ = Parameters((3, 3, 1, width), name="conv2_kxk")()
+        fold = functools.partial(_fold, epsilon=self.epsilon)
+        folding = (kernel[0, 0], second.scale, second.bias, *norm)
+        y, sums, pooled, mean, covariance = expand(x, near, fold, folding, depthwise)
+        count = x.size // channels
+        if first is not None:
+            first.follow(mean, jnp.diagonal(covariance), count)
+        *_, mean, var = _expanded_moments(mean, covariance, kernel[0, 0], *norm, epsilon=self.epsilon)
+        second.follow(mean, var, count)
+        if beside is None:
+            beside = shortcut(pooled[0], pooled=True) if pooled else shortcut(x)
+        return y, sums, beside
+
+    def _projected(self, x: Array, sums: Array, se_width: int) -> Array:
+        """What follows the depthwise convolution, in one operation, from its output and the sums of that."""
+        width = x.shape[-1]
+        count = x.size // width
+        mean = sums[0] / count
+        var = jnp.maximum(sums[1] / count - jnp.square(mean), 0)
+        norm = FoldedBatchNorm(width, name="norm2")
+        norm.follow(mean, var, count)
+        factor, summand = fold_batch_norm(mean, var, norm.scale, norm.bias, self.epsilon)
+        gating = SqueezeExciteParameters(width, se_width, name="se")()
+        kernel, bias = Parameters((1, 1, width, self.channels), name="conv3_1x1")()
+        gate = functools.partial(squeeze_gate, activation=self.se_activation)
+        function = plain_activation(self.activation)
+        return squeeze_project(x, factor, summand, gating, kernel[0, 0], bias, function=function, gate=gate)
+
+
+def _expanded_moments(
+    mean: Array, covariance: Array, kernel: Array, *first: Array, epsilon: float
+) -> tuple[Array, Array, Array, Array]:
+    """Follows the moments of a map through a batch norm, if there is one, and a 1x1 convolution.
+
+    Args:
+      mean: of the map, `[I]`, in float32 or wider.
+      covariance: of the map, `[I, I]`.
+      kernel: `[I, C]`.
+      *first: scale and bias of the norm, `[I]`.
+      epsilon: of the norm.
+
+    Returns:
+      Weights `[I, C]` and bias `[C]` of both together, and mean and variance `[C]` of the result.
+    """
+    dot = functools.partial(jnp.matmul, precision="highest")
+    kernel = upcast(kernel)
+    weights, bias = kernel, jnp.zeros_like(kernel[0])
+    if first:
+        scale, shift = first
+        factor, summand = fold_batch_norm(mean, jnp.diagonal(covariance), scale, shift, epsilon)
+        weights, bias = kernel * factor[:, None], dot(summand, kernel)
+        mean = mean * factor + summand
+    return weights, bias, dot(mean, kernel), jnp.sum(weights * dot(covariance, weights), axis=0)
+
+
+def _fold(
+    mean: Array, covariance: Array, kernel: Array, scale: Array, bias: Array, *first: Array, epsilon: float
+) -> tuple[Array, Array]:
+    """Weights and bias of norm, 1x1 convolution and norm together; see `_expanded_moments`."""
+    weights, shift, mean, var = _expanded_moments(mean, covariance, kernel, *first, epsilon=epsilon)
+    factor, summand = fold_batch_norm(mean, var, scale, bias, epsilon)
+    return weights * factor[None], shift * factor + summand
 
 
 def _round_to_eight(width: int) -> int:
