@@ -43,13 +43,16 @@ def jax_peak() -> int:
     return stats["peak_bytes_in_use"] if stats else host_peak()
 
 
-def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None) -> Work:
-    """Ours: the model as `evaluate` applies it, or the training step as `main.py` takes it."""
+def maxmap(model: str, task: str, batch: int, dtype: str, way: str) -> Work:
+    """Ours: the model as `evaluate` applies it, or the training step as `main.py` takes it.
+
+    `way` is "" for the kernels of the platform, "plain" for no kernels, "pallas" for that of attention in any case.
+    """
     import jax
     import jax.numpy as jnp
 
     from maxmap.models import average, create_model
-    from maxmap.operations import IMPLEMENTATIONS
+    from maxmap.operations import IMPLEMENTATIONS, kernels
     from maxmap.runtime import freed_memory
 
     freed_memory.keep()  # as main.py does
@@ -58,9 +61,10 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
     size = (size, size) if isinstance(size, int) else tuple(size)
     kind = jnp.dtype(dtype)
     key = jax.random.key(0)
-    if attention:
-        for platform in ("cpu", "default"):
-            IMPLEMENTATIONS[platform]["attention"] = attention
+    if way == "pallas":
+        for ways in IMPLEMENTATIONS.values():
+            ways["attention"] = way
+    context = kernels("plain" if way == "plain" else "auto")
     if task == "forward":
         shapes = jax.eval_shape(built.init, key, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
         variables = jax.tree.map(lambda leaf: _random(leaf.shape), shapes)
@@ -68,10 +72,11 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
         variables = jax.device_put(variables)
         images = jax.random.normal(key, (batch, *size, 3)).astype(kind)
         program = jax.jit(lambda variables, images: average(built.apply(variables, images)))
-        program = program.lower(variables, images).compile()
+        with context:
+            program = program.lower(variables, images).compile()
         run = _repeated(lambda: program(variables, images))
     else:
-        step, like = training(built, size, kind)
+        step, like = training(built, size, kind, "plain" if way == "plain" else "auto")
         state = jax.device_put(jax.tree.map(lambda leaf: _random(leaf.shape, leaf.dtype), like))
         images = jax.random.randint(key, (batch, *size, 3), 0, 256).astype(jnp.uint8)
         inputs = {"image": images, "label": jax.random.randint(key, (batch,), 0, 1000)}
@@ -110,7 +115,7 @@ def _repeated(once: Callable[[], Any], after: Callable[[], None] = lambda: None)
     return run
 
 
-def training(model: Any, size: tuple[int, int], dtype: Any) -> tuple[Callable[..., Any], Any]:
+def training(model: Any, size: tuple[int, int], dtype: Any, kernels: str = "auto") -> tuple[Callable[..., Any], Any]:
     """Returns the training step with AdamW, without augmentation, and the shapes of the state that it takes."""
     import jax
     import jax.numpy as jnp
@@ -128,6 +133,7 @@ def training(model: Any, size: tuple[int, int], dtype: Any) -> tuple[Callable[..
         total_loss,
         lambda key, images, labels: (normalize(images, (0.5,) * 3, (0.5,) * 3), jax.nn.one_hot(labels, 1000)),
         dtype=dtype,
+        kernels=kernels,
     )
     one = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     return step, jax.eval_shape(lambda key: create(model, optimizer, key, one, ema=False), jax.random.key(0))
@@ -308,7 +314,7 @@ def main() -> None:
         print(json.dumps(limits(**job)), flush=True)
         return
     if contender.startswith("maxmap"):
-        work = maxmap(**job, attention=contender.removeprefix("maxmap").strip() or None)
+        work = maxmap(**job, way=contender.removeprefix("maxmap").strip())
     elif contender == "flaim":
         work = flaim(**job)
     else:

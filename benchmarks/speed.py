@@ -45,7 +45,7 @@ MODELS = (
     *("maxvit_tiny_tf_224", "map_maxvit_tiny_tf_224", "maxvit_base_tf_224", "coatnet_1_rw_224", "caformer_s18"),
     *("convnext_tiny", "map_convnext_tiny", "map_resnet50", "ga_convnext_tiny_688"),
 )
-CONTENDERS = ("maxmap", "maxmap pallas", "timm", "timm compiled", "timm max-autotune", "flaim")
+CONTENDERS = ("maxmap", "maxmap plain", "maxmap pallas", "timm", "timm compiled", "timm max-autotune", "flaim")
 # What is compared where nothing else is asked for: contenders and batches.
 DEFAULTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cpu": (("maxmap", "timm"), ("1", "8")),
