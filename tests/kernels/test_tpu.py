@@ -14,6 +14,7 @@ from maxmap.backbones.maxxvit.attention import PartitionAttention, TransformerBl
 from maxmap.kernels import tpu_attention, tpu_mlp
 from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock
 from maxmap.sharding import make_mesh, split_batch, traced_on
+from tests.zoo import QUICK
 
 
 @pytest.fixture
@@ -41,9 +42,13 @@ def both(module: nn.Module, shape: tuple[int, ...], dtype: str, train: bool = Fa
     x, grad = numbers(shape), numbers(shape)
     like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape[1:])))
     variables = jax.tree.map(lambda leaf: numbers(leaf.shape) * 0.5, like)
+
+    def program() -> Any:
+        return jax.jit(lambda *arguments: run(module, *arguments, train), compiler_options=QUICK)
+
     with operations.kernels("plain"):
-        wanted = jax.jit(lambda *arguments: run(module, *arguments, train))(variables, x, grad)
-    traced = jax.jit(lambda *arguments: run(module, *arguments, train)).trace(variables, x, grad)
+        wanted = program()(variables, x, grad)
+    traced = program().trace(variables, x, grad)
     return wanted, traced.lower().compile()(variables, x, grad), str(traced.jaxpr).count("pallas_call[")
 
 
@@ -154,6 +159,6 @@ def test_each_device_computes_its_own_part_of_the_batch(fused: None, x64: None) 
             return run(module, variables, x, grad)
 
     split = split_batch(mesh)
-    compiled = jax.jit(step, in_shardings=(split, split)).lower(x, grad).compile()
+    compiled = jax.jit(step, in_shardings=(split, split), compiler_options=QUICK).lower(x, grad).compile()
     close(compiled(jax.device_put(x, split), jax.device_put(grad, split)), wanted, 1e-11)
     assert "all-gather" not in compiled.as_text()  # of maps; each device has its part from the start to the end
