@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock, GroupedMlp, SqueezeExcite
-from maxmap.layers.pooling import adaptive_average, bilinear, gram_values
+from maxmap.layers.pooling import adaptive_average, bilinear, gram_projection
 from maxmap.layers.primitives import (
     CONV_INITS,
     LINEAR_INITS,
@@ -26,7 +26,7 @@ from maxmap.layers.primitives import (
     require_divisor,
     require_one_of,
 )
-from maxmap.operations import Array, attention, scaled
+from maxmap.operations import Array, attention, broadcast, scaled
 from maxmap.ranges import Count, CountOrZero, DropRate, Positive
 
 HEAD_DIM = 32  # channels of an attention head in the "cswin" blocks
@@ -282,9 +282,12 @@ class GramianHead(nn.Module):
             layer = ConvNeXtLayer(self.drop_path, name=f"gram_layer_{k}")
         else:
             layer = cswin_block(y, 1, self.drop_path, name=f"gram_layer_{k}_1")
-        values = gram_values(layer(y, train=train))[:, None, None]  # [B, 1, 1, P(P+1)/2]
-        values = conv(self.channels, groups=self.embedding_groups, name=f"gram_embedding_{k}_0")(values)
-        token = BatchNorm(name=f"gram_embedding_{k}_1")(values, train=train)[:, 0]  # [B, 1, D]
+        y = layer(y, train=train)
+        embedding = conv(self.channels, groups=self.embedding_groups, name=f"gram_embedding_{k}_0")
+        y, kernel, bias = nn.dtypes.promote_dtype(y, *embedding.weights(y.shape[-1] * (y.shape[-1] + 1) // 2))
+        values = gram_projection(y, kernel[0, 0], self.embedding_groups)
+        values = values + broadcast(bias, values.shape)
+        token = BatchNorm(name=f"gram_embedding_{k}_1")(values, train=train)[:, None]  # [B, 1, D]
         width = self.attention_width or self.channels // 4
         mlp = functools.partial(GroupedMlp, self.mlp_groups, self.mlp_ratio, inits=CONV_INITS[self.init_scheme])
         block = ClassAttentionBlock(width, self.heads, self.init_scheme, mlp, name=f"ga_{k}")

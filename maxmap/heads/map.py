@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.layers.blocks import GroupedMlp
-from maxmap.layers.pooling import adaptive_average, bilinear, gram_values
+from maxmap.layers.pooling import adaptive_average, bilinear, gram_projection
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     CONV_INITS,
@@ -87,10 +87,14 @@ class GramTokens(nn.Module):
         """Maps `[B, H, W, D]` to `[B, T, Q]`."""
         conv = functools.partial(Conv, bias=False, **CONV_INITS[self.init_scheme])
         x = BatchNorm(name="ch_reduction_1")(conv(self.gram_channels, name="ch_reduction_0")(x), train=train)
-        v = rearrange(gram_values(x), "b (i t) -> b 1 1 (t i)", t=self.tokens)
-        v = conv(self.tokens * self.token_channels, groups=self.gram_groups, name="bp_reduction_0")(v)
+        second_order = self.gram_channels * (self.gram_channels + 1) // 2
+        kernel, _ = conv(self.tokens * self.token_channels, groups=self.gram_groups, name="bp_reduction_0").weights(
+            second_order
+        )
+        x, kernel = nn.dtypes.promote_dtype(x, kernel)
+        v = gram_projection(x, kernel[0, 0], self.gram_groups, self.tokens)
         v = BatchNorm(name="bp_reduction_1")(v, train=train)
-        return rearrange(v, "b 1 1 (q t) -> b t q", t=self.tokens)
+        return rearrange(v, "b (q t) -> b t q", t=self.tokens)
 
 
 class TokenAttention(nn.Module):
