@@ -9,7 +9,9 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
-from maxmap.operations import Array, accumulator, upcast
+from maxmap.operations import Array, accumulator, layer_norm, upcast
+
+Weights = tuple[Array, Array | None]  # of a norm or a linear map
 
 
 def adaptive_average(x: Array, size: Sequence[int]) -> Array:
@@ -62,8 +64,8 @@ def gram_projection(x: Array, kernel: Array, groups: int, tokens: int = 1) -> Ar
     """Grouped linear map of second-order statistics: the upper triangle of a map's Gram matrix, L2-normalised.
 
     The triangle, M = P(P+1)/2 values, is read row by row, with the diagonal; value i * T + t of it enters the linear
-    map at place t * M / T + i. Second moments cancel and span many magnitudes, so they are computed in float32 or wider,
-    whatever the type of `x`. They are divided by their norm after the linear map, which leaves fewer values.
+    map at place t * M / T + i. Second moments cancel and span many magnitudes, so they are computed in float32 or
+    wider, whatever the type of `x`. They are divided by their norm after the linear map, which leaves fewer values.
 
     Args:
       x: maps `[B, H, W, P]`.
@@ -92,8 +94,8 @@ def gram_projection(x: Array, kernel: Array, groups: int, tokens: int = 1) -> Ar
 def _gram_triangle(x: Array, tokens: int) -> tuple[Array, Array]:
     """Returns the upper triangle of the Gram matrix of `[B, N, P]` in `gram_projection`'s order, and its square.
 
-    The triangle is `[M, B]` in the type of `x`: rows of values are faster to gather than single ones. Its square, `[B]`,
-    is in float32 or wider.
+    The triangle is `[M, B]` in the type of `x`: rows of values are faster to gather than single ones. Its square is
+    `[B]`, in float32 or wider.
     """
     return _gram_triangle_forward(x, tokens)[0]
 
@@ -120,6 +122,70 @@ def _gram_triangle_backward(tokens: int, residuals: tuple[Array, Array], grads: 
 
 
 _gram_triangle.defvjp(_gram_triangle_forward, _gram_triangle_backward)
+
+
+def normalise_map(x: Array, epsilon: float) -> Array:
+    """Normalises every pixel of `[B, H, W, C]` over C, `[B, H * W, C]`: a LayerNorm without scale and bias.
+
+    Branches that each have a LayerNorm of one map share it; what is left of the norm, `behind_norm` takes in.
+    """
+    pixels = rearrange(x, "b h w c -> b (h w) c")
+    channels = x.shape[-1]
+    return layer_norm(pixels, jnp.ones(channels, x.dtype), jnp.zeros(channels, x.dtype), epsilon)
+
+
+def behind_norm(norm: Weights, linear: Weights, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Returns kernel and bias of a linear map that takes in scale and bias of the norm in front of it.
+
+    Args:
+      norm: scale and bias, `[C]`.
+      linear: kernel `[C, E]`, and bias `[E]` or None.
+      dtype: of the results.
+    """
+    (scale, shift), (kernel, bias) = norm, linear
+    whole = kernel * scale[:, None]
+    shift = jnp.zeros(kernel.shape[1:], kernel.dtype) if shift is None else shift @ kernel
+    return whole.astype(dtype), (shift if bias is None else shift + bias).astype(dtype)
+
+
+def map_logits(q: Array, x: Array, kernel: Array, bias: Array) -> Array:
+    """Logits of few queries for keys that are a linear map of many pixels, without the keys.
+
+    q . (K x + b) = (K' q) . x + q . b: with H * T below the channels of the keys, far fewer multiply-adds, and no other
+    array of the map's size.
+
+    Args:
+      q: queries `[B, T, H, d]`.
+      x: pixels `[B, N, C]`.
+      kernel: of the keys, `[C, H * d]`.
+      bias: of the keys, `[H * d]`.
+
+    Returns:
+      `[B, H, T, N]`.
+    """
+    heads = q.shape[2]
+    projected = jnp.einsum("bthd,chd->bhtc", q, rearrange(kernel, "c (h d) -> c h d", h=heads))
+    same = jnp.einsum("bthd,hd->bht", q, rearrange(bias, "(h d) -> h d", h=heads))
+    return jnp.einsum("bhtc,bnc->bhtn", projected, x) + same[..., None]
+
+
+def map_values(probabilities: Array, x: Array, kernel: Array, bias: Array) -> Array:
+    """Sums of values that are a linear map of many pixels, without the values; see `map_logits`.
+
+    Args:
+      probabilities: weights of the sums, `[B, H, T, N]`.
+      x: pixels `[B, N, C]`.
+      kernel: of the values, `[C, H * d]`.
+      bias: of the values, `[H * d]`.
+
+    Returns:
+      `[B, T, H, d]`.
+    """
+    heads = probabilities.shape[1]
+    sums = jnp.einsum("bhtn,bnc->bhtc", probabilities, x)
+    total = rearrange(jnp.sum(probabilities, axis=-1), "b h t -> b t h 1")
+    values = jnp.einsum("bhtc,chd->bthd", sums, rearrange(kernel, "c (h d) -> c h d", h=heads))
+    return values + total * rearrange(bias, "(h d) -> 1 1 h d", h=heads)
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:
