@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
@@ -36,7 +37,7 @@ from maxmap.layers.primitives import (
     require_divisor,
     require_one_of,
 )
-from maxmap.operations import Array, softmax
+from maxmap.operations import Array, convolve, softmax
 from maxmap.ranges import Count, CountOrZero, DropRate, Positive, Range
 
 
@@ -69,8 +70,20 @@ class MultiScale(nn.Module):
     @nn.compact
     def __call__(self, features: Sequence[Array], *, train: bool) -> Array:
         size = features[self.level].shape[1:3]
-        x = jnp.concatenate([resize_to(feature, size) for feature in features], axis=-1)
-        x = Conv(self.channels, bias=False, name="concat_conv_0", **CONV_INITS[self.init_scheme])(x)
+        conv = Conv(self.channels, bias=False, name="concat_conv_0", **CONV_INITS[self.init_scheme])
+        kernel, _ = conv.weights(sum(feature.shape[-1] for feature in features))
+        *features, kernel = nn.dtypes.promote_dtype(*features, kernel)
+        kernels = jnp.split(kernel, np.cumsum([feature.shape[-1] for feature in features])[:-1], axis=2)
+        parts = list(zip(features, kernels, strict=True))
+        # Smaller maps are enlarged after the convolution, which is linear: it has fewer pixels to read there.
+        small = [part for part in parts if part[0].shape[1] < size[0]]
+        others = [part for part in parts if part[0].shape[1] >= size[0]]
+        x = convolve(
+            jnp.concatenate([resize_to(feature, size) for feature, _ in others], axis=-1),
+            jnp.concatenate([kernel for _, kernel in others], axis=2),
+        )
+        for feature, kernel in small:
+            x = x + resize_to(convolve(feature, kernel), size)
         return ACTIVATIONS[self.activation](BatchNorm(name="concat_conv_1")(x, train=train))
 
 

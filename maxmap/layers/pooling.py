@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
-from maxmap.operations import Array, accumulator, layer_norm, upcast
+from maxmap.operations import Array, accumulator, implementation, layer_norm, upcast
 
 Weights = tuple[Array, Array | None]  # of a norm or a linear map
 
@@ -43,21 +43,30 @@ def bilinear(x: Array, size: Sequence[int]) -> Array:
 
 def _resample(x: Array, size: Sequence[int], weights: Callable[[int, int], np.ndarray]) -> Array:
     """Applies the matrices `weights(n_in, n_out)` along height and width."""
-    for axis, n_out in zip((1, 2), size, strict=True):
-        n_in = x.shape[axis]
-        matrix = weights(n_in, n_out)
-        stride = n_in // n_out
-        filters = {int(i): matrix[0, i].astype(x.dtype) for i in np.flatnonzero(matrix[0])}  # weight by offset
-        same = all(np.array_equal(row, np.roll(matrix[0], i * stride)) for i, row in enumerate(matrix))
-        if stride > 1 and same and len(filters) <= 4:
-            # All outputs have the same few weights: a sum of strided slices is cheaper than a product with a matrix
-            # that is mostly zero.
-            last = stride * (n_out - 1) + 1
-            slices = (lax.slice_in_dim(x, i, i + last, stride, axis) * weight for i, weight in filters.items())
-            x = functools.reduce(jnp.add, slices)
-        else:
-            x = jnp.einsum("oh,bhwc->bowc" if axis == 1 else "pw,bowc->bopc", jnp.asarray(matrix, x.dtype), x)
-    return x
+    images_last = implementation("resize") == "images_last"
+    if images_last:
+        x = jnp.transpose(x, (1, 2, 0, 3))
+    for axis, n_out in enumerate(size, start=0 if images_last else 1):
+        x = _resample_axis(x, axis, weights(x.shape[axis], n_out))
+    return jnp.transpose(x, (2, 0, 1, 3)) if images_last else x
+
+
+def _resample_axis(x: Array, axis: int, matrix: np.ndarray) -> Array:
+    """Multiplies a matrix `[m, n]` with one axis of `x`, 0 to 2, of length n."""
+    n_out, n_in = matrix.shape
+    stride = n_in // n_out
+    filters = {int(i): matrix[0, i].astype(x.dtype) for i in np.flatnonzero(matrix[0])}  # weight by offset
+    same = all(np.array_equal(row, np.roll(matrix[0], i * stride)) for i, row in enumerate(matrix))
+    if stride > 1 and same and len(filters) <= 4:
+        # All outputs have the same few weights: a sum of strided slices is cheaper than a product with a matrix that is
+        # mostly zero.
+        last = stride * (n_out - 1) + 1
+        slices = (lax.slice_in_dim(x, i, i + last, stride, axis) * weight for i, weight in filters.items())
+        return functools.reduce(jnp.add, slices)
+    if n_out % n_in == 0 and np.array_equal(matrix, np.repeat(np.eye(n_in), n_out // n_in, axis=0)):
+        return jnp.repeat(x, n_out // n_in, axis=axis)
+    equation = ("oh,hwbc->owbc", "oh,whbc->wobc", "oh,bwhc->bwoc")[axis]
+    return jnp.einsum(equation, jnp.asarray(matrix, x.dtype), x)
 
 
 def gram_projection(x: Array, kernel: Array, groups: int, tokens: int = 1) -> Array:
