@@ -47,6 +47,8 @@ Padding = int | str
 # attention    "plain" (matrix products) or "pallas" (one kernel, for one GPU; see maxmap/kernels/pallas.py)
 # block        norm, attention or MLP, and residual path: "plain" (one by one) or "fused" (one kernel for TPUs; see
 #              maxmap/kernels/tpu_attention.py and tpu_mlp.py)
+# resize       of maps for heads, in the order "images_first" [B, H, W, C] or "images_last" [H, W, B, C]; the latter is
+#              the order in memory of XLA's maps on TPUs, which slices do not keep by themselves
 #
 # The CPU's own ways pay because XLA's CPU backend takes 6 times as long for a 1x1 convolution as for the same matrix
 # product, 17 times as long for a depthwise convolution as for shifted products, and up to 3 times as long for the
@@ -63,6 +65,7 @@ IMPLEMENTATIONS = {
         "activation": "recompute",
         "attention": "plain",
         "block": "plain",
+        "resize": "images_first",
     },
     # GPUs, and every platform that has no entry.
     "default": {
@@ -76,6 +79,7 @@ IMPLEMENTATIONS = {
         "activation": "recompute",
         "attention": "plain",
         "block": "plain",
+        "resize": "images_first",
     },
     # No platform: see `plain_operations`.
     "plain": {
@@ -89,9 +93,15 @@ IMPLEMENTATIONS = {
         "activation": "autodiff",
         "attention": "plain",
         "block": "plain",
+        "resize": "images_first",
     },
 }
-IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {"depthwise": "pallas", "expand": "pallas", "block": "fused"}
+IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {
+    "depthwise": "pallas",
+    "expand": "pallas",
+    "block": "fused",
+    "resize": "images_last",
+}
 
 KERNELS = ("fused", "pallas")  # ways that are kernels written by hand
 _kernels = jax.make_user_context("auto")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from maxmap.layers import blocks, pooling, primitives
 from maxmap.layers.primitives import BatchNorm, Conv, DropPath, LayerNorm, Linear, batch_norm_groups
@@ -182,21 +183,30 @@ def test_resampling_equals_torch(size, x64):
     assert_close(pooling.bilinear(jnp.asarray(x), size), nhwc(wanted))
 
 
-def test_gram_values(x64):
-    """The upper triangle of the channels' second moments, row by row with its diagonal, at length one."""
+def test_gram_projection(x64):
+    """Of the upper triangle of the channels' second moments, row by row with its diagonal, at length one."""
     x = numbers(0, 2, 3, 4, 3)
     z = x.reshape(2, 12, 3)
     gram = np.einsum("bnp,bnq->bpq", z, z)
     wanted = np.stack([gram[:, i, j] for i in range(3) for j in range(i, 3)], axis=-1)
-    assert_close(pooling.gram_values(x), wanted / np.linalg.norm(wanted, axis=-1, keepdims=True))
-    assert np.array_equal(pooling.gram_values(jnp.zeros((1, 2, 2, 3))), np.zeros((1, 6)))
+    wanted /= np.linalg.norm(wanted, axis=-1, keepdims=True)
+    assert_close(pooling.gram_projection(jnp.asarray(x), jnp.eye(6), 1), wanted)
+    assert np.array_equal(pooling.gram_projection(jnp.zeros((1, 2, 2, 3)), jnp.eye(6), 1), np.zeros((1, 6)))
+    kernel = numbers(1, 3, 4)  # value i * 2 + t is at place t * 3 + i
+    halves = [wanted[:, t::2] @ kernel[:, 2 * t : 2 * t + 2] for t in range(2)]
+    assert_close(pooling.gram_projection(jnp.asarray(x), jnp.asarray(kernel), 2, 2), np.concatenate(halves, axis=-1))
 
 
-def test_gram_values_are_computed_in_float32():
+def test_gradient_of_gram_projection(x64):
+    x, kernel = jnp.asarray(numbers(0, 2, 3, 4, 4)), jnp.asarray(numbers(1, 5, 6))
+    check_grads(lambda x, kernel: pooling.gram_projection(x, kernel, 2, 2), (x, kernel), 1, ["rev"])
+
+
+def test_gram_matrices_are_computed_in_float32():
     """A mean far above the deviations, in bfloat16: the products must not be rounded before they are summed."""
     x = jnp.asarray(10 + numbers(0, 1, 14, 14, 8), jnp.bfloat16)
-    exact = pooling.gram_values(x.astype(jnp.float32))
-    assert np.array_equal(pooling.gram_values(x), exact.astype(jnp.bfloat16))
+    ours, exact = (pooling.gram_projection(z, jnp.eye(36, dtype=z.dtype), 1) for z in (x, x.astype(jnp.float32)))
+    assert np.allclose(ours.astype(jnp.float32), exact, rtol=2**-7, atol=0)  # rounded twice
 
 
 def test_channel_shuffle_takes_every_gth_channel():

@@ -13,7 +13,16 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock, GroupedMlp, SqueezeExcite
-from maxmap.layers.pooling import adaptive_average, bilinear, gram_values
+from maxmap.layers.pooling import (
+    Weights,
+    adaptive_average,
+    behind_norm,
+    bilinear,
+    gram_projection,
+    map_logits,
+    map_values,
+    normalise_map,
+)
 from maxmap.layers.primitives import (
     CONV_INITS,
     LINEAR_INITS,
@@ -26,7 +35,7 @@ from maxmap.layers.primitives import (
     require_divisor,
     require_one_of,
 )
-from maxmap.operations import Array, attention, scaled
+from maxmap.operations import Array, broadcast, scaled, softmax
 from maxmap.ranges import Count, CountOrZero, DropRate, Positive
 
 HEAD_DIM = 32  # channels of an attention head in the "cswin" blocks
@@ -124,14 +133,24 @@ class ClassAttention(nn.Module):
     init_scheme: str
 
     @nn.compact
-    def __call__(self, token: Array, x: Array) -> Array:
-        """Maps the token `[B, 1, D]` and the map `[B, N, D]`, both normalised already, to a token `[B, 1, D]`."""
-        both = jnp.concatenate([token, x], axis=1)
+    def __call__(self, token: Array, x: Array, norm: Weights) -> Array:
+        """Maps the token `[B, 1, D]` and the map `[B, N, D]` to a token `[B, 1, D]`.
+
+        Args:
+          token: after its norm.
+          x: normalised, without scale and bias.
+          norm: scale and bias for `x`.
+        """
         linear = functools.partial(Linear, self.width, bias=False, **LINEAR_INITS[self.init_scheme])
-        q, k, v = linear(name="q")(token), linear(name="k")(both), linear(name="v")(both)
-        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (q, k, v))
-        out = attention(q * q.shape[-1] ** -0.5, k, v)
-        out = rearrange(out, "b h q d -> b q (h d)")
+        split = functools.partial(rearrange, pattern="b n (h d) -> b n h d", h=self.heads)
+        k, v = linear(name="k"), linear(name="v")
+        q = split(linear(name="q")(token))
+        q = q * q.shape[-1] ** -0.5
+        of_map = [behind_norm(norm, part.weights(x.shape[-1]), x.dtype) for part in (k, v)]
+        own = jnp.einsum("bthd,bshd->bhts", q, split(k(token)))
+        probabilities = softmax(jnp.concatenate([own, map_logits(q, x, *of_map[0])], axis=-1))
+        out = jnp.einsum("bhts,bshd->bthd", probabilities[..., :1], split(v(token)))
+        out = rearrange(out + map_values(probabilities[..., 1:], x, *of_map[1]), "b q h d -> b q (h d)")
         return Linear(x.shape[-1], name="proj", **LINEAR_INITS[self.init_scheme])(out)
 
 
@@ -150,14 +169,14 @@ class ClassAttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, token: Array, x: Array) -> Array:
-        """Maps the token `[B, 1, D]` and the map `[B, N, D]` to a token `[B, 1, D]`."""
+        """Maps the token `[B, 1, D]` and the map `[B, N, D]`, normalised already, to a token `[B, 1, D]`."""
 
         def layer_scale(name: str, y: Array) -> Array:
             return scaled(y, self.param(name, nn.initializers.constant(1e-4), y.shape[-1:]))
 
         norm = LayerNorm(1e-5, name="norm1")
         attention = ClassAttention(self.width, self.heads, self.init_scheme, name="attn")
-        token = token + layer_scale("gamma_1", attention(norm(token), norm(x)))
+        token = token + layer_scale("gamma_1", attention(norm(token), x, norm.weights(x.shape[-1])))
         mlp = self.mlp(name="mlp")
         return token + layer_scale("gamma_2", mlp(LayerNorm(1e-5, name="norm2")(token)[:, None])[:, 0])
 
@@ -251,7 +270,7 @@ class GramianHead(nn.Module):
           'logits' `[G, B, K]` and 'embedding' `[B, G * D]`.
         """
         x = self._aggregate(concatenate_features(features), train)
-        pixels = rearrange(x, "b h w d -> b (h w) d")
+        pixels = normalise_map(x, 1e-5)
         tokens, logits = [], []
         for k in range(self.branches):
             token = self._branch(k, x, pixels, train)
@@ -274,7 +293,7 @@ class GramianHead(nn.Module):
 
     @nn.nowrap
     def _branch(self, k: int, x: Array, pixels: Array, train: bool) -> Array:
-        """Maps the aggregated map, as `[B, H, W, D]` and as `[B, N, D]`, to the token `[B, D]` of branch `k`."""
+        """Maps the aggregated map, as `[B, H, W, D]` and normalised as `[B, N, D]`, to branch `k`'s token `[B, D]`."""
         conv = functools.partial(Conv, **CONV_INITS[self.init_scheme])
         y = conv(self.gram_channels, groups=self.contraction_groups, name=f"gram_contraction_{k}_0")(x)
         y = BatchNorm(name=f"gram_contraction_{k}_1")(y, train=train)
@@ -282,9 +301,12 @@ class GramianHead(nn.Module):
             layer = ConvNeXtLayer(self.drop_path, name=f"gram_layer_{k}")
         else:
             layer = cswin_block(y, 1, self.drop_path, name=f"gram_layer_{k}_1")
-        values = gram_values(layer(y, train=train))[:, None, None]  # [B, 1, 1, P(P+1)/2]
-        values = conv(self.channels, groups=self.embedding_groups, name=f"gram_embedding_{k}_0")(values)
-        token = BatchNorm(name=f"gram_embedding_{k}_1")(values, train=train)[:, 0]  # [B, 1, D]
+        y = layer(y, train=train)
+        embedding = conv(self.channels, groups=self.embedding_groups, name=f"gram_embedding_{k}_0")
+        y, kernel, bias = nn.dtypes.promote_dtype(y, *embedding.weights(y.shape[-1] * (y.shape[-1] + 1) // 2))
+        values = gram_projection(y, kernel[0, 0], self.embedding_groups)
+        values = values + broadcast(bias, values.shape)
+        token = BatchNorm(name=f"gram_embedding_{k}_1")(values, train=train)[:, None]  # [B, 1, D]
         width = self.attention_width or self.channels // 4
         mlp = functools.partial(GroupedMlp, self.mlp_groups, self.mlp_ratio, inits=CONV_INITS[self.init_scheme])
         block = ClassAttentionBlock(width, self.heads, self.init_scheme, mlp, name=f"ga_{k}")

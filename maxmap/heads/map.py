@@ -11,11 +11,21 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
 from maxmap.layers.blocks import GroupedMlp
-from maxmap.layers.pooling import adaptive_average, bilinear, gram_values
+from maxmap.layers.pooling import (
+    Weights,
+    adaptive_average,
+    behind_norm,
+    bilinear,
+    gram_projection,
+    map_logits,
+    map_values,
+    normalise_map,
+)
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     CONV_INITS,
@@ -27,7 +37,7 @@ from maxmap.layers.primitives import (
     require_divisor,
     require_one_of,
 )
-from maxmap.operations import Array, softmax
+from maxmap.operations import Array, convolve, softmax
 from maxmap.ranges import Count, CountOrZero, DropRate, Positive, Range
 
 
@@ -60,8 +70,20 @@ class MultiScale(nn.Module):
     @nn.compact
     def __call__(self, features: Sequence[Array], *, train: bool) -> Array:
         size = features[self.level].shape[1:3]
-        x = jnp.concatenate([resize_to(feature, size) for feature in features], axis=-1)
-        x = Conv(self.channels, bias=False, name="concat_conv_0", **CONV_INITS[self.init_scheme])(x)
+        conv = Conv(self.channels, bias=False, name="concat_conv_0", **CONV_INITS[self.init_scheme])
+        kernel, _ = conv.weights(sum(feature.shape[-1] for feature in features))
+        *features, kernel = nn.dtypes.promote_dtype(*features, kernel)
+        kernels = jnp.split(kernel, np.cumsum([feature.shape[-1] for feature in features])[:-1], axis=2)
+        parts = list(zip(features, kernels, strict=True))
+        # Smaller maps are enlarged after the convolution, which is linear: it has fewer pixels to read there.
+        small = [part for part in parts if part[0].shape[1] < size[0]]
+        others = [part for part in parts if part[0].shape[1] >= size[0]]
+        x = convolve(
+            jnp.concatenate([resize_to(feature, size) for feature, _ in others], axis=-1),
+            jnp.concatenate([kernel for _, kernel in others], axis=2),
+        )
+        for feature, kernel in small:
+            x = x + resize_to(convolve(feature, kernel), size)
         return ACTIVATIONS[self.activation](BatchNorm(name="concat_conv_1")(x, train=train))
 
 
@@ -87,10 +109,14 @@ class GramTokens(nn.Module):
         """Maps `[B, H, W, D]` to `[B, T, Q]`."""
         conv = functools.partial(Conv, bias=False, **CONV_INITS[self.init_scheme])
         x = BatchNorm(name="ch_reduction_1")(conv(self.gram_channels, name="ch_reduction_0")(x), train=train)
-        v = rearrange(gram_values(x), "b (i t) -> b 1 1 (t i)", t=self.tokens)
-        v = conv(self.tokens * self.token_channels, groups=self.gram_groups, name="bp_reduction_0")(v)
+        second_order = self.gram_channels * (self.gram_channels + 1) // 2
+        kernel, _ = conv(self.tokens * self.token_channels, groups=self.gram_groups, name="bp_reduction_0").weights(
+            second_order
+        )
+        x, kernel = nn.dtypes.promote_dtype(x, kernel)
+        v = gram_projection(x, kernel[0, 0], self.gram_groups, self.tokens)
         v = BatchNorm(name="bp_reduction_1")(v, train=train)
-        return rearrange(v, "b 1 1 (q t) -> b t q", t=self.tokens)
+        return rearrange(v, "b (q t) -> b t q", t=self.tokens)
 
 
 class TokenAttention(nn.Module):
@@ -115,34 +141,41 @@ class TokenAttention(nn.Module):
     init_scheme: str
 
     @nn.compact
-    def __call__(self, tokens: Array, x: Array, *, train: bool) -> Array:
-        """Maps tokens `[B, T, Q]` and the map `[B, N, D]` to tokens `[B, T, D]`; all are normalised already."""
+    def __call__(self, tokens: Array, x: Array, norm: Weights, *, train: bool) -> Array:
+        """Maps tokens `[B, T, Q]` and the map `[B, N, D]` to tokens `[B, T, D]`.
+
+        Args:
+          tokens: after their norm.
+          x: normalised, without scale and bias.
+          norm: scale and bias for `x`.
+          train: with dropout.
+        """
         inits = LINEAR_INITS[self.init_scheme]
         linear = functools.partial(Linear, self.width, **inits)
-        q = linear(name="q")(tokens)
-        if tokens.shape[-1] == x.shape[-1]:
-            both = jnp.concatenate([tokens, x], axis=1)
-            k, v = linear(name="k")(both), linear(name="v")(both)
-        else:
-            k, v = (
-                jnp.concatenate([linear(name=f"{n}1")(tokens), linear(name=f"{n}2")(x)], axis=1) for n in ("k", "v")
-            )
-        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (q, k, v))
-        logits = jnp.einsum("bhtd,bhnd->bhtn", q * q.shape[-1] ** -0.5, k)
+        split = functools.partial(rearrange, pattern="b n (h d) -> b n h d", h=self.heads)
+        count, same = tokens.shape[1], tokens.shape[-1] == x.shape[-1]
+        q = split(linear(name="q")(tokens))
+        q = q * q.shape[-1] ** -0.5
+        k, v = ((2 * (linear(name=n),)) if same else (linear(name=f"{n}1"), linear(name=f"{n}2")) for n in "kv")
+        of_map = [behind_norm(norm, of_x.weights(x.shape[-1]), x.dtype) for _, of_x in (k, v)]
+        logits = jnp.einsum("bthd,bshd->bhts", q, split(k[0](tokens)))
+        logits = jnp.concatenate([logits, map_logits(q, x, *of_map[0])], axis=-1)
         if self.interactive:
             logits = logits + _mix(Linear(self.heads, name="w1", **inits), logits)
         probabilities = softmax(logits)
         if self.interactive:
             probabilities = probabilities + _mix(Linear(self.heads, name="w2", **inits), probabilities)
         probabilities = nn.Dropout(self.dropout)(probabilities, deterministic=not train)
-        out = rearrange(jnp.einsum("bhtn,bhnd->bhtd", probabilities, v), "b h t d -> b t (h d)")
+        out = jnp.einsum("bhts,bshd->bthd", probabilities[..., :count], split(v[0](tokens)))
+        out = rearrange(out + map_values(probabilities[..., count:], x, *of_map[1]), "b t h d -> b t (h d)")
         out = Linear(self.channels, name="proj", **inits)(out)
         return nn.Dropout(self.proj_dropout)(out, deterministic=not train)
 
 
 def _mix(linear: Linear, x: Array) -> Array:
     """Applies a linear map to the heads' values at every query and key of `[B, H, T, N]`."""
-    return rearrange(linear(rearrange(x, "b h t n -> b t n h")), "b t n h -> b h t n")
+    x, kernel, bias = nn.dtypes.promote_dtype(x, *linear.weights(x.shape[1]))
+    return jnp.einsum("bhtn,hg->bgtn", x, kernel) + bias[None, :, None, None]
 
 
 class TokenAttentionBlock(nn.Module):
@@ -160,13 +193,14 @@ class TokenAttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, x: Array, *, train: bool) -> Array:
-        """Maps tokens `[B, T, Q]` and the map `[B, N, D]` to tokens `[B, T, D]`."""
+        """Maps tokens `[B, T, Q]` and the map `[B, N, D]`, normalised already, to tokens `[B, T, D]`."""
         attention = self.attention(name="attn")
         if tokens.shape[-1] == x.shape[-1]:
             norm = LayerNorm(1e-6, name="norm1")
-            tokens = tokens + attention(norm(tokens), norm(x), train=train)
+            tokens = tokens + attention(norm(tokens), x, norm.weights(x.shape[-1]), train=train)
         else:
-            tokens = attention(LayerNorm(1e-6, name="norm1_1")(tokens), LayerNorm(1e-6, name="norm1_2")(x), train=train)
+            of_tokens, of_map = LayerNorm(1e-6, name="norm1_1"), LayerNorm(1e-6, name="norm1_2")
+            tokens = attention(of_tokens(tokens), x, of_map.weights(x.shape[-1]), train=train)
         y = LayerNorm(1e-6, name="norm2")(tokens)[:, None]
         return tokens + self.mlp(name="mlp")(y, train=train)[:, 0]
 
@@ -189,8 +223,8 @@ class Branch(nn.Module):
     block: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        """Maps the fused map `[B, H, W, D]` to tokens `[B, T (+ 1), D]`."""
+    def __call__(self, x: Array, pixels: Array, *, train: bool) -> Array:
+        """Maps the fused map, as `[B, H, W, D]` and normalised as `[B, N, D]`, to tokens `[B, T (+ 1), D]`."""
         if self.gram_tokens is None:
             learned = self.param("x_cls", nn.initializers.zeros, (1, self.tokens, x.shape[-1]))
             tokens = jnp.broadcast_to(learned.astype(x.dtype), (x.shape[0], *learned.shape[1:]))
@@ -198,9 +232,8 @@ class Branch(nn.Module):
             tokens = self.gram_tokens(name="gram_token_extraction")(x, train=train)
         if self.self_distill:
             tokens = jnp.concatenate([tokens, jnp.mean(tokens, axis=1, keepdims=True)], axis=1)
-        x = rearrange(x, "b h w d -> b (h w) d")
         for i in range(self.layers):
-            tokens = self.block(name=f"attention_{i}")(tokens, x, train=train)
+            tokens = self.block(name=f"attention_{i}")(tokens, pixels, train=train)
         return tokens
 
 
@@ -234,7 +267,8 @@ class MultiBranchPooling(nn.Module):
             if x.shape[-1] != self.channels:
                 x = Conv(self.channels, bias=False, name="channel_convertor_0", **CONV_INITS[self.init_scheme])(x)
                 x = nn.relu(BatchNorm(name="channel_convertor_1")(x, train=train))
-        return [self.branch(name=f"mmcap_{g}")(x, train=train) for g in range(self.branches)]
+        pixels = normalise_map(x, 1e-6)
+        return [self.branch(name=f"mmcap_{g}")(x, pixels, train=train) for g in range(self.branches)]
 
 
 class NormClassifier(nn.Module):
