@@ -47,7 +47,7 @@ FLOORS = (
 # Inside these rooms there are floors too; what is not named here may use its neighbours freely, but not in a circle.
 STOREYS = (
     ("maxmap.kernels.target", "maxmap.kernels.xla", "maxmap.kernels.cpu"),
-    ("maxmap.kernels.target", "maxmap.kernels.tpu", "maxmap.kernels.tpu_attention"),
+    ("maxmap.kernels.target", "maxmap.kernels.mosaic", "maxmap.kernels.tpu", "maxmap.kernels.tpu_attention"),
     ("maxmap.kernels.tpu", "maxmap.kernels.tpu_mlp"),
     ("maxmap.layers.primitives", "maxmap.layers.residual", "maxmap.layers.blocks"),
     ("maxmap.backbones.maxxvit.convolution", "maxmap.backbones.maxxvit.attention", "maxmap.backbones.maxxvit.backbone"),

@@ -43,11 +43,11 @@ def part(i: Array, size: int, total: int) -> Any:
     return pl.ds(pl.multiple_of(i * size, size), size) if size < total else slice(None)
 
 
-def whole(x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
+def whole(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     """All of an array, for every program."""
     return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
 
 
-def product(a: Array, b: Array, axis: int, other: int) -> Array:
+def product(a: Array, b: Array, axis: int = 1, other: int = 0) -> Array:
     """Matrix product over an axis of each, summed in float32 or wider."""
     return lax.dot_general(a, b, (((axis,), (other,)), ((), ())), preferred_element_type=accumulator(a.dtype))

@@ -1,4 +1,4 @@
-"""What the kernels for TPUs share: their layout, their limits and their calls.
+"""What the kernels of whole residual branches share on TPUs: their layout, norm and residual path.
 
 The kernels take maps as `[H, W, B, C]`. XLA's convolutions for TPUs keep maps in that order, so the transposes around a
 kernel move nothing. The last two axes of a block, images and channels, lie in tiles of 8 x 128. Windows, strides and
@@ -14,14 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from maxmap.kernels.target import Array, accumulator, platform
-
-Ref = Any  # JAX's reference to an array in memory, with a shape and a type
-
-LANES = 128  # channels of a tile
-MEMORY = 100 * 2**20  # bytes of a core's vector memory that a kernel may take; a v5e and a v6e have 128 MiB
+from maxmap.kernels import mosaic
+from maxmap.kernels.mosaic import Ref
+from maxmap.kernels.target import Array, accumulator
 
 
 def images_per_program(batch: int | None) -> int:
@@ -32,18 +28,6 @@ def images_per_program(batch: int | None) -> int:
 def round_up(number: int, step: int) -> int:
     """Returns the least multiple of `step` that is not below `number`."""
     return -(-number // step) * step
-
-
-def product(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    """Multiplies matrices; the sums are float32 or wider.
-
-    Args:
-      a: a matrix.
-      b: a matrix of the same type.
-      contract: the axes of `a` and of `b` that are summed over.
-    """
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=accumulator(a.dtype))
 
 
 def normalized(x: Array, epsilon: float) -> tuple[Array, Array]:
@@ -83,11 +67,6 @@ def accumulate(axes: int, refs: Sequence[Ref], parts: Sequence[Array]) -> None:
         ref[...] += part
 
 
-def whole(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """Returns the block of an array that every program reads or writes whole."""
-    return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
-
-
 def call(
     kernel: Callable[..., None],
     name: str,
@@ -95,7 +74,7 @@ def call(
     inputs: Mapping[str, tuple[Array, pl.BlockSpec]],
     outputs: Mapping[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
     scratch: Sequence[Any] = (),
-) -> list[Array]:
+) -> Sequence[Array]:
     """Runs a kernel once for every point of a grid.
 
     Args:
@@ -112,14 +91,13 @@ def call(
         outs, memory = rest[: len(outputs)], rest[len(outputs) :]
         kernel(dict(zip(inputs, ins, strict=True)), dict(zip(outputs, outs, strict=True)), *memory)
 
-    return pl.pallas_call(
+    run = mosaic.call(
         body,
-        grid=grid,
+        name,
+        grid,
+        [shape for shape, _ in outputs.values()],
         in_specs=[spec for _, spec in inputs.values()],
         out_specs=[spec for _, spec in outputs.values()],
-        out_shape=[shape for shape, _ in outputs.values()],
         scratch_shapes=list(scratch),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=MEMORY),
-        interpret=platform() == "cpu",
-        name=name,
-    )(*(x for x, _ in inputs.values()))
+    )
+    return run(*(x for x, _ in inputs.values()))

@@ -16,20 +16,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from maxmap.kernels.mosaic import LANES, Ref, product, whole
 from maxmap.kernels.target import Array, accumulator, local_batch, over_batch
 from maxmap.kernels.tpu import (
-    LANES,
-    Ref,
     accumulate,
     call,
     images_per_program,
     kept,
     normalized,
     normalized_gradient,
-    product,
     round_up,
     rows,
-    whole,
 )
 
 NEVER = -1e30  # a logit of keys that only pad a tile
@@ -290,7 +287,7 @@ def _by_head(x: Array, sizes: Sizes, reduce: Callable[[Array], Array], neutral: 
 
 def _weights(q: Array, k: Array, bias: Array, sizes: Sizes) -> Array:
     """Returns exp(logits - maximum) of the heads side by side, `[queries, together * keys]`."""
-    logits = product(q, k, (1, 1)) + bias
+    logits = product(q, k, 1, 1) + bias
     return jnp.exp(logits - _by_head(logits, sizes, _largest, -jnp.inf))
 
 
@@ -372,7 +369,7 @@ def _backward_kernel(
     of_bias = branch.sum(axis=0, keepdims=True)
     branch = branch.astype(dtype)
     for tile in range(tiles):
-        _fill(grads, tile, product(branch, ins["proj_kernel"][tile * LANES : (tile + 1) * LANES, :], (1, 1)))
+        _fill(grads, tile, product(branch, ins["proj_kernel"][tile * LANES : (tile + 1) * LANES, :], 1, 1))
     accumulate(3, [outs["bias"]], [jnp.zeros(outs["bias"].shape, outs["bias"].dtype)])
     for tile in range(tiles):
         for start in range(0, sizes.images, INTERLEAVED):
@@ -389,13 +386,13 @@ def _backward_kernel(
     of_qkv = [part * sizes.scale if tile < tiles else part for tile, part in enumerate(of_qkv)]
     of_qkv_bias = jnp.concatenate([part.sum(axis=0, keepdims=True) for part in of_qkv], axis=1)
     wide = jnp.concatenate([part.astype(dtype) for part in of_qkv], axis=1)
-    of_y = product(wide, ins["qkv_kernel"][...], (1, 1))
+    of_y = product(wide, ins["qkv_kernel"][...], 1, 1)
     of_norm = jnp.concatenate([(of_y * part).sum(axis=0, keepdims=True) for part in (normal, jnp.ones_like(of_y))])
     parts = {
         "norm": of_norm,
-        "qkv_kernel": product(y, wide, (0, 0)),
+        "qkv_kernel": product(y, wide, 0, 0),
         "qkv_bias": of_qkv_bias,
-        "proj_kernel": product(merged, branch, (0, 0)),
+        "proj_kernel": product(merged, branch, 0, 0),
         "proj_bias": of_bias,
     }
     accumulate(3, [outs[name] for name in parts], list(parts.values()))
@@ -424,7 +421,7 @@ def _attend_backward(
         wide_k, wide_v = ([_side_by_side(x, heads) for x in part] for part in (k, v))
         weights = [_weights(*qk, bias[group], sizes) for qk in zip(q, wide_k, strict=True)]
         weights = [w / _by_head(w, sizes, _sum, 0) for w in weights]
-        of_weights = [product(*gv, (1, 1)) for gv in zip(grad, wide_v, strict=True)]
+        of_weights = [product(*gv, 1, 1) for gv in zip(grad, wide_v, strict=True)]
         slopes = [_by_head(w * g, sizes, _sum, 0) for w, g in zip(weights, of_weights, strict=True)]
         of_logits = [w * (g - s) for w, g, s in zip(weights, of_weights, slopes, strict=True)]
         of_bias[group] += functools.reduce(jnp.add, of_logits)
@@ -432,8 +429,8 @@ def _attend_backward(
             w, of_l = weights[i].astype(dtype), of_logits[i].astype(dtype)
             parts[0].append(product(w, wide_v[i]))
             parts[1].append(product(of_l, wide_k[i]))
-            parts[2].append(_own_lanes(product(of_l, q[i], (0, 0)), heads, sizes))
-            parts[3].append(_own_lanes(product(w, grad[i], (0, 0)), heads, sizes))
+            parts[2].append(_own_lanes(product(of_l, q[i], 0, 0), heads, sizes))
+            parts[3].append(_own_lanes(product(w, grad[i], 0, 0), heads, sizes))
     return [[functools.reduce(jnp.add, part) for part in parts] for parts in found]
 
 

@@ -12,20 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from maxmap.kernels.mosaic import LANES, Ref, product, whole
 from maxmap.kernels.target import Array, accumulator, local_batch, over_batch
-from maxmap.kernels.tpu import (
-    LANES,
-    Ref,
-    accumulate,
-    call,
-    images_per_program,
-    kept,
-    normalized,
-    normalized_gradient,
-    product,
-    rows,
-    whole,
-)
+from maxmap.kernels.tpu import accumulate, call, images_per_program, kept, normalized, normalized_gradient, rows
 
 ROWS = 1024  # tokens of a program, at most
 HIDDEN = 512  # hidden channels that a program computes at a time, at most
@@ -184,16 +173,16 @@ def _backward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Re
     found: dict[str, list[Array]] = {"fc1_kernel": [], "fc1_bias": [], "fc2_kernel": [], "activation": []}
     for part in _parts(ins["fc1_kernel"].shape[1]):
         hidden = product(y, ins["fc1_kernel"][:, part]) + ins["fc1_bias"][:, part]
-        of_active = product(branch, ins["fc2_kernel"][part, :], (1, 1))
+        of_active = product(branch, ins["fc2_kernel"][part, :], 1, 1)
         active, vjp = jax.vjp(sizes.activation, hidden, ins["activation"][:, part] if "activation" in ins else None)
         of_hidden, of_weights = vjp(of_active)
-        found["fc2_kernel"].append(product(active.astype(dtype), branch, (0, 0)))
+        found["fc2_kernel"].append(product(active.astype(dtype), branch, 0, 0))
         found["fc1_bias"].append(of_hidden.sum(axis=0, keepdims=True))
         if "activation" in ins:
             found["activation"].append(of_weights)
         of_hidden = of_hidden.astype(dtype)
-        found["fc1_kernel"].append(product(y, of_hidden, (0, 0)))
-        of_y = of_y + product(of_hidden, ins["fc1_kernel"][:, part], (1, 1))
+        found["fc1_kernel"].append(product(y, of_hidden, 0, 0))
+        of_y = of_y + product(of_hidden, ins["fc1_kernel"][:, part], 1, 1)
     sums |= {
         name: jnp.concatenate(parts, axis=0 if name == "fc2_kernel" else 1) for name, parts in found.items() if parts
     }
