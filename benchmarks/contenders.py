@@ -59,7 +59,7 @@ def maxmap(model: str, task: str, batch: int, dtype: str, attention: str | None)
     kind = jnp.dtype(dtype)
     key = jax.random.key(0)
     if attention:
-        for platform in ("cpu", "default"):
+        for platform in ("cpu", "gpu"):
             IMPLEMENTATIONS[platform]["attention"] = attention
     if task == "forward":
         shapes = jax.eval_shape(built.init, key, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))

@@ -18,7 +18,8 @@ from maxmap.sharding import make_mesh, split_batch, traced_on
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS["cpu"] | {"block": "fused"})
+    ways = {"block": "fused", "mlp": "fused"}
+    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS["cpu"] | ways)
 
 
 def run(module: nn.Module, variables: Any, x: jax.Array, grad: jax.Array, train: bool = False) -> Any:
