@@ -181,6 +181,11 @@ def _rows() -> dict[str, Row]:
             rows[f"forward {model} batch {images}"] = Row("tpu-v5e", images, run)
     for model in MODELS:
         rows[f"step {model}"] = Row("tpu-v5e", BATCH, functools.partial(step, model, "tpu-v5e", BATCH, 4))
+    for name, make in (("half", half), ("mbconv", mbconv)):
+        for stage in (0, 2):
+            run = functools.partial(part, functools.partial(make, MAXVIT, stage), "h100-80")
+            rows[f"{name} stage {stage} h100"] = Row("h100-80", BATCH, run)
+    rows[f"forward {MAXVIT} h100"] = Row("h100-80", 128, functools.partial(forward, MAXVIT, "h100-80", 128))
     rows[f"step {MAXVIT} h100"] = Row("h100-80", 128, functools.partial(step, MAXVIT, "h100-80", 128, 1))
     return rows
 

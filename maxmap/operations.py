@@ -41,12 +41,17 @@ Padding = int | str
 # expand       1x1 convolutions with a depthwise one behind: "plain" or "pallas" (the map between stays on the chip)
 # dense        all other convolutions without groups: "lax" or "im2col" (the kernel's gradient from patches)
 # sum          in layer norms, and in gradients of parameters that all positions share: "lax" or "matmul" (with ones)
-# batch_norm   while training: "two_pass" (the mean, then centred squares) or "one_pass" (with its own backward pass)
+# batch_norm   while training: "two_pass" (the mean, then centred squares), "one_pass" (with its own backward pass) or
+#              "activated" (together with the activation and the gate behind it)
 # max_pool     the backward pass: "lax" (XLA's select-and-scatter) or "compare" (input with output, once more)
 # activation   the backward pass: "recompute" (from the input, which is all that is kept) or "autodiff" (JAX's own)
-# attention    "plain" (matrix products) or "pallas" (one kernel, for one GPU; see maxmap/kernels/pallas.py)
-# block        norm, attention or MLP, and residual path: "plain" (one by one) or "fused" (one kernel for TPUs; see
-#              maxmap/kernels/tpu_attention.py and tpu_mlp.py)
+# attention    "plain" (matrix products) or "pallas" (one kernel for GPUs; see maxmap/kernels/pallas.py)
+# windows      attention inside of windows of a map: "plain" (they become an axis of the batch) or "maps" (one kernel
+#              for GPUs that reads and writes maps; see maxmap/kernels/gpu_attention.py)
+# block        norm, attention and residual path: "plain" (one by one) or "fused" (one kernel for TPUs; see
+#              maxmap/kernels/tpu_attention.py)
+# mlp          norm, MLP and residual path: "plain" (one by one), "fused" (one kernel for TPUs; see
+#              maxmap/kernels/tpu_mlp.py) or "rows" (one for GPUs; see maxmap/kernels/gpu_mlp.py)
 # resize       of maps for heads, in the order "images_first" [B, H, W, C] or "images_last" [H, W, B, C]; the latter is
 #              the order in memory of XLA's maps on TPUs, which slices do not keep by themselves
 #
@@ -64,10 +69,12 @@ IMPLEMENTATIONS = {
         "max_pool": "compare",
         "activation": "recompute",
         "attention": "plain",
+        "windows": "plain",
         "block": "plain",
         "resize": "images_first",
+        "mlp": "plain",
     },
-    # GPUs, and every platform that has no entry.
+    # Every platform that has no entry.
     "default": {
         "pointwise": "lax",
         "depthwise": "lax",
@@ -78,8 +85,10 @@ IMPLEMENTATIONS = {
         "max_pool": "lax",
         "activation": "recompute",
         "attention": "plain",
+        "windows": "plain",
         "block": "plain",
         "resize": "images_first",
+        "mlp": "plain",
     },
     # No platform: see `plain_operations`.
     "plain": {
@@ -92,18 +101,22 @@ IMPLEMENTATIONS = {
         "max_pool": "lax",
         "activation": "autodiff",
         "attention": "plain",
+        "windows": "plain",
         "block": "plain",
         "resize": "images_first",
+        "mlp": "plain",
     },
 }
 IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {
     "depthwise": "pallas",
     "expand": "pallas",
     "block": "fused",
+    "mlp": "fused",
     "resize": "images_last",
 }
+IMPLEMENTATIONS["gpu"] = IMPLEMENTATIONS["default"] | {"batch_norm": "activated", "windows": "maps", "mlp": "rows"}
 
-KERNELS = ("fused", "pallas")  # ways that are kernels written by hand
+KERNELS = ("activated", "fused", "maps", "pallas", "rows")  # ways that are kernels written by hand
 _kernels = jax.make_user_context("auto")
 
 
@@ -121,10 +134,10 @@ def kernels(choice: str) -> AbstractContextManager[None]:
 def implementation(kind: str) -> str:
     """Returns the way in which operations of `kind` are computed on the platform that programs are compiled for.
 
-    To choose another way, set `IMPLEMENTATIONS["cpu", "tpu" or "default"][kind]` before the model is traced.
+    To choose another way, set `IMPLEMENTATIONS["cpu", "gpu" or "tpu"][kind]` before the model is traced.
     """
     way = IMPLEMENTATIONS.get(platform(), IMPLEMENTATIONS["default"])[kind]
-    return IMPLEMENTATIONS["plain"][kind] if way in KERNELS and _kernels.value == "plain" else way
+    return IMPLEMENTATIONS["default"][kind] if way in KERNELS and _kernels.value == "plain" else way
 
 
 def plain_operations() -> AbstractContextManager[None]:
@@ -163,7 +176,7 @@ def attention(
     if dropout is None and implementation("attention") == "pallas":
         from maxmap.kernels import pallas  # takes half a second to import
 
-        if max(q.shape[-2], k.shape[-2]) <= pallas.LARGEST_WINDOW:
+        if max(q.shape[-2], k.shape[-2]) <= pallas.LARGEST_WINDOW and local_batch(q.shape[0]) is not None:
             windows = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
             return pallas.window_attention(*windows, bias).reshape(q.shape)
     logits = jnp.einsum("...qd,...kd->...qk", q, k)
@@ -171,6 +184,43 @@ def attention(
         repeated = broadcast(bias.reshape(-1).astype(logits.dtype), (logits.size // bias.size, bias.size))
         logits = logits + repeated.reshape(logits.shape)
     return attend(logits, v, dropout)
+
+
+def attends_in_maps(x: Array, window: tuple[int, int]) -> bool:
+    """Whether `map_attention` has a kernel for maps like `x`, `[B, H, W, C]`, on the target platform."""
+    if implementation("windows") != "maps" or local_batch(x.shape[0]) is None:
+        return False
+    from maxmap.kernels import gpu_attention  # takes half a second to import
+
+    return gpu_attention.fits(window)
+
+
+def map_attention(
+    qkv: Array,
+    bias: Array | None,
+    kind: str,
+    window: tuple[int, int],
+    heads: int,
+    head_first: bool,
+    scale: float,
+) -> Array:
+    """Multi-head attention inside of windows or grid cells, in a kernel that reads and writes maps.
+
+    Args:
+      qkv: `[B, H, W, 3 E]`.
+      bias: of the logits, `[heads, N, N]`, or None.
+      kind: "window" or "grid".
+      window: height and width of a window or grid cell that `attends_in_maps` allows, of N pixels.
+      heads: of the attention; they divide E.
+      head_first: the channels are ordered (heads, qkv, head_dim), otherwise (qkv, heads, head_dim).
+      scale: factor of the queries.
+
+    Returns:
+      `[B, H, W, E]`.
+    """
+    from maxmap.kernels import gpu_attention
+
+    return gpu_attention.attention(qkv, bias, kind, window, heads, head_first, scale)
 
 
 def fuses_attention(x: Array, window: tuple[int, int], head_dim: int) -> bool:
@@ -215,11 +265,21 @@ def attention_block(
     return _images_first(y)
 
 
-def fuses_mlp(x: Array, hidden: int) -> bool:
-    """Whether `mlp_block` has a kernel for maps like `x`, `[B, H, W, C]`, on the target platform."""
-    batch = local_batch(x.shape[0])
-    if implementation("block") != "fused" or batch is None:
+def fuses_mlp(x: Array, hidden: int, *, weighted: bool = False) -> bool:
+    """Whether `mlp_block` has a kernel for maps like `x`, `[B, H, W, C]`, on the target platform.
+
+    Args:
+      x: the map.
+      hidden: channels between the linear maps.
+      weighted: the activation has weights.
+    """
+    batch, way = local_batch(x.shape[0]), implementation("mlp")
+    if way == "plain" or batch is None:
         return False
+    if way == "rows":
+        from maxmap.kernels import gpu_mlp
+
+        return not weighted and gpu_mlp.fits(x.shape[-1], hidden)
     from maxmap.kernels import tpu_mlp
 
     return tpu_mlp.fits(batch, hidden)
@@ -244,9 +304,14 @@ def mlp_block(
     Returns:
       `[B, H, W, C]`.
     """
+    path = None if residual is x else residual
+    if implementation("mlp") == "rows":
+        from maxmap.kernels import gpu_mlp
+
+        return gpu_mlp.mlp_block(x, weights, activation, epsilon, path)
     from maxmap.kernels import tpu_mlp
 
-    path = None if residual is None or residual is x else _images_last(residual)
+    path = None if path is None else _images_last(path)
     return _images_first(tpu_mlp.mlp_block(_images_last(x), weights, activation, epsilon, path))
 
 
@@ -343,7 +408,7 @@ def batch_norm(
       The normalised `x` in its type; mean and biased variance, both `[parts, C]`. Gradients pass only by the first.
     """
     scale, bias = upcast(scale), upcast(bias)
-    if implementation("batch_norm") == "one_pass":
+    if implementation("batch_norm") != "two_pass":
         return one_pass.batch_norm(x, scale, bias, near.astype(scale.dtype), epsilon, parts)
     rows = upcast(x).reshape(parts, -1, *x.shape[1:])  # [parts, B / parts, ..., C]
     axes = tuple(range(1, rows.ndim - 1))
@@ -352,6 +417,43 @@ def batch_norm(
     y = affine(rows, mean, var, scale, bias, epsilon).reshape(x.shape).astype(x.dtype)
     mean, var = (lax.stop_gradient(value).reshape(parts, -1) for value in (mean, var))
     return y, mean, var
+
+
+def activates_batch_norm(x: Array) -> bool:
+    """Whether `activated_batch_norm` is the way of the target platform for maps like `x`, `[B, ..., C]`."""
+    return implementation("batch_norm") == "activated" and local_batch(x.shape[0]) is not None
+
+
+def activated_batch_norm(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    near: Array,
+    epsilon: float,
+    parts: int,
+    function: Callable[[Array], Array],
+    derivative: Callable[[Array], Array],
+    gate: Callable[[Array], Array] | None = None,
+) -> tuple[Array, Array, Array]:
+    """Computes y = function(batch_norm(x)), or y * gate(mean of y over all axes but the first and the last).
+
+    Where `activates_batch_norm` says no, one operation is to be called after another.
+
+    Args:
+      x, scale, bias, near, epsilon, parts: see `batch_norm`.
+      function: of one value.
+      derivative: of the function, see `activate`.
+      gate: of the mean, `[B, 1, ..., C]`; None for none.
+
+    Returns:
+      See `batch_norm`.
+    """
+    from maxmap.kernels import gpu_norm  # takes half a second to import
+
+    inputs = (x, upcast(scale), upcast(bias), near.astype(accumulator(scale.dtype)))
+    options = (epsilon, parts, function, derivative)
+    factor = None if gate is None else gate(gpu_norm.pooled(*inputs, *options))
+    return gpu_norm.activated(*inputs, factor, *options)
 
 
 def affine(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float) -> Array:

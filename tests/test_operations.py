@@ -193,9 +193,11 @@ def traced(platform, function=step):
 
 
 def equations(jaxpr):
-    """All equations of a program, those of inner functions, loops and branches included."""
+    """All equations of a program, those of inner functions, loops and branches included, but not those of kernels."""
     for equation in jaxpr.eqns:
         yield jaxpr, equation
+        if equation.primitive.name == "pallas_call":
+            continue
         for parameter in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
             if hasattr(parameter, "eqns"):
                 yield from equations(getattr(parameter, "jaxpr", parameter))
@@ -232,8 +234,7 @@ def test_a_jitted_function_is_traced_for_each_platform():
     """In any order, and as often as one likes: no platform gets the program of another from a cache."""
     programs = [str(traced(platform)) for platform in ("cpu", "tpu", "gpu", "cpu", "tpu")]
     cpu, tpu, gpu, *again = programs
-    assert cpu != tpu
-    assert tpu == gpu
+    assert len({cpu, tpu, gpu}) == 3
     assert again == [cpu, tpu]
 
 

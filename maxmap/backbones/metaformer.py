@@ -136,7 +136,7 @@ class StarReLUMlp(nn.Module):
     def fuses(self, x: Array, *, train: bool) -> bool:
         """Whether a kernel can compute the MLP together with what stands around it, see `residual_mlp`."""
         del train  # there is no dropout
-        return fuses_mlp(x, 4 * x.shape[-1])
+        return fuses_mlp(x, 4 * x.shape[-1], weighted=True)
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, compute: Compute | None = None) -> Array:

@@ -42,15 +42,29 @@ def batch_norm(
 def _forward(
     x: Array, scale: Array, bias: Array, near: Array, epsilon: float, parts: int
 ) -> tuple[tuple[Array, Array, Array], Residuals]:
-    rows = x.reshape(parts, -1, *x.shape[1:])  # [parts, B / parts, ..., C]
-    near = near.astype(accumulator(x.dtype))
-    offset, square = _means((deviation := upcast(rows) - _spread(near[None], rows)), jnp.square(deviation))
-    var = jnp.maximum(square - jnp.square(offset), 0)
-    mean = near[None] + offset
-    inverse = lax.rsqrt(var + epsilon)
-    multiplier = inverse * scale[None]
-    y = upcast(rows) * _spread(multiplier, rows) + _spread(bias[None] - mean * multiplier, rows)
+    mean, var, inverse = statistics(x, near, epsilon, parts)
+    y = normalised(x, scale, bias, mean, inverse)
     return (y.reshape(x.shape).astype(x.dtype), mean, var), (x, scale, mean, inverse)
+
+
+def statistics(x: Array, near: Array, epsilon: float, parts: int) -> tuple[Array, Array, Array]:
+    """Returns mean, biased variance and 1 / its root with `epsilon`, each `[parts, C]`."""
+    rows = in_parts(x, parts)
+    near = near.astype(accumulator(x.dtype))
+    offset, square = _means((deviation := upcast(rows) - spread(near[None], rows)), jnp.square(deviation))
+    var = jnp.maximum(square - jnp.square(offset), 0)
+    return near[None] + offset, var, lax.rsqrt(var + epsilon)
+
+
+def normalised(x: Array, scale: Array, bias: Array, mean: Array, inverse: Array) -> Array:
+    """Returns the norm's output `[parts, B / parts, ..., C]` in float32 or wider."""
+    rows, multiplier = in_parts(x, len(mean)), inverse * scale[None]
+    return upcast(rows) * spread(multiplier, rows) + spread(bias[None] - mean * multiplier, rows)
+
+
+def in_parts(x: Array, parts: int) -> Array:
+    """Reshapes `[B, ..., C]` to `[parts, B / parts, ..., C]`."""
+    return x.reshape(parts, -1, *x.shape[1:])
 
 
 def _backward(
@@ -58,12 +72,12 @@ def _backward(
 ) -> tuple[Array, Array, Array, Array]:
     x, scale, mean, inverse = residuals
     rows, grad = (upcast(value.reshape(parts, -1, *x.shape[1:])) for value in (x, grads[0]))
-    of_bias, of_scale = _means(grad, grad * ((rows - _spread(mean, rows)) * _spread(inverse, rows)))
+    of_bias, of_scale = _means(grad, grad * ((rows - spread(mean, rows)) * spread(inverse, rows)))
     # multiplier * (grad - of_bias - normalised * of_scale), as one factor of each map and one constant per channel
     multiplier = inverse * scale[None]
     factor = -multiplier * inverse * of_scale
     constant = -multiplier * of_bias - factor * mean
-    grad_x = grad * _spread(multiplier, rows) + rows * _spread(factor, rows) + _spread(constant, rows)
+    grad_x = grad * spread(multiplier, rows) + rows * spread(factor, rows) + spread(constant, rows)
     of_scale, of_bias = (jnp.sum(mean, axis=0) * math.prod(rows.shape[1:-1]) for mean in (of_scale, of_bias))
     return (
         grad_x.reshape(x.shape).astype(x.dtype),
@@ -82,6 +96,6 @@ def _means(*maps: Array) -> Array:
     return jnp.stack([jnp.sum(x, axis=axes) for x in maps]) / math.prod(maps[0].shape[1:-1])
 
 
-def _spread(x: Array, rows: Array) -> Array:
+def spread(x: Array, rows: Array) -> Array:
     """Gives `[parts or 1, C]` as many axes as `rows` `[parts, ..., C]`."""
     return jnp.expand_dims(x, tuple(range(1, rows.ndim - 1)))

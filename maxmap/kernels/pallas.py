@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from maxmap.kernels.target import Array, accumulator, platform
+from maxmap.kernels.target import Array, accumulator, over_batch, platform
 
 Ref = Any  # JAX's reference to an array in memory, with a shape and a type
 
@@ -42,12 +42,19 @@ def window_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
 
 
 def _forward(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
-    (out,) = _call(_forward_kernel, [q, k, v], bias, [jax.ShapeDtypeStruct(q.shape, v.dtype)], group=None)
+    (out,) = over_batch(_run_forward, (q, k, v, bias), (0, 0, 0, None), (0,))
     return out, (q, k, v, bias)
 
 
+def _run_forward(q: Array, k: Array, v: Array, bias: Array | None) -> Sequence[Array]:
+    return _call(_forward_kernel, [q, k, v], bias, [jax.ShapeDtypeStruct(q.shape, v.dtype)], group=None)
+
+
 def _backward(residuals: tuple[Array, Array, Array, Array | None], grad: Array) -> tuple[Array | None, ...]:
-    q, k, v, bias = residuals
+    return over_batch(_run_backward, (*residuals, grad), (0, 0, 0, None, 0), (0, 0, 0, None))
+
+
+def _run_backward(q: Array, k: Array, v: Array, bias: Array | None, grad: Array) -> tuple[Array | None, ...]:
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     if bias is None:
         return *_call(_backward_kernel, [q, k, v, grad], None, out, group=WINDOWS_PER_PROGRAM), None

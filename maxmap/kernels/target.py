@@ -1,14 +1,30 @@
 """What all ways of computing an operation share: the target platform of a program, its mesh and its precision."""
 
+import contextlib
+import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 Array = jax.Array
+
+_inside_triton: contextvars.ContextVar[bool] = contextvars.ContextVar("inside of a Triton kernel", default=False)
+# Numerator and denominator of erf(x) / x in x^2 for |x| <= 4, as in Eigen and XLA.
+_ERF = (
+    (
+        *(-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05),
+        *(-7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02),
+    ),
+    (
+        *(-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03),
+        -1.42647390514189e-02,
+    ),
+)
 
 # Part of the key of JAX's caches: a function that was traced for one platform is traced again for another.
 _platform = jax.make_user_context(None)
@@ -103,6 +119,32 @@ def kernel_calls(jaxpr: Any) -> Iterator[Any]:
 def kernel_name(equation: Any) -> str:
     """Returns the name of a kernel, given the equation that calls it."""
     return str(equation.params.get("name") or getattr(equation.params.get("name_and_src_info"), "name", None))
+
+
+@contextlib.contextmanager
+def inside_triton() -> Iterator[None]:
+    """Traces the inside of a kernel in operations that Triton has."""
+    token = _inside_triton.set(platform() == "gpu")
+    try:
+        yield
+    finally:
+        _inside_triton.reset(token)
+
+
+def erf(x: Array) -> Array:
+    """The error function. Pallas does not lower it for Triton: there it is a quotient of polynomials, for float32."""
+    if not _inside_triton.get():
+        return lax.erf(x)
+    x = jnp.clip(x, -4, 4)
+    over, under = (_horner(coefficients, x * x) for coefficients in _ERF)
+    return x * over / under
+
+
+def _horner(coefficients: Sequence[float], x: Array) -> Array:
+    total = jnp.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = total * x + coefficient
+    return total
 
 
 def upcast(x: Array) -> Array:

@@ -19,6 +19,7 @@ from maxmap.layers.primitives import (
     LayerNorm,
     Linear,
     Parameters,
+    spatial_mean,
 )
 from maxmap.layers.residual import Compute, mlp_weights, residual_mlp, unweighted
 from maxmap.operations import Array, attention, fuses_mlp, linear
@@ -248,10 +249,13 @@ class SqueezeExcite(nn.Module):
     inits: Mapping[str, Initializer] = FrozenDict()
 
     @nn.compact
+    def gate(self, mean: Array) -> Array:
+        """Returns the factors of a map with this mean; both `[B, 1, 1, C]`."""
+        gate = ACTIVATIONS[self.activation](Conv(self.hidden, name="fc1", **self.inits)(mean))
+        return nn.sigmoid(Conv(mean.shape[-1], name="fc2", **self.inits)(gate))
+
     def __call__(self, x: Array) -> Array:
-        gate = jnp.mean(x, axis=(1, 2), keepdims=True)
-        gate = ACTIVATIONS[self.activation](Conv(self.hidden, name="fc1", **self.inits)(gate))
-        return x * nn.sigmoid(Conv(x.shape[-1], name="fc2", **self.inits)(gate))
+        return x * self.gate(spatial_mean(x))
 
 
 class ConvNeXtBlock(Block):

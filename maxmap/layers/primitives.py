@@ -15,14 +15,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from maxmap.kernels.target import erf
 from maxmap.operations import (
     Array,
     Padding,
     activate,
+    activated_batch_norm,
+    activates_batch_norm,
     affine,
     batch_norm,
     broadcast,
     convolve,
+    implementation,
     layer_norm,
     linear,
     scaled,
@@ -34,11 +38,11 @@ Initializer = Callable[..., Array]
 
 def _gelu(x: Array) -> Array:
     """x * Phi(x) by erf, because erfc, as in Flax, takes three times as long on a CPU."""
-    return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
+    return x * (0.5 + 0.5 * erf(x * math.sqrt(0.5)))
 
 
 def _gelu_derivative(x: Array) -> Array:
-    return 0.5 - 0.5 * lax.erf(-x * math.sqrt(0.5)) + x * jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
+    return 0.5 - 0.5 * erf(-x * math.sqrt(0.5)) + x * jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
 
 
 def _gelu_tanh(x: Array) -> Array:
@@ -262,17 +266,39 @@ class BatchNorm(nn.Module):
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        *,
+        train: bool = False,
+        activation: str | None = None,
+        gate: Callable[[Array], Array] | None = None,
+    ) -> Array:
+        """Normalises maps or tokens.
+
+        Args:
+          x: `[B, ..., C]`.
+          train: normalises with the statistics of the batch.
+          activation: behind the norm, a key of `ACTIVATIONS`; None for none.
+          gate: multiplies the activation's output by a function of its mean over all axes but the first and the last,
+            `[B, 1, ..., C]`; None for 1.
+        """
         channels = x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         if not train:
-            y = affine(upcast(x), running_mean.value, running_var.value, upcast(scale), upcast(bias), self.epsilon)
-            return y.astype(x.dtype)
+            statistics = (running_mean.value, running_var.value, upcast(scale), upcast(bias), self.epsilon)
+            return _activated(lambda x: affine(upcast(x), *statistics).astype(x.dtype), x, activation, gate)
         parts, keep_first = _batch_groups.get()
-        y, mean, var = batch_norm(x, scale, bias, running_mean.value, self.epsilon, parts)
+        inputs = (scale, bias, running_mean.value, self.epsilon, parts)
+        if activation in _DERIVATIVES and activates_batch_norm(x):
+            function, derivative = FUNCTIONS[activation], _DERIVATIVES[activation]
+            y, mean, var = activated_batch_norm(x, *inputs, function, derivative, gate)
+        else:
+            y, mean, var = batch_norm(x, *inputs)
+            y = _activated(lambda y: y, y, activation, gate)
         if not self.is_initializing():
             count = x.size // channels // parts
             for running, new in ((running_mean, mean), (running_var, var * (count / max(count - 1, 1)))):
@@ -339,6 +365,27 @@ class Parameters(nn.Module):
         kernel = self.param("kernel", nn.initializers.zeros, self.shape)
         zeros = jnp.zeros(self.shape[-1:], kernel.dtype)
         return kernel, self.param("bias", lambda _: zeros) if self.has_variable("params", "bias") else zeros
+
+
+def _activated(
+    norm: Callable[[Array], Array], x: Array, activation: str | None, gate: Callable[[Array], Array] | None
+) -> Array:
+    """Computes y = activation(norm(x)), and y * gate(mean of y); see `BatchNorm`."""
+
+    def run(x: Array) -> Array:
+        return norm(x) if activation is None else ACTIVATIONS[activation](norm(x))
+
+    y = run(x)
+    if gate is None:
+        return y
+    if implementation("batch_norm") == "activated":  # computed once more for the mean, instead of written and read
+        return y * gate(spatial_mean(run(lax.optimization_barrier(x))))
+    return y * gate(spatial_mean(y))
+
+
+def spatial_mean(x: Array) -> Array:
+    """Averages `[B, ..., C]` over all axes but the first and the last, `[B, 1, ..., C]`."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), keepdims=True)
 
 
 class LayerNorm(nn.Module):

@@ -10,6 +10,7 @@ from maxmap.backbones.maxxvit.attention import TransformerFields, WindowAttentio
 from maxmap.kernels import pallas
 from maxmap.layers.blocks import SelfAttention, StripeAttention
 from maxmap.operations import attention, compiled_for
+from maxmap.sharding import make_mesh, split_batch, traced_on
 
 
 @pytest.fixture
@@ -68,6 +69,18 @@ def test_window_attention_takes_logits_of_any_size(x64):
     np.testing.assert_allclose(
         pallas.window_attention(1000 * q, k, v, None), attention(1000 * q, k, v), rtol=1e-9, atol=1e-12
     )
+
+
+def test_eight_devices_compute_what_one_does(x64, chosen):
+    sizes = [(16, 2, 9, 8)] * 3
+    q, k, v, bias, grad = numbers("float64", *sizes, (2, 9, 9), sizes[0])
+    wanted = both_ways(plain, q, k, v, bias, grad)
+    mesh = make_mesh()
+    q, k, v, grad = jax.device_put((q, k, v, grad), split_batch(mesh))
+    with traced_on(mesh):
+        ours = both_ways(plain, q, k, v, bias, grad)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
 
 
 LAYERS = {

@@ -19,7 +19,8 @@ from tests.zoo import QUICK
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS["cpu"] | {"block": "fused"})
+    ways = {"block": "fused", "mlp": "fused"}
+    monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", operations.IMPLEMENTATIONS["cpu"] | ways)
 
 
 def run(module: nn.Module, variables: Any, x: jax.Array, grad: jax.Array, train: bool = False) -> Any:

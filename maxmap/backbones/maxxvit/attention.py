@@ -22,7 +22,7 @@ from maxmap.layers.primitives import (
     xavier_uniform,
 )
 from maxmap.layers.residual import residual_attention, residual_mlp
-from maxmap.operations import Array, attention, fuses_attention, scaled
+from maxmap.operations import Array, attends_in_maps, attention, fuses_attention, map_attention, scaled
 from maxmap.ranges import Count, DropRate, NonNegative, Positive
 
 
@@ -139,9 +139,17 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, *, train: bool, compute: Callable[[dict[str, Array | None]], Array] | None = None
+        self,
+        x: Array,
+        *,
+        train: bool,
+        compute: Callable[[dict[str, Array | None]], Array] | None = None,
+        kind: str | None = None,
     ) -> Array:
-        """Maps windows `[B, windows, N, C]` to `[B, windows, N, channels]`; or `compute` does it, given the weights."""
+        """Maps windows `[B, windows, N, C]` to `[B, windows, N, channels]`; or `compute` does it, given the weights.
+
+        With the kind of its windows, "window" or "grid", `x` is a map `[B, H, W, C]`, and so is what is returned.
+        """
         fields, inits = self.fields, linear_inits(self.init_scheme)
         heads = self.width // fields.head_dim
         head_first = fields.head_first if self.head_first is None else self.head_first
@@ -153,13 +161,24 @@ class WindowAttention(nn.Module):
         )(train=train)
         if compute is not None:
             return compute(self._weights(qkv_layer, proj, x.shape[-1], order) | {"bias": bias})
+        if kind is not None and self._reads_maps(x, train):
+            x = map_attention(qkv_layer(x), bias, kind, self.window, heads, head_first, self.scale())
+            return nn.Dropout(fields.proj_drop)(proj(x), deterministic=not train)
+        size = x.shape[1:3]
+        x = x if kind is None else partition(x, kind, self.window)
         q, k, v = rearrange(qkv_layer(x), f"b w n ({order}) -> three b w h n d", three=3, h=heads)
         dropout = nn.Dropout(fields.attn_drop, deterministic=False)
         x = rearrange(
             attention(q * self.scale(), k, v, bias, dropout if train and fields.attn_drop else None),
             "b w h n d -> b w n (h d)",
         )
-        return nn.Dropout(fields.proj_drop)(proj(x), deterministic=not train)
+        x = nn.Dropout(fields.proj_drop)(proj(x), deterministic=not train)
+        return x if kind is None else departition(x, kind, self.window, size)
+
+    @nn.nowrap
+    def _reads_maps(self, x: Array, train: bool) -> bool:
+        """Whether a kernel attends inside of a map's windows."""
+        return not (train and self.fields.attn_drop) and attends_in_maps(x, self.window)
 
     @nn.nowrap
     def fuses(self, x: Array, *, train: bool) -> bool:
@@ -354,8 +373,7 @@ class PartitionAttention(nn.Module):
         else:
             y, parts = norm(x), []
             for attention, kind in zip(attentions, kinds, strict=True):
-                part = attention(partition(y, kind, self.window), train=train)
-                parts.append(departition(part, kind, self.window, x.shape[1:3]))
+                parts.append(attention(y, train=train, kind=kind))
             y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
             x = x + DropPath(self.drop_path)(_scale(y, gamma("ls1")), train=train)
         norm = LayerNorm(fields.epsilon, name="norm2")

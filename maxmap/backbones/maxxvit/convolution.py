@@ -53,11 +53,17 @@ def pool(x: Array, kind: str) -> Array:
     return max_pool(x, 3, 2, 1)
 
 
-def layer_or_batch_norm(x: Array, kind: str, epsilon: float, name: str, train: bool) -> Array:
-    """Normalises a map by a LayerNorm (`kind` "layer") or a BatchNorm ("batch"), a submodule of the caller."""
+def layer_or_batch_norm(
+    x: Array, kind: str, epsilon: float, name: str, train: bool, activation: str | None = None
+) -> Array:
+    """Normalises a map by a LayerNorm (`kind` "layer") or a BatchNorm ("batch"), a submodule of the caller.
+
+    An activation may follow, a key of `ACTIVATIONS`.
+    """
     if kind == "batch":
-        return BatchNorm(epsilon, name=name)(x, train=train)
-    return LayerNorm(epsilon, name=name)(x)
+        return BatchNorm(epsilon, name=name)(x, train=train, activation=activation)
+    x = LayerNorm(epsilon, name=name)(x)
+    return x if activation is None else ACTIVATIONS[activation](x)
 
 
 class ConvStem(nn.Module):
@@ -85,7 +91,7 @@ class ConvStem(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         conv = functools.partial(Conv, kernel_size=3, padding=self.padding, **conv_inits(self.init_scheme))
         x = conv(self.width[0], stride=2, bias=self.bias[0], name="conv1")(x)
-        x = ACTIVATIONS[self.activation](layer_or_batch_norm(x, self.norm, self.epsilon, "norm1", train))
+        x = layer_or_batch_norm(x, self.norm, self.epsilon, "norm1", train, self.activation)
         return conv(self.width[1], bias=self.bias[1], name="conv2")(x)
 
 
@@ -159,7 +165,6 @@ class MBConv(Block):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        act = ACTIVATIONS[self.activation]
         inits = conv_inits(self.init_scheme)
         width = _round_to_eight(4 * (self.channels if self.expand_output else x.shape[-1]))
         se_width = int(self.se_ratio * (self.channels if self.expand_output else width))
@@ -179,9 +184,8 @@ class MBConv(Block):
         if sums is not None and not self.se_early:
             x = self._projected(x, sums, se_width)
         else:
-            x = act(BatchNorm(self.epsilon, name="norm2")(x, train=train))
-            if not self.se_early:
-                x = squeeze_excite(name="se")(x)
+            gate = None if self.se_early else squeeze_excite(name="se").gate
+            x = BatchNorm(self.epsilon, name="norm2")(x, train=train, activation=self.activation, gate=gate)
             x = Conv(self.channels, bias=self.output_bias, name="conv3_1x1", **inits)(x)
         return DropPath(self.drop_path)(x, train=train) + beside
 
@@ -190,14 +194,12 @@ class MBConv(Block):
 
     def _expanded(self, x: Array, width: int, *, train: bool) -> Array:
         """All from the first norm to the depthwise convolution."""
-        act = ACTIVATIONS[self.activation]
-        x = BatchNorm(self.epsilon, name="pre_norm")(x, train=train)
-        if self.pre_norm_act:
-            x = act(x)
+        activation = self.activation if self.pre_norm_act else None
+        x = BatchNorm(self.epsilon, name="pre_norm")(x, train=train, activation=activation)
         if self._pooled():
             x = pool(x, "avg2")
         x = Conv(width, bias=False, name="conv1_1x1", **conv_inits(self.init_scheme))(x)
-        x = act(BatchNorm(self.epsilon, name="norm1")(x, train=train))
+        x = BatchNorm(self.epsilon, name="norm1")(x, train=train, activation=self.activation)
         return Conv(
             width,
             3,
