@@ -43,7 +43,7 @@ def part(i: Array, size: int, total: int) -> Any:
     return pl.ds(pl.multiple_of(i * size, size), size) if size < total else slice(None)
 
 
-def whole(x: jax.ShapeDtypeStruct) -> pl.BlockSpec:
+def whole(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     """All of an array, for every program."""
     return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
 

@@ -66,11 +66,12 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": _gelu_tanh,
     "tanh": jnp.tanh,
 }
-_DERIVATIVES = {"silu": _silu_derivative, "gelu": _gelu_derivative, "gelu_tanh": _gelu_tanh_derivative}
+# The derivatives of the costly ones, in terms that the functions do not share; see `maxmap.operations.activate`.
+DERIVATIVES = {"silu": _silu_derivative, "gelu": _gelu_derivative, "gelu_tanh": _gelu_tanh_derivative}
 # The functions as networks use them: of values in any type, the costly ones with a backward pass of their own.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = FUNCTIONS | {
     name: functools.partial(activate, function=FUNCTIONS[name], derivative=derivative)
-    for name, derivative in _DERIVATIVES.items()
+    for name, derivative in DERIVATIVES.items()
 }
 
 # Initialisers under the names of the PyTorch schemes that the reference networks use.
