@@ -250,6 +250,60 @@ def mlp_block(
     return _images_first(tpu_mlp.mlp_block(_images_last(x), weights, activation, epsilon, path))
 
 
+def fuses_separable(x: Array) -> bool:
+    """Whether the two operations below have kernels for maps like `x`, `[B, H, W, C]`, on the target platform."""
+    batch = local_batch(x.shape[0])
+    if implementation("block") != "fused" or batch is None:
+        return False
+    from maxmap.kernels import tpu_separable  # takes half a second to import
+
+    return tpu_separable.fits(batch)
+
+
+def separable_expand(
+    x: Array,
+    scale: Array,
+    kernel: Array,
+    factors: Array,
+    activation: Callable[[Array, Array | None], Array],
+    epsilon: float,
+) -> tuple[Array, Array]:
+    """Computes activation(norm(x) @ kernel), of maps that `fuses_separable` allows.
+
+    Args:
+      x: `[B, H, W, C]`.
+      scale: of the norm, `[C]`.
+      kernel: `[C, F]`.
+      factors: weights of the activation, `[weights, F]`.
+      activation: of values `[R, F]` and its weights.
+      epsilon: of the norm.
+
+    Returns:
+      `[B, H, W, F]`; and `x`, to be read in its stead by the residual path: the gradients are added in the kernel.
+    """
+    from maxmap.kernels import tpu_separable
+
+    y, beside = tpu_separable.expand(_images_last(x), scale, kernel, factors, activation, epsilon)
+    return _images_first(y), _images_first(beside)
+
+
+def separable_project(x: Array, kernel: Array, keep: Array, residual: Array) -> Array:
+    """Computes residual + keep * (x @ kernel), of maps that `fuses_separable` allows.
+
+    Args:
+      x: `[B, H, W, F]`.
+      kernel: `[F, C]`.
+      keep: the factor of the branch for every sample, `[B]`, without a gradient.
+      residual: `[B, H, W, C]`.
+
+    Returns:
+      `[B, H, W, C]`.
+    """
+    from maxmap.kernels import tpu_separable
+
+    return _images_first(tpu_separable.project(_images_last(x), kernel, keep, _images_last(residual)))
+
+
 def _images_last(x: Array) -> Array:
     """Transposes `[B, H, W, C]` to `[H, W, B, C]`, the order in memory of XLA's maps on TPUs: nothing moves."""
     return jnp.transpose(x, (1, 2, 0, 3))
