@@ -232,7 +232,7 @@ def mlp_block(
     epsilon: float,
     residual: Array | None = None,
 ) -> Array:
-    """Computes residual + keep * fc2(activation(fc1(norm(x)))) in one kernel.
+    """Computes residual + keep * fc2(activation(fc1(norm(x + shift)))) in one kernel.
 
     Args:
       x: `[B, H, W, C]`, of a shape that `fuses_mlp` allows.
