@@ -13,6 +13,7 @@ from flax import traverse_util
 from flax.errors import InvalidRngError
 
 from maxmap.convert.torch import from_torch, to_torch
+from maxmap.layers import residual
 from maxmap.layers.primitives import DropPath, pair
 from maxmap.models import FAMILIES, MODELS
 from tests.reference import fill
@@ -72,14 +73,14 @@ def assert_size(model: nn.Module, parameters: int, features: Sequence[tuple[int,
 
 
 def rates_of(model: nn.Module, size: Sequence[int], monkeypatch: pytest.MonkeyPatch, *rooms: Any) -> list[float]:
-    """The rates of a model's drop path layers, in the order of their calls; `rooms` are the modules that make them."""
+    """The rates of a model's drop path layers, in the order of their calls; `rooms` make them beside `residual`."""
     rates = []
 
     def recorded(rate: float) -> DropPath:
         rates.append(rate)
         return DropPath(rate)
 
-    for room in rooms:
+    for room in (*rooms, residual):
         monkeypatch.setattr(room, "DropPath", recorded)
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
     return rates
