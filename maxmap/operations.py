@@ -33,6 +33,7 @@ from maxmap.kernels.target import (
 from maxmap.kernels.xla import Pads
 
 Padding = int | str
+Function = Callable[[Array], Array]  # of single values
 
 # The way of each operation, by the platform that a program is compiled for (see `compiled_for`).
 #
@@ -54,6 +55,7 @@ Padding = int | str
 #              maxmap/kernels/tpu_mlp.py) or "rows" (one for GPUs; see maxmap/kernels/gpu_mlp.py)
 # resize       of maps for heads, in the order "images_first" [B, H, W, C] or "images_last" [H, W, B, C]; the latter is
 #              the order in memory of XLA's maps on TPUs, which slices do not keep by themselves
+# bottleneck   1x1 convolutions, norms and residual path of ResNet's blocks: "plain" or "pallas" (kernels for TPUs)
 #
 # The CPU's own ways pay because XLA's CPU backend takes 6 times as long for a 1x1 convolution as for the same matrix
 # product, 17 times as long for a depthwise convolution as for shifted products, and up to 3 times as long for the
@@ -73,6 +75,7 @@ IMPLEMENTATIONS = {
         "block": "plain",
         "resize": "images_first",
         "mlp": "plain",
+        "bottleneck": "plain",
     },
     # Every platform that has no entry.
     "default": {
@@ -89,6 +92,7 @@ IMPLEMENTATIONS = {
         "block": "plain",
         "resize": "images_first",
         "mlp": "plain",
+        "bottleneck": "plain",
     },
     # No platform: see `plain_operations`.
     "plain": {
@@ -105,12 +109,14 @@ IMPLEMENTATIONS = {
         "block": "plain",
         "resize": "images_first",
         "mlp": "plain",
+        "bottleneck": "plain",
     },
 }
 IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {
     "depthwise": "pallas",
     "expand": "pallas",
     "block": "fused",
+    "bottleneck": "pallas",
     "mlp": "fused",
     "resize": "images_last",
 }
@@ -292,7 +298,7 @@ def mlp_block(
     epsilon: float,
     residual: Array | None = None,
 ) -> Array:
-    """Computes residual + keep * fc2(activation(fc1(norm(x)))) in one kernel.
+    """Computes residual + keep * fc2(activation(fc1(norm(x + shift)))) in one kernel.
 
     Args:
       x: `[B, H, W, C]`, of a shape that `fuses_mlp` allows.
@@ -313,6 +319,60 @@ def mlp_block(
 
     path = None if path is None else _images_last(path)
     return _images_first(tpu_mlp.mlp_block(_images_last(x), weights, activation, epsilon, path))
+
+
+def fuses_separable(x: Array) -> bool:
+    """Whether the two operations below have kernels for maps like `x`, `[B, H, W, C]`, on the target platform."""
+    batch = local_batch(x.shape[0])
+    if implementation("block") != "fused" or batch is None:
+        return False
+    from maxmap.kernels import tpu_separable  # takes half a second to import
+
+    return tpu_separable.fits(batch)
+
+
+def separable_expand(
+    x: Array,
+    scale: Array,
+    kernel: Array,
+    factors: Array,
+    activation: Callable[[Array, Array | None], Array],
+    epsilon: float,
+) -> tuple[Array, Array]:
+    """Computes activation(norm(x) @ kernel), of maps that `fuses_separable` allows.
+
+    Args:
+      x: `[B, H, W, C]`.
+      scale: of the norm, `[C]`.
+      kernel: `[C, F]`.
+      factors: weights of the activation, `[weights, F]`.
+      activation: of values `[R, F]` and its weights.
+      epsilon: of the norm.
+
+    Returns:
+      `[B, H, W, F]`; and `x`, to be read in its stead by the residual path: the gradients are added in the kernel.
+    """
+    from maxmap.kernels import tpu_separable
+
+    y, beside = tpu_separable.expand(_images_last(x), scale, kernel, factors, activation, epsilon)
+    return _images_first(y), _images_first(beside)
+
+
+def separable_project(x: Array, kernel: Array, keep: Array, residual: Array) -> Array:
+    """Computes residual + keep * (x @ kernel), of maps that `fuses_separable` allows.
+
+    Args:
+      x: `[B, H, W, F]`.
+      kernel: `[F, C]`.
+      keep: the factor of the branch for every sample, `[B]`, without a gradient.
+      residual: `[B, H, W, C]`.
+
+    Returns:
+      `[B, H, W, C]`.
+    """
+    from maxmap.kernels import tpu_separable
+
+    return _images_first(tpu_separable.project(_images_last(x), kernel, keep, _images_last(residual)))
 
 
 def _images_last(x: Array) -> Array:
@@ -663,3 +723,123 @@ def squeeze_project(
     pixels = x.transpose(1, 2, 0, 3).reshape(-1, batch, channels)
     y = squeeze.squeeze_project(pixels, factor, summand, gating, weights, bias, squeeze.Block(function, gate))
     return y.reshape(height, width, batch, -1).transpose(2, 0, 1, 3)
+
+
+def fuses_bottleneck(x: Array, channels: int, out_channels: int) -> bool:
+    """Whether the three operations below have kernels for maps like `x`, `[B, H, W, I]`, on the target platform.
+
+    Args:
+      x: what the block reads.
+      channels: inside of the block.
+      out_channels: of the block.
+    """
+    if implementation("bottleneck") != "pallas":
+        return False
+    from maxmap.kernels import bottleneck  # takes half a second to import
+
+    outer = (x.shape[-1], out_channels)
+    return all(bottleneck.fits(x.shape[0], channels, other, devices()) for other in outer)
+
+
+def bottleneck_first(
+    x: Array,
+    weights: Array,
+    scale: Array,
+    bias: Array,
+    near: Array,
+    function: Function,
+    derivative: Function | None,
+    epsilon: float,
+) -> tuple[Array, Array, Array, Array]:
+    """A bottleneck's first 1x1 convolution, batch norm and activation, of maps that `fuses_bottleneck` allows.
+
+    Args:
+      x: `[B, H, W, I]`.
+      weights: `[I, C]`.
+      scale: of the norm, `[C]`.
+      bias: of the norm, `[C]`.
+      near: an estimate of the mean of what is normalised, `[C]`, without a gradient.
+      function: an activation, of single values.
+      derivative: of the activation; see `activate`. None for JAX's own.
+      epsilon: of the norm.
+
+    Returns:
+      `[B, H, W, C]`; `x`, to be read in its stead by the residual path: the gradients are added in the kernel; mean and
+      biased variance of what is normalised, both `[C]`, without a gradient.
+    """
+    from maxmap.kernels import bottleneck
+
+    y, beside, mean, var = bottleneck.first(_images_last(x), weights, scale, bias, near, function, derivative, epsilon)
+    return _images_first(y), _images_first(beside), mean, var
+
+
+def bottleneck_activated(
+    x: Array, factor: Array, summand: Array, near: Array, function: Callable[[Array], Array]
+) -> tuple[Array, Array, Array]:
+    """What a bottleneck's last convolution reads: function(x * factor + summand) - near, and its moments.
+
+    Args:
+      x: `[B, H, W, C]`.
+      factor: `[C]`.
+      summand: `[C]`.
+      near: an estimate of the mean of the activations, `[C]`, without a gradient.
+      function: an activation, of single values.
+
+    Returns:
+      `[B, H, W, C]`; its sums over the pixels `[B, C]` and over all products of channels `[C, C]`, in float32 or wider.
+    """
+    from maxmap.kernels import bottleneck
+
+    y, total, square = bottleneck.activated(_images_last(x), factor, summand, near, function)
+    return _images_first(y), total, square
+
+
+def bottleneck_last(x: Array, weights: Array, bias: Array, gate: Array, residual: Array) -> Array:
+    """A bottleneck's last 1x1 convolution and residual path: relu(residual + gate * (x @ weights + bias)).
+
+    Args:
+      x: `[B, H, W, C]`.
+      weights: `[C, O]`.
+      bias: `[O]`.
+      gate: `[B, O]`.
+      residual: `[B, H, W, O]`.
+
+    Returns:
+      `[B, H, W, O]`.
+    """
+    from maxmap.kernels import bottleneck
+
+    return _images_first(bottleneck.last(_images_last(x), weights, bias, gate, _images_last(residual)))
+
+
+def channel_sums(x: Array, near: Array) -> tuple[Array, Array]:
+    """Returns `x` `[..., C]`, and sum and sum of squares of what it has over `near` `[C]`, in float32 or wider.
+
+    The gradient of the sums is added to that of `x` before it is rounded.
+    """
+    return _channel_sums(x, near.astype(accumulator(x.dtype)))
+
+
+@jax.custom_vjp
+def _channel_sums(x: Array, near: Array) -> tuple[Array, Array]:
+    axes = tuple(range(x.ndim - 1))
+    deviation = upcast(x) - _as_rows(near, x)
+    return x, jnp.stack([jnp.sum(deviation, axis=axes), jnp.sum(jnp.square(deviation), axis=axes)])
+
+
+def _channel_sums_forward(x: Array, near: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    return _channel_sums(x, near), (x, near)
+
+
+def _channel_sums_backward(residuals: tuple[Array, Array], grads: tuple[Array, Array]) -> tuple[Array, Array]:
+    x, near = residuals
+    of_sum, of_square = grads[1]
+    of_x = upcast(grads[0]) + upcast(x) * _as_rows(2 * of_square, x) + _as_rows(of_sum - 2 * of_square * near, x)
+    return of_x.astype(x.dtype), jnp.zeros_like(near)
+
+
+_channel_sums.defvjp(_channel_sums_forward, _channel_sums_backward)
+
+
+def _as_rows(values: Array, x: Array) -> Array:
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))

@@ -31,8 +31,16 @@ from maxmap.layers.primitives import (
     require_image_size,
     require_one_of,
 )
-from maxmap.layers.residual import Compute, mlp_weights, residual_attention, residual_mlp
-from maxmap.operations import Array, attention, fuses_attention, fuses_mlp
+from maxmap.layers.residual import Compute, kept_samples, mlp_weights, residual_attention, residual_mlp
+from maxmap.operations import (
+    Array,
+    attention,
+    fuses_attention,
+    fuses_mlp,
+    fuses_separable,
+    separable_expand,
+    separable_project,
+)
 from maxmap.ranges import Count, DropRate, Pixels
 
 HEAD_DIM = 32
@@ -78,13 +86,27 @@ class PoolMixing(nn.Module):
 class ConvMixing(nn.Module):
     """Separable convolution: 1x1 to twice the channels, StarReLU, depthwise 7x7, 1x1 back; no biases."""
 
+    @nn.nowrap
+    def fuses(self, x: Array) -> bool:
+        """Whether kernels can compute the 1x1 convolutions together with what stands around them."""
+        return fuses_separable(x)
+
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, compute: "Separable | None" = None) -> Array:
+        """Maps `[B, H, W, C]` to `[B, H, W, C]`; or `compute` does it, given the weights."""
         channels = x.shape[-1]
         conv = functools.partial(Conv, bias=False, **TRUNC_NORMAL)
-        x = StarReLU(name="act1")(conv(2 * channels, name="pwconv1")(x))
-        x = conv(2 * channels, 7, padding=3, groups=2 * channels, name="dwconv")(x)
-        return conv(channels, name="pwconv2")(x)
+        pwconv1, pwconv2 = conv(2 * channels, name="pwconv1"), conv(channels, name="pwconv2")
+        dwconv = conv(2 * channels, 7, padding=3, groups=2 * channels, name="dwconv")
+        act = StarReLU(name="act1")
+        if compute is None:
+            return pwconv2(dwconv(act(pwconv1(x))))
+        kernels = (pwconv1.weights(channels)[0][0, 0], pwconv2.weights(2 * channels)[0][0, 0])
+        return compute(*kernels, _star_relu_factors(act, 2 * channels), dwconv)
+
+
+# Computes a separable convolution from both 1x1 kernels, the activation's weights and the depthwise convolution.
+Separable = Callable[[Array, Array, Array, Callable[[Array], Array]], Array]
 
 
 class AttentionMixing(nn.Module):
@@ -147,8 +169,13 @@ class StarReLUMlp(nn.Module):
         act, fc2 = StarReLU(name="act"), self.layer(channels, bias=False, name="fc2", **TRUNC_NORMAL)
         if compute is None:
             return fc2(act(fc1(x)))
-        factors = jnp.stack([jnp.broadcast_to(value, (4 * channels,)) for value in act.weights()])
+        factors = _star_relu_factors(act, 4 * channels)
         return compute(_star_relu, mlp_weights(fc1, fc2, channels) | {"activation": factors})
+
+
+def _star_relu_factors(act: StarReLU, channels: int) -> Array:
+    """The weights that `_star_relu` takes."""
+    return jnp.stack([jnp.broadcast_to(value, (channels,)) for value in act.weights()])
 
 
 def _star_relu(x: Array, weights: Array | None) -> Array:
@@ -186,6 +213,8 @@ class MetaFormerBlock(Block):
             x = residual_attention(
                 x, norm, mixer, "window", size, heads, HEAD_DIM**-0.5, self.drop_path, train=train, residual=path
             )
+        elif isinstance(mixer, ConvMixing) and isinstance(norm, LayerNorm) and mixer.fuses(x):
+            x = _residual_separable(x, norm, mixer, self.drop_path, train=train, residual=path)
         else:
             y = norm(x)
             x = path + DropPath(self.drop_path)(y if mixer is None else mixer(y), train=train)
@@ -194,6 +223,20 @@ class MetaFormerBlock(Block):
         if isinstance(norm, LayerNorm):
             return residual_mlp(x, norm, mlp, self.drop_path, train=train, residual=path)
         return path + DropPath(self.drop_path)(mlp(norm(x), train=train), train=train)
+
+
+def _residual_separable(
+    x: Array, norm: LayerNorm, mixer: ConvMixing, drop_path: float, *, train: bool, residual: Array
+) -> Array:
+    """Computes residual + DropPath(mixer(norm(x))) with two kernels and a depthwise convolution between them."""
+    keep = kept_samples(x, drop_path, train)
+
+    def compute(first: Array, last: Array, factors: Array, depthwise: Callable[[Array], Array]) -> Array:
+        scale, first, last = norm.weights(x.shape[-1])[0], first.astype(x.dtype), last.astype(x.dtype)
+        y, beside = separable_expand(x, scale, first, factors, _star_relu, norm.epsilon)
+        return separable_project(depthwise(y), last, keep, beside if residual is x else residual)
+
+    return mixer(x, compute=compute)
 
 
 class Stem(nn.Module):

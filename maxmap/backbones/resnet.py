@@ -5,17 +5,45 @@ convolution). `resnet50_se_deep` is the backbone of `map_resnet50` in Lab-LVM/im
 convolutions, squeeze-excitation (Hu et al. 2018), GELU inside of the blocks, and a last stage of half the width.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from maxmap.backbones import Variant
-from maxmap.layers.primitives import ACTIVATIONS, BatchNorm, Block, Conv, DropPath, drop_path_rates, he_fan_out
-from maxmap.operations import Array, max_pool
+from maxmap.layers.primitives import (
+    ACTIVATIONS,
+    DERIVATIVES,
+    BatchNorm,
+    Block,
+    Conv,
+    DropPath,
+    FoldedBatchNorm,
+    Parameters,
+    batch_in_one_part,
+    drop_path_rates,
+    fold_batch_norm,
+    he_fan_out,
+    plain_activation,
+)
+from maxmap.layers.residual import kept_samples
+from maxmap.operations import (
+    Array,
+    bottleneck_activated,
+    bottleneck_first,
+    bottleneck_last,
+    channel_sums,
+    convolve,
+    fuses_bottleneck,
+    max_pool,
+    upcast,
+)
 from maxmap.ranges import Count, DropRate, Pixels
 
 EXPANSION = 4  # output channels of a block over its inner channels
+EPSILON = 1e-5  # of the norms
 SQUEEZE = 16  # output channels of a block over those of its squeeze-excitation
 
 
@@ -36,22 +64,96 @@ class Bottleneck(Block):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        act = ACTIVATIONS["gelu" if self.squeeze else "relu"]
         width = self.channels // EXPANSION
-
-        def names(i: int) -> tuple[str, str]:
-            return (f"conv{i}_0", f"conv{i}_1") if self.squeeze else (f"conv{i}", f"bn{i}")
-
-        y = act(_conv_norm(x, names(1), width, train=train))
-        y = act(_conv_norm(y, names(2), width, 3, self.stride, train=train))
-        y = _conv_norm(y, names(3), self.channels, zero_scale=True, train=train)
+        at_once = train and not self.is_initializing() and batch_in_one_part()
+        if at_once and fuses_bottleneck(x, width, self.channels):
+            return self._trained_at_once(x, width)
+        act = self._activation(ACTIVATIONS.__getitem__)
+        y = act(_conv_norm(x, self._names(1), width, train=train))
+        y = act(_conv_norm(y, self._names(2), width, 3, self.stride, train=train))
+        y = _conv_norm(y, self._names(3), self.channels, zero_scale=True, train=train)
         if self.squeeze:
-            gate = jnp.mean(y, axis=(1, 2), keepdims=True)
-            gate = act(_conv_norm(gate, ("se_1_0", "se_1_1"), self.channels // SQUEEZE, train=train))
-            y = y * nn.sigmoid(Conv(self.channels, kernel_init=he_fan_out(), name="se_2")(gate))
+            y = y * self._gate(jnp.mean(y, axis=(1, 2), keepdims=True), train=train)
+        return nn.relu(self._shortcut(x, train=train) + DropPath(self.drop_path)(y, train=train))
+
+    def _names(self, i: int) -> tuple[str, str]:
+        """Names of the i-th convolution and its norm."""
+        return (f"conv{i}_0", f"conv{i}_1") if self.squeeze else (f"conv{i}", f"bn{i}")
+
+    def _activation(self, find: Callable[[str], Callable[[Array], Array]]) -> Callable[[Array], Array]:
+        return find("gelu" if self.squeeze else "relu")
+
+    def _gate(self, mean: Array, *, train: bool) -> Array:
+        """Squeeze-excitation's factors, from the means of the maps, both `[B, 1, 1, C]`."""
+        act = self._activation(ACTIVATIONS.__getitem__)
+        gate = act(_conv_norm(mean, ("se_1_0", "se_1_1"), self.channels // SQUEEZE, train=train))
+        return nn.sigmoid(Conv(self.channels, kernel_init=he_fan_out(), name="se_2")(gate))
+
+    def _shortcut(self, x: Array, *, train: bool) -> Array:
         if self.stride > 1 or x.shape[-1] != self.channels:
-            x = _conv_norm(x, ("downsample_0", "downsample_1"), self.channels, 1, self.stride, train=train)
-        return nn.relu(x + DropPath(self.drop_path)(y, train=train))
+            return _conv_norm(x, ("downsample_0", "downsample_1"), self.channels, 1, self.stride, train=train)
+        return x
+
+    def _trained_at_once(self, x: Array, width: int) -> Array:
+        """What training computes, with operations that fuse the norms and the residual path with the convolutions.
+
+        The last norm is linear in what the last convolution reads, so that its statistics and squeeze-excitation's
+        means follow from the moments of that.
+        """
+        names = [self._names(i) for i in (1, 2, 3)]
+        norms = [
+            FoldedBatchNorm(channels, name=name[1])
+            for channels, name in zip((width, width, self.channels), names, strict=True)
+        ]
+        shapes = ((1, 1, x.shape[-1], width), (3, 3, width, width), (1, 1, width, self.channels))
+        kernels = [Parameters(shape, name=name[0])()[0] for shape, name in zip(shapes, names, strict=True)]
+        function = self._activation(plain_activation)
+
+        y, x, mean, var = bottleneck_first(
+            x,
+            kernels[0][0, 0],
+            norms[0].scale,
+            norms[0].bias,
+            norms[0].near(),
+            function,
+            DERIVATIVES.get("gelu" if self.squeeze else "relu"),
+            EPSILON,
+        )
+        norms[0].follow(mean, var, y.size // width)
+        y = convolve(y, kernels[1].astype(y.dtype), stride=self.stride, padding=1)
+        y, sums = channel_sums(y, norms[1].near())
+        factor, summand = _fold(norms[1], sums, y.size // width)
+        near = lax.stop_gradient(function(upcast(norms[1].bias)))  # the mean of what is activated is the norm's bias
+        y, total, square = bottleneck_activated(y, factor, summand, near, function)
+
+        dot = functools.partial(jnp.matmul, precision="highest")
+        count, kernel = y.size // width, upcast(kernels[2][0, 0])
+        offset = jnp.sum(total, axis=0) / count
+        covariance = square / count - jnp.outer(offset, offset)
+        mean, var = dot(offset, kernel), jnp.maximum(jnp.sum(kernel * dot(covariance, kernel), axis=0), 0)
+        norms[2].follow(mean + dot(near, kernel), var, count)
+        factor, summand = fold_batch_norm(mean, var, norms[2].scale, norms[2].bias, EPSILON)
+        weights = kernel * factor[None]
+        gate = jnp.broadcast_to(kept_samples(y, self.drop_path, train=True)[:, None], (y.shape[0], self.channels))
+        if self.squeeze:
+            means = dot(total * (y.shape[0] / count), weights) + summand[None]
+            excited = self._gate(means.astype(x.dtype)[:, None, None], train=True)
+            gate = gate * upcast(excited[:, 0, 0])
+        return bottleneck_last(y, weights, summand, gate, self._shortcut(x, train=True))
+
+
+def _fold(norm: FoldedBatchNorm, sums: Array, count: int) -> tuple[Array, Array]:
+    """Factor and summand of a norm, whose running statistics follow.
+
+    Args:
+      norm: of a map.
+      sums: sum and sum of squares of what the map has over `norm.near()`, `[2, C]`.
+      count: pixels of the map.
+    """
+    offset = sums[0] / count
+    mean, var = norm.near() + offset, jnp.maximum(sums[1] / count - jnp.square(offset), 0)
+    norm.follow(mean, var, count)
+    return fold_batch_norm(mean, var, norm.scale, norm.bias, EPSILON)
 
 
 def _conv_norm(
@@ -67,7 +169,7 @@ def _conv_norm(
     """Convolution without bias, then a batch norm whose scale starts at one, or at zero with `zero_scale`."""
     conv = Conv(channels, kernel_size, stride, kernel_size // 2, bias=False, kernel_init=he_fan_out(), name=names[0])
     scale_init = nn.initializers.zeros if zero_scale else nn.initializers.ones
-    return BatchNorm(scale_init=scale_init, name=names[1])(conv(x), train=train)
+    return BatchNorm(EPSILON, scale_init=scale_init, name=names[1])(conv(x), train=train)
 
 
 class ResNet(nn.Module):

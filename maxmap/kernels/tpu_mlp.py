@@ -54,13 +54,13 @@ def mlp_block(
     epsilon: float,
     residual: Array | None = None,
 ) -> Array:
-    """Computes residual + keep * fc2(activation(fc1(norm(x)))).
+    """Computes residual + keep * fc2(activation(fc1(norm(x + shift)))).
 
     Args:
       x: `[H, W, B, C]`.
       weights: 'norm_scale' and 'norm_bias' `[C]`, 'fc1_kernel' `[C, F]`, 'fc1_bias' `[F]`, 'activation' `[weights, F]`,
         'fc2_kernel' `[F, C]`, 'fc2_bias' `[C]`, 'keep' `[B]`: the factor of the branch for every sample, without a
-        gradient. All but the kernels may be None.
+        gradient, 'shift' `[C]`. All but the kernels may be None; the shift may be left out.
       activation: of hidden values `[R, F]` and its weights.
       epsilon: of the norm.
       residual: `[H, W, B, C]`; None for `x`.
@@ -83,6 +83,8 @@ def mlp_block(
     }
     if weights["activation"] is not None:
         arranged["activation"] = weights["activation"]
+    if weights.get("shift") is not None:
+        arranged["shift"] = weights["shift"][None]
     arranged = {name: w if name.endswith("kernel") else w.astype(wide) for name, w in arranged.items()}
     keep = jnp.broadcast_to(_or(weights["keep"], batch, 1).astype(wide)[:, None], (batch, channels))
     maps = [part.reshape(height * width, batch, channels) for part in (x, residual) if part is not None]
@@ -145,13 +147,17 @@ def _parts(hidden: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, hidden, step)]
 
 
+def _shifted(x: Array, ins: Mapping[str, Ref]) -> Array:
+    return x + ins["shift"][...] if "shift" in ins else x
+
+
 def _scaled(normal: Array, ins: Mapping[str, Ref]) -> Array:
     return (normal * ins["norm"][0:1, :] + ins["norm"][1:2, :]).astype(ins["x"].dtype)
 
 
 def _forward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Ref]) -> None:
     x, dtype = rows(ins["x"]), ins["x"].dtype
-    y = _scaled(normalized(x, sizes.epsilon)[0], ins)
+    y = _scaled(normalized(_shifted(x, ins), sizes.epsilon)[0], ins)
     branch = ins["fc2_bias"][...]
     for part in _parts(ins["fc1_kernel"].shape[1]):
         hidden = product(y, ins["fc1_kernel"][:, part]) + ins["fc1_bias"][:, part]
@@ -163,7 +169,7 @@ def _forward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Ref
 
 def _backward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Ref]) -> None:
     x, dtype = rows(ins["x"]), ins["x"].dtype
-    normal, factor = normalized(x, sizes.epsilon)
+    normal, factor = normalized(_shifted(x, ins), sizes.epsilon)
     y = _scaled(normal, ins)
     grad = rows(ins["grad"])
     branch = kept(grad, ins["keep"][...])
@@ -187,7 +193,9 @@ def _backward_kernel(sizes: Sizes, ins: Mapping[str, Ref], outs: Mapping[str, Re
         name: jnp.concatenate(parts, axis=0 if name == "fc2_kernel" else 1) for name, parts in found.items() if parts
     }
     sums["norm"] = jnp.concatenate([(of_y * part).sum(axis=0, keepdims=True) for part in (normal, jnp.ones_like(of_y))])
-    accumulate(2, [outs[name] for name in sums], list(sums.values()))
     of_x = normalized_gradient(normal, factor, of_y * ins["norm"][0:1, :])
+    if "shift" in ins:
+        sums["shift"] = of_x.sum(axis=0, keepdims=True)
+    accumulate(2, [outs[name] for name in sums], list(sums.values()))
     of_x = of_x if sizes.residual else grad + of_x
     outs["x"][...] = of_x.astype(dtype).reshape(outs["x"].shape)

@@ -272,10 +272,11 @@ class ConvNeXtBlock(Block):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         channels = x.shape[-1]
-        y = Conv(channels, 7, padding=3, groups=channels, name="conv_dw", **TRUNC_NORMAL)(x)
+        conv = Conv(channels, 7, padding=3, groups=channels, name="conv_dw", **TRUNC_NORMAL)
+        y, bias = conv.without_bias(x)
         norm, mlp = LayerNorm(1e-6, name="norm"), Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")
         gamma = self.param("gamma", nn.initializers.constant(self.init_values), (channels,))
-        return residual_mlp(y, norm, mlp, self.drop_path, train=train, gamma=gamma, residual=x)
+        return residual_mlp(y, norm, mlp, self.drop_path, train=train, gamma=gamma, residual=x, shift=bias)
 
 
 class StripeAttention(nn.Module):

@@ -70,11 +70,12 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": _gelu_tanh,
     "tanh": jnp.tanh,
 }
-_DERIVATIVES = {"silu": _silu_derivative, "gelu": _gelu_derivative, "gelu_tanh": _gelu_tanh_derivative}
+# The derivatives of the costly ones, in terms that the functions do not share; see `maxmap.operations.activate`.
+DERIVATIVES = {"silu": _silu_derivative, "gelu": _gelu_derivative, "gelu_tanh": _gelu_tanh_derivative}
 # The functions as networks use them: of values in any type, the costly ones with a backward pass of their own.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = FUNCTIONS | {
     name: functools.partial(activate, function=FUNCTIONS[name], derivative=derivative)
-    for name, derivative in _DERIVATIVES.items()
+    for name, derivative in DERIVATIVES.items()
 }
 
 # Initialisers under the names of the PyTorch schemes that the reference networks use.
@@ -196,9 +197,13 @@ class Conv(nn.Module):
         return kernel, self.param("bias", self.bias_init or torch_bias(math.prod(shape[:3])), (self.channels,))
 
     def __call__(self, x: Array) -> Array:
-        x, kernel, bias = nn.dtypes.promote_dtype(x, *self.weights(x.shape[-1]))
-        x = convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
+        x, bias = self.without_bias(x)
         return x if bias is None else x + broadcast(bias, x.shape)
+
+    def without_bias(self, x: Array) -> tuple[Array, Array | None]:
+        """Convolves, and returns the bias or None for the caller to add, in the type of the result."""
+        x, kernel, bias = nn.dtypes.promote_dtype(x, *self.weights(x.shape[-1]))
+        return convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups), bias
 
 
 class Linear(nn.Module):

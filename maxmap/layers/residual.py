@@ -10,7 +10,7 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from maxmap.layers.primitives import FUNCTIONS, Conv, DropPath, LayerNorm, Linear
-from maxmap.operations import Array, attention_block, mlp_block, scaled
+from maxmap.operations import Array, attention_block, broadcast, mlp_block, scaled
 
 Weights = dict[str, Array | None]
 # Computes an MLP from its activation and its weights.
@@ -50,8 +50,9 @@ def residual_mlp(
     train: bool,
     gamma: Array | None = None,
     residual: Array | None = None,
+    shift: Array | None = None,
 ) -> Array:
-    """Computes residual + DropPath(gamma * mlp(norm(x))); the modules are the caller's.
+    """Computes residual + DropPath(gamma * mlp(norm(x + shift))); the modules are the caller's.
 
     Args:
       x: `[B, H, W, C]`.
@@ -61,6 +62,7 @@ def residual_mlp(
       train: drops.
       gamma: `[C]`; None for 1.
       residual: `[B, H, W, C]`; None for `x`.
+      shift: `[C]`, for example the bias of a convolution, whose gradient a kernel sums; None for 0.
     """
     start = x if residual is None else residual
     if mlp.fuses(x, train=train):
@@ -69,9 +71,11 @@ def residual_mlp(
         def compute(activation: Callable[[Array, Array | None], Array], weights: Weights) -> Array:
             scale, bias = norm.weights(x.shape[-1])
             weights = scaled_output(weights, "fc2", gamma) | {"norm_scale": scale, "norm_bias": bias, "keep": keep}
+            weights["shift"] = shift
             return mlp_block(x, weights, activation, norm.epsilon, residual)
 
         return mlp(x, train=train, compute=compute)
+    x = x if shift is None else x + broadcast(shift.astype(x.dtype), x.shape)
     y = mlp(norm(x), train=train)
     y = y if gamma is None else scaled(y, gamma)
     return start + DropPath(drop_path)(y, train=train)

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from maxmap import operations
 from maxmap.backbones.maxxvit.attention import PartitionAttention, TransformerBlock, TransformerFields
+from maxmap.backbones.metaformer import MetaFormerBlock
 from maxmap.kernels import tpu_attention, tpu_mlp
 from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock
 from maxmap.sharding import make_mesh, split_batch, traced_on
@@ -112,6 +113,23 @@ def test_bfloat16_kernels_are_no_further_from_float32_than_the_plain_way(fused: 
 def test_stochastic_depth_drops_the_same_samples(fused: None, x64: None) -> None:
     module = PartitionAttention(32, TransformerFields(), (2, 2), (("attn", "grid"),), drop_path=0.5)
     wanted, ours, kernels = both(module, (16, 4, 4, 32), "float64", train=True)
+    assert kernels == 4
+    close(ours, wanted, 1e-11)
+
+
+class ConvFormerBlock(nn.Module):
+    """A MetaFormer block without its MLP's kernel in the way: maps of 16 channels have 64 hidden ones."""
+
+    residual_scale: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        return MetaFormerBlock("conv", "channels", self.residual_scale, 0.5, name="block")(x, train=train)
+
+
+@pytest.mark.parametrize("residual_scale", [False, True])
+def test_separable_convolutions_are_the_same_with_kernels(residual_scale: bool, fused: None, x64: None) -> None:
+    wanted, ours, kernels = both(ConvFormerBlock(residual_scale), (16, 4, 5, 16), "float64", train=True)
     assert kernels == 4
     close(ours, wanted, 1e-11)
 
