@@ -5,26 +5,16 @@ writes its maps once in each direction, and the gradients of both paths are adde
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from maxmap.kernels.mosaic import Ref, product, whole
 from maxmap.kernels.target import Array, accumulator, local_batch, over_batch
-from maxmap.kernels.tpu import (
-    Ref,
-    accumulate,
-    call,
-    images_per_program,
-    kept,
-    normalized,
-    normalized_gradient,
-    product,
-    rows,
-    whole,
-)
+from maxmap.kernels.tpu import accumulate, call, images_per_program, kept, normalized, normalized_gradient, rows
 from maxmap.kernels.tpu_mlp import Activation
 
 ROWS = 1024  # tokens of a program, at most
@@ -142,7 +132,7 @@ def _write(ref: Ref, x: Array) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_expand(activation: Activation, epsilon: float, x: Array, weights: dict[str, Array]) -> list[Array]:
+def _run_expand(activation: Activation, epsilon: float, x: Array, weights: dict[str, Array]) -> Sequence[Array]:
     tiles, channels = _Tiles(x), weights["kernel"].shape[1]
 
     def kernel(ins: Mapping[str, Ref], outs: Mapping[str, Ref]) -> None:
@@ -167,9 +157,9 @@ def _run_expand_backward(
         _, vjp = jax.vjp(activation, product(y, ins["kernel"][...]), ins["factors"][...])
         of_hidden, of_factors = vjp(rows(ins["of_y"]))
         of_hidden = of_hidden.astype(dtype)
-        of_normal = product(of_hidden, ins["kernel"][...], (1, 1))
+        of_normal = product(of_hidden, ins["kernel"][...], 1, 1)
         of_scale = (of_normal * normal).sum(axis=0, keepdims=True)
-        found = {"scale": of_scale, "kernel": product(y, of_hidden, (0, 0)), "factors": of_factors}
+        found = {"scale": of_scale, "kernel": product(y, of_hidden, 0, 0), "factors": of_factors}
         accumulate(2, [outs[name] for name in found], list(found.values()))
         of_x = normalized_gradient(normal, factor, of_normal * ins["scale"][...])
         _write(outs["x"], of_x + rows(ins["of_beside"]))
@@ -186,7 +176,7 @@ def _run_expand_backward(
 
 
 @jax.jit
-def _run_project(x: Array, weights: Array, keep: Array, residual: Array) -> list[Array]:
+def _run_project(x: Array, weights: Array, keep: Array, residual: Array) -> Sequence[Array]:
     tiles = _Tiles(x)
 
     def kernel(ins: Mapping[str, Ref], outs: Mapping[str, Ref]) -> None:
@@ -205,14 +195,14 @@ def _run_project(x: Array, weights: Array, keep: Array, residual: Array) -> list
 
 
 @jax.jit
-def _run_project_backward(x: Array, weights: Array, keep: Array, grad: Array) -> list[Array]:
+def _run_project_backward(x: Array, weights: Array, keep: Array, grad: Array) -> Sequence[Array]:
     tiles = _Tiles(x)
 
     def kernel(ins: Mapping[str, Ref], outs: Mapping[str, Ref]) -> None:
         branch = kept(rows(ins["grad"]), ins["keep"][...]).astype(x.dtype)
         pixels = ins["x"][...].reshape(-1, x.shape[-1])
-        accumulate(2, [outs["kernel"]], [product(pixels, branch, (0, 0))])
-        _write(outs["x"], product(branch, ins["kernel"][...], (1, 1)))
+        accumulate(2, [outs["kernel"]], [product(pixels, branch, 0, 0)])
+        _write(outs["x"], product(branch, ins["kernel"][...], 1, 1))
 
     inputs = {
         "x": (x, tiles.map(x)),

@@ -298,8 +298,8 @@ class BatchNorm(nn.Module):
             return _activated(lambda x: affine(upcast(x), *statistics).astype(x.dtype), x, activation, gate)
         parts, keep_first = _batch_groups.get()
         inputs = (scale, bias, running_mean.value, self.epsilon, parts)
-        if activation in _DERIVATIVES and activates_batch_norm(x):
-            function, derivative = FUNCTIONS[activation], _DERIVATIVES[activation]
+        if activation in DERIVATIVES and activates_batch_norm(x):
+            function, derivative = FUNCTIONS[activation], DERIVATIVES[activation]
             y, mean, var = activated_batch_norm(x, *inputs, function, derivative, gate)
         else:
             y, mean, var = batch_norm(x, *inputs)
