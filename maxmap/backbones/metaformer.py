@@ -17,6 +17,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.backbones import Variant
+from maxmap.fused import fuses_attention, fuses_mlp, fuses_separable, separable_expand, separable_project
 from maxmap.layers.primitives import (
     TRUNC_NORMAL,
     Block,
@@ -32,15 +33,7 @@ from maxmap.layers.primitives import (
     require_one_of,
 )
 from maxmap.layers.residual import Compute, kept_samples, mlp_weights, residual_attention, residual_mlp
-from maxmap.operations import (
-    Array,
-    attention,
-    fuses_attention,
-    fuses_mlp,
-    fuses_separable,
-    separable_expand,
-    separable_project,
-)
+from maxmap.operations import Array, attention
 from maxmap.ranges import Count, DropRate, Pixels
 
 HEAD_DIM = 32

@@ -13,6 +13,8 @@ from flax import linen as nn
 from jax import lax
 
 from maxmap.backbones import Variant
+from maxmap.fused import bottleneck_activated, bottleneck_first, bottleneck_last, channel_sums, fuses_bottleneck
+from maxmap.layers.folded import FoldedBatchNorm, Parameters, fold_batch_norm
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     DERIVATIVES,
@@ -20,26 +22,13 @@ from maxmap.layers.primitives import (
     Block,
     Conv,
     DropPath,
-    FoldedBatchNorm,
-    Parameters,
     batch_in_one_part,
     drop_path_rates,
-    fold_batch_norm,
     he_fan_out,
     plain_activation,
 )
 from maxmap.layers.residual import kept_samples
-from maxmap.operations import (
-    Array,
-    bottleneck_activated,
-    bottleneck_first,
-    bottleneck_last,
-    channel_sums,
-    convolve,
-    fuses_bottleneck,
-    max_pool,
-    upcast,
-)
+from maxmap.operations import Array, convolve, max_pool, upcast
 from maxmap.ranges import Count, DropRate, Pixels
 
 EXPANSION = 4  # output channels of a block over its inner channels

@@ -9,6 +9,8 @@ from einops import rearrange
 from flax import linen as nn
 from flax.core import FrozenDict
 
+from maxmap.fused import fuses_mlp
+from maxmap.layers.folded import Parameters
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
@@ -18,11 +20,10 @@ from maxmap.layers.primitives import (
     Initializer,
     LayerNorm,
     Linear,
-    Parameters,
     spatial_mean,
 )
 from maxmap.layers.residual import Compute, mlp_weights, residual_mlp, unweighted
-from maxmap.operations import Array, attention, fuses_mlp, linear
+from maxmap.operations import Array, attention, linear
 
 
 class Mlp(nn.Module):

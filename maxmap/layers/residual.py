@@ -9,8 +9,9 @@ from typing import Protocol
 
 import jax.numpy as jnp
 
+from maxmap.fused import attention_block, mlp_block
 from maxmap.layers.primitives import FUNCTIONS, Conv, DropPath, LayerNorm, Linear
-from maxmap.operations import Array, attention_block, broadcast, mlp_block, scaled
+from maxmap.operations import Array, broadcast, scaled
 
 Weights = dict[str, Array | None]
 # Computes an MLP from its activation and its weights.
@@ -28,12 +29,12 @@ class FusedMlp(Protocol):
 
 @functools.cache
 def unweighted(activation: str) -> Callable[[Array, Array | None], Array]:
-    """Returns an activation as `operations.mlp_block` takes it; the same object each time, as JAX's caches need it."""
+    """Returns an activation as `fused.mlp_block` takes it; the same object each time, as JAX's caches need it."""
     return lambda x, _: FUNCTIONS[activation](x)
 
 
 def mlp_weights(fc1: Linear | Conv, fc2: Linear | Conv, channels: int) -> Weights:
-    """Returns the weights of two linear maps or 1x1 convolutions as `operations.mlp_block` takes them."""
+    """Returns the weights of two linear maps or 1x1 convolutions as `fused.mlp_block` takes them."""
     found: Weights = {"activation": None}
     for name, layer, inputs in (("fc1", fc1, channels), ("fc2", fc2, fc1.channels)):
         kernel, found[f"{name}_bias"] = layer.weights(inputs)
@@ -118,7 +119,7 @@ def residual_attention(
     Args:
       x: `[B, H, W, C]`.
       norm: of the channels.
-      attention: a module that calls its argument `compute` with the weights that `operations.attention_block` takes.
+      attention: a module that calls its argument `compute` with the weights that `fused.attention_block` takes.
       kind: of the windows, "window" or "grid".
       window: height and width of a window or grid cell.
       heads: of the attention.

@@ -10,6 +10,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.backbones.maxxvit.convolution import LayerScale, Shortcut, layer_or_batch_norm, pool
+from maxmap.fused import attends_in_maps, fuses_attention, map_attention
 from maxmap.layers.blocks import Mlp, relative_index
 from maxmap.layers.primitives import (
     Block,
@@ -22,7 +23,7 @@ from maxmap.layers.primitives import (
     xavier_uniform,
 )
 from maxmap.layers.residual import residual_attention, residual_mlp
-from maxmap.operations import Array, attends_in_maps, attention, fuses_attention, map_attention, scaled
+from maxmap.operations import Array, attention, scaled
 from maxmap.ranges import Count, DropRate, NonNegative, Positive
 
 
@@ -204,7 +205,7 @@ class WindowAttention(nn.Module):
 
     @nn.nowrap
     def _weights(self, qkv: nn.Module, proj: nn.Module, channels: int, order: str) -> dict[str, Array | None]:
-        """Returns the weights of the projections as `operations.attention_block` takes them."""
+        """Returns the weights of the projections as `fused.attention_block` takes them."""
         kernel, bias = qkv.weights(channels)
         sizes = {"three": 3, "d": self.fields.head_dim}
         proj_kernel, proj_bias = proj.weights(self.width)

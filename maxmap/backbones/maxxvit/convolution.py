@@ -7,25 +7,24 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from maxmap.fused import expansion, squeeze_project
 from maxmap.layers.blocks import Mlp, SqueezeExcite, SqueezeExciteParameters, squeeze_gate
+from maxmap.layers.folded import FoldedBatchNorm, Parameters, fold_batch_norm
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     BatchNorm,
     Block,
     Conv,
     DropPath,
-    FoldedBatchNorm,
     Initializer,
     LayerNorm,
     LayerScale,
-    Parameters,
     average_pool,
     batch_in_one_part,
-    fold_batch_norm,
     he_fan_out,
     plain_activation,
 )
-from maxmap.operations import Array, expansion, max_pool, squeeze_project, upcast
+from maxmap.operations import Array, max_pool, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
 
 POOLS = ("avg2", "avg3", "max")
