@@ -16,7 +16,7 @@ from maxmap.kernels.target import (
     local_batch,
     upcast,
 )
-from maxmap.operations import Function, Padding, explicit_padding, implementation
+from maxmap.operations import Function, Padding, broadcast, explicit_padding, implementation
 
 
 def attends_in_maps(x: Array, window: tuple[int, int]) -> bool:
@@ -141,7 +141,11 @@ def mlp_block(
     if implementation("mlp") == "rows":
         from maxmap.kernels import gpu_mlp
 
-        return gpu_mlp.mlp_block(x, weights, activation, epsilon, path)
+        shift = weights.get("shift")
+        if shift is not None:  # XLA adds it to the convolution in front
+            path, x = x if path is None else path, x + broadcast(shift.astype(x.dtype), x.shape)
+        kept = {name: w for name, w in weights.items() if name != "shift"}
+        return gpu_mlp.mlp_block(x, kept, activation, epsilon, path)
     from maxmap.kernels import tpu_mlp
 
     path = None if path is None else _images_last(path)
