@@ -31,7 +31,7 @@ from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
 from maxmap.layers.images import channels_error, check_images
 from maxmap.layers.primitives import Block, pair
-from maxmap.operations import Array, upcast
+from maxmap.operations import Array, kernels, upcast
 from maxmap.ranges import CountOrZero, Pixels, check_arguments, check_fields
 
 FAMILIES: dict[str, Mapping[str, Variant]] = {
@@ -112,6 +112,10 @@ def _rematerialisation() -> Callable[..., Any]:
     return hook
 
 
+# Methods by which modules compute, or hand out their weights to what computes with them.
+CALLED = ("__call__", "gate", "weights", "without_bias")
+
+
 def block_paths(model: Classifier) -> list[list[str]]:
     """Lists the modules of a model's backbone in the order in which they run, by block.
 
@@ -128,7 +132,7 @@ def block_paths(model: Classifier) -> list[list[str]]:
     def record(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         nonlocal inside
         path = "/".join(context.module.path)
-        if context.method_name != "__call__" or path in known:
+        if context.method_name not in CALLED or path in known:
             return call(*args, **kwargs)
         known.add(path)
         if inside or not isinstance(context.module, Block):
@@ -144,7 +148,7 @@ def block_paths(model: Classifier) -> list[list[str]]:
         return result
 
     images = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32)
-    with nn.intercept_methods(record):
+    with nn.intercept_methods(record), kernels("plain"):  # kernels do not call the modules that they compute
         jax.eval_shape(functools.partial(model.init, method="features"), jax.random.key(0), images)
     if len(groups) > 1:
         behind = groups.pop()

@@ -80,7 +80,9 @@ def test_programs_for_accelerators_have_no_detours_made_for_the_cpu(name: str, p
     ]
     kernels_used = Counter(equation.primitive.name for equation in equations(program))["pallas_call"]
     assert grouped or (platform, choice) == ("tpu", "auto")  # depthwise convolutions, not sums of shifted products
-    assert (kernels_used > 0) == (choice == "auto")
+    # On GPUs there is none for an MLP whose activation has weights, and none for a batch norm with ReLU.
+    without = platform == "gpu" and name in ("caformer_s18", "map_mobilenet_v1")
+    assert (kernels_used > 0) == (choice == "auto" and not without)
 
 
 @pytest.mark.parametrize("name", ["map_maxvit_mini_32", "convnext_tiny"])
