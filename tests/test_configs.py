@@ -139,6 +139,7 @@ def test_the_flagship_is_the_published_recipe():
         "accumulate": 32,  # of 64 images on each of two GPUs
         "dtype": "bfloat16",
         "batch_norm": "averaged",
+        "kernels": "auto",
         "ema_decay": None,
         "init_from": None,
     }
