@@ -1,77 +1,35 @@
 """What a compiled step sends; run as a program, it compiles the tests' step for TPUs that are not there.
 
-`python -m tests.collectives v5e:2x2 2` prints as JSON what a step sends on four chips, two of which share a state. It
+`python -m tests.collectives 4 2` prints as JSON what a step sends on four v5e chips, two of which share a state. It
 needs libtpu, but no TPU.
 """
 
 import json
-import math
-import os
-import re
 import subprocess
 import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
+from maxmap.accelerators import hlo
+from maxmap.accelerators.topology import devices_of
 from maxmap.losses import total_loss
-from maxmap.sharding import DATA, FSDP, replicated, split_batch
+from maxmap.sharding import make_mesh, replicated, split_batch
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import make_train_step
 from tests.tiny import ROOT, Tiny
 
-# No metadata server, no TPU, and several processes that compile at a time.
-TPU_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-SIZES = {"f64": 8, "f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "u8": 1}
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-
 
 def collectives(text: str) -> list[tuple[str, int, int]]:
-    """Kind, bytes and devices of every collective of a compiled program; scalars left out.
+    """Kind, bytes and devices of every array that a compiled program sends; scalars left out.
 
-    The bytes are what it returns on one device; the devices, how many take part together. A TPU's reduce-scatter is a
-    fusion that is named after the all-reduce in it; a collective that the TPU overlaps with arithmetic is written down
-    in every fusion that runs beside it, each time with the same channel.
+    The bytes are what arrives on one device; the devices, how many take part together.
     """
-    found, channels, scattered = [], set(), None
-    for line in text.splitlines():
-        if line.startswith(("%", "ENTRY")):
-            scattered = line.partition("->")[2] if line.startswith("%all-reduce-scatter") else None
-        hit = re.search(rf"= (.*?) ({KINDS})(?:-start)?\(", line)
-        if hit is None:
-            continue
-        channel = re.search(r"channel_id=(\d+)", line)
-        if channel is not None and channel[1] in channels:
-            continue
-        channels.add(channel and channel[1])
-        shapes, kind = (hit[1], hit[2]) if scattered is None else (scattered, "reduce-scatter")
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", shapes):
-            found.append((kind, math.prod(map(int, dims.split(","))) * SIZES[dtype], group_size(line)))
-    return found
-
-
-def group_size(line: str) -> int:
-    """How many devices take part in a collective together: three spellings of its replica groups."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(listed[1].split(","))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
-        return int(iota[1])
-    if named := re.search(r"replica_groups=mesh\[(.*?)\].*?\{((?:'\w+',?)+)\}", line):
-        lengths = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(lengths[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
-    return 1
+    found = hlo.collectives(hlo.parse(text))
+    return [(one.kind, array.bytes, one.devices) for one in found for array in one.returned if array.dims]
 
 
 def tiny_step(mesh: Mesh, dtype: Any, **fields: Any) -> tuple[jax.stages.Lowered, TrainState]:
@@ -97,19 +55,17 @@ def tiny_step(mesh: Mesh, dtype: Any, **fields: Any) -> tuple[jax.stages.Lowered
     return jitted.lower(state, batch, key), state
 
 
-def main(topology: str, fsdp: str) -> None:
+def main(devices: str, fsdp: str) -> None:
     """Prints the collectives of a step in bfloat16."""
-    devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
-    mesh = Mesh(np.array(devices).reshape(-1, int(fsdp)), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh(devices_of("tpu-v5e", int(devices)), fsdp=int(fsdp))
     lowered, _ = tiny_step(mesh, jnp.bfloat16, num_classes=128, width=256)
     print(json.dumps(collectives(lowered.compile().as_text())))
 
 
-def on_tpu(topology: str, fsdp: int) -> list[tuple[str, int, int]]:
+def on_tpu(devices: int, fsdp: int) -> list[tuple[str, int, int]]:
     """Runs this file as a program of its own; `main` says what it does."""
-    command = [sys.executable, "-m", "tests.collectives", topology, str(fsdp)]
-    environment = os.environ | TPU_ENVIRONMENT
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.collectives", str(devices), str(fsdp)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [tuple(row) for row in json.loads(done.stdout.splitlines()[-1])]
 

@@ -163,14 +163,23 @@ def moved(instruction: Instruction, around: Mapping[str, Instruction]) -> int:
     return sum(array.stored for array in (*instruction.arrays, *read) if array.memory != FAST_MEMORY)
 
 
-def collectives(program: Program) -> dict[str, dict[str, int]]:
-    """Returns for every kind of collective how many there are ('count') and the bytes of their whole arrays ('bytes').
+class Collective(NamedTuple):
+    """One collective: its kind, what it returns on one device, its whole arrays, and how many devices take part."""
 
-    Of a gathering these are the bytes of its result, of a reduction those of its operand. A collective that runs beside
-    others stands in several fusions; it counts once.
+    kind: str
+    returned: tuple[Array, ...]
+    whole: tuple[Array, ...]
+    devices: int
+
+
+def collectives(program: Program) -> list[Collective]:
+    """Returns what a program sends.
+
+    The whole arrays of a gathering are its results, those of a reduction its operands. A collective that runs beside
+    others stands in several fusions, each time with the same channel; it counts once. A TPU's reduce-scatter is a
+    fusion that is named after the all-reduce in it.
     """
-    found: dict[str, dict[str, int]] = {}
-    seen = set()
+    found, seen = [], set()
     for computation, inside in program.computations.items():
         for each in inside.values():
             kind = each.opcode.removesuffix("-start")
@@ -179,15 +188,37 @@ def collectives(program: Program) -> dict[str, dict[str, int]]:
             if kind not in COLLECTIVES or which in seen:
                 continue
             seen.add(which)
-            arrays = each.arrays
-            if kind == "reduce-scatter":
-                arrays = tuple(array for name in each.operands for array in inside[name].arrays)
+            returned = whole = each.arrays
+            if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+                kind, returned = "reduce-scatter", list(inside.values())[-1].arrays
+            elif kind == "reduce-scatter":
+                whole = tuple(array for name in each.operands for array in inside[name].arrays)
             elif each.opcode == "all-gather-start":
-                arrays = arrays[len(arrays) // 2 :]
-            row = found.setdefault(kind, {"count": 0, "bytes": 0})
-            row["count"] += 1
-            row["bytes"] += sum(array.bytes for array in arrays)
+                returned = whole = each.arrays[len(each.arrays) // 2 :]
+            found.append(Collective(kind, returned, whole, _group_size(each.attributes)))
     return found
+
+
+def sent(program: Program) -> dict[str, dict[str, int]]:
+    """Returns for every kind of collective how many there are ('count') and bytes of their whole arrays ('bytes')."""
+    rows: dict[str, dict[str, int]] = {}
+    for collective in collectives(program):
+        row = rows.setdefault(collective.kind, {"count": 0, "bytes": 0})
+        row["count"] += 1
+        row["bytes"] += sum(array.bytes for array in collective.whole)
+    return rows
+
+
+def _group_size(attributes: str) -> int:
+    """How many devices take part in a collective together: three spellings of its replica groups."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(iota[1])
+    if named := re.search(r"replica_groups=mesh\[(.*?)\].*?\{((?:'\w+',?)+)\}", attributes):
+        lengths = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(lengths[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    return 1
 
 
 def module(op_name: str) -> tuple[str, str]:

@@ -66,7 +66,7 @@ def report(text: str, hardware: str, kernels: Sequence[bundles.Kernel] = ()) -> 
 
     Returns:
       'seconds', an estimate; 'cycles' (None on a GPU); 'bytes' read from and written to the device's main memory, by
-      operands and results; 'collectives', see `hlo.collectives`; 'kernels', 'parts' (by module and pass) and
+      operands and results; 'collectives', see `hlo.sent`; 'kernels', 'parts' (by module and pass) and
       'operations' (by kind), each a list of rows with 'share' of the time; 'not_counted', sentences.
     """
     machine, program = HARDWARE[hardware], hlo.parse(text)
@@ -90,7 +90,7 @@ def report(text: str, hardware: str, kernels: Sequence[bundles.Kernel] = ()) -> 
         "seconds": seconds,
         "cycles": cycles,
         "bytes": sum(moved),
-        "collectives": hlo.collectives(program),
+        "collectives": hlo.sent(program),
         "instructions": len(runs),
         "kernels": rows,
         "parts": [{"module": name, "pass": way, "share": value / whole} for (name, way), value in by_module],

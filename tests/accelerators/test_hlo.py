@@ -146,3 +146,27 @@ def test_the_makers_figures_fit_together():
     for name, machine in HARDWARE.items():
         assert (machine.clock is not None) == name.startswith("tpu"), name
         assert 100 < machine.flops / machine.memory_bandwidth < 600, name
+
+
+def test_a_reduce_scatter_of_a_tpu_is_a_fusion_around_an_all_reduce():
+    text = """\
+%all-reduce-scatter.1 (p: bf16[8,128]) -> bf16[4,128] {
+  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.2 = bf16[8,128]{1,0:T(8,128)(2,1)} all-reduce(%p), channel_id=4, replica_groups=[2,2]<=[4], to_apply=%add
+  %at = s32[]{:T(128)} constant(0)
+  ROOT %part = bf16[4,128]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.2, %at, %at), dynamic_slice_sizes={4,128}
+}
+
+ENTRY %main (x: bf16[8,128]) -> bf16[4,128] {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %fusion.1 = bf16[4,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (found,) = hlo.collectives(hlo.parse(text))
+    assert (found.kind, found.devices, found.returned[0].bytes, found.whole[0].bytes) == (
+        "reduce-scatter",
+        2,
+        1024,
+        2048,
+    )
+    assert hlo.sent(hlo.parse(text)) == {"reduce-scatter": {"count": 1, "bytes": 2048}}
