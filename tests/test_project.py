@@ -50,6 +50,8 @@ STOREYS = (
     ("maxmap.kernels.target", "maxmap.kernels.xla", "maxmap.kernels.cpu"),
     ("maxmap.kernels.target", "maxmap.kernels.mosaic", "maxmap.kernels.tpu", "maxmap.kernels.tpu_attention"),
     ("maxmap.kernels.tpu", "maxmap.kernels.tpu_mlp"),
+    ("maxmap.kernels.target", "maxmap.kernels.branch", "maxmap.kernels.gpu_mlp"),
+    ("maxmap.kernels.branch", "maxmap.kernels.tpu_attention"),
     ("maxmap.layers.primitives", "maxmap.layers.folded", "maxmap.layers.blocks"),
     ("maxmap.layers.primitives", "maxmap.layers.residual", "maxmap.layers.blocks"),
     ("maxmap.backbones.maxxvit.convolution", "maxmap.backbones.maxxvit.attention", "maxmap.backbones.maxxvit.backbone"),

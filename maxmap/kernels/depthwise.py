@@ -96,7 +96,7 @@ def forward(
 ) -> tuple[tuple[Array, Array], tuple[Array, tuple[Array, ...], Array, Array]]:
     """The results of `expand_depthwise`, and what its backward pass needs: the operands, `x` first, and the map."""
     compute = functools.partial(_forward_call, window=window)
-    y, sums = over_batch(compute, (x, kernel, *pointwise), (2, None, None, None), (2, None))
+    y, sums = over_batch(compute, (x, kernel, *pointwise), (2, None, *[None] * len(pointwise)), (2, None))
     return (y, sums), (x, pointwise, kernel, y)
 
 
@@ -105,11 +105,12 @@ def backward(
 ) -> tuple[Array, tuple[Array, ...], Array]:
     """The gradients of `x`, of what belongs to the 1x1 convolution, and of the kernel."""
     x, pointwise, kernel, y = residuals
+    shared = [None] * len(pointwise)
     of_x, of_kernel, *of_pointwise = over_batch(
         functools.partial(_backward_call, window=window),
         (x, grads[0], y, kernel, grads[1], *pointwise),
-        (2, 2, 2, None, None, None, None),
-        (2, None, None, None),
+        (2, 2, 2, None, None, *shared),
+        (2, None, *shared),
     )
     of_kernel = of_kernel.reshape(kernel.shape).astype(kernel.dtype)
     return of_x, tuple(g.astype(leaf.dtype) for g, leaf in zip(of_pointwise, pointwise, strict=True)), of_kernel

@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from maxmap.kernels.target import Array, accumulator, inside_triton, over_batch, platform
+from maxmap.kernels.branch import in_types_of_kernels, keep_of, mlp_weights, residual_branch
+from maxmap.kernels.target import Array, accumulator, inside_triton, platform
 
 Ref = Any
 Activation = Callable[[Array, Array | None], Array]  # of hidden values `[R, F]`; the weights are None
@@ -76,44 +77,15 @@ def mlp_block(
     dtype = jnp.result_type(x, *kernels)
     x, residual = x.astype(dtype), None if residual is None else residual.astype(dtype)
     batch, channels = x.shape[0], x.shape[-1]
-    hidden, wide = weights["fc1_kernel"].shape[1], accumulator(x.dtype)
+    hidden = weights["fc1_kernel"].shape[1]
     maps = [part.reshape(batch, -1, channels) for part in (x, residual) if part is not None]
     sizes = Sizes(maps[0].shape[1], channels, hidden, activation, epsilon, residual is not None)
-    arranged = {
-        "norm": jnp.stack([_or(weights["norm_scale"], channels, 1), _or(weights["norm_bias"], channels, 0)]),
-        "fc1_kernel": kernels[0].astype(dtype),
-        "fc1_bias": _or(weights["fc1_bias"], hidden, 0)[None],
-        "fc2_kernel": kernels[1].astype(dtype),
-        "fc2_bias": _or(weights["fc2_bias"], channels, 0)[None],
-    }
-    arranged = {name: w if name.endswith("kernel") else w.astype(wide) for name, w in arranged.items()}
-    keep = _or(weights["keep"], batch, 1).astype(wide)[:, None]
-    return _block(sizes, maps, arranged, keep).reshape(x.shape)
-
-
-def _or(x: Array | None, length: int, value: float) -> Array:
-    return jnp.full((length,), value, jnp.float32) if x is None else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> Array:
-    (out,) = over_batch(functools.partial(_run_forward, sizes), (maps, weights, keep), (0, None, 0), (0,))
-    return out
-
-
-def _forward(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> tuple[Array, tuple]:
-    return _block(sizes, maps, weights, keep), (maps[0], weights, keep)
-
-
-def _backward(sizes: Sizes, residuals: tuple, grad: Array) -> tuple[list[Array], dict[str, Array], Array]:
-    x, weights, keep = residuals
-    run = functools.partial(_run_backward, sizes)
-    of_x, of_weights = over_batch(run, (x, weights, keep, grad), (0, None, 0, 0), (0, None))
-    of_weights = {name: g.astype(weights[name].dtype) for name, g in of_weights.items()}
-    return [of_x, grad] if sizes.residual else [of_x], of_weights, jnp.zeros_like(keep)
-
-
-_block.defvjp(_forward, _backward)
+    arranged = mlp_weights(weights, channels, hidden)
+    arranged |= {name: arranged[name].astype(dtype) for name in ("fc1_kernel", "fc2_kernel")}
+    arranged = in_types_of_kernels(arranged, dtype)
+    forward, backward = (functools.partial(run, sizes) for run in (_run_forward, _run_backward))
+    keep = keep_of(weights, batch, 1, dtype)
+    return residual_branch(forward, backward, 0, maps, arranged, keep).reshape(x.shape)
 
 
 def _run_forward(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> tuple[Array]:
@@ -123,8 +95,9 @@ def _run_forward(sizes: Sizes, maps: list[Array], weights: dict[str, Array], kee
 
 
 def _run_backward(
-    sizes: Sizes, x: Array, weights: dict[str, Array], keep: Array, grad: Array
+    sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array, grad: Array
 ) -> tuple[Array, dict[str, Array]]:
+    (x,) = maps
     batch, pixels, channels = x.shape
     wide, programs = accumulator(x.dtype), pl.cdiv(pixels, sizes.rows)
     out = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name in ("x", "normal")}

@@ -59,8 +59,9 @@ def _forward(
     x: Array, near: Array, folding: tuple[Array, ...], kernel: Array, front: Front
 ) -> tuple[Any, tuple[Any, ...]]:
     near = near.astype(x.dtype)
+    pool = front.shortcut == "mean"
     total, square, *shortcut = over_batch(
-        functools.partial(_moments_call, pool=front.shortcut == "mean"), (x, near), (2, None), (None, None, 2)
+        functools.partial(_moments_call, pool=pool), (x, near), (2, None), (None, None, *[2] * pool)
     )
     count = x.size // x.shape[-1]
     offset = total / count
@@ -83,7 +84,7 @@ def _backward(front: Front, residuals: tuple[Any, ...], grads: tuple[Any, ...]) 
     (of_x,) = over_batch(
         functools.partial(_gradient_call, stride=2 if front.shortcut == "mean" else 1),
         (x, of_x, near, slope, constant, *grads[2]),
-        (2, 2, None, None, None, 2),
+        (2, 2, None, None, None, *[2] * len(grads[2])),
         (2,),
     )
     return of_x, jnp.zeros_like(near), of_folding, of_kernel

@@ -65,7 +65,7 @@ def over_batch(
     Args:
       function: of arrays or trees of arrays.
       arguments: of the function.
-      axes: of the batch in each argument; None for an argument that all devices have. Those left over are not read.
+      axes: of the batch in each argument; None for an argument that all devices have.
       out_axes: the same for the results; None for a sum over the batch: the devices' parts are added up.
 
     Returns:
@@ -82,20 +82,19 @@ def over_batch(
         results = function(*arguments)
         return tuple(
             jax.tree.map(lambda x: x[None], result) if axis is None else result
-            for result, axis in zip(results, out_axes, strict=False)
+            for result, axis in zip(results, out_axes, strict=True)
         )
 
-    count = len(jax.eval_shape(function, *arguments))
     results = jax.shard_map(
         part,
         mesh=mesh,
-        in_specs=tuple(split(axis) for axis in axes[: len(arguments)]),
-        out_specs=tuple(split(axis or 0) for axis in out_axes[:count]),
+        in_specs=tuple(split(axis) for axis in axes),
+        out_specs=tuple(split(axis or 0) for axis in out_axes),
         check_vma=False,  # a Pallas call does not say which axes its results differ along
     )(*arguments)
     return tuple(
         jax.tree.map(lambda x: jnp.sum(x, axis=0), result) if axis is None else result
-        for result, axis in zip(results, out_axes, strict=False)
+        for result, axis in zip(results, out_axes, strict=True)
     )
 
 

@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from maxmap.kernels.branch import given, in_types_of_kernels, keep_of, norm_of, residual_branch
 from maxmap.kernels.mosaic import LANES, Ref, product, whole
-from maxmap.kernels.target import Array, accumulator, local_batch, over_batch
+from maxmap.kernels.target import Array, accumulator, local_batch
 from maxmap.kernels.tpu import (
     accumulate,
     call,
@@ -152,23 +153,20 @@ def attention_block(
     )
     lanes = sizes.tiles * LANES - width
     qkv = jnp.pad(weights["qkv_kernel"], ((0, 0), (0, 0), (0, lanes))).reshape(channels, -1)
-    qkv_bias = jnp.pad(_or(weights["qkv_bias"], (3, width), 0), ((0, 0), (0, lanes))).reshape(1, -1)
+    qkv_bias = jnp.pad(given(weights["qkv_bias"], (3, width), 0), ((0, 0), (0, lanes))).reshape(1, -1)
     arranged = {
-        "norm": jnp.stack([_or(weights["norm_scale"], (channels,), 1), _or(weights["norm_bias"], (channels,), 0)]),
+        "norm": norm_of(weights, channels),
         "qkv_kernel": qkv,
         "qkv_bias": qkv_bias,
-        "bias": _arrange_bias(_or(weights["bias"], (heads, sizes.tokens, sizes.tokens), 0), sizes),
+        "bias": _arrange_bias(given(weights["bias"], (heads, sizes.tokens, sizes.tokens), 0), sizes),
         "proj_kernel": jnp.pad(weights["proj_kernel"], ((0, lanes), (0, 0))),
-        "proj_bias": _or(weights["proj_bias"], (channels,), 0)[None],
+        "proj_bias": given(weights["proj_bias"], (channels,), 0)[None],
     }
-    wide = accumulator(x.dtype)
-    arranged = {name: a if name.endswith("kernel") else a.astype(wide) for name, a in arranged.items()}
-    keep = jnp.broadcast_to(_or(weights["keep"], (batch,), 1).astype(wide)[:, None], (batch, channels))
-    return _block(sizes, [part for part in (x, residual) if part is not None], arranged, keep)
-
-
-def _or(x: Array | None, shape: tuple[int, ...], value: float) -> Array:
-    return jnp.full(shape, value, jnp.float32) if x is None else x
+    arranged = in_types_of_kernels(arranged, x.dtype)
+    keep = keep_of(weights, batch, channels, x.dtype)
+    maps = [part for part in (x, residual) if part is not None]
+    run = functools.partial(_run, sizes)
+    return residual_branch(functools.partial(run, grad=None), run, 2, maps, arranged, keep)
 
 
 def _arrange_bias(bias: Array, sizes: Sizes) -> Array:
@@ -178,27 +176,6 @@ def _arrange_bias(bias: Array, sizes: Sizes) -> Array:
     bias = jnp.pad(bias, ((0, missing), (0, sizes.queries - tokens), (0, 0)))
     bias = jnp.pad(bias, ((0, 0), (0, 0), (0, sizes.keys - tokens)), constant_values=NEVER)
     return rearrange(bias, "(g j) q k -> g q (j k)", j=sizes.together)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> Array:
-    (out,) = over_batch(functools.partial(_run, sizes, grad=None), (maps, weights, keep), (2, None, 0), (2,))
-    return out
-
-
-def _forward(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> tuple[Array, tuple]:
-    return _block(sizes, maps, weights, keep), (maps[0], weights, keep)
-
-
-def _backward(sizes: Sizes, residuals: tuple, grad: Array) -> tuple[list[Array], dict[str, Array], Array]:
-    x, weights, keep = residuals
-    run = functools.partial(_run, sizes)
-    of_x, of_weights = over_batch(run, ([x], weights, keep, grad), (2, None, 0, 2), (2, None))
-    of_weights = {name: g.astype(weights[name].dtype) for name, g in of_weights.items()}
-    return [of_x, grad] if sizes.residual else [of_x], of_weights, jnp.zeros_like(keep)
-
-
-_block.defvjp(_forward, _backward)
 
 
 # Compiled by itself so that it is traced once for all blocks of the same shapes: tracing takes seconds.

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from maxmap.kernels.branch import in_types_of_kernels, keep_of, mlp_weights, residual_branch
 from maxmap.kernels.mosaic import LANES, Ref, product, whole
-from maxmap.kernels.target import Array, accumulator, local_batch, over_batch
+from maxmap.kernels.target import Array, accumulator, local_batch
 from maxmap.kernels.tpu import accumulate, call, images_per_program, kept, normalized, normalized_gradient, rows
 
 ROWS = 1024  # tokens of a program, at most
@@ -69,51 +70,21 @@ def mlp_block(
       `[H, W, B, C]`.
     """
     height, width, batch, channels = x.shape
-    hidden, wide = weights["fc1_kernel"].shape[1], accumulator(x.dtype)
+    hidden = weights["fc1_kernel"].shape[1]
     images = images_per_program(local_batch(batch))
     most = max(1, ROWS // images)
     positions = max(n for n in range(1, most + 1) if height * width % n == 0)
     sizes = Sizes(positions, images, activation, epsilon, residual is not None)
-    arranged = {
-        "norm": jnp.stack([_or(weights["norm_scale"], channels, 1), _or(weights["norm_bias"], channels, 0)]),
-        "fc1_kernel": weights["fc1_kernel"],
-        "fc1_bias": _or(weights["fc1_bias"], hidden, 0)[None],
-        "fc2_kernel": weights["fc2_kernel"],
-        "fc2_bias": _or(weights["fc2_bias"], channels, 0)[None],
-    }
+    arranged = mlp_weights(weights, channels, hidden)
     if weights["activation"] is not None:
         arranged["activation"] = weights["activation"]
     if weights.get("shift") is not None:
         arranged["shift"] = weights["shift"][None]
-    arranged = {name: w if name.endswith("kernel") else w.astype(wide) for name, w in arranged.items()}
-    keep = jnp.broadcast_to(_or(weights["keep"], batch, 1).astype(wide)[:, None], (batch, channels))
+    arranged = in_types_of_kernels(arranged, x.dtype)
+    keep = keep_of(weights, batch, channels, x.dtype)
     maps = [part.reshape(height * width, batch, channels) for part in (x, residual) if part is not None]
-    return _block(sizes, maps, arranged, keep).reshape(x.shape)
-
-
-def _or(x: Array | None, length: int, value: float) -> Array:
-    return jnp.full((length,), value, jnp.float32) if x is None else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> Array:
-    (out,) = over_batch(functools.partial(_run, sizes, grad=None), (maps, weights, keep), (1, None, 0), (1,))
-    return out
-
-
-def _forward(sizes: Sizes, maps: list[Array], weights: dict[str, Array], keep: Array) -> tuple[Array, tuple]:
-    return _block(sizes, maps, weights, keep), (maps[0], weights, keep)
-
-
-def _backward(sizes: Sizes, residuals: tuple, grad: Array) -> tuple[list[Array], dict[str, Array], Array]:
-    x, weights, keep = residuals
     run = functools.partial(_run, sizes)
-    of_x, of_weights = over_batch(run, ([x], weights, keep, grad), (1, None, 0, 1), (1, None))
-    of_weights = {name: g.astype(weights[name].dtype) for name, g in of_weights.items()}
-    return [of_x, grad] if sizes.residual else [of_x], of_weights, jnp.zeros_like(keep)
-
-
-_block.defvjp(_forward, _backward)
+    return residual_branch(functools.partial(run, grad=None), run, 1, maps, arranged, keep).reshape(x.shape)
 
 
 # Compiled by itself so that it is traced once for all blocks of the same shapes: tracing takes seconds.
