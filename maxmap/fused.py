@@ -80,7 +80,9 @@ def attention_block(
 
     Args:
       x: `[B, H, W, C]`, of a shape that `fuses_attention` allows.
-      weights: see `maxmap.kernels.tpu_attention.attention_block`.
+      weights: 'norm_scale' and 'norm_bias' `[C]`, 'qkv_kernel' `[C, 3, E]`, 'qkv_bias' `[3, E]`, 'bias' of the logits
+        `[heads, N, N]`, 'proj_kernel' `[E, C]`, 'proj_bias' `[C]`, 'keep' `[B]`: the factor of the branch for every
+        sample, without a gradient. All but the kernels may be None.
       kind: "window" or "grid".
       window: height and width of a window or grid cell.
       heads: of the attention.
@@ -129,7 +131,9 @@ def mlp_block(
 
     Args:
       x: `[B, H, W, C]`, of a shape that `fuses_mlp` allows.
-      weights: see `maxmap.kernels.tpu_mlp.mlp_block`.
+      weights: 'norm_scale' and 'norm_bias' `[C]`, 'fc1_kernel' `[C, F]`, 'fc1_bias' `[F]`, 'activation' `[weights, F]`,
+        'fc2_kernel' `[F, C]`, 'fc2_bias' `[C]`, 'keep' `[B]`: the factor of the branch for every sample, without a
+        gradient, 'shift' `[C]`. All but the kernels may be None; the shift may be left out.
       activation: of hidden values `[R, F]` and weights 'activation' `[weights, F]`.
       epsilon: of the norm.
       residual: `[B, H, W, C]`; None for `x`.
@@ -293,9 +297,9 @@ def expansion(
         x: Array, near: Array, fold: Callable[..., tuple[Array, Array]], folding: tuple[Array, ...], kernel: Array
     ) -> tuple[Array, Array, tuple[Array, ...], Array, Array]:
         front = normalised.Front(window, fold, shortcut)
-        x = x.transpose(1, 2, 0, 3)
-        y, sums, beside, mean, covariance = normalised.expand(x, near, folding, kernel[:, :, 0], front)
-        return y.transpose(2, 0, 1, 3), sums, tuple(z.transpose(2, 0, 1, 3) for z in beside), mean, covariance
+        found = normalised.expand(_images_last(x), near, folding, kernel[:, :, 0], front)
+        y, sums, beside, mean, covariance = found
+        return _images_first(y), sums, tuple(map(_images_first, beside)), mean, covariance
 
     return expand
 
@@ -331,9 +335,9 @@ def squeeze_project(
     from maxmap.kernels import squeeze  # takes half a second to import
 
     batch, height, width, channels = x.shape
-    pixels = x.transpose(1, 2, 0, 3).reshape(-1, batch, channels)
+    pixels = _images_last(x).reshape(-1, batch, channels)
     y = squeeze.squeeze_project(pixels, factor, summand, gating, weights, bias, squeeze.Block(function, gate))
-    return y.reshape(height, width, batch, -1).transpose(2, 0, 1, 3)
+    return _images_first(y.reshape(height, width, batch, -1))
 
 
 def fuses_bottleneck(x: Array, channels: int, out_channels: int) -> bool:

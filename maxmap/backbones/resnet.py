@@ -14,10 +14,11 @@ from jax import lax
 
 from maxmap.backbones import Variant
 from maxmap.fused import bottleneck_activated, bottleneck_first, bottleneck_last, channel_sums, fuses_bottleneck
-from maxmap.layers.folded import FoldedBatchNorm, Parameters, fold_batch_norm
+from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     DERIVATIVES,
+    FUNCTIONS,
     BatchNorm,
     Block,
     Conv,
@@ -25,7 +26,6 @@ from maxmap.layers.primitives import (
     batch_in_one_part,
     drop_path_rates,
     he_fan_out,
-    plain_activation,
 )
 from maxmap.layers.residual import kept_samples
 from maxmap.operations import Array, convolve, max_pool, upcast
@@ -94,9 +94,12 @@ class Bottleneck(Block):
             FoldedBatchNorm(channels, name=name[1])
             for channels, name in zip((width, width, self.channels), names, strict=True)
         ]
-        shapes = ((1, 1, x.shape[-1], width), (3, 3, width, width), (1, 1, width, self.channels))
-        kernels = [Parameters(shape, name=name[0])()[0] for shape, name in zip(shapes, names, strict=True)]
-        function = self._activation(plain_activation)
+        shapes = ((x.shape[-1], width, 1), (width, width, 3), (width, self.channels, 1))
+        kernels = [
+            Conv(out_channels, size, bias=False, name=name[0]).weights(in_channels)[0]
+            for (in_channels, out_channels, size), name in zip(shapes, names, strict=True)
+        ]
+        function = self._activation(FUNCTIONS.__getitem__)
 
         y, x, mean, var = bottleneck_first(
             x,

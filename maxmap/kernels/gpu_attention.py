@@ -63,17 +63,7 @@ def attention(
     Products take the type of `qkv` and sum in float32 or wider; bias and softmax are computed in that wider type. Only
     the inputs are kept for the backward pass.
 
-    Args:
-      qkv: `[B, H, W, 3 E]`.
-      bias: of the logits, `[heads, N, N]`, or None.
-      kind: "window" or "grid".
-      window: height and width of a window or grid cell, of N pixels; they divide H and W.
-      heads: of the attention; they divide E.
-      head_first: the channels are ordered (heads, qkv, head_dim), otherwise (qkv, heads, head_dim).
-      scale: factor of the queries.
-
-    Returns:
-      `[B, H, W, E]`.
+    Arguments and result: see `maxmap.fused.map_attention`; the window divides H and W.
     """
     sizes = Sizes(window, kind, heads, qkv.shape[-1] // (3 * heads), head_first, scale)
     (p, q), (rows, columns, _) = window, sizes.tile

@@ -124,20 +124,7 @@ def attention_block(
 ) -> Array:
     """Computes residual + keep * proj(attention(qkv(norm(x)))) inside of windows or grid cells.
 
-    Args:
-      x: `[H, W, B, C]`.
-      weights: 'norm_scale' and 'norm_bias' `[C]`, 'qkv_kernel' `[C, 3, E]`, 'qkv_bias' `[3, E]`, 'bias' of the logits
-        `[heads, N, N]`, 'proj_kernel' `[E, C]`, 'proj_bias' `[C]`, 'keep' `[B]`: the factor of the branch for every
-        sample, without a gradient. All but the kernels may be None.
-      kind: "window" or "grid".
-      window: height and width of a window or grid cell, of N pixels.
-      heads: of the attention; they divide E.
-      scale: factor of the queries.
-      epsilon: of the norm.
-      residual: `[H, W, B, C]`; None for `x`.
-
-    Returns:
-      `[H, W, B, C]`.
+    Arguments and result: see `maxmap.fused.attention_block`; maps are `[H, W, B, C]` here.
     """
     batch, channels = x.shape[2:]
     width = weights["proj_kernel"].shape[0]

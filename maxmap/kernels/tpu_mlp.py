@@ -57,17 +57,7 @@ def mlp_block(
 ) -> Array:
     """Computes residual + keep * fc2(activation(fc1(norm(x + shift)))).
 
-    Args:
-      x: `[H, W, B, C]`.
-      weights: 'norm_scale' and 'norm_bias' `[C]`, 'fc1_kernel' `[C, F]`, 'fc1_bias' `[F]`, 'activation' `[weights, F]`,
-        'fc2_kernel' `[F, C]`, 'fc2_bias' `[C]`, 'keep' `[B]`: the factor of the branch for every sample, without a
-        gradient, 'shift' `[C]`. All but the kernels may be None; the shift may be left out.
-      activation: of hidden values `[R, F]` and its weights.
-      epsilon: of the norm.
-      residual: `[H, W, B, C]`; None for `x`.
-
-    Returns:
-      `[H, W, B, C]`.
+    Arguments and result: see `maxmap.fused.mlp_block`; maps are `[H, W, B, C]` here.
     """
     height, width, batch, channels = x.shape
     hidden = weights["fc1_kernel"].shape[1]

@@ -30,16 +30,7 @@ def expand(
 ) -> tuple[Array, Array]:
     """Computes activation(norm(x) @ kernel).
 
-    Args:
-      x: `[H, W, B, C]`.
-      scale: of the norm, `[C]`.
-      kernel: `[C, F]`.
-      factors: weights of the activation, `[weights, F]`.
-      activation: of values `[R, F]` and its weights.
-      epsilon: of the norm.
-
-    Returns:
-      `[H, W, B, F]`; and `x` for the residual path, whose gradient is added in the kernel.
+    Arguments and result: see `maxmap.fused.separable_expand`; maps are `[H, W, B, C]` here.
     """
     wide = accumulator(x.dtype)
     weights = {"scale": scale.astype(wide)[None], "kernel": kernel, "factors": factors.astype(wide)}
@@ -50,14 +41,7 @@ def expand(
 def project(x: Array, kernel: Array, keep: Array, residual: Array) -> Array:
     """Computes residual + keep * (x @ kernel).
 
-    Args:
-      x: `[H, W, B, F]`.
-      kernel: `[F, C]`.
-      keep: the factor of the branch for every sample, `[B]`, without a gradient.
-      residual: `[H, W, B, C]`.
-
-    Returns:
-      `[H, W, B, C]`.
+    Arguments and result: see `maxmap.fused.separable_project`; maps are `[H, W, B, C]` here.
     """
     keep = jnp.broadcast_to(keep.astype(accumulator(x.dtype))[:, None], (x.shape[2], kernel.shape[1]))
     return _project(_positions(x), kernel, keep, _positions(residual)).reshape(residual.shape)

@@ -10,7 +10,6 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from maxmap.fused import fuses_mlp
-from maxmap.layers.folded import Parameters
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
@@ -232,8 +231,8 @@ class SqueezeExciteParameters(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[Array, ...]:
-        shapes = {"fc1": (self.channels, self.hidden), "fc2": (self.hidden, self.channels)}
-        return sum((Parameters((1, 1, *shape), name=name)() for name, shape in shapes.items()), ())
+        fc1, fc2 = Conv(self.hidden, name="fc1"), Conv(self.channels, name="fc2")
+        return *fc1.weights(self.channels), *fc2.weights(self.hidden)
 
 
 class SqueezeExcite(nn.Module):

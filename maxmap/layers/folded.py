@@ -1,4 +1,4 @@
-"""Batch norms and convolutions whose parameters enter operations that compute several layers at once."""
+"""Batch norms whose parameters enter operations that compute several layers at once."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -48,20 +48,3 @@ class FoldedBatchNorm(nn.Module):
         unbiased = var * (count / max(count - 1, 1))
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             running.value = self.momentum * running.value + (1 - self.momentum) * lax.stop_gradient(new)
-
-
-class Parameters(nn.Module):
-    """Kernel and bias of a `Conv`, under the same names, for operations that fuse it; initialised by `Conv` alone.
-
-    Attributes:
-      shape: of the kernel, `[kh, kw, C / groups, O]`.
-    """
-
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self) -> tuple[Array, Array]:
-        """Returns the kernel, and the bias or zeros."""
-        kernel = self.param("kernel", nn.initializers.zeros, self.shape)
-        zeros = jnp.zeros(self.shape[-1:], kernel.dtype)
-        return kernel, self.param("bias", lambda _: zeros) if self.has_variable("params", "bias") else zeros

@@ -146,12 +146,6 @@ def require_one_of(value: str, what: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{what} '{value}' is not one of {', '.join(allowed)}")
 
 
-def plain_activation(name: str) -> Callable[[Array], Array]:
-    """The function of single values behind an entry of `ACTIVATIONS`, with JAX's own backward pass, for kernels."""
-    activation = ACTIVATIONS[name]
-    return activation.keywords["function"] if isinstance(activation, functools.partial) else activation
-
-
 def batch_in_one_part() -> bool:
     """Tells whether batch norms normalise the batch as a whole; see `batch_norm_groups`."""
     return _batch_groups.get()[0] == 1

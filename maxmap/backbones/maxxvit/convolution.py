@@ -9,9 +9,10 @@ from flax import linen as nn
 
 from maxmap.fused import expansion, squeeze_project
 from maxmap.layers.blocks import Mlp, SqueezeExcite, SqueezeExciteParameters, squeeze_gate
-from maxmap.layers.folded import FoldedBatchNorm, Parameters, fold_batch_norm
+from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
 from maxmap.layers.primitives import (
     ACTIVATIONS,
+    FUNCTIONS,
     BatchNorm,
     Block,
     Conv,
@@ -22,7 +23,6 @@ from maxmap.layers.primitives import (
     average_pool,
     batch_in_one_part,
     he_fan_out,
-    plain_activation,
 )
 from maxmap.operations import Array, max_pool, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
@@ -230,7 +230,7 @@ class MBConv(Block):
             (batch, height // step, rows // step, channels),
             width,
             3,
-            plain_activation(self.activation),
+            FUNCTIONS[self.activation],
             stride=self.stride // step,
             padding=self.padding,
             shortcut=self._beside(),
@@ -251,8 +251,8 @@ class MBConv(Block):
             x = pool(x, "avg2") if self._pooled() else x
             first, near, norm = None, jnp.zeros(channels), []
         second = FoldedBatchNorm(width, name="norm1")
-        kernel, _ = Parameters((1, 1, channels, width), name="conv1_1x1")()
-        depthwise, _ = Parameters((3, 3, 1, width), name="conv2_kxk")()
+        kernel, _ = Conv(width, bias=False, name="conv1_1x1").weights(channels)
+        depthwise, _ = Conv(width, 3, groups=width, bias=False, name="conv2_kxk").weights(width)
         fold = functools.partial(_fold, epsilon=self.epsilon)
         folding = (kernel[0, 0], second.scale, second.bias, *norm)
         y, sums, pooled, mean, covariance = expand(x, near, fold, folding, depthwise)
@@ -275,9 +275,10 @@ class MBConv(Block):
         norm.follow(mean, var, count)
         factor, summand = fold_batch_norm(mean, var, norm.scale, norm.bias, self.epsilon)
         gating = SqueezeExciteParameters(width, se_width, name="se")()
-        kernel, bias = Parameters((1, 1, width, self.channels), name="conv3_1x1")()
+        kernel, bias = Conv(self.channels, bias=self.output_bias, name="conv3_1x1").weights(width)
+        bias = jnp.zeros(self.channels, kernel.dtype) if bias is None else bias
         gate = functools.partial(squeeze_gate, activation=self.se_activation)
-        function = plain_activation(self.activation)
+        function = FUNCTIONS[self.activation]
         return squeeze_project(x, factor, summand, gating, kernel[0, 0], bias, function=function, gate=gate)
 
 
