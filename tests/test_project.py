@@ -33,7 +33,7 @@ FLOORS = (
     {"maxmap.layers"},
     {"maxmap.backbones", "maxmap.heads"},
     {"maxmap.models"},
-    {"maxmap.losses", "maxmap.optim", "maxmap.schedule"},
+    {"maxmap.features", "maxmap.losses", "maxmap.optim", "maxmap.schedule"},
     {"maxmap.recipe"},
     {"maxmap.config"},
     {"maxmap.accelerators", "maxmap.convert"},
