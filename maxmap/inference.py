@@ -10,7 +10,7 @@ import numpy as np
 
 from maxmap.convert.load import read_model
 from maxmap.data.augment import normalize
-from maxmap.data.pipeline import preprocess
+from maxmap.data.preprocessing import cropped
 from maxmap.models import Classifier, average, create_model
 from maxmap.ranges import Count, check_arguments
 
@@ -61,7 +61,7 @@ def predict(
 
     results = []
     for start in range(0, len(images), batch_size):
-        pixels = np.stack([preprocess(image, pre) for image in images[start : start + batch_size]])
+        pixels = np.stack([cropped(image, pre) for image in images[start : start + batch_size]])
         for row in np.asarray(probabilities(variables, jnp.asarray(pixels))):
             best = np.argsort(-row, kind="stable")[:top]
             results.append([(classes[i], float(row[i])) for i in best])

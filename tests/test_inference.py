@@ -69,9 +69,10 @@ def test_photos_are_turned_for_a_checkpoint_that_was_trained_so(tmp_path, variab
     turned = predict(
         save(tmp_path / "turned", variables, exif=True), [tmp_path / "photo.png", tmp_path / "upright.png"]
     )
-    assert turned[0] == turned[1]
+    same = dict(turned[1])  # up to the rounding of another place in the batch
+    assert dict(turned[0]) == pytest.approx(same, rel=1e-5)
     older = predict(save(tmp_path / "older", variables), [tmp_path / "photo.png", tmp_path / "plain.png"])
-    assert older[0] == older[1] != turned[0]
+    assert dict(older[0]) == pytest.approx(dict(older[1]), rel=1e-5) and dict(older[0]) != pytest.approx(same, rel=1e-2)
 
 
 def test_probabilities_are_those_of_the_model(workdir, images, variables):
