@@ -2,7 +2,7 @@
 
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
-from maxmap.inference import load, predict
+from maxmap.inference import load, predict, preprocess
 from maxmap.models import Classifier, average, create_model, list_models
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "list_models",
     "load",
     "predict",
+    "preprocess",
     "to_torch",
 ]

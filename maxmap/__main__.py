@@ -16,13 +16,14 @@ from PIL import Image
 
 from maxmap import checkpoint, config, evaluation_commands, runtime, storage
 from maxmap.accelerators.hardware import HARDWARE
-from maxmap.arguments import Number, local_path
+from maxmap.arguments import Number, Parser, local_path
 from maxmap.classes import read_lines, read_names
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export, read_foreign
 from maxmap.convert.resize import RESIZES
 from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.cost import cost, count_parameters
+from maxmap.data.preprocessing import in_words
 from maxmap.errors import UserError, nearest, printable, sentence
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
 from maxmap.ranges import Count
@@ -67,11 +68,13 @@ def list_command(pattern: str, family: str | None, head: str | None) -> None:
 def convert_command(source: str, dest: str, class_map: Path | None, classes: Path | None, **options: Any) -> None:
     """Writes a checkpoint of others as one of ours, and prints what was done to its entries."""
     began = time.perf_counter()
+    preprocessing = evaluation_commands.take_preprocessing(options)
     loaded = convert(
         source,
         dest,
         class_map=None if class_map is None else _numbers(class_map),
         classes=None if classes is None else read_names(classes),
+        preprocessing=preprocessing,
         **options,
     )
     about, model = loaded.info["source"], loaded.info["model"]
@@ -81,8 +84,9 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
         f"({about['dialect']} names, {loaded.info['weights']} weights)"
     )
     print(loaded.report)
-    pre = ", ".join(f"{key} {value}" for key, value in loaded.info["preprocessing"].items())
-    print(f"preprocessing: {pre}")
+    print(f"preprocessing: {in_words(loaded.info['preprocessing'])}")
+    if loaded.assumed:
+        print(f"assumed, as the source does not say it: {loaded.assumed}; options such as --crop-pct and --mean set it")
     print(f"written to {printable(dest)} in {time.perf_counter() - began:.1f} s")
 
 
@@ -196,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="python -m maxmap", description=__doc__)
+    parser = Parser(prog="python -m maxmap", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_model_commands(commands)
     _add_conversion_commands(commands)
@@ -254,6 +258,7 @@ def _add_conversion_commands(commands: Any) -> None:
         help="channels of the images (default: those of the source)",
     )
     command.add_argument("--resize", choices=RESIZES, help="of position tables (default: bilinear from TensorFlow)")
+    evaluation_commands.add_preprocessing(command, "what the source says")
     command.add_argument(
         "--class-map", type=local_path, help="file: for every new class the old one's number, -1 the mean"
     )

@@ -1,14 +1,21 @@
-"""Types of the command line's arguments, beside text: numbers with a range, and paths."""
+"""The command line's parser, and types of its arguments beside text: numbers with a range, and paths."""
 
 import argparse
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from maxmap import storage
 from maxmap.errors import printable
 from maxmap.ranges import fits, type_text
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake with one sentence, as all of maxmap does, in place of all its options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"maxmap: {message.rstrip('.')}; {self.prog} --help lists what it takes.\n")
 
 
 class Number:

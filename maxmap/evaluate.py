@@ -211,7 +211,7 @@ def summary(result: Mapping[str, Any]) -> str:
     top1, top5 = (f"{result[key]:.3f} ({result[f'{key}_err']:.3f})" for key in ("top1", "top5"))
     return (
         f"* Acc@1 {top1} Acc@5 {top5}, {result['images']:,} images, {result['param_count']:,} parameters, "
-        f"{result['image_size']} px, crop {result['crop_pct']:g} {result['crop_mode']}, {result['interpolation']}"
+        f"{result['image_size']} px, crop {result['crop_pct']} {result['crop_mode']}, {result['interpolation']}"
     )
 
 

@@ -13,7 +13,7 @@ from maxmap.inference import predict
 from maxmap.labels import LABEL_SETS
 from maxmap.validate import validate
 
-_PREPROCESSING = ("image_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+_PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
 def add_commands(commands: Any) -> None:
@@ -35,6 +35,11 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--tfds", metavar="NAME", help="data set in the TFDS directory, for example imagenet2012")
     command.add_argument("--labels", choices=LABEL_SETS, help="count as ImageNet-ReaL, V2, A, R or Sketch do")
     command.add_argument("--file", type=local_path, dest="real", help="real.json, which --labels=real needs")
+    command.add_argument(
+        "--image-size",
+        type=Number(changed, "image_size"),
+        help="side of the crop in pixels (default: the checkpoint's)",
+    )
     add_preprocessing(command, "the checkpoint's")
     command.add_argument(
         "--batch-size", type=Number(validate, "batch_size"), default=128, help="images at a time (default: 128)"
@@ -61,12 +66,11 @@ def add_commands(commands: Any) -> None:
 
 
 def add_preprocessing(command: argparse.ArgumentParser, default: str) -> None:
-    """Adds the options that set fields of the preprocessing; `default` says what each is without its option."""
+    """Adds the options that set fields of the preprocessing, but for the image size; `default` stands in their help."""
 
     def add(name: str, what: str, **options: Any) -> None:
         command.add_argument(name, help=f"{what} (default: {default})", **options)
 
-    add("--image-size", "side of the crop in pixels", type=Number(changed, "image_size"))
     add("--crop-pct", "part of the resized side that the crop keeps", type=Number(changed, "crop_pct"))
     add("--crop-mode", "which side the resize fits", choices=CROP_MODES)
     add("--interpolation", "filter of the resize", choices=FILTERS)
@@ -87,7 +91,7 @@ def predict_command(workdir: str, images: list[Path], top: int) -> None:
         print(f"{printable(path)}: {named}")
 
 
-def validate_command(checkpoint: str, images: Path, **options: Any) -> None:
+def validate_command(checkpoint: str, images: Path, image_size: int | None, **options: Any) -> None:
     """Prints and writes what a checkpoint reaches on labelled images."""
-    changes = take_preprocessing(options)
+    changes = {"image_size": image_size, **take_preprocessing(options)}
     validate(checkpoint, images, changes=changes, **options)

@@ -16,7 +16,7 @@ from maxmap.classes import match
 from maxmap.cost import count_parameters
 from maxmap.data.folders import holds_folders
 from maxmap.data.pipeline import Data, open_data
-from maxmap.data.preprocessing import changed, departures, describe
+from maxmap.data.preprocessing import changed, departures, in_words
 from maxmap.errors import UserError, printable
 from maxmap.evaluate import check_image_size, evaluate, make_eval_step, match_classes, report, summary, tell
 from maxmap.inference import load
@@ -66,7 +66,7 @@ def validate(
       check: images to decode before the start, where a broken one is an error; later ones are left out and named.
       json_file: file for the result; None: `eval.json`, with the name of the label set, in the folder of the
         checkpoint, or in the current folder if it is no checkpoint of ours.
-      csv_file: file for the predictions; None: `predictions.csv` in the same way.
+      csv_file: file for the predictions; None: `predictions.csv` beside an `eval.json`, nothing beside `json_file`.
 
     Returns:
       The content of the file of the result.
@@ -81,7 +81,7 @@ def validate(
     model, variables, info = load(path)
     if not info["classes"]:
         raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
-    used = changed({"exif": False, **info["preprocessing"]}, **(changes or {}))
+    used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
     check_image_size(model, variables, used["image_size"])
     data = dataclasses.replace(open_images(images, split, tfds, check), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
@@ -170,7 +170,7 @@ def _describe(
         f"{info['model']['name']}, {count_parameters(variables['params']):,} parameters, {len(info['classes']):,} "
         f"classes: {info['weights']} weights of {path}, step {info['step']}",
         images,
-        f"preprocessing: {describe(used)}",
+        f"preprocessing: {in_words(used)}",
     ]
     departing = departures(used, info["preprocessing"])
     lines.append(f"not the checkpoint's: {'; '.join(departing)}" if departing else "all of it is the checkpoint's")
@@ -190,10 +190,9 @@ def _write(
         return
     own = storage.in_bucket(path) or os.path.isdir(os.path.join(storage.expand(path), checkpoint.FOLDER))
     folder, ending = storage.resolve(path if own else "."), f"_{labels}" if labels else ""
-    files = {
-        json_file or folder / f"eval{ending}.json": json.dumps(result, indent=2) + "\n",
-        csv_file or folder / f"predictions{ending}.csv": predictions,
-    }
+    if json_file is None:
+        json_file, csv_file = folder / f"eval{ending}.json", csv_file or folder / f"predictions{ending}.csv"
+    files = {json_file: json.dumps(result, indent=2) + "\n"} | ({csv_file: predictions} if csv_file else {})
     print(f"{labels or ''} {summary(result)}".lstrip(), flush=True)  # first, because a disk may be full
     for file, text in files.items():
         storage.write_named(file, text)

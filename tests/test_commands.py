@@ -195,7 +195,7 @@ def test_every_number_of_a_command_has_a_range(needed, option, values, number, c
             commands.main([*needed, f"{option}={text}"] if values == 1 else [*needed, option, *[text] * values])
         assert stopped.value.code == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        assert f"argument {option}: '{text}' is out of range: give a value of type {kind.__name__} {limits}." in said
+        assert f"argument {option}: '{text}' is out of range: give a value of type {kind.__name__} {limits}; " in said
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ def test_what_a_validation_prints_and_writes(tmp_path, images, workdir, capsys):
     assert model == f"tiny, 350 parameters, 3 classes: raw weights of {workdir}, step 1"
     assert data == f"11 images of 3 classes in {images}"
     assert pre == (
-        "preprocessing: exif False, image_size 8, crop_pct 1.0, crop_mode center, interpolation bicubic, "
-        "mean 0.5 0.5 0.5, std 0.25 0.25 0.25"
+        "preprocessing: image_size 8, crop_pct 1.0, crop_mode center, interpolation bicubic, "
+        "mean 0.5 0.5 0.5, std 0.25 0.25 0.25, exif False"
     )
     assert whose == "all of it is the checkpoint's"
     assert "11/11 images, " in err and " images/s, top-1 " in err
@@ -176,7 +176,8 @@ def test_a_mean_is_three_numbers_from_0_to_1(values, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["validate", "run", "photos", "--mean", *values])
     assert stopped.value.code == 2
-    assert "argument --mean: " in capsys.readouterr().err.splitlines()[-1]
+    err = capsys.readouterr().err
+    assert err.startswith("maxmap: argument --mean: ") and err.count("\n") == 1
 
 
 def test_a_size_under_the_stride_is_refused():

@@ -76,7 +76,7 @@ def departures(used: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def describe(preprocessing: Mapping[str, Any]) -> str:
+def in_words(preprocessing: Mapping[str, Any]) -> str:
     """Returns a preprocessing as one line of text."""
     return ", ".join(f"{key} {as_text(value)}" for key, value in preprocessing.items())
 
