@@ -6,7 +6,7 @@ from maxmap.features import FeatureInfo, feature_info, intermediates
 from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
-from maxmap.inference import load, predict
+from maxmap.inference import load, predict, preprocess
 from maxmap.models import Classifier, average, create_model, list_models
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "list_models",
     "load",
     "predict",
+    "preprocess",
     "to_torch",
 ]

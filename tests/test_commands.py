@@ -14,6 +14,7 @@ from PIL import Image
 
 from maxmap import __main__ as commands
 from maxmap import checkpoint, storage
+from maxmap.arguments import Number, local_path
 from maxmap.config import bind, read
 from maxmap.errors import UserError
 from maxmap.inference import predict
@@ -153,8 +154,9 @@ def test_every_path_may_start_at_home(capsys, tmp_path, workdir, monkeypatch):
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
-def numbers() -> list[tuple[list[str], str, commands.Number]]:
-    """The arguments of all commands that are numbers: what has to be given beside them, their option, their type."""
+def numbers() -> list[tuple[list[str], str, int, Number]]:
+    """The arguments of all commands that are numbers: what has to be given beside them, their option,
+    how many values it takes, their type."""
     (choices,) = (action.choices for action in commands.make_parser()._actions if action.choices)
     found = []
     for name, parser in choices.items():
@@ -165,27 +167,35 @@ def numbers() -> list[tuple[list[str], str, commands.Number]]:
                 some = next(iter(action.choices)) if action.choices else "1"
                 needed += [f"{options[0]}={some}"] if options else [some]
         for action in parser._actions:
-            if isinstance(action.type, commands.Number):
-                found.append((needed, action.option_strings[0], action.type))
+            if isinstance(action.type, Number):
+                found.append((needed, action.option_strings[0], action.nargs or 1, action.type))
             else:
                 # Everything else is a path, a text or one of a list.
-                assert action.type in (None, storage.expand, commands._path), (name, action.dest)
+                assert action.type in (None, storage.expand, local_path), (name, action.dest)
     return found
 
 
 NUMBERS = numbers()
 
 
-@pytest.mark.parametrize(("needed", "option", "number"), NUMBERS, ids=[f"{n[0]} {option}" for n, option, _ in NUMBERS])
-def test_every_number_of_a_command_has_a_range(needed, option, number, capsys):
+@pytest.mark.parametrize(
+    ("needed", "option", "values", "number"), NUMBERS, ids=[f"{needed[0]} {option}" for needed, option, *_ in NUMBERS]
+)
+def test_every_number_of_a_command_has_a_range(needed, option, values, number, capsys):
     (kind, limits), *_ = ranges_in(number.wanted)
     texts = [str(value) for value in outside(number.wanted) if not isinstance(value, list | bool)]
-    for text in [*(t for t in texts if t != "1"), "many", "", "-inf"]:
+    # One of several values may not begin with a minus: argparse takes it for an option.
+    for text in [
+        *(t for t in texts if t != "1" and (values == 1 or t[0] != "-")),
+        "many",
+        "",
+        *["-inf"][: values == 1],
+    ]:
         with pytest.raises(SystemExit) as stopped:
-            commands.main([*needed, f"{option}={text}"])
+            commands.main([*needed, f"{option}={text}"] if values == 1 else [*needed, option, *[text] * values])
         assert stopped.value.code == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        assert f"argument {option}: '{text}' is out of range: give a value of type {kind.__name__} {limits}." in said
+        assert f"argument {option}: '{text}' is out of range: give a value of type {kind.__name__} {limits}; " in said
 
 
 @pytest.mark.parametrize(
@@ -203,7 +213,7 @@ def test_every_number_of_a_command_has_a_range(needed, option, number, capsys):
         ("convert", ["a", "b", "--image-size=0"]),
         ("predict", ["run", "a.png", "--top=0"]),
         ("average", ["run", "--out=x", "--last=0"]),
-        ("evaluate", ["run", "x", "--labels=v2", "--batch_size=0"]),
+        ("validate", ["run", "x", "--batch-size=0"]),
         ("verify", ["run", "--against=x", "--tolerance=nan"]),
     ],
 )

@@ -20,6 +20,7 @@ from maxmap.convert.buffers import buffers
 from maxmap.convert.sources import ForeignCheckpoint, read_source
 from maxmap.convert.torch import as_array, match_entries, read_entries, to_torch, torch_name
 from maxmap.convert.wrappers import KeyMatch, leave_out
+from maxmap.data.preprocessing import changed, in_words
 from maxmap.errors import UserError, nearest, shortened
 from maxmap.models import MODELS, Classifier, create_model
 from maxmap.ranges import Count, CountOrZero, Pixels
@@ -36,12 +37,14 @@ class ConvertedModel:
       variables: its variables as NumPy arrays, which may lie in the mapped file.
       info: what our checkpoints store about themselves: 'model', 'classes', 'preprocessing', 'weights', 'source'.
       report: what happened to each entry.
+      assumed: what neither the source nor the user says of the preprocessing, in words; empty for nothing.
     """
 
     model: Classifier
     variables: dict[str, Any]
     info: dict[str, Any]
     report: LoadReport
+    assumed: str = ""
 
 
 def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -83,6 +86,7 @@ def read_foreign(
     class_map: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> ConvertedModel:
     """Reads a checkpoint of PyTorch, safetensors or TensorFlow into one of our models.
 
@@ -97,14 +101,17 @@ def read_foreign(
       class_map: see `adapt`.
       classes: names of the classes; None for those of the source.
       ignore: shell patterns of entries that are no part of the model; they are left out.
+      preprocessing: fields of the preprocessing, in place of those that the source says or that are assumed; see
+        `maxmap.data.preprocessing.changed`.
 
     Raises:
       UserError: the source cannot be read, or does not fit.
     """
     found, row = _find_source(source, ema)
     name = name or row.get("model") or _architecture(found, source)
-    preprocessing = hub.preprocessing_of(found.config) if _has_preprocessing(found) else row.get("preprocessing", {})
-    fields = _sized(name, image_size or preprocessing.get("image_size"))
+    said = hub.preprocessing_of(found.config) if _has_preprocessing(found) else row.get("preprocessing", {})
+    given = changed({}, **(preprocessing or {}))
+    fields = _sized(name, image_size or said.get("image_size"))
     model = create_model(**fields, num_classes=1)
     probed = probe_shapes(model)
     shapes, classifier = trace_shapes(model, probed)
@@ -121,15 +128,22 @@ def read_foreign(
         entries, model, faults, match=match, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
     )
     report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
-    preprocessing = preprocessing or hub.published_preprocessing(name, in_source, _side(model))
+    usual, whose = (said, "") if said else hub.published_preprocessing(name, in_source, _side(model))
     info = {
         "model": fields,
         "classes": list(classes) if classes else _class_names(found, fields["num_classes"]),
-        "preprocessing": preprocessing | ({"image_size": image_size} if image_size else {}),
+        "preprocessing": usual | ({"image_size": image_size} if image_size else {}) | given,
         "weights": found.weights,
         "source": {"path": str(source), "kind": found.kind, "dialect": match.naming.dialect},
     }
-    return ConvertedModel(model, traverse_util.unflatten_dict(leaves), info, report)
+    assumed = {key: value for key, value in usual.items() if not said and key not in {"image_size", *given}}
+    return ConvertedModel(
+        model,
+        traverse_util.unflatten_dict(leaves),
+        info,
+        report,
+        f"{in_words(assumed)}, as {whose}" if assumed else "",
+    )
 
 
 def _check_classes(classes: Sequence[str] | None, count: int) -> None:

@@ -61,7 +61,7 @@ def open_source(
       source: kind of data set: 'folder', 'tar', 'tfds' or 'digits'.
       path: folder that holds `<split>/<class>/*.jpg` ('folder') or `<split>*.tar` ('tar'); the data_dir of 'tfds',
         where None is TFDS's own.
-      split: name of the split; for 'tfds' also a slice such as 'train[:10%]'.
+      split: name of the split; for 'tfds' also a slice such as 'train[:10%]', for 'tar' also a single archive.
       name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
       classes: class names in the order of the labels; None: those of this split, in the source's order.
       verify: whether to check the checksums of TFRecord files.
@@ -360,6 +360,8 @@ def _tar_files(path: str | os.PathLike | None, split: str) -> list[str]:
     if path is None:
         raise UserError(f"no path to the images is set: {HOW_TO_GIVE_IMAGES}")
     folder = glob.escape(os.path.expanduser(os.fspath(path)))
+    if os.path.isfile(archive := os.path.join(os.path.expanduser(path), split)):
+        return [archive]
     patterns = (f"{glob.escape(split)}*.tar", f"*-{glob.escape(split)}-*.tar", f"{glob.escape(split)}/*.tar")
     for pattern in patterns:
         if files := sorted(glob.glob(os.path.join(folder, pattern))):

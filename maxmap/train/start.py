@@ -18,6 +18,7 @@ from maxmap.config import with_defaults
 from maxmap.convert.adapt import adapt
 from maxmap.convert.load import read_model
 from maxmap.data.pipeline import Data
+from maxmap.data.preprocessing import departures
 from maxmap.errors import UserError, nearest
 from maxmap.evaluate import check_same_model
 from maxmap.recipe import Recipe
@@ -103,6 +104,8 @@ def _read_variables(path: str, parts: Parts) -> tuple[dict[str, Any], str]:
     variables, info = read_model(path)
     wanted = parts.like.variables()
     options, said = _fit_classes(info, parts.data)
+    if departing := departures(parts.data.preprocessing, info.get("preprocessing", {})):
+        said += f"\nits preprocessing is not that of config.data: {'; '.join(departing)}"
     if not options and jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, wanted):
         return variables, f"loaded {len(jax.tree.leaves(variables))} entries as they were{said}"
     try:
