@@ -1,8 +1,8 @@
 """Files of `torch.save`, read without PyTorch: zip archives (PyTorch 1.6 and later) and the older sequence of pickles.
 
 Both hold a pickle, which names tensors, and the bytes of the tensors' storages. `pickles.Unpickler` reads the pickle. A
-tensor becomes a NumPy array in the mapped file, after its storage, type, shape and strides were checked. The checksums of
-an archive's parts are checked too, on threads; the older format has none.
+tensor becomes a NumPy array in the mapped file, after its storage, type, shape and strides were checked. An archive has
+checksums, which are checked too; the older format has none.
 """
 
 import concurrent.futures

@@ -1,7 +1,7 @@
 """Reads inputs in forked processes with limits of memory and time, and says how each ended."""
 
 import contextlib
-import encodings.cp437  # of names in zip archives
+import encodings.cp437  # noqa: F401, of names in zip archives; reading then imports nothing
 import gc
 import hashlib
 import json
@@ -40,7 +40,7 @@ _FORBIDDEN = {
     *("ctypes.dlopen", "pickle.find_class", "socket.connect", "socket.getaddrinfo"),
 }
 _CHANGING = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod"}
-_READABLE = tuple(map(str, (ROOT, sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/etc/mime.types", "/dev/null")))
+_READABLE = tuple(map(str, (ROOT, sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/etc/mime.types")))
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Task:
       make: makes its files.
       same: digest of the values of the unspoiled files; empty if there are none.
       refuse: the reader has to refuse it.
+      trusted: nothing is forbidden; only what is imported is noted.
     """
 
     row: Row
@@ -60,6 +61,7 @@ class Task:
     make: Callable[[], Files]
     same: str = ""
     refuse: bool = False
+    trusted: bool = False
 
 
 @dataclass
@@ -75,17 +77,17 @@ class End:
 class Guard:
     """An audit hook that stops what reading a file never does."""
 
-    def __init__(self, folder: Path):
-        self._own = f"{folder}{os.sep}"
+    def __init__(self, folder: Path, trusted: bool):
+        self._own, self._trusted = f"{folder}{os.sep}", trusted
         self.attempts: list[str] = []
         self.imported: list[str] = []
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "import":
             self.imported.append(arguments[0])
-        elif event in _FORBIDDEN:
-            self._stop(f"{event} {arguments!r}"[:500])
-        elif event in _CHANGING and not self._is_own(arguments[0]):
+        elif self._trusted:
+            pass
+        elif event in _FORBIDDEN or (event in _CHANGING and not self._is_own(arguments[0])):
             self._stop(f"{event} {arguments!r}"[:500])
         elif event == "open" and not isinstance(arguments[0], int) and not self._is_own(arguments[0]):
             writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
@@ -93,7 +95,7 @@ class Guard:
                 self._stop(f"open {arguments!r}"[:500])
 
     def _is_own(self, path: Any) -> bool:
-        return os.path.abspath(os.fsdecode(path)).startswith(self._own)
+        return os.path.abspath(os.fsdecode(path)).startswith((self._own, os.devnull))
 
     def _stop(self, attempt: str) -> None:
         self.attempts.append(attempt)
@@ -173,6 +175,7 @@ def in_a_child(make: Callable[[], Any]) -> Any:
         pid = os.fork()
         if pid == 0:
             try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 pickle.dump(make(), file)
                 file.flush()
                 os._exit(0)
@@ -206,7 +209,7 @@ def _read(task: Task, folder: Path) -> End:
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    guard = Guard(folder)
+    guard = Guard(folder, task.trusted)
     sys.addaudithook(guard)
     end = _outcome(task, place)
     end.imported = guard.imported[:500]
@@ -235,7 +238,7 @@ def _fault(text: str) -> str:
         return "no sentence"
     if re.search(r"\(\s*\):|:\s*[.:]|:$", text):
         return "no reason"
-    if re.search(r"<locals>|object has no attribute|positional argument|unsupported operand|NoneType", text):
+    if re.search(r"<locals>|object has no attribute|positional argument|unsupported operand", text):
         return "no plain words"
     if len(text) > 2000 or not text.isprintable():
         return "no line for a terminal"

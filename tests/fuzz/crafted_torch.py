@@ -5,7 +5,6 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
 
 # Opcodes of pickle protocol 2, put together by hand.
 

@@ -138,12 +138,24 @@ def _spoil_folder(files: Files, rng: random.Random) -> Files:
 def _hostile_folders() -> dict[str, Files]:
     weights = _whole({"a": np.zeros(3, np.float32)})
     folders: dict[str, Files] = {}
-    shards = (_INDEX, "other.index.json", "", ".", "..", "folder/file", "a\0b", "/dev/zero", "../x.safetensors", "\ud800")
-    for shard in shards:
+    paths = (
+        _INDEX,
+        "other.index.json",
+        "",
+        ".",
+        "..",
+        "folder/file",
+        "a\0b",
+        "/dev/zero",
+        "../x.safetensors",
+        "\ud800",
+    )
+    for shard in paths:
         index = json.dumps({"weight_map": {"a": shard}}).encode()
         folders[f"shard {shard[:20]!r}"] = {_INDEX: index, "folder/file": weights}
     for version in ("def", "../elsewhere", "", "..", ".", "a\0b", "x" * 5000, "/etc"):
-        folders[f"version {version[:20]!r}"] = {"refs/main": version.encode(), "snapshots/abc/model.safetensors": weights}
+        elsewhere = {"snapshots/abc/model.safetensors": weights}
+        folders[f"version {version[:20]!r}"] = {"refs/main": version.encode(), **elsewhere}
     for number, text in enumerate((*_NESTED, b"9" * 5000, b"[]", b"{}", b"\xff")):
         folders[f"index {number}"] = {_INDEX: text}
         folders[f"config {number}"] = {"config.json": text, "model.safetensors": weights}

@@ -83,7 +83,7 @@ def _spoil(files: Files, rng: random.Random) -> Files:
     """Changes bytes of a file; else an entry, its key or how it is stored, with the checksums of blocks made again."""
     if rng.random() < 0.4:
         return spoil_one(files, rng)
-    entries, data = _entries()
+    entries, _ = _entries()
     key = rng.choice(sorted(entries))
     if rng.random() < 0.3:
         entries[spoil(key, rng)] = entries.pop(key)

@@ -26,7 +26,7 @@ _GLOBALS = (
 _OPCODES = (
     *(b"N", b")", b"]", b"}", b"(", b"t", b"u", b"s", b"a", b"e", b"R", b"b", b"\x81", b"\x85", b"\x86", b"\x87", b"Q"),
     *(b"0", b"1", b"2", b".", b"q\x00", b"h\x00", b"h\x01", b"i__builtin__\neval\n", b"P0\n", b"\x93", b"\x82\x01"),
-    *(b"\x88", b"\x89", b"K\x01", b"G\x7f\xf8\0\0\0\0\0\0", b"r\xff\xff\xff\x7f", b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f"),
+    *(b"\x88", b"\x89", b"K\x01", b"G\x7f\xf8\0\0\0\0\0\0", b"r\xff\xff\xff\x7f", b"\x95" + b"\xff" * 7 + b"\x7f"),
 )
 
 
@@ -152,9 +152,7 @@ def _read(folder: Path) -> Any:
 
 
 ROWS = (
-    Row(
-        "torch, zip, random changes", MODULES, 2000, lambda: _saved(False), _spoil_file, _read
-    ),
+    Row("torch, zip, random changes", MODULES, 2000, lambda: _saved(False), _spoil_file, _read),
     Row("torch, legacy, random changes", MODULES, 2000, lambda: _saved(True), _spoil_file, _read),
     Row(
         "torch, crafted pickles, geometry, zip tricks, dtype attacks",
@@ -166,4 +164,3 @@ ROWS = (
         _hostile,
     ),
 )
-
