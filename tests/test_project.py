@@ -15,7 +15,7 @@ LARGEST_FILE = 600_000  # bytes
 # From the ground up. A module imports only from floors below its own; rooms on one floor do not know each other.
 FLOORS = (
     {"maxmap.errors"},
-    {"maxmap.ranges"},
+    {"maxmap.ranges", "maxmap.small_files"},
     {
         "maxmap.checksums",
         "maxmap.classes",
@@ -62,6 +62,7 @@ STOREYS = (
         "maxmap.data.damage",
         "maxmap.data.images",
         "maxmap.data.folders",
+        "maxmap.data.tfds_folders",
         "maxmap.data.sources",
         "maxmap.data.decode",
         "maxmap.data.order",

@@ -3,7 +3,6 @@
 `safetensors_files`, `torch_files` and `tensorflow` read the formats, without those libraries.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,13 @@ from maxmap.convert import tensorflow
 from maxmap.convert.safetensors_files import read_safetensors
 from maxmap.convert.torch_files import read_torch
 from maxmap.errors import UserError, printable, shortened
+from maxmap.small_files import read_json
 
 RAW_KEYS = ("state_dict", "model", "model_state_dict", "module", "params", "network", "net", "weights")
 AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 _MOST_CONTAINERS = 10  # around a state dict
-_LARGEST_JSON = 16 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -145,10 +144,8 @@ def shards_of(index: Path) -> dict[str, str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"it has more than {_LARGEST_JSON:,} bytes")
-        content = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
+        content = read_json(path)
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is no JSON file ({shortened(error)}): get it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object.")

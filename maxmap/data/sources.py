@@ -8,7 +8,7 @@ import glob
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from maxmap.classes import match, read_names
 from maxmap.data.archives import TarMember, TFRecords, read_at, tar_members
 from maxmap.data.folders import HOW_TO_GIVE_IMAGES, class_folders, image_files, is_image, split_folder
 from maxmap.data.images import IMAGE_ENDINGS
-from maxmap.errors import UserError, nearest, reason
+from maxmap.data.tfds_folders import damaged_is_user_error, open_builder
+from maxmap.errors import UserError, nearest, reason, shortened
 
 SOURCES = ("digits", "folder", "tar", "tfds")
 
@@ -272,43 +273,42 @@ class TfdsSource:
                 "`pip install tensorflow-datasets` (TensorFlow itself is not needed)."
             ) from error
         data_dir = None if path is None else os.path.expanduser(path)
+        with damaged_is_user_error(name):
+            builder = open_builder(name, data_dir)
+            _check_prepared(builder, name, data_dir)
+            features = dict(builder.info.features.items())
+            if not (
+                isinstance(features.get("image"), tfds.features.Image)
+                and isinstance(features.get("label"), tfds.features.ClassLabel)
+            ):
+                raise UserError(
+                    f"TFDS data set {name!r} is no image-classification set: it needs features 'image' and 'label', "
+                    f"and has {shortened(', '.join(sorted(features)))}."
+                )
+            self._split = _resolve_tfds_split(split, list(builder.info.splits))
+            self._data = self._open(builder, name, split, verify)
+            own_classes = tuple(features["label"].names)
+            self.numbered = False
+            self.classes = tuple(classes or own_classes)
+            self._name = name
+            self._labels = _class_labels(own_classes, classes, f"TFDS data set {name!r}")
+        self._check_labelled()
+
+    def _open(self, builder: Any, name: str, split: str, verify: bool) -> Any:
+        """Returns the examples of the split by index."""
+        import tensorflow_datasets as tfds
+
         try:
-            builder = tfds.builder(name, data_dir=data_dir)
-        except tfds.core.DatasetNotFoundError as error:
-            raise UserError(
-                f"TFDS knows no data set {name!r} (--config.data.name): the nearest are "
-                f"{nearest(name, tfds.list_builders(with_community_datasets=False))}."
-            ) from error
-        _check_prepared(builder, name, data_dir)
-        features = dict(builder.info.features.items())
-        if not (
-            isinstance(features.get("image"), tfds.features.Image)
-            and isinstance(features.get("label"), tfds.features.ClassLabel)
-        ):
-            raise UserError(
-                f"TFDS data set {name!r} is no image-classification set: it needs features 'image' and 'label', "
-                f"and has {', '.join(sorted(features))}."
-            )
-        self._split = _resolve_tfds_split(split, list(builder.info.splits))
-        try:
-            if not builder.info.splits[self._split].num_examples:
-                raise UserError(f"the split {split!r} of TFDS data set {name!r} holds no images: choose another.")
-            if builder.info.file_format.value == "tfrecord":
-                self._data = TFRecords(builder.info.splits[self._split].file_instructions, verify)
-            else:
-                self._data = builder.as_data_source(self._split, decoders={"image": tfds.decode.SkipDecoding()})
-        except UserError:
-            raise
+            found = builder.info.splits[self._split]
         except ValueError as error:
             raise UserError(
-                f"TFDS data set {name!r} has no split {split!r}: it has {', '.join(builder.info.splits)}."
+                f"TFDS data set {name!r} has no split {split!r}: it has {shortened(', '.join(builder.info.splits))}."
             ) from error
-        own_classes = tuple(features["label"].names)
-        self.numbered = False
-        self.classes = tuple(classes or own_classes)
-        self._name = name
-        self._labels = _class_labels(own_classes, classes, f"TFDS data set {name!r}")
-        self._check_labelled()
+        if not found.num_examples:
+            raise UserError(f"the split {split!r} of TFDS data set {name!r} holds no images: choose another.")
+        if builder.info.file_format.value == "tfrecord":
+            return TFRecords(found.file_instructions, verify)
+        return builder.as_data_source(self._split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
         return len(self._data)

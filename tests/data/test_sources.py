@@ -13,12 +13,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.utils.shard_utils import FileInstruction, get_file_instructions
 
-from maxmap.checksums import masked_crc32c
 from maxmap.data.archives import TFRecords, parse_example, record_positions
 from maxmap.data.pipeline import open_data
 from maxmap.data.sources import SOURCES, FolderSource, LabelledImage, open_source
 from maxmap.errors import UserError
 from maxmap.validate import open_images
+from tests.fuzz.archive_rows import made
+from tests.fuzz.archive_rows import record as tfrecord
 
 
 def encoded(value: int, size: tuple[int, int] = (9, 8), format: str = "PNG") -> bytes:
@@ -291,12 +292,6 @@ def test_tfds_prepared_in_a_format_that_cannot_be_read(tmp_path):
         _check_prepared(Elsewhere, "maxmap_tiny", None)
 
 
-def tfrecord(record: bytes) -> bytes:
-    """A record as it lies in a TFRecord file."""
-    length = struct.pack("<Q", len(record))
-    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, record))
-
-
 @pytest.fixture(scope="module")
 def as_tfrecord(prepared, tmp_path_factory):
     return rewritten_as_tfrecord(prepared, tmp_path_factory.mktemp("tfrecord"))
@@ -556,13 +551,6 @@ def odd_tar(file, *infos: tarfile.TarInfo) -> None:
         tar.addfile(made("a/x.png", size=9), io.BytesIO(bytes(9)))
         for info in infos:
             tar.addfile(info)
-
-
-def made(name: str, **fields) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    for key, value in fields.items():
-        setattr(info, key, value)
-    return info
 
 
 def test_links_and_lies_in_a_tar(tmp_path):
