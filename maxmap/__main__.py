@@ -18,7 +18,7 @@ from PIL import Image
 
 from maxmap import checkpoint, config, runtime, storage
 from maxmap.accelerators.hardware import HARDWARE
-from maxmap.classes import read_lines, read_names
+from maxmap.classes import read_names, read_numbers
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export, read_foreign
 from maxmap.convert.resize import RESIZES
@@ -80,7 +80,7 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
     loaded = convert(
         source,
         dest,
-        class_map=None if class_map is None else _numbers(class_map),
+        class_map=None if class_map is None else read_numbers(class_map),
         classes=None if classes is None else read_names(classes),
         **options,
     )
@@ -94,13 +94,6 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
     pre = ", ".join(f"{key} {value}" for key, value in loaded.info["preprocessing"].items())
     print(f"preprocessing: {pre}")
     print(f"written to {printable(dest)} in {time.perf_counter() - began:.1f} s")
-
-
-def _numbers(path: Path) -> list[int]:
-    try:
-        return [int(line) for line in read_lines(path)]
-    except ValueError as error:
-        raise UserError(f"{path} is no class map ({error}): give a whole number in every line.") from None
 
 
 def export_command(source: str, file: Path, **options: Any) -> None:
