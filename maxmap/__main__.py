@@ -17,7 +17,7 @@ from PIL import Image
 from maxmap import checkpoint, config, evaluation_commands, runtime, storage
 from maxmap.accelerators.hardware import HARDWARE
 from maxmap.arguments import Number, Parser, local_path
-from maxmap.classes import read_lines, read_names
+from maxmap.classes import read_names, read_numbers
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export, read_foreign
 from maxmap.convert.resize import RESIZES
@@ -72,7 +72,7 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
     loaded = convert(
         source,
         dest,
-        class_map=None if class_map is None else _numbers(class_map),
+        class_map=None if class_map is None else read_numbers(class_map),
         classes=None if classes is None else read_names(classes),
         preprocessing=preprocessing,
         **options,
@@ -88,13 +88,6 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
     if loaded.assumed:
         print(f"assumed, as the source does not say it: {loaded.assumed}; options such as --crop-pct and --mean set it")
     print(f"written to {printable(dest)} in {time.perf_counter() - began:.1f} s")
-
-
-def _numbers(path: Path) -> list[int]:
-    try:
-        return [int(line) for line in read_lines(path)]
-    except ValueError as error:
-        raise UserError(f"{path} is no class map ({error}): give a whole number in every line.") from None
 
 
 def export_command(source: str, file: Path, **options: Any) -> None:

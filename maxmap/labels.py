@@ -1,13 +1,13 @@
 """ImageNet's relatives: data sets with its classes and labels of their own; `maxmap.validate` evaluates on them."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from maxmap import storage
-from maxmap.errors import UserError
+from maxmap.errors import UserError, reason, shortened
+from maxmap.small_files import read_json
 
 # Every set is a folder with a folder of images per class, which has the class's name or its number ("folders"). With
 # "among", only the classes that occur in the set are candidates, as in its authors' evaluation.
@@ -27,12 +27,18 @@ def read_real(path: Path) -> list[list[int]]:
       UserError: the file is something else.
     """
     try:
-        labels = json.loads(Path(storage.expand(path)).read_text("utf-8"))
-        if not all(isinstance(label, int) for row in labels for label in row):
+        labels = read_json(storage.expand(path))
+        if type(labels) is not list or not all(type(row) is list and all(map(_is_label, row)) for row in labels):
             raise ValueError("it holds something else")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not ReaL's real.json, a list of lists of labels ({error}).") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not ReaL's real.json, a list of lists of labels ({shortened(reason(error))}): get it again."
+        ) from None
     return labels
+
+
+def _is_label(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1000
 
 
 def real_labels(labels: Sequence[Sequence[int]], name: str) -> Sequence[int]:

@@ -26,10 +26,10 @@ def read_json(path: str | os.PathLike) -> Any:
     """Reads a JSON file.
 
     Raises:
-      ValueError: it is larger than `LARGEST`, no JSON, or nested too deep.
+      ValueError: it is larger than `LARGEST`, no JSON in UTF-8, or nested too deep.
       OSError: it cannot be read.
     """
     try:
-        return json.loads(read_small(path))
+        return json.loads(read_small(path).decode())
     except RecursionError as error:
         raise ValueError(str(error)) from None

@@ -25,8 +25,6 @@ from maxmap.errors import UserError, nearest, shortened
 from maxmap.models import MODELS, Classifier, create_model
 from maxmap.ranges import Count, CountOrZero, Pixels
 
-_LONGEST_NAME = 100  # characters of a model's name that are compared with known ones
-
 
 @dataclass(frozen=True)
 class ConvertedModel:
@@ -289,7 +287,7 @@ def _architecture(found: ForeignCheckpoint, source: str | Path) -> str:
     if name not in MODELS:
         raise UserError(
             f"{source} is of the model {shortened(name)}, which maxmap does not have; the nearest are "
-            f"{nearest(name[:_LONGEST_NAME], MODELS)}."
+            f"{nearest(name, MODELS)}."
         )
     return name
 

@@ -165,7 +165,7 @@ class _Member:
     def check(self, memory: np.ndarray) -> None:
         """Raises ValueError if its bytes are damaged."""
         # torch.serialization.set_crc32_options(False) writes zeros in place of the checksums.
-        if self.checksum and zlib.crc32(self.bytes(memory)) != self.checksum:
+        if self.checksum and zlib.crc32(self.bytes(memory).data) != self.checksum:
             raise ValueError(f"the checksum of its part {shortened(self.name)} is another")
 
 

@@ -77,8 +77,8 @@ def _check_names(value: Any, file: Path, depth: int) -> None:
         for key, part in value.items():
             if key in _CLASS_KEYS and isinstance(part, str) and not _OWN_FEATURES.fullmatch(part):
                 raise UserError(
-                    f"{file} is refused: TFDS would import {shortened(part)}, which is none of its features: prepare the "
-                    "data set with features of TFDS."
+                    f"{file} is refused: TFDS would import {shortened(part)}, which is none of its own features: "
+                    "prepare the data set with those."
                 )
             _check_names(part, file, depth + 1)
     elif isinstance(value, list):

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,7 +30,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a forked process has only 
 
 from tests.fuzz.child import CLEAN, CRASH, ENDS, OTHER, ROOT, End, Task, in_a_child, run
 from tests.fuzz.readers import ROWS
-from tests.fuzz.rows import Files, Row
+from tests.fuzz.rows import Files, Made, Row
 
 BAD = ENDS[3:]
 INPUTS = 20_000
@@ -74,11 +74,10 @@ def try_row(row: Row, count: int, seed: int, jobs: int, keep: Path) -> tuple[Cou
     """Reads `count` inputs of a row; returns how they ended, and how many of these ends are faults."""
     ends: Counter[str] = Counter()
     faults = 0
-    with tempfile.TemporaryDirectory(prefix="maxmap-fuzz-") as scratch:
-        os.environ["MPLCONFIGDIR"] = os.environ["XDG_CACHE_HOME"] = scratch
+    with scratch_folder() as scratch:
         valid, hostile, odd = in_a_child(lambda: (row.valid(), row.hostile(), row.odd()))
-        digests, usual = learn(row, valid, Path(scratch))
-        for task, end, folder in run(inputs(row, valid, hostile, odd, digests, count, seed), Path(scratch), jobs):
+        digests, usual = learn(row, valid, scratch)
+        for task, end, folder in run(inputs(row, valid, hostile, odd, digests, count, seed), scratch, jobs):
             if strange := [name for name in end.imported if name not in usual]:
                 end.kind, end.text = CRASH, f"it imports {', '.join(strange[:5])}"
             ends[end.kind] += 1
@@ -88,45 +87,62 @@ def try_row(row: Row, count: int, seed: int, jobs: int, keep: Path) -> tuple[Cou
     return ends, faults
 
 
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yields a folder for inputs, and for what libraries keep."""
+    with tempfile.TemporaryDirectory(prefix="maxmap-fuzz-") as folder:
+        os.environ["MPLCONFIGDIR"] = os.environ["XDG_CACHE_HOME"] = folder
+        yield Path(folder)
+
+
 def learn(row: Row, valid: Sequence[Files], scratch: Path) -> tuple[list[str], set[str]]:
     """Reads the valid files; returns the digests of their values, and the modules that reading them imports.
 
     These are imported here, once instead of in every process. Then the files are read again, under all rules.
     """
     usual: set[str] = set()
+    entered: set[str] = set()
     for trusted in (True, False):
         ends = []
         for number, files in enumerate(valid):
-            task = Task(row, f"valid {number}", functools.partial(dict, files), trusted=trusted)
+            task = Task(row, f"valid {number}", _maker(files), trusted=trusted)
             ((_, end, _),) = run([task], scratch, 1)
             if end.kind != OTHER:
                 raise AssertionError(f"{row.name}: valid file {number}: {end.kind}: {end.text}")
             ends.append(end)
         usual.update(*(end.imported for end in ends))
+        entered.update(*(end.entered for end in ends))
         for name in sorted(usual):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
+    if missed := set(row.modules) - entered:
+        raise AssertionError(f"{row.name}: {', '.join(sorted(missed))} takes no part in reading it: mend the row.")
     return [end.digest for end in ends], usual
 
 
 def inputs(
     row: Row,
-    valid: list[Files],
-    hostile: Mapping[str, Files],
-    odd: Mapping[str, Files],
-    digests: list[str],
+    valid: Sequence[Files],
+    hostile: Mapping[str, Made],
+    odd: Mapping[str, Made],
+    digests: Sequence[str],
     count: int,
     seed: int,
 ) -> Iterator[Task]:
-    """Yields hostile and odd files, and spoiled ones up to `count` in all; at least one of each valid file."""
-    for name, files in hostile.items():
-        yield Task(row, f"hostile {name}", functools.partial(dict, files), refuse=True)
-    for name, files in odd.items():
-        yield Task(row, f"odd {name}", functools.partial(dict, files))
-    for number in range(max(count - len(hostile) - len(odd), len(valid))):
+    """Yields `count` inputs: hostile and odd ones, all of them or at most half, and spoiled ones."""
+    built = [Task(row, f"hostile {name}", _maker(files), refuse=True) for name, files in hostile.items()]
+    built += [Task(row, f"odd {name}", _maker(files)) for name, files in odd.items()]
+    if 2 * len(built) > count:
+        built = random.Random(f"{seed} {row.name}").sample(built, count // 2)
+    yield from built
+    for number in range(count - len(built)):
         which = number % len(valid)
         rng = random.Random(f"{seed} {row.name} {number}")
         yield Task(row, f"spoiled {number}", functools.partial(row.change, valid[which], rng), same=digests[which])
+
+
+def _maker(files: Made) -> Callable[[], Files]:
+    return files if callable(files) else functools.partial(dict, files)
 
 
 def store(kept: Path, end: End, folder: Path) -> None:
@@ -144,8 +160,9 @@ def again(kept: Path) -> int:
     if row is None or not kept.is_dir():
         raise SystemExit(f"{kept} is no kept input: give a folder in runs/fuzz/READER/.")
     files = {str(file.relative_to(kept)): file.read_bytes() for file in kept.rglob("*") if file.is_file()}
-    with tempfile.TemporaryDirectory(prefix="maxmap-fuzz-") as scratch:
-        ((_, end, _),) = run([Task(row, kept.name, functools.partial(dict, files))], Path(scratch), 1)
+    with scratch_folder() as scratch:
+        learn(row, in_a_child(row.valid), scratch)
+        ((_, end, _),) = run([Task(row, kept.name, functools.partial(dict, files))], scratch, 1)
     print(f"{end.kind}\n{end.text}")
     return int(end.kind in BAD)
 

@@ -273,7 +273,7 @@ ROWS = (
     ),
     Row(
         "folder of TFDS",
-        ("maxmap.data.sources",),
+        ("maxmap.data.sources", "maxmap.data.tfds_folders"),
         600,
         _prepared,
         _spoil_prepared,

@@ -70,10 +70,10 @@ def _hostile_files() -> dict[str, Files]:
     return files
 
 
-def _odd_files() -> dict[str, Files]:
+def _many_entries() -> Files:
     empty = {f"{i:06}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
     empty["z"] = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-    return {"100,000 entries": {FILE: packed(empty, bytes(4))}}
+    return {FILE: packed(empty, bytes(4))}
 
 
 def _read_file(folder: Path) -> Any:
@@ -176,12 +176,12 @@ ROWS = (
         _spoil_file,
         _read_file,
         _hostile_files,
-        _odd_files,
+        lambda: {"100,000 entries": _many_entries},
     ),
     Row(
         "config.json, index, refs, paths of a hub folder",
         ("maxmap.convert.sources", "maxmap.convert.hub", "maxmap.convert.load"),
-        1000,
+        600,
         _valid_folders,
         _spoil_folder,
         _read_folder,

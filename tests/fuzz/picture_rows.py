@@ -5,6 +5,7 @@ import io
 import random
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD, train_crop
 from maxmap.data.pipeline import preprocess
 from maxmap.errors import UserError, reason
 from tests.fuzz.changes import spoil
-from tests.fuzz.rows import Files, Row
+from tests.fuzz.rows import Files, Made, Row
 
 FILE = "photo.jpg"  # whatever is in it: the content decides, and not the name
 SIZE = 16
@@ -188,42 +189,53 @@ def _spoil_tags(data: bytes, rng: random.Random) -> bytes:
     return data[:at] + value.to_bytes(4, "little")[: 2 if at % 12 == (start + 4) % 12 else 4] + data[at + 4 :]
 
 
-def _hostile() -> dict[str, Files]:
+def _file(make: Callable[..., bytes], *arguments: Any) -> Made:
+    """What makes a large picture when it is needed."""
+    return functools.partial(_made, make, arguments)
+
+
+def _made(make: Callable[..., bytes], arguments: tuple[Any, ...]) -> Files:
+    return {FILE: make(*arguments)}
+
+
+def _hostile() -> dict[str, Made]:
     from PIL import Image
 
     small = Image.new("RGB", (32, 32), "red")
-    files = {}
+    files: dict[str, bytes] = {}
     for kind in ("EPS", "PDF", "ICO", "TGA", "PCX", "SGI", "ICNS", "IM", "MSP", "SPIDER", "XBM"):
         image = small.convert({"MSP": "1", "XBM": "1", "SPIDER": "F"}.get(kind, "RGB"))
         image.save(file := io.BytesIO(), kind)
         files[f"{kind} named .jpg"] = file.getvalue()
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%true) (w) file\n"
     files["a program of PostScript"] = program
-    files["2,000 scans"] = scans(2000)
     for name, data in pictures().items():
         kind = name.split()[0]
         if kind in ("PNG", "JPEG", "JPEG2000", "TIFF", "PPM"):
             files[f"{name} of 9,000 x 9,000"] = with_size(data, kind, 9000, 9000)
             files[f"{name} of 60,000 x 60,000"] = with_size(data, kind, 60_000, 60_000)
     files["a PNG of 2^31 x 2^31"] = png(2**31 - 1, 2**31 - 1, 8, 2, bytes(100))
-    files["a PNG of 14,000 x 14,000"] = zeros(14_000, 14_000, 8, 0)
     files["SVG"] = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
     files["nothing"] = b""
-    return {name: {FILE: data} for name, data in files.items()}
+    large = {"2,000 scans": _file(scans, 2000), "a PNG of 14,000 x 14,000": _file(zeros, 14_000, 14_000, 8, 0)}
+    return {**{name: {FILE: data} for name, data in files.items()}, **large}
 
 
-def _odd() -> dict[str, Files]:
-    text = zlib.compress(bytes(200 << 20))
-    files = {
-        "a PNG of 1 x 1,000,000": zeros(1, 1_000_000, 8, 0),
-        "a PNG of 1,000,000 x 1": zeros(1_000_000, 1, 8, 0),
-        "a PNG of 13,000 x 13,000 with 16 bits": zeros(13_000, 13_000, 16, 0),
-        "a PNG of 13,000 x 13,000 with a palette": zeros(13_000, 13_000, 8, 3),
-        "90 scans": scans(90, 1000),
-        "a PNG with 200 MB of text": png(1, 1, 8, 0, b"\0\0", chunk(b"zTXt", b"a\0\0" + text)),
-        "a PNG with 200 MB of a profile": png(1, 1, 8, 0, b"\0\0", chunk(b"iCCP", b"a\0\0" + text)),
+def _unpacked(name: bytes) -> bytes:
+    """A PNG with a chunk that unpacks to 200 MB."""
+    return png(1, 1, 8, 0, b"\0\0", chunk(name, b"a\0\0" + zlib.compress(bytes(200 << 20))))
+
+
+def _odd() -> dict[str, Made]:
+    return {
+        "a PNG of 1 x 1,000,000": _file(zeros, 1, 1_000_000, 8, 0),
+        "a PNG of 1,000,000 x 1": _file(zeros, 1_000_000, 1, 8, 0),
+        "a PNG of 13,000 x 13,000 with 16 bits": _file(zeros, 13_000, 13_000, 16, 0),
+        "a PNG of 13,000 x 13,000 with a palette": _file(zeros, 13_000, 13_000, 8, 3),
+        "90 scans": _file(scans, 90, 1000),
+        "a PNG with 200 MB of text": _file(_unpacked, b"zTXt"),
+        "a PNG with 200 MB of a profile": _file(_unpacked, b"iCCP"),
     }
-    return {name: {FILE: data} for name, data in files.items()}
 
 
 def read(folder: Path) -> Any:

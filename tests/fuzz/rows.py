@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 Files = Mapping[str, bytes]  # the content of each file of an input, by its path in a folder
+Made = Files | Callable[[], Files]  # files, or what makes large ones when they are needed
 
 
-def nothing() -> dict[str, Files]:
+def nothing() -> dict[str, Made]:
     return {}
 
 
@@ -34,5 +35,5 @@ class Row:
     valid: Callable[[], list[Files]]
     change: Callable[[Files, random.Random], Files]
     read: Callable[[Path], Any]
-    hostile: Callable[[], dict[str, Files]] = nothing
-    odd: Callable[[], dict[str, Files]] = nothing
+    hostile: Callable[[], Mapping[str, Made]] = nothing
+    odd: Callable[[], Mapping[str, Made]] = nothing

@@ -10,7 +10,7 @@ from typing import Any
 
 from maxmap.convert.sources import read_source
 from tests.fuzz.changes import spoil
-from tests.fuzz.crafted_torch import archive, call, crafted, dtype, named, number, tensor, text
+from tests.fuzz.crafted_torch import PLAIN, archive, call, crafted, dtype, named, number, tensor, text
 from tests.fuzz.rows import Files, Row
 
 FILE = "file.pth"
@@ -51,6 +51,17 @@ def _saved(legacy: bool) -> list[Files]:
         torch.save(content, file := io.BytesIO(), _use_new_zipfile_serialization=not legacy)
         files.append({FILE: file.getvalue()})
     return files
+
+
+def _handmade() -> list[Files]:
+    """Archives with all that a pickle of torch.save may hold, made without torch."""
+    first = text("b") + tensor(shape=(2, 2), strides=(1, 2)) + b"s" + text("c") + tensor(shape=(), strides=(), offset=3)
+    settings = named("argparse", "Namespace") + b")\x81}" + text("lr") + b"G?\x50\x62\x4d\xd2\xf1\xa9\xfc" + b"sb"
+    score = call("numpy.core.multiarray", "scalar", dtype("f8", *PLAIN), call("_codecs", "encode", text("A" * 8)))
+    counts = call("collections", "OrderedDict") + text("n") + b"]q\x05(K\x01K\x02eh\x05\x86s"
+    more = b"s".join([first, text("args") + settings, text("score") + score, text("counts") + counts])
+    parameter = call("torch._utils", "_rebuild_parameter", tensor(kind="HalfStorage", count=8), b"\x88", b"}")
+    return [{FILE: archive(tensor())}, {FILE: archive(tensor() + b"s" + more)}, {FILE: archive(parameter)}]
 
 
 def _parts(file: bytes) -> dict[str, bytes]:
@@ -158,7 +169,7 @@ ROWS = (
         "torch, crafted pickles, geometry, zip tricks, dtype attacks",
         ("maxmap.convert.pickles", "maxmap.convert.torch_files"),
         3000,
-        lambda: [*_saved(False), {FILE: archive(tensor())}],
+        _handmade,
         _spoil_pickle,
         _read,
         _hostile,
