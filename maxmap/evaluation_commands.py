@@ -1,6 +1,9 @@
 """The commands that use a checkpoint on images: predict and validate."""
 
 import argparse
+import csv
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from maxmap.errors import printable
 from maxmap.inference import predict
 from maxmap.labels import LABEL_SETS
 from maxmap.validate import validate
+from maxmap.wordnet import words
 
 _PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 
@@ -19,9 +23,11 @@ _PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 def add_commands(commands: Any) -> None:
     """Adds the parsers of these commands to those of all commands."""
     command = commands.add_parser("predict", help="name what images show, with the preprocessing of the checkpoint")
-    command.add_argument("workdir", type=storage.expand, help="folder of a run")
+    command.add_argument("workdir", type=storage.expand, help="folder of a run, converted checkpoint or published name")
     command.add_argument("images", type=local_path, nargs="+", help="image files")
     command.add_argument("--top", type=Number(predict, "top"), default=5, help="classes per image (default: 5)")
+    command.add_argument("--json", type=storage.expand, dest="json_file", help="file for the same as JSON")
+    command.add_argument("--csv", type=storage.expand, dest="csv_file", help="file for a line per image and class")
     command.set_defaults(run=predict_command)
 
     command = commands.add_parser("validate", help="accuracy of a checkpoint on labelled images")
@@ -84,11 +90,31 @@ def take_preprocessing(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def predict_command(workdir: str, images: list[Path], top: int) -> None:
-    """Prints the likeliest classes of every image."""
-    for path, classes in zip(images, predict(workdir, images, top=top), strict=True):
-        named = ", ".join(f"{printable(name)} {100 * probability:.1f} %" for name, probability in classes)
+def predict_command(workdir: str, images: list[Path], top: int, json_file: str | None, csv_file: str | None) -> None:
+    """Prints the likeliest classes of every image, and writes them into files."""
+    results = predict(workdir, images, top=top)
+    for path, classes in zip(images, results, strict=True):
+        named = ", ".join(f"{_readable(name)} {100 * probability:.1f} %" for name, probability in classes)
         print(f"{printable(path)}: {named}")
+    rows = [
+        {"image": printable(path), "rank": rank, "class": name, "words": words(name), "probability": probability}
+        for path, classes in zip(images, results, strict=True)
+        for rank, (name, probability) in enumerate(classes, 1)
+    ]
+    if json_file is not None:
+        storage.write_named(json_file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    if csv_file is not None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["image", "rank", "class", "words", "probability"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        storage.write_named(csv_file, text.getvalue())
+
+
+def _readable(name: str) -> str:
+    """Returns the name of a class; of an id of WordNet's its first word, and the id."""
+    known = words(name)
+    return f"{known.split(', ')[0]} ({name})" if known else printable(name)
 
 
 def validate_command(checkpoint: str, images: Path, image_size: int | None, **options: Any) -> None:

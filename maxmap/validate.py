@@ -1,7 +1,6 @@
 """Validation: what a checkpoint reaches on labelled images, with its own preprocessing unless told otherwise."""
 
 import dataclasses
-import glob
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from maxmap.cost import count_parameters
 from maxmap.data.folders import holds_folders
 from maxmap.data.pipeline import Data, open_data
 from maxmap.data.preprocessing import changed, departures, in_words
+from maxmap.data.sources import tar_files
 from maxmap.errors import UserError, printable
 from maxmap.evaluate import check_image_size, evaluate, make_eval_step, match_classes, report, summary, tell
 from maxmap.inference import load
@@ -77,6 +77,7 @@ def validate(
     check_arguments(validate, "", locals())
     if (labels == "real") != (real is not None):
         raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
+    right = None if real is None else read_real(Path(storage.expand(real)))
     mesh = make_mesh()
     model, variables, info = load(path)
     if not info["classes"]:
@@ -94,8 +95,7 @@ def validate(
     result = evaluate(eval_step, placed, data, batch_size, mesh, rows, progress=progress, device_batches=device_batches)
     for name in result["skipped"]:
         tell(f"left out, because it cannot be decoded: {name}")
-    if real is not None:
-        right = read_real(Path(storage.expand(real)))
+    if right is not None:
         del result["loss"]  # of the first label alone
         result |= accuracies(rows, {row["index"]: real_labels(right, row["name"]) for row in rows})
     if present < len(info["classes"]):
@@ -115,22 +115,27 @@ def open_images(images: str | Path, split: str | None, tfds: str | None, check: 
     path = os.path.abspath(storage.expand(images))
     if tfds is not None:
         return open_data("tfds", path, name=tfds, train_split=None, val_split=split or "val", check=check)
-    if os.path.isfile(path):
-        source, split = "tar", os.path.basename(path)
-        path = os.path.dirname(path)
-    elif not os.path.isdir(path):
-        raise UserError(f"there is no folder of images and no tar archive {printable(path)}: give another path.")
+    if os.path.isfile(path) and path.endswith(".tar"):
+        source, path, split = "tar", os.path.dirname(path), os.path.basename(path)
+    elif os.path.isdir(path):
+        source, path, split = _find_split(path, split)
     else:
-        archives = glob.glob(f"*{glob.escape(split or '')}*.tar", root_dir=path)
-        folders = [split] if split else [name for name in SPLITS if holds_folders(os.path.join(path, name))]
-        if archives and not (split and os.path.isdir(os.path.join(path, split))):
-            named = [name for name in SPLITS if any(archive.startswith(name) for archive in archives)]
-            source, split = "tar", split or (named[0] if named else "")
-        elif folders:
-            source, split = "folder", folders[0]
-        else:
-            source, split, path = "folder", os.path.basename(path), os.path.dirname(path)
+        raise UserError(f"there is no folder of images and no tar archive {printable(path)}: give another path.")
     return open_data(source, path, train_split=None, val_split=split, check=check)
+
+
+def _find_split(path: str, split: str | None) -> tuple[str, str, str]:
+    """Returns the kind of source that a folder holds, and path and name of its split."""
+    for name in [split] if split else SPLITS:
+        if holds_folders(os.path.join(path, name)):
+            return "folder", path, name
+        if tar_files(path, name):
+            return "tar", path, name
+    if split:
+        return "folder", path, split  # whose sentence says what there is
+    if not holds_folders(path) and tar_files(path, ""):
+        return "tar", path, ""  # every archive
+    return "folder", os.path.dirname(path), os.path.basename(path)
 
 
 def _match_labels(

@@ -1,6 +1,8 @@
 """python -m maxmap: what each command prints, and its one sentence for a mistake."""
 
+import csv
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -116,6 +118,41 @@ def test_predict_prints_a_line_for_every_image(capsys, tmp_path, workdir):
     assert "no checkpoint in" in mistake(capsys, "predict", tmp_path, images[0])
     with pytest.raises(UserError, match="top is 0: give a value of type int of at least 1"):
         predict(workdir, images[:1], top=0)
+
+
+def test_predict_says_what_ids_of_wordnet_mean(capsys, tmp_path, monkeypatch):
+    """On the terminal the first word, in the files all of them."""
+    use_models(create_tiny, monkeypatch)
+    model = {"name": "tiny", "num_classes": 3}
+    variables = create_tiny(**model).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    info = {"model": model, "classes": ["n01440764", "n02510455", "cat"], "preprocessing": preprocessing(), "step": 1}
+    checkpoint.write_variables(tmp_path / "run", copied(variables), info)
+    for i in range(2):
+        write_image(tmp_path / f"{i}.png", i, i)
+    files = [f"--json={tmp_path}/a.json", f"--csv={tmp_path}/a.csv"]
+    argv = ["predict", str(tmp_path / "run"), str(tmp_path / "0.png"), str(tmp_path / "1.png"), *files]
+    assert commands.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"tench \(n01440764\) [\d.]+ %", printed)) == 2 and re.search(r"[ ,] cat [\d.]+ %", printed)
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert len(rows) == 6 and [row["rank"] for row in rows] == [1, 2, 3] * 2
+    by_class = {row["class"]: row for row in rows[:3]}
+    assert by_class["n01440764"]["words"] == "tench, Tinca tinca" and by_class["cat"]["words"] is None
+    ((_, first), *_), _ = predict(tmp_path / "run", [tmp_path / "0.png", tmp_path / "1.png"], top=3)
+    assert rows[0]["probability"] == pytest.approx(first) and rows[0]["image"] == f"{tmp_path}/0.png"
+    table = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [{**row, "words": row["words"] or None} for row in table] == [
+        {key: value if value is None else str(value) for key, value in row.items()} for row in rows
+    ]
+    assert "cannot write" in mistake_after_output(capsys, *argv[:3], f"--json={tmp_path}/no/a.json")
+
+
+def mistake_after_output(capsys, *argv: str) -> str:
+    """As `mistake`, of a command that has printed its results when it fails."""
+    assert commands.main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out and captured.err.count("\n") == 1
+    return captured.err
 
 
 def test_odd_names_are_printed_on_a_line_each(capsys, tmp_path, workdir):

@@ -25,6 +25,7 @@ FLOORS = (
         "maxmap.runtime",
         "maxmap.sharding",
         "maxmap.storage",
+        "maxmap.wordnet",
     },
     {"maxmap.checkpoint"},
     {"maxmap.data"},

@@ -49,16 +49,23 @@ def figures(result: dict) -> dict:
 def test_images_are_found_where_they_lie(tmp_path, images, workdir):
     """Class folders alone, a split of folders, an archive and a folder of archives hold the same photographs."""
     shutil.copytree(images / "val", tmp_path / "photos")
-    with tarfile.open(tmp_path / "val.tar", "w") as tar:
-        tar.add(images / "val", "photos")
+    (tmp_path / "tars").mkdir()
+    for name, splits in {"val": ["val"], "train": ["train"]}.items():
+        with tarfile.open(tmp_path / "tars" / f"{name}.tar", "w") as tar:
+            for split in splits:
+                tar.add(images / split, "photos")
+    (tmp_path / "one").mkdir()
+    shutil.copy(tmp_path / "tars" / "val.tar", tmp_path / "one" / "photos.tar")
     shutil.copytree(images / "val", tmp_path / "splits" / "validation")
     shutil.copytree(images / "val", tmp_path / "splits" / "test" / "more", dirs_exist_ok=True)
     places = {
         "photos": {},
-        "val.tar": {},
         "splits": {},
-        ".": {"split": "val"},  # the archive of that name
+        "one": {},  # every archive in it
+        "tars": {},  # that of the split
+        "tars/val.tar": {},
         "splits/test": {"split": "more"},
+        "tars/": {"split": "val.tar"},
     }
     results = [
         validate.validate(workdir, tmp_path / place, **options, batch_size=4, json_file=tmp_path / "a.json")

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from maxmap import checkpoint, storage
+from maxmap import checkpoint, storage, wordnet
 from maxmap.classes import require_distinct
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
@@ -24,6 +23,9 @@ from maxmap.data.preprocessing import changed, in_words
 from maxmap.errors import UserError, nearest, shortened
 from maxmap.models import MODELS, Classifier, create_model
 from maxmap.ranges import Count, CountOrZero, Pixels
+
+# Microsoft's order of 21,841 classes is not released, and its map to 1,000 (Swin's map22kto1k.txt) fits no known one.
+_OWN_ORDERS = {("microsoft", 21841)}
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def read_foreign(
       source: file or folder, or the name of a published checkpoint.
       name: of the model; None if the source names it (a published name, a config.json).
       ema: averaged weights; see `read_source`.
-      num_classes: of the model; None for as many as the source has.
+      num_classes: of the model; None for as many as the source has. Where the classes of both are ImageNet's, each
+        keeps its weights; see `maxmap.wordnet.rows`.
       image_size: of the model; None for the size that the source or the model's name gives.
       in_channels: of the images; None for those of the source.
       resize: how position tables are resized; None for "bilinear" from TensorFlow, as its graph does, else "bicubic".
@@ -117,7 +120,10 @@ def read_foreign(
     match = match_entries(tensors, model, shapes)
     in_source = _count_classes(tensors, match, {torch_name(path, model) for path in classifier})
     count = in_source if class_map is None else len(class_map)
-    fields["num_classes"] = count if num_classes is None else num_classes
+    count = fields["num_classes"] = count if num_classes is None else num_classes
+    names = list(classes) if classes else _class_names(found, count, match.naming.dialect)
+    if class_map is None and count not in (0, in_source):
+        class_map = wordnet.rows(names, _class_names(found, in_source, match.naming.dialect))
     entries, faults = read_entries(tensors, model, shapes, match)
     model = with_classes(model, fields["num_classes"])
     _check_classes(classes, fields["num_classes"])
@@ -129,7 +135,7 @@ def read_foreign(
     usual, whose = (said, "") if said else hub.published_preprocessing(name, in_source, _side(model))
     info = {
         "model": fields,
-        "classes": list(classes) if classes else _class_names(found, fields["num_classes"]),
+        "classes": names,
         "preprocessing": usual | ({"image_size": image_size} if image_size else {}) | given,
         "weights": found.weights,
         "source": {"path": str(source), "kind": found.kind, "dialect": match.naming.dialect},
@@ -298,14 +304,10 @@ def _count_classes(tensors: Mapping[str, Any], match: KeyMatch, classifier: Coll
     return max((int(shape[0]) for shape in shapes if shape), default=0)
 
 
-def _class_names(found: ForeignCheckpoint, count: int) -> list[str]:
-    """Returns the source's names of the classes, else ImageNet's WordNet ids for 1000 classes, else numbers."""
+def _class_names(found: ForeignCheckpoint, count: int, dialect: str) -> list[str]:
+    """Returns the source's names of the classes, else the WordNet ids of ImageNet's set of this size, else numbers."""
     names = found.config.get("label_names")
     if isinstance(names, list) and len(names) == count == len({name for name in names if isinstance(name, str)}):
         return names
-    package = util.find_spec("tensorflow_datasets")
-    if count == 1000 and package is not None and package.submodule_search_locations:
-        labels = Path(package.submodule_search_locations[0], "datasets", "imagenet2012", "labels.txt")
-        if labels.is_file():
-            return labels.read_text().split()
-    return [str(number) for number in range(count)]
+    known = None if (dialect, count) in _OWN_ORDERS else wordnet.classes(count)
+    return known or [str(number) for number in range(count)]

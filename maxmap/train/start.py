@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from maxmap import checkpoint
+from maxmap import checkpoint, wordnet
 from maxmap.checkpoint import Checkpoints
 from maxmap.classes import listed, match, stored_names
 from maxmap.config import with_defaults
@@ -124,7 +124,13 @@ def _fit_classes(info: Mapping[str, Any], data: Data) -> tuple[dict[str, Any], s
       data: Of the run.
     """
     known, stored, here = stored_names(info), info.get("classes", ()), data.classes
-    if len(stored) != len(here) or list(stored) == list(here):
+    if list(stored) == list(here):
+        return {}, ""
+    if not data.numbered and set(stored) != set(here) and (rows := wordnet.rows(here, stored)):
+        others = f", the other {rows.count(-1)} the mean of all" if -1 in rows else ""
+        kept = len(rows) - rows.count(-1)
+        return {"class_map": rows}, f"\n{kept} of the {len(here)} classes get their weights by WordNet id{others}"
+    if len(stored) != len(here):
         return {}, ""
     if set(stored) == set(here) and not data.numbered:
         order = match(here, stored, "the data", "the checkpoint").tolist()
