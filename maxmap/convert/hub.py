@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fnmatch
 import functools
 import logging
 import os
@@ -30,6 +31,11 @@ TABLE = resources.files("maxmap") / "pretrained.csv"
 NORMALISATIONS = {
     "imagenet": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
     "half": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}
+# Where they differ from the usual: models whose weights are published in more than one file, or at no known address.
+_UNLISTED: dict[str, dict[str, Any]] = {
+    "mobilenet_v1_*_tf": {"interpolation": "bilinear", **NORMALISATIONS["half"]},
+    "mobilenet_v1_025_leaky": {"interpolation": "bilinear"},
 }
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PREFIXES = ("timm/", "hf-hub:", "hf_hub:", "hf://")
@@ -79,7 +85,8 @@ def published_preprocessing(model: str, classes: int, image_size: int) -> dict[s
     if rows:
         return {**rows[0]["preprocessing"], "image_size": image_size}
     usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic", **NORMALISATIONS["imagenet"]}
-    return {"image_size": image_size, **usual}
+    differing = next((other for pattern, other in _UNLISTED.items() if fnmatch.fnmatch(model, pattern)), {})
+    return {"image_size": image_size, **usual, **differing}
 
 
 def full_name(source: str | Path) -> str:

@@ -17,6 +17,7 @@ from maxmap.classes import require_distinct
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
 from maxmap.convert.buffers import buffers
+from maxmap.convert.mobilenet import identity_variances
 from maxmap.convert.sources import ForeignCheckpoint, read_source
 from maxmap.convert.torch import as_array, match_entries, read_entries, to_torch, torch_name
 from maxmap.convert.wrappers import KeyMatch, leave_out
@@ -83,12 +84,13 @@ def read_foreign(
     class_map: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    classifier: str | Path | None = None,
 ) -> ConvertedModel:
-    """Reads a checkpoint of PyTorch, safetensors or TensorFlow into one of our models.
+    """Reads a checkpoint of PyTorch, safetensors, TensorFlow, TFLite, TensorFlow.js or ONNX into one of our models.
 
     Args:
       source: file or folder, or the name of a published checkpoint.
-      name: of the model; None if the source names it (a published name, a config.json).
+      name: of the model; None if the source names it (a published name, a config.json, TensorFlow's MobileNetV1).
       ema: averaged weights; see `read_source`.
       num_classes: of the model; None for as many as the source has.
       image_size: of the model; None for the size that the source or the model's name gives.
@@ -97,20 +99,23 @@ def read_foreign(
       class_map: see `adapt`.
       classes: names of the classes; None for those of the source.
       ignore: shell patterns of entries that are no part of the model; they are left out.
+      classifier: see `read_source`.
 
     Raises:
       UserError: the source cannot be read, or does not fit.
     """
-    found, row = _find_source(source, ema)
-    name = name or row.get("model") or _architecture(found, source)
+    found, row = _find_source(source, ema, classifier)
+    name = name or row.get("model") or found.architecture or _architecture(found, source)
     preprocessing = hub.preprocessing_of(found.config) if _has_preprocessing(found) else row.get("preprocessing", {})
-    fields = _sized(name, image_size or preprocessing.get("image_size"))
+    fields = _sized(name, image_size or preprocessing.get("image_size") or found.image_size)
     model = create_model(**fields, num_classes=1)
     probed = probe_shapes(model)
-    shapes, classifier = trace_shapes(model, probed)
+    shapes, of_classes = trace_shapes(model, probed)
     tensors = leave_out(found.tensors, ignore)
+    variances = identity_variances(tensors, model)
+    tensors |= variances
     match = match_entries(tensors, model, shapes)
-    in_source = _count_classes(tensors, match, {torch_name(path, model) for path in classifier})
+    in_source = _count_classes(tensors, match, {torch_name(path, model) for path in of_classes})
     count = in_source if class_map is None else len(class_map)
     fields["num_classes"] = count if num_classes is None else num_classes
     entries, faults = read_entries(tensors, model, shapes, match)
@@ -121,6 +126,10 @@ def read_foreign(
         entries, model, faults, match=match, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
     )
     report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
+    report.notes += found.notes
+    for name in (match.names[key] for key in variances):
+        report.loaded.remove(name)
+        report.changed[name] = "fitted to the model's epsilon, because the norm stands for a folded one,"
     preprocessing = preprocessing or hub.published_preprocessing(name, in_source, _side(model))
     info = {
         "model": fields,
@@ -240,15 +249,18 @@ def export(
     return f"{file}: {len(state_dict)} entries, {dialect or 'canonical'} names, {info['weights']} weights"
 
 
-def _find_source(source: str | Path, ema: bool | None) -> tuple[ForeignCheckpoint, Mapping[str, Any]]:
+def _find_source(
+    source: str | Path, ema: bool | None, classifier: str | Path | None
+) -> tuple[ForeignCheckpoint, Mapping[str, Any]]:
     """Reads a source, downloading a published one; also returns its row of `published`, empty for other sources."""
     path = Path(storage.expand(source))
     exists = os.path.exists(path) or os.path.isfile(f"{path}.index")
     if not exists:
         _check_name(str(source))
     if exists or not hub.is_name(source):
-        return read_source(path, ema=ema), {}
-    return read_source(hub.download(str(source)), ema=ema), hub.published().get(hub.full_name(source), {})
+        return read_source(path, ema=ema, classifier=classifier), {}
+    found = read_source(hub.download(str(source)), ema=ema, classifier=classifier)
+    return found, hub.published().get(hub.full_name(source), {})
 
 
 def _check_name(name: str) -> None:
