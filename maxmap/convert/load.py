@@ -127,9 +127,9 @@ def read_foreign(
     )
     report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
     report.notes += found.notes
-    for name in (match.names[key] for key in variances):
-        report.loaded.remove(name)
-        report.changed[name] = "fitted to the model's epsilon, because the norm stands for a folded one,"
+    for entry in (match.names[key] for key in variances):
+        report.loaded.remove(entry)
+        report.changed[entry] = "fitted to the model's epsilon, because the norm stands for a folded one,"
     preprocessing = preprocessing or hub.published_preprocessing(name, in_source, _side(model))
     info = {
         "model": fields,
