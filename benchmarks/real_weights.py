@@ -3,8 +3,8 @@
     python -m benchmarks.real_weights shared/data     the table of docs/conversion.md
 
 The folder has `mobilenet_v1` (the files of weights, `reference_logits.npz`, `reference_top.json`) and
-`imagenet_sample.tar` (one photograph of each class of ImageNet). Each file is converted by `maxmap.convert.load.convert`
-and classifies all photographs with the preprocessing that the checkpoint then carries. Columns: top-1 and top-5 in per
+`imagenet_sample.tar` (one photograph of each class of ImageNet). Each file is converted as by `maxmap convert`, and
+classifies all photographs with the preprocessing that the checkpoint then carries. Columns: top-1 and top-5 in per
 cent, the reference's, and the largest difference of a logit from the reference's, relative to their standard deviation,
 over the photographs of which it has logits.
 """

@@ -39,7 +39,7 @@ _UNLISTED: dict[str, dict[str, Any]] = {
 }
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PREFIXES = ("timm/", "hf-hub:", "hf_hub:", "hf://")
-_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".tar", ".npz")
+_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".tar", ".npz", ".tflite", ".onnx")
 _PATIENCE = 10  # seconds until a server has to answer
 _LARGEST_IMAGE = 10_000  # pixels of a side
 _LARGEST_NUMBER = 1_000_000  # in means and deviations

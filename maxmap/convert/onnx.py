@@ -73,6 +73,8 @@ def _weights(constants: Mapping[str, np.ndarray], graph: Message) -> Network:
         counts[str(stored.dtype)] += 1
         for other in inputs[1:3]:
             tensors.pop(other, None)
+    if not tensors:
+        raise MalformedMessage("it holds no weights")
     return Network(tensors, notes=dequantisation_note(counts))
 
 
