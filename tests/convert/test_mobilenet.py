@@ -163,6 +163,7 @@ def change_layer(number, **changes):
         (change_layer(8, activation="relu"), "its operation 9 has the activation 0, not ReLU6"),
         (change_layer(3, kind=18), "its operation 4 has the code 18, which does not belong there"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_another_network_is_refused(change, sentence, tmp_path, capsys):
     path = tmp_path / "other.tflite"
@@ -181,7 +182,7 @@ def refused(path, tmp_path, capsys, *options):
 
 
 def test_damaged_tflite_is_one_sentence(tmp_path):
-    """Cut off anywhere, or with a byte changed in the tables that the file begins with: read or refused, never broken."""
+    """Cut off anywhere, or with a byte changed in the tables that it begins with: read or refused, never broken."""
     path, bad = tmp_path / "whole.tflite", tmp_path / "bad.tflite"
     write_mobilenet(path)
     whole, rng = path.read_bytes(), np.random.default_rng(0)
@@ -331,6 +332,7 @@ def test_onnx(state_dict, tmp_path, capsys):
         (field(5, 7), "integer where bytes"),
         (b"", "holds no weights"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_bad_onnx_is_one_sentence(tensor, sentence, tmp_path, capsys):
     write_onnx(tmp_path / "model.onnx", tensor)
