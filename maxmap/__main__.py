@@ -95,9 +95,9 @@ def export_command(source: str, file: Path, **options: Any) -> None:
     print(printable(export(source, file, **options)))
 
 
-def verify_command(path: str, against: str, tolerance: float | None, ema: bool | None) -> int:
+def verify_command(path: str, against: str, **options: Any) -> int:
     """Prints how far a checkpoint is from its source; returns 1 past the tolerance."""
-    report = verify(path, against, tolerance=tolerance, ema=ema)
+    report = verify(path, against, **options)
     print(f"{report['identical']} of {report['entries']} entries have the same bits as {printable(against)}")
     for dtype in TOLERANCES if report["reference"] else ():
         row = report[dtype]
@@ -226,7 +226,9 @@ def _add_model_commands(commands: Any) -> None:
 
 
 def _add_conversion_commands(commands: Any) -> None:
-    command = commands.add_parser("convert", help="turn a checkpoint of PyTorch or TensorFlow into one of ours")
+    command = commands.add_parser(
+        "convert", help="turn a checkpoint of PyTorch, TensorFlow, TFLite or ONNX into one of ours"
+    )
     command.add_argument(
         "source", type=storage.expand, help="file, folder or published name, for example timm/maxvit_tiny_tf_224.in1k"
     )
@@ -263,6 +265,7 @@ def _add_conversion_commands(commands: Any) -> None:
         metavar="PATTERN",
         help="leave out these entries, for example 'criterion.*'",
     )
+    _add_classifier(command)
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.set_defaults(run=convert_command)
 
@@ -281,12 +284,19 @@ def _add_conversion_commands(commands: Any) -> None:
         "--tolerance", type=Number(verify, "tolerance"), help="largest relative difference in float64 (default: 1e-9)"
     )
     _add_ema(command)
+    _add_classifier(command)
     command.set_defaults(run=verify_command)
 
 
 def _add_ema(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ema", action=argparse.BooleanOptionalAction, help="averaged weights, or raw ones (default: what is usual)"
+    )
+
+
+def _add_classifier(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--classifier", type=local_path, metavar="FILE", help="file of the classifier, where the source has the trunk alone"
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fnmatch
 import functools
 import logging
 import os
@@ -31,9 +32,14 @@ NORMALISATIONS = {
     "imagenet": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
     "half": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 }
+# Where they differ from the usual: models whose weights are published in more than one file, or at no known address.
+_UNLISTED: dict[str, dict[str, Any]] = {
+    "mobilenet_v1_*_tf": {"interpolation": "bilinear", **NORMALISATIONS["half"]},
+    "mobilenet_v1_025_leaky": {"interpolation": "bilinear"},
+}
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PREFIXES = ("timm/", "hf-hub:", "hf_hub:", "hf://")
-_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".tar", ".npz")
+_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".tar", ".npz", ".tflite", ".onnx")
 _PATIENCE = 10  # seconds until a server has to answer
 _LARGEST_IMAGE = 10_000  # pixels of a side
 _LARGEST_NUMBER = 1_000_000  # in means and deviations
@@ -79,7 +85,8 @@ def published_preprocessing(model: str, classes: int, image_size: int) -> tuple[
     for name, row in rows:
         return {**row["preprocessing"], "image_size": image_size}, f"{name} has it"
     usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic", **NORMALISATIONS["imagenet"]}
-    return {"image_size": image_size, **usual}, "most networks for ImageNet have it"
+    differing = next((other for pattern, other in _UNLISTED.items() if fnmatch.fnmatch(model, pattern)), {})
+    return {"image_size": image_size, **usual, **differing}, "most networks for ImageNet have it"
 
 
 def full_name(source: str | Path) -> str:

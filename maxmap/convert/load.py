@@ -16,6 +16,7 @@ from maxmap.classes import require_distinct
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
 from maxmap.convert.buffers import buffers
+from maxmap.convert.mobilenet import identity_variances
 from maxmap.convert.sources import ForeignCheckpoint, read_source
 from maxmap.convert.torch import as_array, match_entries, read_entries, to_torch, torch_name
 from maxmap.convert.wrappers import KeyMatch, leave_out
@@ -87,12 +88,13 @@ def read_foreign(
     classes: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     preprocessing: Mapping[str, Any] | None = None,
+    classifier: str | Path | None = None,
 ) -> ConvertedModel:
-    """Reads a checkpoint of PyTorch, safetensors or TensorFlow into one of our models.
+    """Reads a checkpoint of PyTorch, safetensors, TensorFlow, TFLite, TensorFlow.js or ONNX into one of our models.
 
     Args:
       source: file or folder, or the name of a published checkpoint.
-      name: of the model; None if the source names it (a published name, a config.json).
+      name: of the model; None if the source names it (a published name, a config.json, TensorFlow's MobileNetV1).
       ema: averaged weights; see `read_source`.
       num_classes: of the model; None for as many as the source has. Where the classes of both are ImageNet's, each
         keeps its weights; see `maxmap.wordnet.rows`.
@@ -104,21 +106,24 @@ def read_foreign(
       ignore: shell patterns of entries that are no part of the model; they are left out.
       preprocessing: fields of the preprocessing, in place of those that the source says or that are assumed; see
         `maxmap.data.preprocessing.changed`.
+      classifier: see `read_source`.
 
     Raises:
       UserError: the source cannot be read, or does not fit.
     """
-    found, row = _find_source(source, ema)
-    name = name or row.get("model") or _architecture(found, source)
+    found, row = _find_source(source, ema, classifier)
+    name = name or row.get("model") or found.architecture or _architecture(found, source)
     said = hub.preprocessing_of(found.config) if _has_preprocessing(found) else row.get("preprocessing", {})
     given = changed({}, **(preprocessing or {}))
-    fields = _sized(name, image_size or said.get("image_size"))
+    fields = _sized(name, image_size or said.get("image_size") or found.image_size)
     model = create_model(**fields, num_classes=1)
     probed = probe_shapes(model)
-    shapes, classifier = trace_shapes(model, probed)
+    shapes, of_classes = trace_shapes(model, probed)
     tensors = leave_out(found.tensors, ignore)
+    variances = identity_variances(tensors, model)
+    tensors |= variances
     match = match_entries(tensors, model, shapes)
-    in_source = _count_classes(tensors, match, {torch_name(path, model) for path in classifier})
+    in_source = _count_classes(tensors, match, {torch_name(path, model) for path in of_classes})
     count = in_source if class_map is None else len(class_map)
     count = fields["num_classes"] = count if num_classes is None else num_classes
     names = list(classes) if classes else _class_names(found, count, match.naming.dialect)
@@ -133,6 +138,10 @@ def read_foreign(
     )
     report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
     usual, whose = (said, "") if said else hub.published_preprocessing(name, in_source, _side(model))
+    report.notes += found.notes
+    for entry in (match.names[key] for key in variances):
+        report.loaded.remove(entry)
+        report.changed[entry] = "fitted to the model's epsilon, because the norm stands for a folded one,"
     info = {
         "model": fields,
         "classes": names,
@@ -258,15 +267,18 @@ def export(
     return f"{file}: {len(state_dict)} entries, {dialect or 'canonical'} names, {info['weights']} weights"
 
 
-def _find_source(source: str | Path, ema: bool | None) -> tuple[ForeignCheckpoint, Mapping[str, Any]]:
+def _find_source(
+    source: str | Path, ema: bool | None, classifier: str | Path | None
+) -> tuple[ForeignCheckpoint, Mapping[str, Any]]:
     """Reads a source, downloading a published one; also returns its row of `published`, empty for other sources."""
     path = Path(storage.expand(source))
     exists = os.path.exists(path) or os.path.isfile(f"{path}.index")
     if not exists:
         _check_name(str(source))
     if exists or not hub.is_name(source):
-        return read_source(path, ema=ema), {}
-    return read_source(hub.download(str(source)), ema=ema), hub.published().get(hub.full_name(source), {})
+        return read_source(path, ema=ema, classifier=classifier), {}
+    found = read_source(hub.download(str(source)), ema=ema, classifier=classifier)
+    return found, hub.published().get(hub.full_name(source), {})
 
 
 def _check_name(name: str) -> None:
