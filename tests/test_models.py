@@ -410,7 +410,7 @@ def test_block_paths_are_in_order_of_execution():
     assert len(paths) == len(set(paths))
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "quick_compilation")
 def test_recomputed_blocks_change_nothing():
     fields = {
         "embed_dim": (16,),
@@ -553,7 +553,7 @@ def test_a_model_can_be_a_static_argument(small):
     assert np.array_equal(f(model, variables, images), f(twin, variables, images)) and len(traced) == 1
 
 
-def test_models_map_over_images_and_export_with_any_batch(small):
+def test_models_map_over_images_and_export_with_any_batch(small, quick_compilation):
     model, variables, images = small
 
     def f(images):

@@ -113,12 +113,12 @@ def test_every_mesh_trains_as_one_device_does():
         remat = create_model(**MODEL, remat=True) if fsdp == 2 else model
         step, state, key = compiled_step(remat, optimizer, first, mesh, dtype=jnp.float64, ema_decay=0.5, accumulate=2)
         losses = []
-        for batch in batches(20):
+        for batch in batches(10):
             state, metrics = step(state, to_devices(batch, mesh), key)
             losses.append(float(metrics["loss"]))
         return jax.device_get(state), losses
 
-    results = {name: train(*mesh) for name, mesh in MESHES.items()}
+    results = {name: train(*MESHES[name]) for name in ("1x1", "8x1", "4x2")}
     one, losses = results.pop("1x1")
     for name, (state, sharded) in results.items():
         np.testing.assert_allclose(sharded, losses, rtol=1e-9, err_msg=name)
@@ -126,7 +126,7 @@ def test_every_mesh_trains_as_one_device_does():
     moved = jax.tree.map(
         lambda a, b: bool(np.any(a != b)), one.model_state["batch_stats"], first.model_state["batch_stats"]
     )
-    assert all(jax.tree.leaves(moved)) and len(set(losses)) == 20
+    assert all(jax.tree.leaves(moved)) and len(set(losses)) == 10
 
 
 def size(tree) -> int:

@@ -63,7 +63,6 @@ def adapt(
     faults: Iterable[str] = (),
     *,
     match: KeyMatch | None = None,
-    probed: LeafShapes | None = None,
     in_channels: int | None = None,
     resize: str = "bicubic",
     class_map: Sequence[int] | None = None,
@@ -78,7 +77,6 @@ def adapt(
       model: that the leaves are fitted to.
       faults: faults found so far; the error lists them too.
       match: how the keys of a foreign source fit the model, for the error; None for one of ours.
-      probed: `probe_shapes` of the model, if the caller has them.
       in_channels: channels of the images; None for those of the source.
       resize: "bicubic" (timm's way for position embeddings, and its simple way for tables of offsets), "bilinear" (the
         official TensorFlow code) or "geometric" (timm's way for tables of offsets when it loads a checkpoint).
@@ -94,7 +92,7 @@ def adapt(
       UserError: leaves are missing, left over or of a shape that cannot be changed.
     """
     _check_resize(resize)
-    shapes, classifier = trace_shapes(model, probed)
+    shapes, classifier = trace_shapes(model)
     shapes, input_kernel = _set_channels(shapes, source, in_channels)
     optional, unwanted = _may_differ(source, model, shapes, classifier, other_head)
     class_maps, all_faults = dict.fromkeys(classifier, class_map), list(faults)
@@ -124,19 +122,13 @@ def _check_resize(resize: str) -> None:
         raise UserError(f"there is no resize '{resize}', only {', '.join(RESIZES)}.")
 
 
-def probe_shapes(model: Classifier) -> LeafShapes:
-    """Returns the shapes of a model's leaves for a number of classes that no other size equals; it takes a second."""
-    return leaf_shapes(with_classes(model, _PROBE_CLASSES))
-
-
-def trace_shapes(model: Classifier, probed: LeafShapes | None = None) -> tuple[LeafShapes, set[LeafPath]]:
+def trace_shapes(model: Classifier) -> tuple[LeafShapes, set[LeafPath]]:
     """Returns the shapes of a model's leaves, and the paths of the leaves that depend on the number of classes.
 
     Args:
       model: without classes, the second result holds all leaves that it would have with classes only.
-      probed: `probe_shapes` of the model, if the caller has them.
     """
-    probed = probe_shapes(model) if probed is None else probed
+    probed = leaf_shapes(with_classes(model, _PROBE_CLASSES))
     classes = model.head.num_classes
     if not classes:
         shapes = leaf_shapes(model)

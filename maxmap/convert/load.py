@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from maxmap import checkpoint, storage, wordnet
 from maxmap.classes import require_distinct
 from maxmap.convert import hub
-from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
+from maxmap.convert.adapt import LoadReport, adapt, trace_shapes, with_classes
 from maxmap.convert.buffers import buffers
 from maxmap.convert.mobilenet import identity_variances
 from maxmap.convert.sources import ForeignCheckpoint, read_source
@@ -117,8 +117,7 @@ def read_foreign(
     given = changed({}, **(preprocessing or {}))
     fields = _sized(name, image_size or said.get("image_size") or found.image_size)
     model = create_model(**fields, num_classes=1)
-    probed = probe_shapes(model)
-    shapes, of_classes = trace_shapes(model, probed)
+    shapes, of_classes = trace_shapes(model)
     tensors = leave_out(found.tensors, ignore)
     variances = identity_variances(tensors, model)
     tensors |= variances
@@ -134,7 +133,7 @@ def read_foreign(
     _check_classes(classes, fields["num_classes"])
     resize = resize or ("bilinear" if found.kind == "tensorflow" else "bicubic")
     leaves, report = adapt(
-        entries, model, faults, match=match, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
+        entries, model, faults, match=match, in_channels=in_channels, resize=resize, class_map=class_map
     )
     report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
     usual, whose = (said, "") if said else hub.published_preprocessing(name, in_source, _side(model))

@@ -4,6 +4,7 @@ A Flax path is the state-dict key of the reference with its digits glued on: `st
 So one rule names every leaf, and a kernel only needs a transpose.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from maxmap.convert.dialects import ALIASES, CANONICAL, naming_for, rename
 from maxmap.convert.wrappers import KeyMatch, leave_out, match_keys
 from maxmap.errors import UserError, shortened
 from maxmap.heads.linear import LinearHead
+from maxmap.layers.primitives import pair
 from maxmap.models import Classifier
 
 LeafPath = tuple[str, ...]  # from the collection to the leaf, for example ('params', 'backbone', 'stem', 'bias')
@@ -52,14 +54,18 @@ def torch_name(path: LeafPath, model: Classifier) -> str:
 
 
 def abstract_variables(model: Classifier, channels: int = 3) -> dict[str, Any]:
-    """Returns the shapes and types of a model's variables; traces the model, but computes nothing."""
-    size = model.backbone.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, height, width, channels)))
+    """Returns the shapes and types of a model's variables; computes nothing, and traces each model once."""
+    return jax.tree.map(lambda leaf: leaf, _traced(model, channels))  # dicts that the caller may change
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(model: Classifier, channels: int) -> dict[str, Any]:
+    images = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def leaf_shapes(model: Classifier) -> LeafShapes:
-    """Returns the shapes of a model's leaves by path, for images of three channels. It takes a second or two."""
+    """Returns the shapes of a model's leaves by path, for images of three channels."""
     return traverse_util.flatten_dict(abstract_variables(model))
 
 

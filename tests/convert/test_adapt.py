@@ -12,7 +12,8 @@ from maxmap.errors import UserError
 from maxmap.models import create_model
 from tests.convert.test_torch import HEAD, random_variables
 from tests.reference import import_timm
-from tests.tiny import compile_quickly
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONVNEXT = {"embed_dim": (8, 16, 24, 32), "depths": (1, 1, 1, 1)}
 COATNET = {"embed_dim": (32, 32, 32, 64), "stem_width": (16, 32)}
@@ -193,8 +194,7 @@ def test_another_head_only_where_that_is_wanted():
     assert all(name.startswith(("head.", "norm.")) for name in report.dropped) and report.dropped
     assert set(report.initialised) == {name for name in after if name.startswith("head.")}
     # The head is as its own initialisers draw it: constant leaves are equal, the others as large.
-    with compile_quickly():
-        drawn = jax.jit(mapped.init)(jax.random.key(1), np.zeros((1, 64, 64, 3), np.float32))
+    drawn = jax.jit(mapped.init)(jax.random.key(1), np.zeros((1, 64, 64, 3), np.float32))
     drawn = to_torch(jax.tree.map(np.asarray, drawn), mapped)
     for name in report.initialised:
         constant = drawn[name].min() == drawn[name].max()
@@ -230,8 +230,7 @@ def test_adapted_variables_compute_what_the_source_computes():
     variables = random_variables(source)
     leaves, _ = adapt(flat(variables), model, in_channels=1, class_map=[4, -1, 0])
     images = np.random.default_rng(0).standard_normal((2, 96, 96, 1)).astype(np.float32)
-    with compile_quickly():
-        wanted = jax.jit(source.apply)(variables, images.repeat(3, axis=3))["logits"][0]
-        logits = jax.jit(model.apply)(traverse_util.unflatten_dict(leaves), images)["logits"][0]
+    wanted = jax.jit(source.apply)(variables, images.repeat(3, axis=3))["logits"][0]
+    logits = jax.jit(model.apply)(traverse_util.unflatten_dict(leaves), images)["logits"][0]
     wanted = np.stack([wanted[:, 4], wanted.mean(1), wanted[:, 0]], axis=1)
     np.testing.assert_allclose(logits, wanted, atol=1e-4 * wanted.std())
