@@ -305,9 +305,10 @@ def match_classes(data: Data, info: Mapping[str, Any], where: str | Path) -> tup
             unnamed = "the data" if data.numbered else where
             tell(f"{unnamed} has numbers in place of class names: {names[0]!r} of the data is taken for {stored[0]!r}")
         return data, len(names)
+    data = data.with_classes(stored, f"the checkpoint in {where}")
     if len(names) < len(stored):
         tell(f"the data has {len(names)} of the {len(stored)} classes of {where}, which all stay candidates")
-    return data.with_classes(stored, f"the checkpoint in {where}"), len(names)
+    return data, len(names)
 
 
 def tell(text: str) -> None:

@@ -166,6 +166,10 @@ def test_bad_input_is_one_sentence(tmp_path, images, workdir, capsys):
     assert "class folder" in says(*run) and "holds no images" in says(*run)
     assert "--labels=real needs --file" in says(*run, "--labels=real")
     assert "was not trained on ImageNet's 1,000 classes" in says(workdir, images, "--labels=sketch")
+    few = save(tmp_path / "few", ("blue", "green", "rot", "weiss"))
+    assert "class 'red' of the data (1 such) is not among the 4 classes" in says(
+        few, images
+    )  # and nothing else is said
     assert "the data has 3 classes, and the 4 of the checkpoint" in says(save(tmp_path / "four", tuple("0123")), images)
     assert "cannot write" in says_last(capsys, workdir, images, f"--json={tmp_path}/no/a.json")
 

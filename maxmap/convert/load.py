@@ -300,7 +300,7 @@ def _architecture(found: ForeignCheckpoint, source: str | Path) -> str:
     if name is None and isinstance(found.config.get("model"), Mapping):
         key, name = "model", found.config["model"].get("name")
     if name is None:
-        raise UserError(f"{source} does not say which model it is of: give --model with a name of 'maxmap list'.")
+        raise UserError(f"{source} does not say which model it is of: give --model of 'maxmap list' to convert.")
     if not isinstance(name, str):
         raise UserError(f"'{key}' in the config.json of {source} is {shortened(name)}: give --model with a name.")
     if name not in MODELS:

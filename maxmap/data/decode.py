@@ -224,7 +224,7 @@ def check_images(source: ImageSource, limit: int, max_pixels: int = MAX_PIXELS) 
         raise UserError(
             f"{len(faults)} of the {len(chosen)} images checked are broken or cut off: {named}"
             f"{', ...' if len(faults) > 3 else ''}; remove or replace them, or skip this check with "
-            "--config.data.check=0: training then leaves out and counts broken files."
+            "--config.data.check=0, or --check=0 of `validate`: broken files are then left out and counted."
         )
 
 

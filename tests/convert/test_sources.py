@@ -237,6 +237,8 @@ def test_the_preprocessing_of_a_published_checkpoint_of_the_same_model_is_assume
         and pre["mean"] == [0.5, 0.5, 0.5]
     )
     assert published_preprocessing("maxvit_tiny_tf_384", 1000, 416)[0] == {**pre, "image_size": 416}
+    pre, whose = published_preprocessing("mobilenet_v1_100_tf", 1000, 224)
+    assert whose == "the weights released for mobilenet_v1_100_tf have it" and pre["interpolation"] == "bilinear"
 
 
 def test_a_folder_of_other_things_is_never_replaced(arrays, tmp_path):

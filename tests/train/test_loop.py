@@ -100,7 +100,11 @@ def test_eval_json_says_what_the_figures_belong_to(finished):
         "crop_pct": 1.0,
         "crop_mode": "center",
         "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
         "exif": False,
+        "top1_err": pytest.approx(100 - result["top1"], abs=1e-6),
+        "top5_err": 0.0,
     }
     assert result["top5"] == 100.0 and len(result["branch_top1"]) == 2
     assert result["top1"] * 11 / 100 == pytest.approx(round(result["top1"] * 11 / 100), abs=1e-9)
