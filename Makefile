@@ -2,7 +2,7 @@
 # make demo    train the embedded default on handwritten digits, evaluate, draw its curves, name a few images
 # make test    the tests
 # make check   format, lint, types
-# make soak    runs that are killed, starved and lied to: a table of what survived; half an hour (tests/soak.py)
+# make soak    runs that are killed, starved and lied to: a table of what survived; half an hour (tests/soak/__main__.py)
 # make fuzz    files from strangers, spoiled and hostile: a table of how reading them ends; a quarter of an hour (tests/fuzz)
 # make bench   speed beside timm on this machine, in turns (benchmarks/speed.py)
 # make accelerators  what the compilers of a TPU and an H100 say of our programs (benchmarks/accelerators.py)

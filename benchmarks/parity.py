@@ -67,6 +67,8 @@ WITHOUT_REFERENCE = {
     "ga_resnet50": "no released code",
     "ga_vit_small": "no released code",
     "map_maxvit_mini_32": "maxmap's own",
+    "mobilenet_v1_025_leaky": "compared with its released weights, docs/conversion.md",
+    **dict.fromkeys(list_models("mobilenet_v1_*_tf"), "compared with its released weights, docs/conversion.md"),
     "maxvit_mini_32": "maxmap's own",
     "resnet50_se_deep": "published with the MAP head only, see map_resnet50",
 }
@@ -174,10 +176,11 @@ def compiled(model: Classifier) -> Run:
 
 
 def shown(model: Classifier, features: list[jax.Array]) -> list[jax.Array]:
-    """Removes the features that no reference returns: maps from inside the third stage, and the class token."""
+    """Removes the features that no reference returns: those inside of the third stage or behind the last."""
     taps = getattr(model.backbone, "taps", 0)
     features = [*features[:3], *features[3 + taps :]]
-    return features[:-1] if getattr(model.backbone, "class_token", False) else features
+    behind = getattr(model.backbone, "class_token", False) or getattr(model.backbone, "head_width", 0)
+    return features[:-1] if behind else features
 
 
 def largest(pairs: Iterable[tuple[jax.Array, np.ndarray]], scale: Callable[[np.ndarray], float]) -> float:

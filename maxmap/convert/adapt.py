@@ -32,6 +32,7 @@ class LoadReport:
       initialised: leaves of the model that the source does not have.
       prefix: that was taken off the keys of a foreign source; empty for none.
       ignored: entries of a foreign source that were left out on request.
+      notes: what was done to a foreign source while it was read, a phrase each.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -40,6 +41,7 @@ class LoadReport:
     initialised: list[str] = field(default_factory=list)
     prefix: str = ""
     ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         by_change: dict[str, list[str]] = {}
@@ -52,7 +54,7 @@ class LoadReport:
         for what, names in groups.items():
             more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
             lines += [f"{what} {len(names)}: {', '.join([*names[:_SHOWN], *more])}"] * bool(names)
-        return "\n".join(lines)
+        return "\n".join([*self.notes, *lines])
 
 
 def adapt(
@@ -201,7 +203,9 @@ def _change(
     """
     if class_map and _differ_in_classes(value.shape, shape):
         mapped = _map_classes(value, class_map, shape[-1])
-        return mapped, f"mapped from {value.shape[-1]} to {shape[-1]} classes"
+        means = list(class_map).count(-1)
+        others = f", {means} of them the mean of all" if means else ""
+        return mapped, f"mapped from {value.shape[-1]} to {shape[-1]} classes{others}"
     if is_input_kernel and value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]:
         return _change_channels(value, shape[2]), f"changed from {value.shape[2]} to {shape[2]} channels"
     if path[-1] in RESIZED_LEAVES:

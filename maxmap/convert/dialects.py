@@ -138,10 +138,42 @@ TORCHVISION = Naming(
         ("classifier.5.", "head.fc."),
     ),
 )
+TIMM_MOBILENET = Naming(
+    "timm",
+    r"blocks\.0\.0\.conv_dw\.",
+    (
+        ("conv_stem.", "layers.0.0.0."),
+        ("bn1.", "layers.0.0.1."),
+        ("conv_head.", "layers.5.0.0."),
+        ("bn2.", "layers.5.0.1."),
+        *(
+            (f"blocks.{theirs}.{layer}.", f"layers.{ours}.{number}.")
+            for theirs, ours in (("0.0", "0.1"), ("*.*", "*.*"))  # the canonical names count the stem in
+            for layer, number in (("conv_dw", 0), ("bn1", 1), ("conv_pw", 3), ("bn2", 4))
+        ),
+        ("classifier.", "fc.2."),
+    ),
+)
+RETINAFACE = Naming(
+    "retinaface",
+    r"stage3\.0\.3\.",
+    (
+        *(
+            (f"stage1.{theirs}.", f"layers.{ours}.")
+            for theirs, ours in enumerate(("0.0", "0.1", "1.0", "1.1", "2.0", "2.1"))
+        ),
+        ("stage2.", "layers.3."),
+        ("stage3.", "layers.4."),
+        ("fc.", "fc.2."),
+    ),
+)
 
 # By dialect: the naming of each backbone, or of a backbone with a certain head.
 DIALECTS: dict[str, Mapping[str, Naming]] = {
-    "timm": dict.fromkeys(("ConvNeXt", "MaxxViT", "MetaFormer", "PiT", "ResNet", "ViT"), CANONICAL_NAMING),
+    "timm": {
+        **dict.fromkeys(("ConvNeXt", "MaxxViT", "MetaFormer", "PiT", "ResNet", "ViT"), CANONICAL_NAMING),
+        "MobileNetV1": TIMM_MOBILENET,
+    },
     "sail-sg": {"MetaFormer": SAIL},
     "fair": {"ConvNeXt": FAIR},
     "lab-lvm": {
@@ -155,6 +187,7 @@ DIALECTS: dict[str, Mapping[str, Naming]] = {
     "nvlabs": {"FasterViT": CANONICAL_NAMING},
     "microsoft": {"CSWin": CANONICAL_NAMING},
     "torchvision": {"MaxxViT": TORCHVISION, "ResNet": CANONICAL_NAMING},
+    "retinaface": {"MobileNetV1": RETINAFACE},
 }
 
 

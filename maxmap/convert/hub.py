@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fnmatch
 import functools
 import logging
 import os
@@ -31,9 +32,14 @@ NORMALISATIONS = {
     "imagenet": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
     "half": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 }
+# Where they differ from the usual: models whose weights are published in more than one file, or at no known address.
+_UNLISTED: dict[str, dict[str, Any]] = {
+    "mobilenet_v1_*_tf": {"interpolation": "bilinear", **NORMALISATIONS["half"]},
+    "mobilenet_v1_025_leaky": {"interpolation": "bilinear"},
+}
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PREFIXES = ("timm/", "hf-hub:", "hf_hub:", "hf://")
-_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".tar", ".npz")
+_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".tar", ".npz", ".tflite", ".onnx")
 _PATIENCE = 10  # seconds until a server has to answer
 _LARGEST_IMAGE = 10_000  # pixels of a side
 _LARGEST_NUMBER = 1_000_000  # in means and deviations
@@ -66,20 +72,21 @@ def published() -> dict[str, dict[str, Any]]:
         }
 
 
-def published_preprocessing(model: str, classes: int, image_size: int) -> dict[str, Any]:
-    """Returns the preprocessing of a published checkpoint of a model, the usual one if there is none.
+def published_preprocessing(model: str, classes: int, image_size: int) -> tuple[dict[str, Any], str]:
+    """Returns the preprocessing of a published checkpoint of a model, the usual one if there is none; and whose it is.
 
     Args:
       model: name of the model.
       classes: checkpoints with as many classes are preferred.
       image_size: of those, the ones with as many pixels; the result has this size in any case.
     """
-    rows = [row for row in published().values() if row["model"] == model]
-    rows.sort(key=lambda row: (row["classes"] != classes, row["preprocessing"]["image_size"] != image_size))
-    if rows:
-        return {**rows[0]["preprocessing"], "image_size": image_size}
+    rows = [(name, row) for name, row in published().items() if row["model"] == model]
+    rows.sort(key=lambda row: (row[1]["classes"] != classes, row[1]["preprocessing"]["image_size"] != image_size))
+    for name, row in rows:
+        return {**row["preprocessing"], "image_size": image_size}, f"{name} has it"
     usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic", **NORMALISATIONS["imagenet"]}
-    return {"image_size": image_size, **usual}
+    differing = next((other for pattern, other in _UNLISTED.items() if fnmatch.fnmatch(model, pattern)), {})
+    return {"image_size": image_size, **usual, **differing}, "most networks for ImageNet have it"
 
 
 def full_name(source: str | Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from maxmap.convert.manifests import is_size
 from maxmap.errors import UserError, shortened
 
 _TYPES: dict[str, Any] = {
@@ -33,7 +34,6 @@ _TYPES: dict[str, Any] = {
 }
 _LONGEST_HEADER = 16 << 20  # bytes; the header of a large model has one megabyte
 _MOST_DIMENSIONS = 64  # NumPy's limit
-_LARGEST_SIZE = 1 << 62  # of a dimension or an offset
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -98,12 +98,8 @@ def _check_entry(key: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, 
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _TYPES:
         raise ValueError(f"its header cannot be read (the entry {shortened(key)} has the type {shortened(dtype)})")
-    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not all(map(_is_size, shape)):
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not all(map(is_size, shape)):
         raise ValueError(f"its header cannot be read (the entry {shortened(key)} has the shape {shortened(shape)})")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
         raise ValueError(f"its header cannot be read (the entry {shortened(key)} has the offsets {shortened(offsets)})")
     return np.dtype(_TYPES[dtype]), tuple(shape), *offsets
-
-
-def _is_size(number: Any) -> bool:
-    return type(number) is int and 0 <= number < _LARGEST_SIZE

@@ -14,7 +14,9 @@ from flax import traverse_util
 
 from maxmap import checkpoint, storage
 from maxmap.convert import hub
+from maxmap.convert.dialects import naming_for
 from maxmap.convert.load import read_model
+from maxmap.convert.mobilenet import identity_variances
 from maxmap.convert.sources import read_source
 from maxmap.convert.torch import as_array, image_kernel, leaf_shapes, match_entries, to_torch
 from maxmap.errors import UserError
@@ -33,6 +35,7 @@ def verify(
     ema: bool | None = None,
     tolerance: Positive | None = None,
     images: Count = 2,
+    classifier: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compares a checkpoint with its source, and writes the report beside the checkpoint.
 
@@ -45,6 +48,7 @@ def verify(
       ema: weights of the source, True for the averaged ones; None for those that the checkpoint was made from.
       tolerance: largest difference in float64; None for `TOLERANCES`. Differences are relative, see `_compare`.
       images: size of the batch.
+      classifier: file of the classifier, where the source has the trunk alone; see `read_source`.
 
     Returns:
       The report: 'model', 'source', 'reference', 'identical' (entries with the same bits), 'entries', 'ok', and for
@@ -57,9 +61,10 @@ def verify(
     variables, info = read_model(path)
     model = create_model(**info["model"])
     where = hub.download(str(against)) if hub.is_name(against) and not Path(against).exists() else Path(against)
-    source = read_source(where, ema=info["weights"] == "ema" if ema is None else ema)
+    source = read_source(where, ema=info["weights"] == "ema" if ema is None else ema, classifier=classifier)
     keys = match_entries(source.tensors, model, leaf_shapes(model)).names
     theirs = {name: as_array(source.tensors[key]) for key, name in keys.items()}
+    theirs |= identity_variances(theirs, model)
     ours = to_torch(variables, model)
     identical = sum(_identical(value, theirs.get(name)) for name, value in ours.items())
     report: dict[str, Any] = {
@@ -72,7 +77,7 @@ def verify(
     }
     reference = _reference(model, info["model"], theirs)
     if reference is not None:
-        report["reference"] = type(reference).__module__.partition(".")[0]
+        report["reference"] = _library(reference)
         stem = image_kernel(leaf_shapes(model))
         channels = 3 if stem is None else traverse_util.flatten_dict(variables)[stem].shape[2]
         size = pair(model.backbone.image_size)
@@ -143,12 +148,7 @@ def _reference(model: Classifier, fields: Mapping[str, Any], weights: Mapping[st
     if name == "maxvit_t":
         import torchvision
 
-        from maxmap.convert.dialects import TORCHVISION
-
         reference = torchvision.models.maxvit_t(num_classes=classes)
-        state_dict = {TORCHVISION.from_canonical(key): value for key, value in state_dict.items()}
-        buffers = {key: value for key, value in reference.state_dict().items() if key.endswith("position_index")}
-        state_dict |= buffers
     elif (known := name if name in timm.list_models() else name.removesuffix("_384")) in timm.list_models():
         sized = {"img_size": fields["image_size"]} if "image_size" in fields else {}
         try:
@@ -160,11 +160,13 @@ def _reference(model: Classifier, fields: Mapping[str, Any], weights: Mapping[st
             reference.head.fc.norm.eps = model.head.hidden_epsilon
     else:
         return None
+    naming = naming_for(_library(reference), type(model.backbone).__name__, type(model.head).__name__)
     shapes = reference.state_dict()
+    state_dict = {naming.from_canonical(key): value for key, value in state_dict.items()}
     state_dict = {
         key: value.reshape(shapes[key].shape) if key in shapes and value.numel() == shapes[key].numel() else value
         for key, value in state_dict.items()
-    }
+    } | {key: value for key, value in shapes.items() if key.endswith("relative_position_index")}  # torchvision's
     try:
         reference.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -211,9 +213,11 @@ def _compare(model: Classifier, variables: Any, reference: Any, x: np.ndarray) -
     with jax.default_matmul_precision("highest"):
         gradient, (features, ours) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"], jnp.asarray(x))
     ours = np.asarray(ours)
+    if getattr(model.backbone, "head_width", 0):  # timm does not return the map of this convolution
+        features = features[:-1]
     pairs = list(zip(reversed(features), reversed(wanted_maps), strict=False))
     maps = [_relative(a, b, np.abs(b).max()) for a, b in reversed(pairs) if a.shape == b.shape]
-    named = to_torch({"params": gradient}, model, "torchvision" if _is_torchvision(reference) else None)
+    named = to_torch({"params": gradient}, model, _library(reference))
     norm = max(np.abs(value).max() for value in wanted_gradient.values())
     difference = np.abs(ours - wanted_logits).max()
     return {
@@ -229,8 +233,9 @@ def _compare(model: Classifier, variables: Any, reference: Any, x: np.ndarray) -
     }
 
 
-def _is_torchvision(reference: Any) -> bool:
-    return type(reference).__module__.startswith("torchvision")
+def _library(reference: Any) -> str:
+    """Returns the library of a reference implementation, "timm" or "torchvision", which is a dialect's name too."""
+    return type(reference).__module__.partition(".")[0]
 
 
 def _relative(ours: Any, wanted: np.ndarray, scale: float) -> float:

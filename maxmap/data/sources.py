@@ -62,7 +62,7 @@ def open_source(
       source: kind of data set: 'folder', 'tar', 'tfds' or 'digits'.
       path: folder that holds `<split>/<class>/*.jpg` ('folder') or `<split>*.tar` ('tar'); the data_dir of 'tfds',
         where None is TFDS's own.
-      split: name of the split; for 'tfds' also a slice such as 'train[:10%]'.
+      split: name of the split; for 'tfds' also a slice such as 'train[:10%]', for 'tar' also a single archive.
       name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
       classes: class names in the order of the labels; None: those of this split, in the source's order.
       verify: whether to check the checksums of TFRecord files.
@@ -144,7 +144,7 @@ class TarSource:
     """
 
     def __init__(self, path: str | os.PathLike | None, split: str, classes: Sequence[str] | None = None):
-        self._tars = _tar_files(path, split)
+        self._tars = _require_tar_files(path, split)
         members = [(number, member) for number, tar in enumerate(self._tars) for member in tar_members(tar)]
         members = [(number, m) for number, m in members if not os.path.basename(m.name).startswith(".")]
         images = [(number, m) for number, m in members if is_image(m.name)]
@@ -356,14 +356,23 @@ def _tell_left_out(root: str, names: Sequence[str]) -> None:
     )
 
 
-def _tar_files(path: str | os.PathLike | None, split: str) -> list[str]:
+def tar_files(path: str | os.PathLike, split: str) -> list[str]:
+    """Returns the tar archives of a split in a folder: `<split>*.tar`, `<split>/*.tar`, or the archive of this name.
+
+    All archives have the split ''.
+    """
+    folder, name = glob.escape(os.path.expanduser(os.fspath(path))), glob.escape(split)
+    patterns = [name if split.endswith(".tar") else f"{name}*.tar", f"*-{name}-*.tar", os.path.join(name, "*.tar")]
+    found = (sorted(glob.glob(os.path.join(folder, pattern))) for pattern in patterns)
+    return next(filter(None, found), [])
+
+
+def _require_tar_files(path: str | os.PathLike | None, split: str) -> list[str]:
     if path is None:
         raise UserError(f"no path to the images is set: {HOW_TO_GIVE_IMAGES}")
+    if files := tar_files(path, split):
+        return files
     folder = glob.escape(os.path.expanduser(os.fspath(path)))
-    patterns = (f"{glob.escape(split)}*.tar", f"*-{glob.escape(split)}-*.tar", f"{glob.escape(split)}/*.tar")
-    for pattern in patterns:
-        if files := sorted(glob.glob(os.path.join(folder, pattern))):
-            return files
     present = sorted(os.path.basename(file) for file in glob.glob(os.path.join(folder, "*.tar*")))
     lie = f"{', '.join(present[:5])} lie there" if present else "there are none"
     raise UserError(

@@ -1,8 +1,8 @@
 """GA: Gramian attention heads (Ryu et al., ICCV 2023), as Lab-LVM/imagenet-models has them.
 
-All feature maps are aggregated to one map, which several branches read. A branch reduces the map's channels, turns the
-Gram matrix of the result into one class token, lets the token attend to the map, and classifies it. The branches are
-trained to differ from each other; the prediction is the mean of their logits.
+All feature maps are aggregated to one map, or the last one is taken, and several branches read it. A branch reduces the
+map's channels, turns the Gram matrix of the result into one class token, lets the token attend to the map, and
+classifies it. The branches are trained to differ from each other; the prediction is the mean of their logits.
 """
 
 import functools
@@ -186,9 +186,10 @@ class GramianHead(nn.Module):
 
     Attributes:
       num_classes: K; 0 returns each branch's token in place of logits.
-      channels: D, channels of the aggregated map and of the tokens.
+      channels: D, channels of the aggregated map and of the tokens; without aggregation those of the last map.
       branches: G.
-      aggregation: "bottleneck" or "cswin", the block that aggregates all feature maps to one.
+      aggregation: "bottleneck" or "cswin", the block that aggregates all feature maps to one, or "none" for the last
+        map alone.
       aggregation_mlp_groups: groups of the MLP in the "cswin" aggregation.
       block: "convnext" or "cswin", the block in front of each branch's Gram matrix.
       gram_channels: P, channels of the map from which the Gram matrix is computed.
@@ -234,7 +235,7 @@ class GramianHead(nn.Module):
         if num_features < 2:
             raise ValueError(f"the Gramian head needs 2 feature maps or more, the backbone has {num_features}")
         choices = {
-            "aggregation": ("bottleneck", "cswin"),
+            "aggregation": ("bottleneck", "cswin", "none"),
             "block": ("convnext", "cswin"),
             "init_scheme": tuple(CONV_INITS),
         }
@@ -269,7 +270,7 @@ class GramianHead(nn.Module):
         Returns:
           'logits' `[G, B, K]` and 'embedding' `[B, G * D]`.
         """
-        x = self._aggregate(concatenate_features(features), train)
+        x = self._aggregate(features, train)
         pixels = normalise_map(x, 1e-5)
         tokens, logits = [], []
         for k in range(self.branches):
@@ -283,8 +284,16 @@ class GramianHead(nn.Module):
         }
 
     @nn.nowrap
-    def _aggregate(self, x: Array, train: bool) -> Array:
-        """Maps the concatenated maps `[B, H, W, C]` to `[B, H, W, D]`; the references call the result a fifth stage."""
+    def _aggregate(self, features: Sequence[Array], train: bool) -> Array:
+        """Maps feature maps `[B, H, W, C]` to one `[B, H, W, D]`; the references call the result a fifth stage."""
+        if self.aggregation == "none":
+            if features[-1].shape[-1] != self.channels:
+                raise ValueError(
+                    f"the Gramian head without aggregation reads the last map, which has {features[-1].shape[-1]} "
+                    f"channels, not {self.channels}; set channels"
+                )
+            return features[-1]
+        x = concatenate_features(features)
         inits = CONV_INITS[self.init_scheme]
         if self.aggregation == "bottleneck":
             return BottleneckAggregation(self.channels, inits, self.drop_path, name="stages_4")(x, train=train)

@@ -64,6 +64,7 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
     "relu2": lambda x: jnp.square(nn.relu(x)),
+    "leaky_relu": functools.partial(nn.leaky_relu, negative_slope=0.1),
     "silu": nn.silu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from maxmap import storage
 from maxmap.errors import printable
+from maxmap.progress import clock
 
 _LARGEST_DRAWN = 1e30  # matplotlib computes differences and squares of what it draws
 LOGS = ("metrics.jsonl", "events.jsonl")  # a run that goes on adds lines to them
@@ -95,7 +96,7 @@ class Report:
     def time_left(self, step: int) -> None:
         """Tells the time left, from the steps since the last report."""
         seconds = (time.perf_counter() - self._time) / max(step - self._step, 1)
-        self.tell(f"{_clock((self._total - step) * seconds)} left")
+        self.tell(f"{clock((self._total - step) * seconds)} left")
 
     def train(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
         """Reports the metrics of a training step, and the speed since the last report.
@@ -105,7 +106,7 @@ class Report:
         now = time.perf_counter()
         seconds, steps = now - self._time, max(step - self._step, 1)
         speed = {"images_per_second": steps * self._batch_size / seconds, "waiting_for_data": self._waited / seconds}
-        left = f"{_clock((self._total - step) * seconds / steps)} left, " if step > self._first + 1 else ""
+        left = f"{clock((self._total - step) * seconds / steps)} left, " if step > self._first + 1 else ""
         self._time, self._step, self._waited = now, step, 0.0
         self._write("train", step, {"epoch": epoch, **metrics, **speed})
         text = f"loss {metrics['loss']:.4f}, {speed['images_per_second']:.0f} images/s"
@@ -188,12 +189,6 @@ def _read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             yield text, row
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:

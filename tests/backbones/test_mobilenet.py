@@ -1,4 +1,4 @@
-"""MobileNetV1 and its MAP form: exact sizes, the author's numbers in float64 with every weight random."""
+"""MobileNetV1 and its MAP form: exact sizes, the authors' and timm's numbers in float64 with every weight random."""
 
 import re
 
@@ -10,19 +10,32 @@ import pytest
 from maxmap.convert.torch import to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
-from tests.reference import read_golden
+from tests.reference import import_timm, read_golden
 from tests.zoo import (
     QUICK,
     assert_equals_golden,
+    assert_equals_timm,
     assert_same_names,
     assert_size,
     idle_parameters,
     named,
+    numbers,
     pyramid,
 )
 
-# Parameters with 1000 classes.
-ROWS = {"mobilenet_v1": 4_231_976, "map_mobilenet_v1": 4_879_612}
+# Parameters with 1000 classes, and the width multiplier. Howard et al.'s table 6: 4.2, 2.6, 1.3 and 0.5 million.
+ROWS = {
+    "mobilenet_v1": (4_231_976, 1),
+    "mobilenet_v1_025_tf": (470_072, 0.25),
+    "mobilenet_v1_050_tf": (1_331_592, 0.5),
+    "mobilenet_v1_075_tf": (2_585_560, 0.75),
+    "mobilenet_v1_100_tf": (4_231_976, 1),
+    "mobilenet_v1_025_leaky": (470_072, 0.25),
+    "mobilenetv1_100": (4_231_976, 1),
+    "mobilenetv1_100h": (5_282_600, 1),
+    "mobilenetv1_125": (6_270_840, 1.25),
+    "map_mobilenet_v1": (4_879_612, 1),
+}
 CHANNELS = (64, 128, 256, 512, 1024)
 
 
@@ -30,9 +43,21 @@ def test_every_variant_has_a_row():
     assert set(ROWS) == named("mobilenet")
 
 
-@pytest.mark.parametrize(("name", "params"), ROWS.items())
-def test_parameters_and_features(name, params, plain_convolutions):
-    assert_size(create_model(name), params, pyramid(224, (2, 4, 8, 16, 32), CHANNELS))
+@pytest.mark.parametrize("name", ROWS)
+def test_parameters_and_features(name, plain_convolutions):
+    parameters, width = ROWS[name]
+    maps = pyramid(224, (2, 4, 8, 16, 32), [int(width * channels) for channels in CHANNELS])
+    assert_size(create_model(name), parameters, [*maps, *([(1, 7, 7, 1024)] if name.endswith("h") else [])])
+
+
+def test_equals_timm(x64):
+    """An eighth as wide; with timm's convolution behind the stages, which the other two of its models lack."""
+    import_timm()
+    from timm.models.efficientnet import _gen_mobilenet_v1
+
+    reference = _gen_mobilenet_v1("mobilenetv1_100h", 0.125, head_conv=True, num_classes=7)
+    model = create_model("mobilenetv1_100h", stem_width=8, embed_dim=(8, 16, 32, 64, 128), num_classes=7)
+    assert_equals_timm(model, reference, numbers(0, 2, 40, 48, 3), slice(0, 5), dialect="timm")
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "map_mobilenet_v1"])
@@ -90,6 +115,7 @@ def test_gradients_reach_every_parameter(x64, plain_convolutions):
     [
         ({"drop_path": 0.1}, "no residual branches, so drop_path can only be 0, not 0.1"),
         ({"depths": (1, 2)}, "one entry for each stage"),
+        ({"padding": "valid"}, "padding 'valid' is not one of one, same"),
         ({"head": {"gram_groups": 7}}, "7 gram_groups do not divide 18528 Gram values; the nearest that do is 6"),
         ({"head": {"init_scheme": "zeros"}}, "init_scheme 'zeros' is not one of torch, trunc_normal"),
     ],

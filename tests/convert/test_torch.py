@@ -166,6 +166,13 @@ DIALECT_CASES = [
     ("lab-lvm", "ga_convnext_tiny_688", {"embed_dim": (8, 16, 24, 32)}, {"stages.0.blocks.2.gamma": (8,)}),
     ("lab-lvm", "pit_s", {"depths": (1, 1, 1)}, {"pools.1.conv.weight": (576, 1, 3, 3), "head.bias": (3,)}),
     ("lab-lvm", "map_mobilenet_v1", {}, {"layers.0.1.3.weight": (64, 32, 1, 1), "fc.heads.0.bias": (3,)}),
+    (
+        "timm",
+        "mobilenetv1_100h",
+        {"embed_dim": (8, 8, 8, 8, 16), "head_width": 24},
+        {"conv_head.weight": (24, 16, 1, 1), "blocks.0.0.conv_dw.weight": (32, 1, 3, 3), "classifier.bias": (3,)},
+    ),
+    ("retinaface", "mobilenet_v1_025_leaky", {}, {"stage1.3.3.weight": (32, 32, 1, 1), "fc.bias": (3,)}),
     ("nvlabs", "faster_vit_0_224", {"depths": (1, 1, 1, 1)}, {"levels.2.blocks.0.hat_attn.qkv.bias": (768,)}),
     (
         "microsoft",

@@ -17,6 +17,7 @@ from maxmap.data.archives import TFRecords, parse_example, record_positions
 from maxmap.data.pipeline import open_data
 from maxmap.data.sources import SOURCES, FolderSource, LabelledImage, open_source
 from maxmap.errors import UserError
+from maxmap.validate import open_images
 from tests.fuzz.archive_rows import made
 from tests.fuzz.archive_rows import record as tfrecord
 
@@ -267,6 +268,12 @@ def test_tfds_val_is_the_split_that_there_is_and_slices_work(prepared):
         (2, 0),
     ]
     assert len(open_source("tfds", prepared, "train[:50%]", name="maxmap_tiny")) == 3
+
+
+def test_validation_opens_tfds_by_name(prepared):
+    data = open_images(prepared, None, "maxmap_tiny", 0)
+    assert data.train is None and data.val.name(0).startswith("maxmap_tiny/")
+    assert len(open_images(prepared, "train[:50%]", "maxmap_tiny", 0).val) == 3
 
 
 def test_tfds_without_prepared_data_names_the_command(tmp_path):

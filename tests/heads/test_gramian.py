@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from maxmap.convert.torch import from_torch, to_torch
+from maxmap.cost import cost
 from maxmap.errors import UserError
 from maxmap.heads import gramian
 from maxmap.heads.gramian import GramianHead, concatenate_features
@@ -29,8 +30,8 @@ ROWS = {
     "ga_cswin_tiny_p42": (41_990_024, 5),
     "ga_cswin_small_p54": (54_312_776, 5),
     # Published as 41.3M and 27.7M, without code.
-    "ga_resnet50": (41_334_568, 0),
-    "ga_vit_small": (27_718_976, 0),
+    "ga_resnet50": (41_273_252, 0),
+    "ga_vit_small": (27_741_128, 0),
 }
 SIZE, CLASSES = (64, 96), 10  # height and width cannot be mixed up unseen
 NARROW = {"channels": 64, "gram_channels": 32, "attention_width": None, "branches": 2}
@@ -73,6 +74,27 @@ def test_parameters_and_outputs(name, plain_convolutions):
     assert len(features) == model.backbone.num_features() == 5 + taps
     assert outputs["logits"].shape == (5, 2, 1000)
     assert outputs["embedding"].shape == (2, 5 * model.head.channels)
+
+
+@pytest.mark.parametrize("name, one, five", [("ga_resnet50", 22.4, 41.3), ("ga_vit_small", 22.9, 27.7)])
+def test_parameters_of_the_papers_figure(name, one, five, plain_convolutions):
+    """In millions, with one branch and with five: of the networks without released code."""
+    for branches, millions in ((1, one), (5, five)):
+        assert round(cost(create_model(name, head={"branches": branches}))[0] / 1e6, 1) == millions
+
+
+def test_without_aggregation_the_last_map_is_read(x64):
+    """The maps before it change nothing, and it has to have the head's channels."""
+    head = GramianHead(num_classes=3, branches=2, aggregation="none", **dict(channels=64, gram_channels=16, heads=4))
+    first, last = numbers(0, 2, 6, 4, 8), numbers(1, 2, 3, 5, 64)
+    outputs, variables = quick(head.init_with_output, jax.random.key(0), [first, last])
+    again = quick(head.apply, variables, [first[:, ::2] + 1, last])
+    assert error(outputs["logits"], again["logits"]) < 1e-12
+    assert {name.rstrip("_01") for name in variables["params"]} == {
+        *("gram_contraction", "gram_layer", "gram_embedding", "ga", "fc")
+    }
+    with pytest.raises(ValueError, match="the last map, which has 8 channels, not 64; set channels"):
+        jax.eval_shape(head.init, jax.random.key(0), [last, first])
 
 
 @pytest.mark.parametrize("name", ["ga_convnext_tiny_688", "ga_cswin_tiny_p42"])

@@ -1,0 +1,34 @@
+"""What checkpoint files say of themselves and of files beside them, checked before anything goes by it."""
+
+from pathlib import Path
+from typing import Any
+
+from maxmap import small_files
+from maxmap.errors import UserError, shortened
+
+_LARGEST_SIZE = 1 << 62  # of a dimension or an offset
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+      UserError: there is none.
+    """
+    try:
+        content = small_files.read_json(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is no JSON file ({shortened(error)}): get it again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object.")
+    return content
+
+
+def is_beside(name: str) -> bool:
+    """Whether a name that a file gives is that of another file in the same folder, and no path."""
+    return name not in ("", ".", "..") and "\0" not in name and "\\" not in name and Path(name).name == name
+
+
+def is_size(number: Any) -> bool:
+    """Whether a value can be a dimension or an offset."""
+    return type(number) is int and 0 <= number < _LARGEST_SIZE
