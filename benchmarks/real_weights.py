@@ -27,7 +27,7 @@ from absl import logging
 import maxmap
 from maxmap.convert.load import convert
 from maxmap.data.augment import normalize
-from maxmap.data.pipeline import preprocess
+from maxmap.data.preprocessing import cropped
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def logits_of(checkpoint: Path, photographs: Sequence[Path], batch_size: int = 5
         return maxmap.average(model.apply(variables, normalize(pixels, pre["mean"], pre["std"])))
 
     with ThreadPoolExecutor() as pool, jax.default_matmul_precision("highest"):
-        pixels = list(pool.map(lambda path: preprocess(path, pre), photographs))
+        pixels = list(pool.map(lambda path: cropped(path, pre), photographs))
         batches = [np.stack(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size)]
         return np.concatenate([np.asarray(run(variables, jnp.asarray(batch))) for batch in batches])
 

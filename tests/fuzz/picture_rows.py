@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD, train_crop
-from maxmap.data.pipeline import preprocess
+from maxmap.data.preprocessing import cropped
 from maxmap.errors import UserError, reason
 from tests.fuzz.changes import spoil
 from tests.fuzz.rows import Files, Made, Row
@@ -240,7 +240,7 @@ def _odd() -> dict[str, Made]:
 
 def read(folder: Path) -> Any:
     """The crops of evaluation and of training; a loader counts and names what `train_crop` refuses."""
-    evaluated = preprocess(folder / FILE, PREPROCESSING)
+    evaluated = cropped(folder / FILE, PREPROCESSING)
     try:
         trained = train_crop((folder / FILE).read_bytes(), np.random.default_rng(0), size=SIZE, exif=True)
     except OSError as error:
@@ -251,7 +251,7 @@ def read(folder: Path) -> Any:
 ROWS = (
     Row(
         "images, nine formats, evaluation and training",
-        ("maxmap.data.images", "maxmap.data.damage", "maxmap.data.decode", "maxmap.data.pipeline"),
+        ("maxmap.data.images", "maxmap.data.damage", "maxmap.data.decode", "maxmap.data.preprocessing"),
         4000,
         _valid,
         _spoil,
