@@ -344,7 +344,7 @@ def main() -> int:
         limits = Contender({"contender": "limits", "dtype": dtype}, arguments.out / "contender.log", cache).facts
     print(f"limits: {limits['tflops']:.2f} TFLOP/s, {limits['gigabytes_per_second']:.1f} GB/s", flush=True)
 
-    from maxmap.__main__ import PARITY  # takes seconds to import
+    from maxmap.model_commands import PARITY  # takes seconds to import
 
     with PARITY.open(encoding="utf-8") as file:
         gflops = {row["name"]: float(row["gflops"]) for row in csv.DictReader(file)}

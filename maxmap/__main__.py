@@ -1,12 +1,10 @@
 """The commands beside training: python -m maxmap list, predict, validate, convert, export and more."""
 
 import argparse
-import csv
 import json
 import re
 import sys
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from maxmap import checkpoint, config, evaluation_commands, runtime, storage
+from maxmap import checkpoint, config, evaluation_commands, model_commands, runtime, storage
 from maxmap.accelerators.hardware import HARDWARE
 from maxmap.arguments import Number, Parser, local_path
 from maxmap.classes import read_names, read_numbers
@@ -22,10 +20,9 @@ from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export, read_foreign
 from maxmap.convert.resize import RESIZES
 from maxmap.convert.verify import REPORT, TOLERANCES, verify
-from maxmap.cost import cost, count_parameters
+from maxmap.cost import count_parameters
 from maxmap.data.preprocessing import in_words
-from maxmap.errors import UserError, nearest, printable, sentence
-from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
+from maxmap.errors import UserError, printable, sentence
 from maxmap.ranges import Count
 from maxmap.recipe import Recipe
 from maxmap.train.compile import compile_step, describe_step
@@ -33,36 +30,6 @@ from maxmap.train.plan import describe, plan
 from maxmap.train.preview import show_batch
 
 _LONGEST_NAME = 50  # characters of a class in the name of a file
-PARITY = resources.files("maxmap") / "parity.csv"  # what `make parity` measured
-
-
-def list_command(pattern: str, family: str | None, head: str | None) -> None:
-    """Prints the models that match; their costs as `make parity` wrote them down, since tracing takes a second each."""
-    family_of = {backbone: name for name, variants in FAMILIES.items() for backbone in variants}
-    rows = [(name, family_of[MODELS[name].backbone], MODELS[name].head["name"]) for name in list_models(pattern)]
-    if not rows:
-        raise UserError(f"no model matches '{pattern}'; the nearest names are {nearest(pattern, list_models())}.")
-    rows = [row for row in rows if family in (None, row[1]) and head in (None, row[2])]
-    if not rows:
-        raise UserError(f"no model that matches '{pattern}' has family {family or '*'} and head {head or '*'}.")
-    with PARITY.open(encoding="utf-8") as file:
-        measured = {row["name"]: row for row in csv.DictReader(file)}
-    longest = max(len(name) for name, _, _ in rows)
-    print(f"{'model':{longest}}  {'family':10}  {'head':8}  {'parameters':>13}  {'GFLOPs':>7}  {'image':>7}  parity")
-    for name, its_family, its_head in rows:
-        model, row = create_model(name), measured.get(name, {})
-        size = model.backbone.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        if row:
-            parameters, billions = int(row["parameters"]), float(row["gflops"])
-        else:
-            parameters, operations = cost(model)
-            billions = operations / 1e9
-        print(
-            f"{name:{longest}}  {its_family:10}  {its_head:8}  {parameters:13,}  {billions:7.2f}  "
-            f"{f'{height}x{width}':>7}  {row['against'] if row.get('ok') == 'yes' else '-'}",
-            flush=True,
-        )
 
 
 def convert_command(source: str, dest: str, class_map: Path | None, classes: Path | None, **options: Any) -> None:
@@ -202,14 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_model_commands(commands: Any) -> None:
-    command = commands.add_parser(
-        "list", help="models: parameters, multiply-adds (most papers' GFLOPs), image size, parity"
-    )
-    command.add_argument("pattern", nargs="?", default="*", help="shell pattern, for example 'map_*'")
-    command.add_argument("--family", choices=FAMILIES, help="only this family of backbones")
-    command.add_argument("--head", choices=HEADS, help="only this head")
-    command.set_defaults(run=list_command)
-
+    model_commands.add_commands(commands)
     evaluation_commands.add_commands(commands)
 
     command = commands.add_parser("average", help="average checkpoints; of a single one, keep the EMA weights alone")

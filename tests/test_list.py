@@ -1,14 +1,17 @@
 """What `python -m maxmap list` counts and claims; tests/test_commands.py shows what it prints."""
 
 import csv
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from maxmap import operations
-from maxmap.__main__ import PARITY, main
+from maxmap.__main__ import main
+from maxmap.convert.hub import published
 from maxmap.cost import cost, multiply_adds
+from maxmap.model_commands import PARITY
 from maxmap.models import create_model, list_models
 
 
@@ -51,6 +54,29 @@ def test_models_are_chosen_by_head_and_family(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["map_maxvit_mini_32"]
     assert main(["list", "*mini*", "--family", "vit"]) == 2
     assert "no model that matches '*mini*' has family vit" in capsys.readouterr().err
+
+
+def test_published_checkpoints_the_best_first(capsys):
+    assert main(["list", "--pretrained", "maxvit_tiny_tf_*"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    accuracies = [float(row[2]) for row in rows]
+    assert accuracies == sorted(accuracies, reverse=True) and len(rows) == 6  # by the name of their model
+    assert rows[0] == [
+        *("google/maxvit_tiny_i1k_512", "maxvit_tiny_tf_512", "85.72", "512", "1000", "31,049,584", "apache-2.0"),
+        "gs://gresearch/maxvit/ckpts/maxvittiny/i1k/512",
+    ]
+    assert main(["list", "--pretrained", "map_*"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    assert main(["list", "--pretrained", "maxvitt*"]) == 2
+    assert "no published checkpoint matches 'maxvitt*'; the nearest names are" in capsys.readouterr().err
+
+
+def test_published_accuracies():
+    """Every checkpoint with ImageNet-1k's classes has one, but for Google's that were fine-tuned from 21k."""
+    rows = published()
+    without = {name for name, row in rows.items() if row["classes"] == 1000 and row["top1"] is None}
+    assert {re.sub(r"_\d+$|base|xlarge|large", "", name) for name in without} == {"google/maxvit__i21k_i1k"}
+    assert not any(row["top1"] for row in rows.values() if row["classes"] not in (0, 1000) and row["top1"])
 
 
 def test_the_parity_table_has_no_row_above_its_tolerance():

@@ -43,9 +43,10 @@ FLOORS = (
     {"maxmap.evaluate", "maxmap.inference", "maxmap.labels"},
     {"maxmap.validate"},
     {"maxmap.train"},
+    {"maxmap.benchmark"},
     {"maxmap"},  # the public API: names of every room, used by none of them
     {"maxmap.arguments"},
-    {"maxmap.evaluation_commands"},
+    {"maxmap.evaluation_commands", "maxmap.model_commands"},
     {"maxmap.__main__"},
     {"main", "configs"},
 )

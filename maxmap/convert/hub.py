@@ -6,6 +6,7 @@ import fnmatch
 import functools
 import logging
 import os
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from maxmap import storage
 from maxmap.convert.sources import shards_of
 from maxmap.data.decode import CROP_MODES, FILTERS, IMAGENET_MEAN, IMAGENET_STD
 from maxmap.errors import UserError, nearest, shortened
@@ -48,10 +50,11 @@ _MOST_CHANNELS = 100  # of images
 
 @functools.cache
 def published() -> dict[str, dict[str, Any]]:
-    """Returns the published checkpoints by name: 'model', 'classes', 'preprocessing', 'licence' and 'url'.
+    """Returns the published checkpoints by name: 'model', 'classes', 'preprocessing', 'licence', 'url' and 'top1'.
 
-    A name with an owner and without a 'url' is a repository on the Hugging Face hub. timm's default tag of each model
-    comes before its other tags.
+    'top1' is in percent on ImageNet-1k, from timm's results-imagenet.csv (August 2026) or the authors' tables; None
+    where they say nothing. A name with an owner and without a 'url' is a repository on the Hugging Face hub. timm's
+    default tag of each model comes before its other tags.
     """
     with TABLE.open(encoding="utf-8") as file:
         return {
@@ -67,6 +70,7 @@ def published() -> dict[str, dict[str, Any]]:
                 },
                 "licence": row["licence"],
                 "url": row["url"],
+                "top1": float(row["top1"]) if row["top1"] else None,
             }
             for row in csv.DictReader(file)
         }
@@ -135,6 +139,8 @@ def download(name: str) -> Path:
         raise UserError(f"there is no checkpoint {name} for a model of maxmap; the nearest are {close}.")
     fault = None
     try:
+        if url and storage.in_bucket(url):
+            return download_bucket(url)
         if url and not url.startswith("hf://"):
             return _download_url(url)
         owner, repository, *file = (url or f"hf://{name}/").removeprefix("hf://").split("/", 2)
@@ -223,7 +229,7 @@ def _download_repository(name: str, *, cached_only: bool) -> Path:
 
 def _download_url(url: str) -> Path:
     """Downloads a file into maxmap's cache, where it appears complete or not at all."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maxmap"
+    cache = _cache()
     path = cache / url.rpartition("/")[2]
     if path.is_file():
         return path
@@ -244,6 +250,51 @@ def _download_url(url: str) -> Path:
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+def download_bucket(address: str) -> Path:
+    """Copies a checkpoint from a bucket into maxmap's cache, where it appears complete or not at all.
+
+    Args:
+      address: gs://... or s3://...: a file, a folder, or the prefix of a TensorFlow checkpoint's files.
+
+    Returns:
+      The copy: a file, a folder, or a prefix.
+
+    Raises:
+      UserError: there is no such checkpoint, or the bucket cannot be read.
+    """
+    remote, local = storage.resolve(address), _cache() / address.replace("://", "/").rstrip("/")
+    with storage.bucket_errors(address, "be read"):
+        if remote.is_file():
+            files, folder = [remote], local.parent / f"{local.name}.files"
+        elif remote.is_dir():
+            files, folder = [file for file in remote.iterdir() if _is_of_checkpoint(file.name)], local
+        else:
+            beside = list(remote.parent.iterdir()) if remote.parent.is_dir() else []
+            files, folder = (
+                [file for file in beside if file.name.startswith(f"{remote.name}.")],
+                local.parent / "prefix",
+            )
+        if not files:
+            raise UserError(f"there is no checkpoint {address}: look at the address.")
+        if not all((folder / file.name).is_file() for file in files):
+            with storage.atomic_target(folder, overwrite=True) as unfinished:
+                unfinished.mkdir()
+                for file in files:
+                    with file.open("rb") as source, (unfinished / file.name).open("wb") as target:
+                        shutil.copyfileobj(source, target, 1 << 24)
+    return folder if remote.is_dir() else folder / remote.name
+
+
+def _is_of_checkpoint(name: str) -> bool:
+    """Whether a file in the folder of a TensorFlow checkpoint is a part of it, and no graph or log of the training."""
+    return not name.endswith((".meta", ".pbtxt")) and "tfevents" not in name
+
+
+def _cache() -> Path:
+    """Returns the folder of what was downloaded."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maxmap"
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def read_foreign(
     """Reads a checkpoint of PyTorch, safetensors, TensorFlow, TFLite, TensorFlow.js or ONNX into one of our models.
 
     Args:
-      source: file or folder, or the name of a published checkpoint.
+      source: file or folder, here or in a bucket (gs://, s3://), or the name of a published checkpoint.
       name: of the model; None if the source names it (a published name, a config.json, TensorFlow's MobileNetV1).
       ema: averaged weights; see `read_source`.
       num_classes: of the model; None for as many as the source has. Where the classes of both are ImageNet's, each
@@ -271,6 +271,8 @@ def _find_source(
     source: str | Path, ema: bool | None, classifier: str | Path | None
 ) -> tuple[ForeignCheckpoint, Mapping[str, Any]]:
     """Reads a source, downloading a published one; also returns its row of `published`, empty for other sources."""
+    if storage.in_bucket(source):
+        return read_source(hub.download_bucket(str(source)), ema=ema, classifier=classifier), {}
     path = Path(storage.expand(source))
     exists = os.path.exists(path) or os.path.isfile(f"{path}.index")
     if not exists:

@@ -3,17 +3,22 @@
 import json
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from maxmap import checkpoint, evaluate, storage
 from maxmap.__main__ import main
 from maxmap.config import bind
+from maxmap.convert import hub
+from maxmap.convert.sources import read_source
 from maxmap.errors import UserError
 from maxmap.inference import load, predict
 from maxmap.train import loop
@@ -109,6 +114,29 @@ def test_a_checkpoint_in_a_bucket_that_is_damaged(runs, bucket, capsys):
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     assert checkpoint.newest_step(copy) == 8
     assert "step 9 in gs://bucket/copy is damaged" in capsys.readouterr().err
+
+
+def test_foreign_checkpoints_are_read_from_a_bucket(bucket, goldens, tmp_path, monkeypatch):
+    """A folder of TensorFlow's, the prefix of its files, and a file; logs stay where they are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with tarfile.open(goldens / "maxvit_mini.tar.xz") as tar:
+        tar.extractall(tmp_path)
+    local, remote = tmp_path / "maxvit_mini", storage.resolve(f"{bucket}/maxvit_mini")
+    for file in local.iterdir():
+        (remote / file.name).write_bytes(file.read_bytes())
+    (remote / "events.out.tfevents.1").write_bytes(b"a log")
+    save_file({"head.fc.bias": np.arange(3.0)}, local / "one.safetensors")
+    (remote / "one.safetensors").write_bytes((local / "one.safetensors").read_bytes())
+    prefix = next(local.glob("*.index")).stem
+    wanted = read_source(local / prefix).tensors
+    for address in (f"{bucket}/maxvit_mini", f"{bucket}/maxvit_mini/{prefix}"):
+        copy = hub.download_bucket(address)
+        assert_equal(dict(read_source(copy).tensors), dict(wanted))
+    assert not list((tmp_path / "cache").rglob("*tfevents*"))
+    assert list(read_source(hub.download_bucket(f"{bucket}/maxvit_mini/one.safetensors")).tensors) == ["head.fc.bias"]
+    with pytest.raises(UserError, match=r"there is no checkpoint gs://bucket/maxvit_maxi: look at the address"):
+        hub.download_bucket(f"{bucket}/maxvit_maxi")
+    assert main(["convert", f"{bucket}/maxvit_maxi", str(tmp_path / "new"), "--model=test_maxvit"]) == 2
 
 
 def test_the_newer_of_two_runs_in_a_bucket_goes_on(bucket):
