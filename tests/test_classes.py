@@ -94,6 +94,22 @@ def test_a_file_that_would_shift_names_is_refused(tmp_path, content, says):
         classes.read_names(tmp_path / "classes.txt")
 
 
+def test_a_name_that_is_twice_among_very_many_is_found_at_once(tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(map(str, [*range(200_000), 7])))
+    with pytest.raises(UserError, match=r"2 classes with the name '7' \(numbers 7, 200000\)"):
+        classes.read_names(tmp_path / "classes.txt")
+
+
+@pytest.mark.parametrize("line", ["", "ant", "-2", "1e3", "1_0", "٣", "9" * 5000])
+def test_a_class_map_has_numbers_only(tmp_path, line):
+    (tmp_path / "map.txt").write_text("2\n-1\n 0 \n", "utf-8")
+    assert classes.read_numbers(tmp_path / "map.txt") == [2, -1, 0]
+    (tmp_path / "map.txt").write_text(f"2\n{line}\n0\n", "utf-8")
+    with pytest.raises(UserError, match=r"no class map, because its line 2 is ") as error:
+        classes.read_numbers(tmp_path / "map.txt")
+    assert len(str(error.value)) < 400
+
+
 @pytest.mark.parametrize("given", [("0", "1", "1"), tuple("0123456788")])
 def test_names_given_twice_in_python_are_refused(given):
     with pytest.raises(UserError, match="2 classes with the name"):

@@ -1,6 +1,7 @@
 """The short part of `make fuzz`, and that no reader of files from strangers is without a row in its table."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,10 +46,12 @@ def test_every_module_that_reads_has_a_row():
 
 
 def test_files_from_strangers_end_in_a_sentence(tmp_path):
-    """Every hostile file, and a few spoiled ones of each kind."""
-    command = [sys.executable, "-m", "tests.fuzz", "--inputs=250", f"--keep={tmp_path}"]
+    """A few hostile and spoiled files of each kind but those that take a second each; these have other tests."""
+    rows = [row for row in ROWS if row.name.partition(",")[0] not in ("config.json", "metrics.jsonl")]
+    command = [sys.executable, "-m", "tests.fuzz", "--inputs=100", f"--keep={tmp_path}"]
+    command.append(f"--only={'|'.join(f'^{re.escape(row.name)}$' for row in rows)}")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
-    assert [row[0] for row in rows] == [*(row.name for row in ROWS), "all"]
-    assert all(row[-4:] == ["0"] * 4 and int(row[2].replace(",", "")) > 0 for row in rows if row[0] != "metrics.jsonl")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert [cells[0] for cells in table] == [*(row.name for row in rows), "all"]
+    assert all(cells[-4:] == ["0"] * 4 and int(cells[2]) > 0 for cells in table)

@@ -66,9 +66,10 @@ def test_names_of_real(tmp_path):
     for name in ("ILSVRC2012_val_00000004.JPEG", "ILSVRC2012_val_00000000.JPEG", "cat.png"):
         with pytest.raises(UserError, match="none of the 3 validation images"):
             real_labels(labels, name)
-    (tmp_path / "real.json").write_text('{"a": 1}')
-    with pytest.raises(UserError, match=r"is not ReaL's real.json"):
-        read_real(tmp_path / "real.json")
+    for content in ('{"a": 1}', '{"": 1}', "{}", "[1]", "[[true]]", "[[1000]]", "[[-1]]", "[" * 10_000, '[["a"]]'):
+        (tmp_path / "real.json").write_text(content)
+        with pytest.raises(UserError, match=r"is not ReaL's real.json"):
+            read_real(tmp_path / "real.json")
 
 
 @pytest.fixture(scope="module")

@@ -221,3 +221,15 @@ def test_no_paths_of_one_machine():
 def test_scripts_of_the_makefile_exist():
     scripts = re.findall(r"[\w/]+\.py\b", (ROOT / "Makefile").read_text("utf-8"))
     assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
+@pytest.mark.parametrize("name", ["requirements", "requirements-test"])
+def test_the_locks_have_the_requirements_and_hashes(name: str):
+    def pins(file: str) -> set[tuple[str, str]]:
+        found = re.findall(r"^([\w.-]+)==([\w.+]+)", (ROOT / file).read_text("utf-8"), re.MULTILINE)
+        return {(package.replace("_", "-").replace(".", "-").lower(), version) for package, version in found}
+
+    assert pins(f"{name}.txt") <= pins(f"{name}.lock"), "run make lock"
+    assert pins("requirements.lock") <= pins(f"{name}.lock"), "the tests run with other versions than a default install"
+    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / f"{name}.lock").read_text("utf-8"), flags=re.MULTILINE)[1:]
+    assert all("--hash=sha256:" in entry for entry in entries)

@@ -64,6 +64,8 @@ def _check_features(folder: Path, name: str) -> None:
             for file in sorted(entry.rglob("features.json")):
                 try:
                     _check_names(read_json(file), file, 0)
+                except UserError:
+                    raise
                 except (OSError, ValueError) as error:
                     raise UserError(
                         f"{file} is damaged ({shortened(reason(error))}): copy it again, or prepare the data set anew."

@@ -117,6 +117,26 @@ def test_tensors_stay_in_the_mapped_file(tmp_path):
         assert not value.flags.owndata and not value.flags.writeable
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_damaged_tensor_is_told_by_its_checksum(checked, tmp_path):
+    """Unless the archive was saved without checksums, which torch then leaves 0."""
+    path = tmp_path / "file.pth"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checked)
+    try:
+        torch.save({"a": torch.arange(1000.0), "b": torch.zeros(3)}, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert read_torch(path)["a"][999] == 999
+    damaged = path.read_bytes().replace(np.float32(500).tobytes(), np.float32(501).tobytes(), 1)
+    path.write_bytes(damaged)
+    if checked:
+        with pytest.raises(UserError, match="the checksum of its part file/data/0 is another"):
+            read_torch(path)
+    else:
+        assert read_torch(path)["a"][500] == 501
+
+
 # Arguments: a folder. Prints for each file in it what reading it gives: null or the sentence of a UserError.
 CHILD = """
 import json, resource, sys

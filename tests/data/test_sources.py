@@ -281,6 +281,21 @@ def test_tfds_without_prepared_data_names_the_command(tmp_path):
     assert f"`tfds build maxmap_tiny --file_format=array_record --data_dir={tmp_path}`" in text
 
 
+def test_no_class_that_a_tfds_folder_names_is_imported(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "copy")
+    (file,) = (tmp_path / "copy").rglob("features.json")
+    whole = file.read_text()
+    for name in ("antigravity.Image", "tensorflow_datasets.scripts.cli.main.Image"):
+        file.write_text(whole.replace("tensorflow_datasets.core.features.image_feature.Image", name))
+        assert f"TFDS would import {name}" in message("tfds", tmp_path / "copy", name="maxmap_tiny")
+        assert "TFDS would import" in message("tfds", tmp_path / "copy", name="MaxmapTiny")
+    file.write_text("[" * 10_000)
+    assert "features.json is damaged" in message("tfds", tmp_path / "copy", name="maxmap_tiny")
+    file.write_text(whole)
+    (file.parent / "dataset_info.json").write_text("{")
+    assert "'maxmap_tiny' are damaged" in message("tfds", tmp_path / "copy", name="maxmap_tiny")
+
+
 def test_tfds_prepared_in_a_format_that_cannot_be_read(tmp_path):
     class Elsewhere:
         info = type("Info", (), {"splits": {"train": 1}, "file_format": tfds.core.FileFormat.RIEGELI})

@@ -31,6 +31,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a forked process has only 
 from tests.fuzz.child import CLEAN, CRASH, ENDS, OTHER, ROOT, End, Task, in_a_child, run
 from tests.fuzz.readers import ROWS
 from tests.fuzz.rows import Files, Made, Row
+from tests.fuzz.self_check import check_ends
 
 BAD = ENDS[3:]
 INPUTS = 20_000
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.again:
         return again(chosen.again)
     rows = [row for row in ROWS if re.search(chosen.only, row.name)]
+    with scratch_folder() as scratch:
+        check_ends(scratch)
     began = time.monotonic()
     total: Counter[str] = Counter()
     faults = 0

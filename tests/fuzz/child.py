@@ -27,7 +27,8 @@ from maxmap.errors import UserError, sentence
 from tests.fuzz.rows import Files, Row
 
 MEMORY = 2 << 30  # bytes that reading may take
-SECONDS = 10  # of a processor; and six times as long until the end, for a busy machine
+SECONDS = 10  # of a processor
+PATIENCE = 120  # seconds until the end, for a busy machine
 ROOT = Path(__file__).resolve().parents[2]
 
 CLEAN, SAME, OTHER = "clean sentence", "same values", "accepted with other values"
@@ -111,10 +112,10 @@ class Guard:
         raise RuntimeError(f"reading a file tried {attempt}")
 
 
-def run(tasks: Iterable[Task], scratch: Path, jobs: int) -> Iterator[tuple[Task, End, Path]]:
+def run(tasks: Iterable[Task], scratch: Path, jobs: int, seconds: int = SECONDS) -> Iterator[tuple[Task, End, Path]]:
     """Reads each input in a process of its own, `jobs` at a time; yields how they ended, in any order.
 
-    The folder that it yields is then deleted.
+    The folder that it yields is then deleted. `seconds` are those of a processor.
     """
     gc.freeze()  # the children share these pages
     waiting, running = iter(tasks), selectors.DefaultSelector()
@@ -122,7 +123,7 @@ def run(tasks: Iterable[Task], scratch: Path, jobs: int) -> Iterator[tuple[Task,
     while True:
         while len(running.get_map()) < jobs and (task := next(waiting, None)) is not None:
             number += 1
-            child = _start(task, scratch / str(number))
+            child = _start(task, scratch / str(number), seconds)
             running.register(child.pipe, selectors.EVENT_READ, child)
         if not running.get_map():
             return
@@ -145,7 +146,7 @@ class _Child:
     deadline: float
 
 
-def _start(task: Task, folder: Path) -> _Child:
+def _start(task: Task, folder: Path, seconds: int) -> _Child:
     receiver, sender = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
@@ -154,13 +155,13 @@ def _start(task: Task, folder: Path) -> _Child:
         code = 1
         with contextlib.suppress(BaseException):
             os.close(receiver)
-            end = _read(task, folder)
+            end = _read(task, folder, seconds)
             end.text = end.text[-5000:]  # a pipe takes 64 KB
             os.write(sender, json.dumps(vars(end)).encode())
             code = 0
         os._exit(code)
     os.close(sender)
-    return _Child(task, folder, pid, receiver, time.monotonic() + 6 * SECONDS)
+    return _Child(task, folder, pid, receiver, time.monotonic() + PATIENCE)
 
 
 def _finish(child: _Child, late: bool) -> End:
@@ -171,7 +172,7 @@ def _finish(child: _Child, late: bool) -> End:
         return End(**json.loads(said))
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if late or number == signal.SIGXCPU:
-        return End(HANG, f"no end after {SECONDS} s of a processor or {6 * SECONDS} s")
+        return End(HANG, f"no end after its seconds of a processor, or after {PATIENCE} s")
     errors = child.folder / "errors"
     text = errors.read_text(errors="replace")[-2000:] if errors.exists() else ""
     kind = OUT_OF_MEMORY if "bad_alloc" in text else CRASH
@@ -207,7 +208,7 @@ def write(files: Files, folder: Path) -> Path:
     return folder / "input"
 
 
-def _read(task: Task, folder: Path) -> End:
+def _read(task: Task, folder: Path, seconds: int) -> End:
     """Reads an input in this process, under all limits."""
     place = write(task.make(), folder)
     errors = os.open(folder / "errors", os.O_WRONLY | os.O_CREAT)
@@ -216,7 +217,7 @@ def _read(task: Task, folder: Path) -> End:
     pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data and stack
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     guard = Guard(folder.parent, task.trusted)
     sys.addaudithook(guard)

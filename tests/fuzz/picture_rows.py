@@ -251,7 +251,7 @@ def read(folder: Path) -> Any:
 ROWS = (
     Row(
         "images, nine formats, evaluation and training",
-        ("maxmap.data.images", "maxmap.data.damage", "maxmap.data.decode", "maxmap.data.pipeline"),
+        ("maxmap.data.images", "maxmap.data.damage", "maxmap.data.decode", "maxmap.data.preprocessing"),
         4000,
         _valid,
         _spoil,

@@ -1,12 +1,13 @@
 """All rows of the table, and the modules that read only files of this machine or of maxmap itself."""
 
-from tests.fuzz import archive_rows, hub_rows, picture_rows, tensorflow_rows, text_rows, torch_rows
+from tests.fuzz import archive_rows, hub_rows, picture_rows, program_rows, tensorflow_rows, text_rows, torch_rows
 from tests.fuzz.rows import Row
 
 ROWS: tuple[Row, ...] = (
     *hub_rows.ROWS,
     *torch_rows.ROWS,
     *tensorflow_rows.ROWS,
+    *program_rows.ROWS,
     *archive_rows.ROWS,
     *picture_rows.ROWS,
     *text_rows.ROWS,
@@ -22,4 +23,5 @@ OWN_FILES = {
     "maxmap.train.build": "its own config, once more",
     "maxmap.train.resume": "the lock and the config of a run of its own",
     "maxmap.train.watch": "events of a run of its own",
+    "maxmap.wordnet": "a table of the package",
 }
