@@ -28,8 +28,10 @@ MARK = b"TFL3"  # behind the first four bytes
 _TYPES: dict[int, Any] = {0: np.float32, 1: np.float16, 2: np.int32, 3: np.uint8, 9: np.int8}
 _CONV, _DEPTHWISE, _FULLY_CONNECTED = 3, 4, 9  # operations
 _CONVOLUTIONS = (_CONV, _DEPTHWISE, _FULLY_CONNECTED)
-_WITHOUT_WEIGHTS = {1: "AVERAGE_POOL_2D", 40: "MEAN", 22: "RESHAPE", 43: "SQUEEZE", 25: "SOFTMAX", 114: "QUANTIZE"}
-_POOLING = (1, 40)
+_DEQUANTIZE = 6  # of 16-bit weights, and at the end
+_POOLING = (1, 40)  # AVERAGE_POOL_2D, MEAN
+_WITHOUT_WEIGHTS = (*_POOLING, 22, 43, 25, 114, _DEQUANTIZE)  # also RESHAPE, SQUEEZE, SOFTMAX, QUANTIZE
+_OTHERS = {0: "ADD", 2: "CONCATENATION", 17: "MAX_POOL_2D", 18: "MUL", 34: "PAD", 41: "SUB"}  # the usual ones, by name
 _SAME, _NO_ACTIVATION, _RELU6 = 0, 0, 3
 
 
@@ -55,6 +57,7 @@ class _Graph:
 
     def __init__(self, model: Table, graph: Table, size: int):
         self.buffers, self.tensors = model.tables(4), graph.tables(0)
+        self.sources: dict[int, int] = {}  # constants by the tensor that they are turned into
         self.unread = size  # bytes of the file: weights may share some, but not so many that they need much memory
         self.dequantised: collections.Counter[str] = collections.Counter()  # tensors by type
 
@@ -70,6 +73,7 @@ class _Graph:
 
     def values(self, index: int) -> np.ndarray:
         """Returns a constant in float32."""
+        index = self.sources.get(index, index)
         tensor, shape = self.tensors[index], self.shape(index)
         kind, data = tensor.scalar(1, "<b"), self.buffers[tensor.scalar(2, "<I")].vector(0, np.uint8)
         if kind not in _TYPES:
@@ -118,6 +122,9 @@ def _read(data: np.ndarray) -> Network:
         code = codes[operator.scalar(0, "<I")]
         kind = max(code.scalar(0, "<b"), code.scalar(3))
         inputs, outputs = operator.vector(1, np.int32), operator.vector(2, np.int32)
+        if kind == _DEQUANTIZE and inputs.size and outputs.size and inputs[0] != last:
+            graph.sources[int(outputs[0])] = int(inputs[0])
+            continue
         if not (inputs.size and outputs.size) or inputs[0] != last:
             raise ValueError(f"its operation {number} does not follow the one before")
         last = int(outputs[0])
@@ -125,7 +132,8 @@ def _read(data: np.ndarray) -> Network:
         if kind in _WITHOUT_WEIGHTS:
             continue
         if kind not in _CONVOLUTIONS or classifier is not None or len(trunk) > len(TRUNK):
-            raise ValueError(f"its operation {number} has the code {kind}, which does not belong there")
+            what = f"is {_OTHERS[kind]}" if kind in _OTHERS else f"has the code {kind}"
+            raise ValueError(f"its operation {number} {what}, which does not belong there")
         convolution = _convolution(graph, operator, kind, number, inputs, last, pooled)
         if pooled:
             classifier = convolution
