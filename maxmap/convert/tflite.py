@@ -97,7 +97,8 @@ class _Graph:
             aligned[axis] = scales.size
         zeros = np.zeros(scales.size, np.int64) if not zeros.size else zeros
         self.dequantised[str(dtype)] += 1
-        return (values - zeros.reshape(aligned)).astype(np.float32) * scales.reshape(aligned)
+        with np.errstate(all="ignore"):  # what is not finite is refused later, with its name
+            return (values - zeros.reshape(aligned)).astype(np.float32) * scales.reshape(aligned)
 
     def ends_at_six(self, index: int) -> bool:
         """Whether the integers of a result stand for 0 to 6, so that rounding to them is ReLU6."""

@@ -264,8 +264,13 @@ def test_tensorflow_js(state_dict, tmp_path, capsys):
         ({"paths": ["../x"]}, r"names the file \.\./x, which is not beside it"),
         ({"paths": ["group1-shard1of2"] * 2}, "names the file group1-shard1of2 twice"),
         ({"paths": 1}, "lists weights without 'paths'"),
-        ({"weights": [{"name": "a", "shape": [1 << 61, 8], "dtype": "float32"}]}, "end within a"),
+        ({"weights": [{"name": "a", "shape": [1 << 40, 8], "dtype": "float32"}]}, "end within a"),
         ({"weights": [{"name": "a", "shape": [-1], "dtype": "float32"}]}, "without a name or a shape"),
+        ({"weights": [{"name": "a", "shape": [0, 1 << 61], "dtype": "float32"}]}, "without a name or a shape"),
+        (
+            {"weights": [{"name": "a", "shape": [1], "dtype": "uint8", "quantization": {"scale": 10**400, "min": 0}}]},
+            "'scale'",
+        ),
         ({"weights": [{"name": "a", "shape": [1], "dtype": "string"}]}, "a with the type string"),
         ({"weights": [{"name": "a", "shape": [1], "dtype": "uint8", "quantization": {"dtype": "uint8"}}]}, "'scale'"),
     ],
@@ -328,8 +333,9 @@ def test_onnx(state_dict, tmp_path, capsys):
 @pytest.mark.parametrize(
     "tensor, sentence",
     [
-        (onnx_tensor("a", (2**40, 2**40), 1, field(9, bytes(8))), "a has 8 bytes, its shape needs"),
+        (onnx_tensor("a", (2**20, 2**30), 1, field(9, bytes(8))), "a has 8 bytes, its shape needs"),
         (onnx_tensor("a", (2**63,), 1, field(9, bytes(8))), "a has the shape"),
+        (onnx_tensor("a", (0, 2**61), 1, field(9, b"")), "a has the shape"),
         (onnx_tensor("a", (1,) * 65, 1, field(9, bytes(4))), "a has the shape"),
         (onnx_tensor("a", (1,), 1, field(13, field(1, "location") + field(2, "../x")), field(14, 1)), "not beside it"),
         (onnx_tensor("a", (1,), 1, field(9, bytes(4))) * 2, "the entry a twice"),
