@@ -2,9 +2,11 @@
 # make demo    train the embedded default on handwritten digits, evaluate, draw its curves, name a few images
 # make test    the tests
 # make check   format, lint, types
-# make soak    runs that are killed, starved and lied to: a table of what survived; half an hour (tests/soak.py)
+# make soak    runs that are killed, starved and lied to: a table of what survived; half an hour (tests/soak/__main__.py)
+# make fuzz    files from strangers, spoiled and hostile: a table of how reading them ends; a quarter of an hour (tests/fuzz)
 # make bench   speed beside timm on this machine, in turns (benchmarks/speed.py)
 # make accelerators  what the compilers of a TPU and an H100 say of our programs (benchmarks/accelerators.py)
+# make lock    requirements.lock and requirements-test.lock, with hashes, by uv
 # make parity  every model against its reference implementation, in float64; hours (benchmarks/parity.py)
 #
 # Another Python in an environment of its own: make PYTHON=python3.13 VENV=.venv313 test
@@ -12,6 +14,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+UV ?= uv
 JOBS ?= 2
 ARGS ?=
 
@@ -23,7 +26,7 @@ DEMO := runs/quickstart
 AOT ?= $(VENV)-aot
 GPU ?=
 
-.PHONY: help setup demo test check soak bench parity accelerators
+.PHONY: help setup lock demo test check soak fuzz bench parity accelerators
 help:
 	@sed -n 's/^# \(make [a-z]*  .*\)/\1/p' Makefile
 
@@ -45,6 +48,9 @@ check: $(VENV)/.test
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --jobs=$(JOBS) $(ARGS)
 
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz --jobs=$(JOBS) $(ARGS)
+
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
@@ -64,13 +70,19 @@ $(AOT)/.gpu: requirements.txt $(AOT)/.tpu
 	@touch $@
 
 # The stamps are newer than the requirements they were made from, so a second call installs nothing.
-$(VENV)/.test: requirements-test.txt $(VENV)/.run
-	$(PIP) -r requirements-test.txt
+$(VENV)/.test: requirements-test.lock requirements-torch.txt $(VENV)/.run
+	$(PIP) --no-deps --require-hashes -r requirements-test.lock
+	$(PIP) -r requirements-torch.txt
 	@touch $@
 
-$(VENV)/.run: requirements.txt | $(BIN)/pip
-	$(PIP) -r requirements.txt
+$(VENV)/.run: requirements.lock | $(BIN)/pip
+	$(PIP) --no-deps --require-hashes -r requirements.lock
 	@touch $@
+
+# After a change of a requirement. Versions stay as they are in the lock where they still fit.
+lock:
+	$(UV) pip compile --quiet requirements.txt --output-file requirements.lock
+	$(UV) pip compile --quiet requirements-test.txt --constraint requirements.lock --output-file requirements-test.lock
 
 $(BIN)/pip $(AOT)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

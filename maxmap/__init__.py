@@ -2,17 +2,28 @@
 
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
-from maxmap.inference import load, predict
+from maxmap.features import FeatureInfo, feature_info, intermediates
+from maxmap.heads.gramian import GramianHead
+from maxmap.heads.linear import LinearHead
+from maxmap.heads.map import MAPHead
+from maxmap.inference import load, predict, preprocess
 from maxmap.models import Classifier, average, create_model, list_models
 
 __all__ = [
     "Classifier",
+    "FeatureInfo",
+    "GramianHead",
+    "LinearHead",
+    "MAPHead",
     "UserError",
     "average",
     "create_model",
+    "feature_info",
     "from_torch",
+    "intermediates",
     "list_models",
     "load",
     "predict",
+    "preprocess",
     "to_torch",
 ]

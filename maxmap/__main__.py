@@ -1,4 +1,4 @@
-"""The commands beside training: python -m maxmap list, predict, convert, export, evaluate and more."""
+"""The commands beside training: python -m maxmap list, predict, validate, convert, export and more."""
 
 import argparse
 import csv
@@ -6,8 +6,6 @@ import json
 import re
 import sys
 import time
-import typing
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,19 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from maxmap import checkpoint, config, runtime, storage
+from maxmap import checkpoint, config, evaluation_commands, runtime, storage
 from maxmap.accelerators.hardware import HARDWARE
-from maxmap.classes import read_lines, read_names
+from maxmap.arguments import Number, Parser, local_path
+from maxmap.classes import read_names, read_numbers
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export, read_foreign
 from maxmap.convert.resize import RESIZES
 from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.cost import cost, count_parameters
+from maxmap.data.preprocessing import in_words
 from maxmap.errors import UserError, nearest, printable, sentence
-from maxmap.inference import predict
-from maxmap.labels import LABEL_SETS, evaluate_set
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model, list_models
-from maxmap.ranges import Count, fits, type_text
+from maxmap.ranges import Count
 from maxmap.recipe import Recipe
 from maxmap.train.compile import compile_step, describe_step
 from maxmap.train.plan import describe, plan
@@ -67,21 +65,16 @@ def list_command(pattern: str, family: str | None, head: str | None) -> None:
         )
 
 
-def predict_command(workdir: str, images: list[Path], top: int) -> None:
-    """Prints the likeliest classes of every image."""
-    for path, classes in zip(images, predict(workdir, images, top=top), strict=True):
-        named = ", ".join(f"{printable(name)} {100 * probability:.1f} %" for name, probability in classes)
-        print(f"{printable(path)}: {named}")
-
-
 def convert_command(source: str, dest: str, class_map: Path | None, classes: Path | None, **options: Any) -> None:
     """Writes a checkpoint of others as one of ours, and prints what was done to its entries."""
     began = time.perf_counter()
+    preprocessing = evaluation_commands.take_preprocessing(options)
     loaded = convert(
         source,
         dest,
-        class_map=None if class_map is None else _numbers(class_map),
+        class_map=None if class_map is None else read_numbers(class_map),
         classes=None if classes is None else read_names(classes),
+        preprocessing=preprocessing,
         **options,
     )
     about, model = loaded.info["source"], loaded.info["model"]
@@ -91,16 +84,10 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
         f"({about['dialect']} names, {loaded.info['weights']} weights)"
     )
     print(loaded.report)
-    pre = ", ".join(f"{key} {value}" for key, value in loaded.info["preprocessing"].items())
-    print(f"preprocessing: {pre}")
+    print(f"preprocessing: {in_words(loaded.info['preprocessing'])}")
+    if loaded.assumed:
+        print(f"assumed, as the source does not say it: {loaded.assumed}; options such as --crop-pct and --mean set it")
     print(f"written to {printable(dest)} in {time.perf_counter() - began:.1f} s")
-
-
-def _numbers(path: Path) -> list[int]:
-    try:
-        return [int(line) for line in read_lines(path)]
-    except ValueError as error:
-        raise UserError(f"{path} is no class map ({error}): give a whole number in every line.") from None
 
 
 def export_command(source: str, file: Path, **options: Any) -> None:
@@ -146,12 +133,6 @@ def samples_command(recipe: Recipe, folder: Path, count: Count) -> None:
         except OSError as error:
             raise UserError(f"cannot write {printable(path)} ({error.strerror}): give another folder.") from error
         print(printable(path))
-
-
-def evaluate_command(workdir: str, images: Path, labels: str, file: Path | None, batch_size: int) -> None:
-    """Prints what a checkpoint reaches on ReaL's labels, ImageNet-V2, -A, -R or -Sketch."""
-    result = evaluate_set(workdir, images, labels, file, batch_size)
-    print(f"{labels}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']} images")
 
 
 def plan_command(
@@ -212,40 +193,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="python -m maxmap", description=__doc__)
+    parser = Parser(prog="python -m maxmap", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_model_commands(commands)
     _add_conversion_commands(commands)
     _add_config_commands(commands)
     return parser
-
-
-class Number:
-    """Reads an argument that is a number, and refuses what does not fit the parameter that it is for.
-
-    Args:
-      function: That takes the number.
-      parameter: Its name there; the annotation says what fits.
-    """
-
-    def __init__(self, function: Callable[..., Any], parameter: str):
-        self.wanted = typing.get_type_hints(function, include_extras=True)[parameter]
-
-    def __call__(self, text: str) -> int | float:
-        for kind in (int, float):
-            try:
-                value = kind(text)
-            except ValueError:
-                continue
-            if fits(value, self.wanted):
-                return value
-            break
-        wanted = type_text(self.wanted).removesuffix(" or None")
-        raise argparse.ArgumentTypeError(f"'{printable(text)}' is out of range: give a value of type {wanted}.")
-
-
-def _path(text: str) -> Path:
-    return Path(storage.expand(text))
 
 
 def _add_model_commands(commands: Any) -> None:
@@ -257,21 +210,7 @@ def _add_model_commands(commands: Any) -> None:
     command.add_argument("--head", choices=HEADS, help="only this head")
     command.set_defaults(run=list_command)
 
-    command = commands.add_parser("predict", help="name what images show, with the preprocessing of the checkpoint")
-    command.add_argument("workdir", type=storage.expand, help="folder of a run")
-    command.add_argument("images", type=_path, nargs="+", help="image files")
-    command.add_argument("--top", type=Number(predict, "top"), default=5, help="classes per image (default: 5)")
-    command.set_defaults(run=predict_command)
-
-    command = commands.add_parser("evaluate", help="ImageNet-ReaL, V2, A, R or Sketch, from files that you have")
-    command.add_argument("workdir", type=storage.expand, help="folder of a run")
-    command.add_argument("images", type=_path, help="folder with a folder of images per class")
-    command.add_argument("--labels", choices=LABEL_SETS, required=True, help="which of these sets")
-    command.add_argument("--file", type=_path, help="real.json, which ReaL needs")
-    command.add_argument(
-        "--batch_size", type=Number(evaluate_set, "batch_size"), default=128, help="images at a time (default: 128)"
-    )
-    command.set_defaults(run=evaluate_command)
+    evaluation_commands.add_commands(commands)
 
     command = commands.add_parser("average", help="average checkpoints; of a single one, keep the EMA weights alone")
     command.add_argument("workdirs", type=storage.expand, nargs="+", help="folders of runs of the same model")
@@ -314,8 +253,11 @@ def _add_conversion_commands(commands: Any) -> None:
         help="channels of the images (default: those of the source)",
     )
     command.add_argument("--resize", choices=RESIZES, help="of position tables (default: bilinear from TensorFlow)")
-    command.add_argument("--class-map", type=_path, help="file: for every new class the old one's number, -1 the mean")
-    command.add_argument("--classes", type=_path, help="file with the name of a class in every line")
+    evaluation_commands.add_preprocessing(command, "what the source says")
+    command.add_argument(
+        "--class-map", type=local_path, help="file: for every new class the old one's number, -1 the mean"
+    )
+    command.add_argument("--classes", type=local_path, help="file with the name of a class in every line")
     command.add_argument(
         "--ignore",
         action="append",
@@ -329,7 +271,7 @@ def _add_conversion_commands(commands: Any) -> None:
 
     command = commands.add_parser("export", help="write a checkpoint for PyTorch, under the reference's names")
     command.add_argument("source", type=storage.expand, help="folder of a run or of a converted checkpoint")
-    command.add_argument("file", type=_path, help=".safetensors or .pth to write")
+    command.add_argument("file", type=local_path, help=".safetensors or .pth to write")
     command.add_argument("--dialect", choices=DIALECTS, help="whose names (default: timm's or the author's)")
     _add_ema(command)
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -354,7 +296,7 @@ def _add_ema(command: argparse.ArgumentParser) -> None:
 
 def _add_classifier(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--classifier", type=_path, metavar="FILE", help="file of the classifier, where the source has the trunk alone"
+        "--classifier", type=local_path, metavar="FILE", help="file of the classifier, where the source has the trunk alone"
     )
 
 
@@ -362,7 +304,7 @@ def _add_config_commands(commands: Any) -> None:
     about = "config file; --config.KEY=VALUE changes a value"
     command = commands.add_parser("samples", help="write some evaluation images of a config's data as files")
     command.add_argument("config", help=about)
-    command.add_argument("folder", type=_path, help="where to")
+    command.add_argument("folder", type=local_path, help="where to")
     command.add_argument("--count", type=Number(samples_command, "count"), default=6, help="images (default: 6)")
     command.set_defaults(run=samples_command)
 
@@ -383,12 +325,12 @@ def _add_config_commands(commands: Any) -> None:
         help="compile the step for that hardware, here, and print what the compiler says; minutes",
     )
     command.add_argument("--json", action="store_true", dest="as_json", help="print it as JSON")
-    command.add_argument("--save", type=_path, help="file for the compiled program's text")
+    command.add_argument("--save", type=local_path, help="file for the compiled program's text")
     command.set_defaults(run=plan_command)
 
     command = commands.add_parser("show-batch", help="draw an augmented training batch with its targets")
     command.add_argument("--config", required=True, help=about)
-    command.add_argument("--out", type=_path, default=Path("batch.png"), help="picture (default: batch.png)")
+    command.add_argument("--out", type=local_path, default=Path("batch.png"), help="picture (default: batch.png)")
     command.add_argument("--step", type=Number(show_batch, "step"), default=0, help="of the run (default: 0)")
     command.add_argument("--count", type=Number(show_batch, "count"), default=16, help="images (default: 16)")
     command.set_defaults(run=show_batch_command)

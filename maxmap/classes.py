@@ -1,15 +1,18 @@
 """Class names: they decide everywhere that a checkpoint's classes meet those of data or of another checkpoint."""
 
+import collections
 import os
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from maxmap.errors import UserError, nearest
+from maxmap.errors import UserError, nearest, quoted, reason, shortened
+from maxmap.small_files import read_small
 
 _SHOWN = 3  # names that a message lists
+_CLASS_NUMBER = re.compile("-1|[0-9]{1,9}")
 
 
 def match(own: Sequence[str], known: Sequence[str], where: str, whose: str) -> np.ndarray:
@@ -33,8 +36,8 @@ def match(own: Sequence[str], known: Sequence[str], where: str, whose: str) -> n
     unknown = [name for name in own if name not in index]
     if unknown:
         raise UserError(
-            f"class {unknown[0]!r} of {where} ({len(unknown)} such) is not among the {len(index)} classes of {whose} "
-            f"(nearest: {nearest(unknown[0], index)}): rename it, or leave it out."
+            f"class {quoted(unknown[0])} of {where} ({len(unknown)} such) is not among the {len(index)} classes of "
+            f"{whose} (nearest: {nearest(unknown[0], index)}): rename it, or leave it out."
         )
     return np.array([index[name] for name in own], np.int32)
 
@@ -44,12 +47,13 @@ def require_distinct(names: Sequence[str], where: str) -> None:
     for i, name in enumerate(names):
         if not name.strip():
             raise UserError(f"class {i} of {where} has no name: give each class a name of its own.")
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        both = ", ".join(str(i) for i, name in enumerate(names) if name == twice)
+    counts = collections.Counter(names)
+    if len(counts) < len(names):
+        twice = next(name for name in names if counts[name] > 1)
+        both = [str(i) for i, name in enumerate(names) if name == twice]
         raise UserError(
-            f"{where} has {names.count(twice)} classes with the name {twice!r} (numbers {both}): give each class a "
-            "name of its own."
+            f"{where} has {len(both)} classes with the name {quoted(twice)} (numbers {listed(both)}): give each class "
+            "a name of its own."
         )
 
 
@@ -93,6 +97,22 @@ def read_names(path: str | os.PathLike) -> list[str]:
     return names
 
 
+def read_numbers(path: str | os.PathLike) -> list[int]:
+    """Reads a class map: in every line the number of a class, or -1.
+
+    Raises:
+      UserError: The file cannot be read, or a line is no such number.
+    """
+    lines = read_lines(path)
+    for number, line in enumerate(lines, 1):
+        if not _CLASS_NUMBER.fullmatch(line.strip()):
+            raise UserError(
+                f"{path} is no class map, because its line {number} is {quoted(line)}: give the number of a class in "
+                "every line, or -1."
+            )
+    return [int(line) for line in lines]
+
+
 def read_lines(path: str | os.PathLike) -> list[str]:
     """Reads the lines of a UTF-8 file, without a byte-order mark and without blank lines at its end.
 
@@ -100,8 +120,10 @@ def read_lines(path: str | os.PathLike) -> list[str]:
       UserError: The file cannot be read.
     """
     try:
-        text = Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): give a UTF-8 text file with one line for each class.") from None
+        text = read_small(path).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path} ({shortened(reason(error))}): give a UTF-8 text file with one line for each class."
+        ) from None
     # Not splitlines(), which also splits at characters that a name may contain.
     return text.rstrip().split("\n")

@@ -1,9 +1,12 @@
 """The error for mistakes that a user can make: it ends in one sentence and exit code 2, not in a stack trace."""
 
 import difflib
+import itertools
 import os
 import unicodedata
 from collections.abc import Iterable
+
+_MOST_NAMES, _LONGEST_NAME = 10_000, 100  # that are compared with a name
 
 
 class UserError(ValueError):
@@ -36,10 +39,13 @@ def _escape(character: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """Returns the `n` names in `known` that are most similar to `name`, as text for an error message."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=n, cutoff=0.0)
-    return ", ".join(close) if close else "(none)"
+    """Returns the `n` names in `known` that are most similar to `name`, as text for an error message.
+
+    Only the beginning of a very long list, and of very long names, is compared, because that takes time.
+    """
+    beginnings = sorted({text[:_LONGEST_NAME] for text in itertools.islice(known, _MOST_NAMES)})
+    close = difflib.get_close_matches(name[:_LONGEST_NAME], beginnings, n=n, cutoff=0.0)
+    return ", ".join(map(shortened, close)) if close else "(none)"
 
 
 def reason(error: BaseException) -> str:
@@ -56,3 +62,8 @@ def shortened(value: object, longest: int = 120) -> str:
         text = ""
     escaped = printable(text[: longest + 1] or f"a value of type {type(value).__name__}")
     return escaped if len(escaped) <= longest else f"{escaped[:longest]}..."
+
+
+def quoted(text: str) -> str:
+    """Returns a name from a stranger's file in quotes, escaped and cut."""
+    return repr(text[:_LONGEST_NAME]) + "..." * (len(text) > _LONGEST_NAME)

@@ -1,8 +1,11 @@
 """Exact evaluation: every image of the split counts once, whatever the batch size and the number of devices."""
 
+import collections
+import contextlib
+import functools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,16 @@ from maxmap.convert.load import read_model
 from maxmap.cost import count_parameters
 from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data
+from maxmap.data.preprocessing import departures
 from maxmap.errors import UserError, printable
-from maxmap.models import average
+from maxmap.models import Classifier, average
 from maxmap.operations import Array, upcast
 from maxmap.predictions import make_rows, to_csv
+from maxmap.progress import Progress
 from maxmap.recipe import Recipe
 from maxmap.sharding import gather, gather_processes, replicated, split_batch, to_devices, traced_on
+
+_LARGEST_STRIDE = 64  # of any model: larger images need no check of theirs
 
 EvalStep = Callable[[Any, Mapping[str, Array]], dict[str, Any]]
 
@@ -112,6 +119,9 @@ def evaluate(
     batch_size: int,
     mesh: Mesh,
     rows: list[dict[str, Any]] | None = None,
+    *,
+    progress: Progress | None = None,
+    device_batches: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates variables on the whole evaluation split.
 
@@ -122,6 +132,9 @@ def evaluate(
       batch_size: Images at a time over all devices; rounded up to a multiple of their number.
       mesh: Of the evaluation step.
       rows: List to which a row is added for each image; see `maxmap.predictions.make_rows`.
+      progress: Shows how far it is; closed at the end.
+      device_batches: Batches that are on the devices at a time; None for 1 on a CPU, else 2. With 2, a batch is
+        computed while the host reads the figures of the one before.
 
     Returns:
       'top1' and 'top5' (percent), 'branch_top1' (percent, for each branch), 'loss' (mean), 'images' (how many count)
@@ -131,20 +144,31 @@ def evaluate(
         raise UserError("there is no evaluation data: set --config.data.val_split.")
     devices = mesh.devices.size
     batch_size = -(-batch_size // devices) * devices
+    ahead = device_batches or (1 if jax.default_backend() == "cpu" else 2)
     totals: dict[str, Any] = {}
     skipped = []
-    batches = data.eval_batches(batch_size, process_index=jax.process_index(), process_count=jax.process_count())
-    for batch in batches:
-        left_out = gather_processes(batch["skipped"])
-        skipped += [printable(data.val.name(int(index))) for index in left_out[left_out >= 0]]
-        sums = eval_step(variables, to_devices({key: batch[key] for key in ("image", "label", "mask")}, mesh))
-        predictions = sums.pop("predictions")
-        if rows is not None:
-            about = {key: gather_processes(batch[key]) for key in ("index", "label", "mask")}
-            rows += make_rows(about, jax.device_get(predictions), data.val.name)
-        for key, value in jax.device_get(sums).items():
-            # float64 on the host: float32 cannot count beyond 2^24 images.
-            totals[key] = totals.get(key, 0) + np.asarray(value, np.float64)
+
+    def computed() -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, Any]]]:
+        for batch in data.eval_batches(
+            batch_size, process_index=jax.process_index(), process_count=jax.process_count()
+        ):
+            on_devices = to_devices({key: batch[key] for key in ("image", "label", "mask")}, mesh)
+            yield batch, eval_step(variables, on_devices)
+
+    with contextlib.closing(progress) if progress else contextlib.nullcontext():
+        for batch, sums in _delayed(computed(), ahead - 1):
+            left_out = gather_processes(batch["skipped"])
+            skipped += [printable(data.val.name(int(index))) for index in left_out[left_out >= 0]]
+            predictions = sums.pop("predictions")
+            if rows is not None:
+                about = {key: gather_processes(batch[key]) for key in ("index", "label", "mask")}
+                rows += make_rows(about, jax.device_get(predictions), data.val.name)
+            for key, value in jax.device_get(sums).items():
+                # float64 on the host: float32 cannot count beyond 2^24 images.
+                totals[key] = totals.get(key, 0) + np.asarray(value, np.float64)
+            if progress and totals["images"]:
+                shares = (100 * float(totals[key]) / float(totals["images"]) for key in ("top1", "top5"))
+                progress.update(int(totals["images"]) + len(skipped), *shares)
     images = int(totals["images"])
     if images == 0:
         raise UserError("no image of the evaluation split could be decoded, so there is nothing to evaluate.")
@@ -158,17 +182,37 @@ def evaluate(
     }
 
 
+def _delayed(items: Iterator[Any], count: int) -> Iterator[Any]:
+    """Yields items in their order, each when `count` more of them were taken."""
+    waiting: collections.deque[Any] = collections.deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
+
+
 def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of `eval.json`: a result with the model, weights and preprocessing that it belongs to."""
-    about = {key: value for key, value in info["preprocessing"].items() if key not in ("mean", "std")}
+    errors = {f"{key}_err": round(100 - result[key], 6) for key in ("top1", "top5")}
     return {
         "model": info["model"]["name"],
         "step": info["step"],
         "weights": info["weights"],
         **result,
+        **errors,
         "param_count": count_parameters(params),
-        **about,
+        **info["preprocessing"],
     }
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """Returns the content of `eval.json` as one line, as timm's validate.py ends, with what the figures belong to."""
+    top1, top5 = (f"{result[key]:.3f} ({result[f'{key}_err']:.3f})" for key in ("top1", "top5"))
+    return (
+        f"* Acc@1 {top1} Acc@5 {top5}, {result['images']:,} images, {result['param_count']:,} parameters, "
+        f"{result['image_size']} px, crop {result['crop_pct']} {result['crop_mode']}, {result['interpolation']}"
+    )
 
 
 def write(result: Mapping[str, Any], workdir: str | Path, name: str = "eval.json") -> None:
@@ -196,6 +240,8 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     path = workdir if own or recipe.init_from is None else recipe.init_from
     variables, info = read_model(path)
     data, present = open_for(recipe, info, path)
+    if departing := departures(data.preprocessing, info.get("preprocessing", {})):
+        tell(f"the config's preprocessing is not that of the checkpoint in {path}: {'; '.join(departing)}")
     check_same_model(recipe.describe_model(len(data.classes)), info["model"], path)
     model = recipe.model(num_classes=len(data.classes))
     check_image_size(model, variables, data.preprocessing["image_size"])
@@ -206,7 +252,8 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     def figures(variables: Any, weights: str) -> dict[str, Any]:
         rows[weights] = []
         placed = jax.device_put(variables, replicated(mesh))
-        return evaluate(eval_step, placed, data, recipe.evaluate.batch_size, mesh, rows[weights])
+        progress = Progress(data.num_eval)
+        return evaluate(eval_step, placed, data, recipe.evaluate.batch_size, mesh, rows[weights], progress=progress)
 
     result = figures(variables, info["weights"])
     if present < len(data.classes):
@@ -240,36 +287,53 @@ def open_for(recipe: Recipe, info: Mapping[str, Any], where: str | Path) -> tupl
     Raises:
       UserError: The data is missing, or has a class that the checkpoint does not have.
     """
-    known, stored = stored_names(info), info.get("classes", ())
-    # The names of the evaluation split say what its labels mean; without names, those of the training split do.
     no_split = recipe.data.keywords.get("val_split", "val") is None
-    data = recipe.data() if known is None or no_split else recipe.data(train_split=None)
+    data = recipe.data() if no_split else recipe.data(train_split=None)
+    # What the labels of an evaluation split without some of the classes mean, the training split says.
+    if stored_names(info) is None and not no_split and len(data.classes) != len(info.get("classes", ())):
+        data = recipe.data()
+    return match_classes(data, info, where)
+
+
+def match_classes(data: Data, info: Mapping[str, Any], where: str | Path) -> tuple[Data, int]:
+    """Gives data labels in the order of a checkpoint's classes, found by their names; see `open_for`."""
+    known, stored = stored_names(info), info.get("classes", ())
     names = list(data.classes)
     same_count = len(names) == len(stored)
     if (data.numbered and same_count) or (known is None and not set(names) <= set(stored)):
         if same_count and names != list(stored):
             unnamed = "the data" if data.numbered else where
-            _tell(f"{unnamed} has numbers in place of class names: {names[0]!r} of the data is taken for {stored[0]!r}")
+            tell(f"{unnamed} has numbers in place of class names: {names[0]!r} of the data is taken for {stored[0]!r}")
         return data, len(names)
     if len(names) < len(stored):
-        _tell(f"the data has {len(names)} of the {len(stored)} classes of {where}, which all stay candidates")
+        tell(f"the data has {len(names)} of the {len(stored)} classes of {where}, which all stay candidates")
     return data.with_classes(stored, f"the checkpoint in {where}"), len(names)
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Prints a line on stderr, on the first process alone."""
     if jax.process_index() == 0:
         print(f"maxmap: {text}.", file=sys.stderr)
 
 
 def check_image_size(model: nn.Module, variables: Any, size: int) -> None:
     """Raises UserError unless a model takes images of `size` pixels."""
+    if isinstance(model, Classifier) and size < _LARGEST_STRIDE and size < (stride := _stride(model, variables)):
+        raise UserError(f"images of {size} pixels are smaller than the model's stride of {stride}: give larger ones.")
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     try:
         jax.eval_shape(model.apply, variables, images)
     except (ValueError, TypeError, FlaxError) as error:
-        raise UserError(
-            f"the model does not take the images of config.data, {size} pixels: {str(error).rstrip('.')}."
-        ) from None
+        raise UserError(f"the model does not take images of {size} pixels: {str(error).rstrip('.')}.") from None
+
+
+def _stride(model: Classifier, variables: Any) -> int:
+    """Returns how many pixels of a side become one position of the smallest feature map."""
+    size = model.backbone.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    maps = jax.eval_shape(functools.partial(model.apply, method="features"), variables, images)
+    return height // min(side for side in (leaf.shape[1] for leaf in maps) if side > 1)  # PiT's class token is a map
 
 
 def check_same_model(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str | Path) -> None:

@@ -1,18 +1,22 @@
-"""Loading a checkpoint, and naming what images show."""
+"""Loading a checkpoint, preparing images for it, and naming what they show."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from maxmap.convert.load import read_model
 from maxmap.data.augment import normalize
-from maxmap.data.pipeline import preprocess
+from maxmap.data.preprocessing import cropped
 from maxmap.models import Classifier, average, create_model
 from maxmap.ranges import Count, check_arguments
+
+AnyImage: TypeAlias = str | os.PathLike | Image.Image | np.ndarray
 
 
 def load(path: str | Path) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
@@ -31,6 +35,27 @@ def load(path: str | Path) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
     """
     variables, info = read_model(path)
     return create_model(**info["model"]), variables, info
+
+
+def preprocess(images: AnyImage | Sequence[AnyImage], info: Mapping[str, Any]) -> np.ndarray:
+    """Makes of images what a checkpoint's network takes: resized, cropped and normalised as it was trained to see them.
+
+    Args:
+      images: One image or several: a path, a PIL image, a uint8 array `[H, W, 3]` (or 1 or 4 channels), a list of
+        these, or a uint8 array `[B, H, W, C]`. They may differ in size.
+      info: Of the checkpoint, as `load` returns it.
+
+    Returns:
+      float32 `[B, image_size, image_size, 3]`; B is 1 for one image.
+
+    Raises:
+      UserError: A file is missing or cannot be decoded, or an array is of another type or shape.
+    """
+    one = isinstance(images, str | os.PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim != 4)
+    several: Iterable[Any] = [images] if one else cast(Sequence[AnyImage], images)
+    pre = info["preprocessing"]
+    pixels = np.stack([cropped(image, pre) for image in several])
+    return np.asarray(normalize(jnp.asarray(pixels), pre["mean"], pre["std"]))
 
 
 def predict(
@@ -52,17 +77,16 @@ def predict(
     """
     check_arguments(predict, "", locals())
     model, variables, info = load(path)
-    pre, classes = info["preprocessing"], info["classes"]
+    classes = info["classes"]
 
     @jax.jit
-    def probabilities(variables: Any, batch: jax.Array) -> jax.Array:
-        outputs = model.apply(variables, normalize(batch, pre["mean"], pre["std"]))
-        return jax.nn.softmax(average(outputs), axis=-1)
+    def probabilities(variables: Any, batch: np.ndarray) -> jax.Array:
+        return jax.nn.softmax(average(model.apply(variables, batch)), axis=-1)
 
     results = []
     for start in range(0, len(images), batch_size):
-        pixels = np.stack([preprocess(image, pre) for image in images[start : start + batch_size]])
-        for row in np.asarray(probabilities(variables, jnp.asarray(pixels))):
+        batch = preprocess(images[start : start + batch_size], info)
+        for row in np.asarray(probabilities(variables, batch)):
             best = np.argsort(-row, kind="stable")[:top]
             results.append([(classes[i], float(row[i])) for i in best])
     return results

@@ -88,6 +88,16 @@ class Classifier(nn.Module):
         except ScopeParamShapeError as error:
             raise channels_error(images, error) or error from None
 
+    def forward_features(self, images: Array, *, train: bool = False) -> Array:
+        """Returns the last map `[B, H, W, C]` in front of the pooling, as timm's method of this name does.
+
+        It is normalised if the head is a linear one that normalises before it pools.
+        """
+        features = self.features(images, train=train)
+        if isinstance(self.head, LinearHead):
+            return cast(Array, self.head(features, train=train, pool=False))
+        return features[-1]
+
     def embed(self, images: Array, *, train: bool = False) -> Array:
         """Returns the pooled `[B, D]` in front of the classifier."""
         return self(images, train=train)["embedding"]

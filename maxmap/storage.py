@@ -18,7 +18,7 @@ from pathlib import Path
 import fsspec
 from etils import epath
 
-from maxmap.errors import UserError
+from maxmap.errors import UserError, printable, reason
 
 _UNFINISHED, _NEW, _OLD = ".unfinished", "new", "old"
 _LONGEST_PREFIX = 100  # characters of the target's name
@@ -225,6 +225,19 @@ def disk_errors(path: str | Path, action: str, kept: Callable[[], str]) -> Itera
             f"{path} cannot {action} ({reason[0] if reason else error}); {kept()}: make room, or the folder writable, "
             "and start again."
         ) from error
+
+
+def write_named(path: str | Path | epath.Path, text: str) -> None:
+    """Writes a file that the user named, as `write_text` does.
+
+    Raises:
+      UserError: it cannot be written there.
+    """
+    try:
+        with bucket_errors(os.fspath(path), "be written"):
+            write_text(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write {printable(path)} ({reason(error)}): give another file.") from error
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from maxmap import checkpoint, classes, evaluate
+from maxmap import checkpoint, classes, evaluate, wordnet
 from maxmap.checkpoint import average_checkpoints
 from maxmap.config import bind
 from maxmap.data.pipeline import open_data
@@ -189,6 +189,18 @@ def test_a_start_fits_the_classifier_to_the_names(tmp_path):
     assert options == {"other_classes": True} and "its classes (b, c, z) are not those of the data (a, b, c)" in said
     options, said = _fit_classes({"classes": ["0", "1", "2"]}, data)
     assert options == {} and "numbers decide" in said
+
+
+def test_a_start_finds_classes_of_imagenet_by_their_ids(tmp_path):
+    """A checkpoint of 21k for data of three classes, one of which it lacks."""
+    names = ("n01440764", "n02510455", "n04399382")
+    data = open_data("folder", write_classes(tmp_path, *names), image_size=8)
+    large = wordnet.classes(21841)
+    options, said = _fit_classes({"classes": large}, data)
+    assert options == {"class_map": [large.index(names[0]), large.index(names[1]), -1]}
+    assert said == "\n2 of the 3 classes get their weights by WordNet id, the other 1 the mean of all"
+    options, said = _fit_classes({"classes": [str(i) for i in range(21841)]}, data)
+    assert options == {} and said == ""
 
 
 def test_averages_need_the_same_classes(tmp_path):

@@ -1,6 +1,8 @@
 """python -m maxmap: what each command prints, and its one sentence for a mistake."""
 
+import csv
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -14,6 +16,7 @@ from PIL import Image
 
 from maxmap import __main__ as commands
 from maxmap import checkpoint, storage
+from maxmap.arguments import Number, local_path
 from maxmap.config import bind, read
 from maxmap.errors import UserError
 from maxmap.inference import predict
@@ -117,6 +120,41 @@ def test_predict_prints_a_line_for_every_image(capsys, tmp_path, workdir):
         predict(workdir, images[:1], top=0)
 
 
+def test_predict_says_what_ids_of_wordnet_mean(capsys, tmp_path, monkeypatch):
+    """On the terminal the first word, in the files all of them."""
+    use_models(create_tiny, monkeypatch)
+    model = {"name": "tiny", "num_classes": 3}
+    variables = create_tiny(**model).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    info = {"model": model, "classes": ["n01440764", "n02510455", "cat"], "preprocessing": preprocessing(), "step": 1}
+    checkpoint.write_variables(tmp_path / "run", copied(variables), info)
+    for i in range(2):
+        write_image(tmp_path / f"{i}.png", i, i)
+    files = [f"--json={tmp_path}/a.json", f"--csv={tmp_path}/a.csv"]
+    argv = ["predict", str(tmp_path / "run"), str(tmp_path / "0.png"), str(tmp_path / "1.png"), *files]
+    assert commands.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"tench \(n01440764\) [\d.]+ %", printed)) == 2 and re.search(r"[ ,] cat [\d.]+ %", printed)
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert len(rows) == 6 and [row["rank"] for row in rows] == [1, 2, 3] * 2
+    by_class = {row["class"]: row for row in rows[:3]}
+    assert by_class["n01440764"]["words"] == "tench, Tinca tinca" and by_class["cat"]["words"] is None
+    ((_, first), *_), _ = predict(tmp_path / "run", [tmp_path / "0.png", tmp_path / "1.png"], top=3)
+    assert rows[0]["probability"] == pytest.approx(first) and rows[0]["image"] == f"{tmp_path}/0.png"
+    table = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [{**row, "words": row["words"] or None} for row in table] == [
+        {key: value if value is None else str(value) for key, value in row.items()} for row in rows
+    ]
+    assert "cannot write" in mistake_after_output(capsys, *argv[:3], f"--json={tmp_path}/no/a.json")
+
+
+def mistake_after_output(capsys, *argv: str) -> str:
+    """As `mistake`, of a command that has printed its results when it fails."""
+    assert commands.main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out and captured.err.count("\n") == 1
+    return captured.err
+
+
 def test_odd_names_are_printed_on_a_line_each(capsys, tmp_path, workdir):
     """Names of files and classes with a line end, or with bytes that are not UTF-8."""
     names = ["two\nlines.png", os.fsdecode(b"caf\xe9.png")]
@@ -153,8 +191,9 @@ def test_every_path_may_start_at_home(capsys, tmp_path, workdir, monkeypatch):
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
-def numbers() -> list[tuple[list[str], str, commands.Number]]:
-    """The arguments of all commands that are numbers: what has to be given beside them, their option, their type."""
+def numbers() -> list[tuple[list[str], str, int, Number]]:
+    """The arguments of all commands that are numbers: what has to be given beside them, their option,
+    how many values it takes, their type."""
     (choices,) = (action.choices for action in commands.make_parser()._actions if action.choices)
     found = []
     for name, parser in choices.items():
@@ -165,27 +204,35 @@ def numbers() -> list[tuple[list[str], str, commands.Number]]:
                 some = next(iter(action.choices)) if action.choices else "1"
                 needed += [f"{options[0]}={some}"] if options else [some]
         for action in parser._actions:
-            if isinstance(action.type, commands.Number):
-                found.append((needed, action.option_strings[0], action.type))
+            if isinstance(action.type, Number):
+                found.append((needed, action.option_strings[0], action.nargs or 1, action.type))
             else:
                 # Everything else is a path, a text or one of a list.
-                assert action.type in (None, storage.expand, commands._path), (name, action.dest)
+                assert action.type in (None, storage.expand, local_path), (name, action.dest)
     return found
 
 
 NUMBERS = numbers()
 
 
-@pytest.mark.parametrize(("needed", "option", "number"), NUMBERS, ids=[f"{n[0]} {option}" for n, option, _ in NUMBERS])
-def test_every_number_of_a_command_has_a_range(needed, option, number, capsys):
+@pytest.mark.parametrize(
+    ("needed", "option", "values", "number"), NUMBERS, ids=[f"{needed[0]} {option}" for needed, option, *_ in NUMBERS]
+)
+def test_every_number_of_a_command_has_a_range(needed, option, values, number, capsys):
     (kind, limits), *_ = ranges_in(number.wanted)
     texts = [str(value) for value in outside(number.wanted) if not isinstance(value, list | bool)]
-    for text in [*(t for t in texts if t != "1"), "many", "", "-inf"]:
+    # One of several values may not begin with a minus: argparse takes it for an option.
+    for text in [
+        *(t for t in texts if t != "1" and (values == 1 or t[0] != "-")),
+        "many",
+        "",
+        *["-inf"][: values == 1],
+    ]:
         with pytest.raises(SystemExit) as stopped:
-            commands.main([*needed, f"{option}={text}"])
+            commands.main([*needed, f"{option}={text}"] if values == 1 else [*needed, option, *[text] * values])
         assert stopped.value.code == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        assert f"argument {option}: '{text}' is out of range: give a value of type {kind.__name__} {limits}." in said
+        assert f"argument {option}: '{text}' is out of range: give a value of type {kind.__name__} {limits}; " in said
 
 
 @pytest.mark.parametrize(
@@ -203,7 +250,7 @@ def test_every_number_of_a_command_has_a_range(needed, option, number, capsys):
         ("convert", ["a", "b", "--image-size=0"]),
         ("predict", ["run", "a.png", "--top=0"]),
         ("average", ["run", "--out=x", "--last=0"]),
-        ("evaluate", ["run", "x", "--labels=v2", "--batch_size=0"]),
+        ("validate", ["run", "x", "--batch-size=0"]),
         ("verify", ["run", "--against=x", "--tolerance=nan"]),
     ],
 )

@@ -1,6 +1,7 @@
 """Every image counts once, on any number of devices, in batches of any size."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from maxmap import evaluate
 from maxmap.cost import count_parameters
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError
-from maxmap.evaluate import check_same_model, make_eval_step, rank_of, report
+from maxmap.evaluate import check_same_model, make_eval_step, rank_of, report, summary
+from maxmap.progress import Progress
 from maxmap.sharding import make_mesh
 from tests.tiny import write_folder
 
@@ -142,15 +144,59 @@ def test_report_says_what_the_figures_belong_to():
     }
     params = {"a": {"kernel": np.zeros((3, 4)), "bias": np.zeros(4)}, "scale": np.zeros(())}
     assert count_parameters(params) == 17
-    assert report({"top1": 50.0}, params, info) == {
+    assert report({"top1": 73.43, "top5": 91.364}, params, info) == {
         "model": "tiny",
         "step": 4,
         "weights": "ema",
-        "top1": 50.0,
+        "top1": 73.43,
+        "top1_err": 26.57,
+        "top5": 91.364,
+        "top5_err": 8.636,
         "param_count": 17,
-        "image_size": 8,
-        "crop_pct": 0.9,
+        **info["preprocessing"],
     }
+
+
+def test_the_line_of_the_seeds():
+    result = {"top1": 73.43, "top1_err": 26.57, "top5": 91.364, "top5_err": 8.636, "images": 50_000}
+    result |= {"param_count": 4879612, "image_size": 224, "crop_pct": 0.95, "crop_mode": "center"}
+    assert summary({**result, "interpolation": "bicubic"}) == (
+        "* Acc@1 73.430 (26.570) Acc@5 91.364 (8.636), 50,000 images, 4,879,612 parameters, 224 px, crop 0.95 center, "
+        "bicubic"
+    )
+
+
+@pytest.mark.parametrize("batches", [1, 3, 99])
+def test_batches_on_the_devices_at_a_time(digits, batches):
+    """More of them change no figure; their number is that of steps before the figures of the first are read."""
+    data, wanted = digits
+    mesh, events = make_mesh(data=1), []
+    step = make_eval_step(Pixels(10), data.preprocessing, mesh, jnp.float32)
+
+    def noted(variables, batch):
+        events.append("step")
+        return step(variables, batch)
+
+    class Noted:
+        update = staticmethod(lambda *progress: events.append(progress))
+        close = staticmethod(lambda: events.append("closed"))
+
+    result = evaluate.evaluate(noted, VARIABLES, data, 60, mesh, progress=Noted, device_batches=batches)
+    assert [result[key] for key in ("top1", "top5")] == [wanted[key] for key in ("top1", "top5")]
+    assert events.index(next(event for event in events if event != "step")) == min(batches, 6)
+    *_, last, closed = events
+    assert closed == "closed" and last == (360, wanted["top1"], wanted["top5"])
+
+
+def test_progress_without_a_terminal_is_a_few_lines(capsys):
+    progress = Progress(1000)
+    for done in range(10, 1001, 10):
+        progress.update(done, 73.43, 91.364)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert re.fullmatch(r"100/1000 images, [\d.]+ images/s, top-1 73.43 %, top-5 91.36 %, 0:0\d:\d\d left", lines[0])
+    assert lines[-1].endswith("0:00:00 left")
 
 
 def test_write_replaces_the_file(tmp_path):

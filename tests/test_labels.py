@@ -96,7 +96,7 @@ def test_relatives_of_imagenet(trained, tmp_path, capsys):
         write_image(tmp_path / "a" / WORDNET[i * 100] / f"{i}.png", i, i % 3)
         write_image(tmp_path / "val" / WORDNET[i * 100] / f"ILSVRC2012_val_{i + 1:08}.png", i, i % 3)
     for labels, folder in (("v2", "v2"), ("a", "a"), ("sketch", "a")):
-        assert main(["evaluate", str(trained), str(tmp_path / folder), f"--labels={labels}"]) == 0
+        assert main(["validate", str(trained), str(tmp_path / folder), f"--labels={labels}"]) == 0
         assert result(trained, labels)["images"] == 6
     capsys.readouterr()
     # Folder "500" is label 500 although it comes behind "100" and before "a" in the alphabet.
@@ -111,9 +111,9 @@ def test_relatives_of_imagenet(trained, tmp_path, capsys):
 
     best = [int(row.split(",")[5]) for row in (trained / "predictions_sketch.csv").read_text().splitlines()[1:]]
     (tmp_path / "real.json").write_text(json.dumps([[best[0], 3], [], [best[2]], [0], [1], [2]]))
-    argv = ["evaluate", str(trained), str(tmp_path / "val"), "--labels=real"]
+    argv = ["validate", str(trained), str(tmp_path / "val"), "--labels=real"]
     assert main([*argv, f"--file={tmp_path / 'real.json'}"]) == 0
     assert result(trained, "real")["images"] == 5 and result(trained, "real")["top1"] == 40.0
-    assert capsys.readouterr().out.startswith("real: top-1 40.00 %")
+    assert "\nreal * Acc@1 40.000 (60.000) Acc@5" in capsys.readouterr().out
     assert main(argv) == 2
     assert "--labels=real needs --file=real.json" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 from PIL import Image
 
-from maxmap import comparison, config, inference, labels, models
+from maxmap import comparison, config, inference, models
 from maxmap.layers.primitives import BatchNorm, Conv, DropPath, Linear
 from maxmap.models import create_model as create_model
 
@@ -61,7 +61,7 @@ class Tiny(nn.Module):
 def use_models(create: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:
     """Has everything in maxmap call `create` in place of `create_model`."""
     patch.setitem(config.SECTIONS, "model", config.Section(create))
-    for module in (comparison, models, inference, labels):
+    for module in (comparison, models, inference):
         patch.setattr(module, "create_model", create)
 
 

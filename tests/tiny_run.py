@@ -1,7 +1,7 @@
 """A training run of the tests' network in a process of its own, which can be made to die: python -m tests.tiny_run.
 
   --images FOLDER --workdir FOLDER [--devices N] [--set section__key=JSON ...] [--at WHERE:N:WHAT ...]
-  [--coordinator HOST:PORT --num_processes N --process_id I]
+  [--cache FOLDER] [--coordinator HOST:PORT --num_processes N --process_id I]
 
 At the N-th time that it comes to WHERE, one of the keys of PLACES, WHAT happens, one of the keys of EVENTS. The samples
 of every step are appended to `order.jsonl` in the workdir, unless that is in a bucket.
@@ -121,12 +121,15 @@ def start(
     *options: str,
     environment: Mapping[str, str] | None = None,
     log: Path | None = None,
+    umask: int = -1,
 ) -> subprocess.Popen[str]:
     """Starts a run; what it prints goes to `workdir.log` or `log`, where its last lines explain a failure."""
     command = [sys.executable, "-m", "tests.tiny_run", f"--images={images}", f"--workdir={workdir}", *options]
     with (log or Path(f"{workdir}.log")).open("a") as file:
         env = {**os.environ, "NPROC": "16", **(environment or {})}
-        return subprocess.Popen(command, cwd=tiny.ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, cwd=tiny.ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, text=True, umask=umask
+        )
 
 
 def log_of(workdir: Path) -> str:
@@ -170,6 +173,7 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--at", action="append", default=[])
+    parser.add_argument("--cache")  # of its own, where every compiled program is kept
     parser.add_argument("--coordinator")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
@@ -178,8 +182,8 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", arguments.devices)
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(tiny.ROOT / ".cache" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_compilation_cache_dir", arguments.cache or str(tiny.ROOT / ".cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0 if arguments.cache else 0.5)
     initialize_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
     tiny.use_models(tiny.create_tiny, pytest.MonkeyPatch())
     if not storage.in_bucket(arguments.workdir):

@@ -203,7 +203,9 @@ def _change(
     """
     if class_map and _differ_in_classes(value.shape, shape):
         mapped = _map_classes(value, class_map, shape[-1])
-        return mapped, f"mapped from {value.shape[-1]} to {shape[-1]} classes"
+        means = list(class_map).count(-1)
+        others = f", {means} of them the mean of all" if means else ""
+        return mapped, f"mapped from {value.shape[-1]} to {shape[-1]} classes{others}"
     if is_input_kernel and value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]:
         return _change_channels(value, shape[2]), f"changed from {value.shape[2]} to {shape[2]} channels"
     if path[-1] in RESIZED_LEAVES:

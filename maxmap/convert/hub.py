@@ -72,21 +72,21 @@ def published() -> dict[str, dict[str, Any]]:
         }
 
 
-def published_preprocessing(model: str, classes: int, image_size: int) -> dict[str, Any]:
-    """Returns the preprocessing of a published checkpoint of a model, the usual one if there is none.
+def published_preprocessing(model: str, classes: int, image_size: int) -> tuple[dict[str, Any], str]:
+    """Returns the preprocessing of a published checkpoint of a model, the usual one if there is none; and whose it is.
 
     Args:
       model: name of the model.
       classes: checkpoints with as many classes are preferred.
       image_size: of those, the ones with as many pixels; the result has this size in any case.
     """
-    rows = [row for row in published().values() if row["model"] == model]
-    rows.sort(key=lambda row: (row["classes"] != classes, row["preprocessing"]["image_size"] != image_size))
-    if rows:
-        return {**rows[0]["preprocessing"], "image_size": image_size}
+    rows = [(name, row) for name, row in published().items() if row["model"] == model]
+    rows.sort(key=lambda row: (row[1]["classes"] != classes, row[1]["preprocessing"]["image_size"] != image_size))
+    for name, row in rows:
+        return {**row["preprocessing"], "image_size": image_size}, f"{name} has it"
     usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic", **NORMALISATIONS["imagenet"]}
     differing = next((other for pattern, other in _UNLISTED.items() if fnmatch.fnmatch(model, pattern)), {})
-    return {"image_size": image_size, **usual, **differing}
+    return {"image_size": image_size, **usual, **differing}, "most networks for ImageNet have it"
 
 
 def full_name(source: str | Path) -> str:

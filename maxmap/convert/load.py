@@ -3,7 +3,6 @@
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from maxmap import checkpoint, storage
+from maxmap import checkpoint, storage, wordnet
 from maxmap.classes import require_distinct
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, probe_shapes, trace_shapes, with_classes
@@ -21,11 +20,13 @@ from maxmap.convert.mobilenet import identity_variances
 from maxmap.convert.sources import ForeignCheckpoint, read_source
 from maxmap.convert.torch import as_array, match_entries, read_entries, to_torch, torch_name
 from maxmap.convert.wrappers import KeyMatch, leave_out
+from maxmap.data.preprocessing import changed, in_words
 from maxmap.errors import UserError, nearest, shortened
 from maxmap.models import MODELS, Classifier, create_model
 from maxmap.ranges import Count, CountOrZero, Pixels
 
-_LONGEST_NAME = 100  # characters of a model's name that are compared with known ones
+# Microsoft's order of 21,841 classes is not released, and its map to 1,000 (Swin's map22kto1k.txt) fits no known one.
+_OWN_ORDERS = {("microsoft", 21841)}
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class ConvertedModel:
       variables: its variables as NumPy arrays, which may lie in the mapped file.
       info: what our checkpoints store about themselves: 'model', 'classes', 'preprocessing', 'weights', 'source'.
       report: what happened to each entry.
+      assumed: what neither the source nor the user says of the preprocessing, in words; empty for nothing.
     """
 
     model: Classifier
     variables: dict[str, Any]
     info: dict[str, Any]
     report: LoadReport
+    assumed: str = ""
 
 
 def read_model(path: str | Path, *, ema: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,6 +87,7 @@ def read_foreign(
     class_map: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    preprocessing: Mapping[str, Any] | None = None,
     classifier: str | Path | None = None,
 ) -> ConvertedModel:
     """Reads a checkpoint of PyTorch, safetensors, TensorFlow, TFLite, TensorFlow.js or ONNX into one of our models.
@@ -92,13 +96,16 @@ def read_foreign(
       source: file or folder, or the name of a published checkpoint.
       name: of the model; None if the source names it (a published name, a config.json, TensorFlow's MobileNetV1).
       ema: averaged weights; see `read_source`.
-      num_classes: of the model; None for as many as the source has.
+      num_classes: of the model; None for as many as the source has. Where the classes of both are ImageNet's, each
+        keeps its weights; see `maxmap.wordnet.rows`.
       image_size: of the model; None for the size that the source or the model's name gives.
       in_channels: of the images; None for those of the source.
       resize: how position tables are resized; None for "bilinear" from TensorFlow, as its graph does, else "bicubic".
       class_map: see `adapt`.
       classes: names of the classes; None for those of the source.
       ignore: shell patterns of entries that are no part of the model; they are left out.
+      preprocessing: fields of the preprocessing, in place of those that the source says or that are assumed; see
+        `maxmap.data.preprocessing.changed`.
       classifier: see `read_source`.
 
     Raises:
@@ -106,8 +113,9 @@ def read_foreign(
     """
     found, row = _find_source(source, ema, classifier)
     name = name or row.get("model") or found.architecture or _architecture(found, source)
-    preprocessing = hub.preprocessing_of(found.config) if _has_preprocessing(found) else row.get("preprocessing", {})
-    fields = _sized(name, image_size or preprocessing.get("image_size") or found.image_size)
+    said = hub.preprocessing_of(found.config) if _has_preprocessing(found) else row.get("preprocessing", {})
+    given = changed({}, **(preprocessing or {}))
+    fields = _sized(name, image_size or said.get("image_size") or found.image_size)
     model = create_model(**fields, num_classes=1)
     probed = probe_shapes(model)
     shapes, of_classes = trace_shapes(model, probed)
@@ -117,7 +125,10 @@ def read_foreign(
     match = match_entries(tensors, model, shapes)
     in_source = _count_classes(tensors, match, {torch_name(path, model) for path in of_classes})
     count = in_source if class_map is None else len(class_map)
-    fields["num_classes"] = count if num_classes is None else num_classes
+    count = fields["num_classes"] = count if num_classes is None else num_classes
+    names = list(classes) if classes else _class_names(found, count, match.naming.dialect)
+    if class_map is None and count not in (0, in_source):
+        class_map = wordnet.rows(names, _class_names(found, in_source, match.naming.dialect))
     entries, faults = read_entries(tensors, model, shapes, match)
     model = with_classes(model, fields["num_classes"])
     _check_classes(classes, fields["num_classes"])
@@ -126,19 +137,26 @@ def read_foreign(
         entries, model, faults, match=match, probed=probed, in_channels=in_channels, resize=resize, class_map=class_map
     )
     report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
+    usual, whose = (said, "") if said else hub.published_preprocessing(name, in_source, _side(model))
     report.notes += found.notes
     for entry in (match.names[key] for key in variances):
         report.loaded.remove(entry)
         report.changed[entry] = "fitted to the model's epsilon, because the norm stands for a folded one,"
-    preprocessing = preprocessing or hub.published_preprocessing(name, in_source, _side(model))
     info = {
         "model": fields,
-        "classes": list(classes) if classes else _class_names(found, fields["num_classes"]),
-        "preprocessing": preprocessing | ({"image_size": image_size} if image_size else {}),
+        "classes": names,
+        "preprocessing": usual | ({"image_size": image_size} if image_size else {}) | given,
         "weights": found.weights,
         "source": {"path": str(source), "kind": found.kind, "dialect": match.naming.dialect},
     }
-    return ConvertedModel(model, traverse_util.unflatten_dict(leaves), info, report)
+    assumed = {key: value for key, value in usual.items() if not said and key not in {"image_size", *given}}
+    return ConvertedModel(
+        model,
+        traverse_util.unflatten_dict(leaves),
+        info,
+        report,
+        f"{in_words(assumed)}, as {whose}" if assumed else "",
+    )
 
 
 def _check_classes(classes: Sequence[str] | None, count: int) -> None:
@@ -287,7 +305,7 @@ def _architecture(found: ForeignCheckpoint, source: str | Path) -> str:
     if name not in MODELS:
         raise UserError(
             f"{source} is of the model {shortened(name)}, which maxmap does not have; the nearest are "
-            f"{nearest(name[:_LONGEST_NAME], MODELS)}."
+            f"{nearest(name, MODELS)}."
         )
     return name
 
@@ -298,14 +316,10 @@ def _count_classes(tensors: Mapping[str, Any], match: KeyMatch, classifier: Coll
     return max((int(shape[0]) for shape in shapes if shape), default=0)
 
 
-def _class_names(found: ForeignCheckpoint, count: int) -> list[str]:
-    """Returns the source's names of the classes, else ImageNet's WordNet ids for 1000 classes, else numbers."""
+def _class_names(found: ForeignCheckpoint, count: int, dialect: str) -> list[str]:
+    """Returns the source's names of the classes, else the WordNet ids of ImageNet's set of this size, else numbers."""
     names = found.config.get("label_names")
     if isinstance(names, list) and len(names) == count == len({name for name in names if isinstance(name, str)}):
         return names
-    package = util.find_spec("tensorflow_datasets")
-    if count == 1000 and package is not None and package.submodule_search_locations:
-        labels = Path(package.submodule_search_locations[0], "datasets", "imagenet2012", "labels.txt")
-        if labels.is_file():
-            return labels.read_text().split()
-    return [str(number) for number in range(count)]
+    known = None if (dialect, count) in _OWN_ORDERS else wordnet.classes(count)
+    return known or [str(number) for number in range(count)]

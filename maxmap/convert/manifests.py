@@ -1,13 +1,12 @@
 """What checkpoint files say of themselves and of files beside them, checked before anything goes by it."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from maxmap import small_files
 from maxmap.errors import UserError, shortened
 
-_LARGEST_JSON = 16 << 20  # bytes
 _LARGEST_SIZE = 1 << 62  # of a dimension or an offset
 _MOST_DIMENSIONS = 64  # NumPy's limit
 _MOST_ENTRIES = 1 << 58  # of an array whose sizes of 0 count as 1: NumPy refuses more, also where there are none
@@ -20,10 +19,8 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: there is none.
     """
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"it has more than {_LARGEST_JSON:,} bytes")
-        content = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
+        content = small_files.read_json(path)
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is no JSON file ({shortened(error)}): get it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object.")

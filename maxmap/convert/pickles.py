@@ -193,7 +193,7 @@ class Unpickler:
             raise ValueError("its pickle calls something that is not a function")
         if function.path not in self.functions:
             raise RefusedGlobalError(function.path)
-        self._stack.append(self.functions[function.path](*check_arguments(arguments)))
+        self._stack.append(call(self.functions[function.path], arguments))
 
     def _new_object(self, _: Any) -> None:
         arguments, function = self._pop(), self._pop()
@@ -261,11 +261,14 @@ _HANDLERS: dict[str, Callable[[Unpickler, Any], None]] = {
 }
 
 
-def check_arguments(arguments: Any) -> tuple[Any, ...]:
-    """Returns the arguments of a call, if they are a short tuple; raises ValueError for others."""
+def call(function: Function, arguments: Any) -> Any:
+    """Calls a function with arguments of the file; raises ValueError if they are no short tuple or do not fit it."""
     if type(arguments) is not tuple or len(arguments) > 16:
         raise ValueError("its pickle calls a function without a short tuple of arguments")
-    return arguments
+    try:
+        return function(*arguments)
+    except (TypeError, AttributeError):
+        raise ValueError("its pickle calls a function with arguments that torch.save does not give it") from None
 
 
 def check_key(key: Any) -> Any:

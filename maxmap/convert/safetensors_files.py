@@ -82,7 +82,7 @@ def _read_header(text: bytes) -> dict[str, Any]:
         return unique
 
     try:
-        header = json.loads(text, object_pairs_hook=reject_duplicates)
+        header = json.loads(text.decode(), object_pairs_hook=reject_duplicates)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"its header cannot be read ({shortened(error)})") from None
     if not isinstance(header, dict):

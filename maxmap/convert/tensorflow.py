@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from maxmap.checksums import masked_crc32c
-from maxmap.errors import UserError
+from maxmap.errors import UserError, shortened
 from maxmap.protobuf import Message, read_bytes, read_varint
 
 _MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
@@ -209,7 +209,7 @@ def _damage(prefix: Path) -> Iterator[None]:
         raise
     except (ValueError, OSError, OverflowError) as error:
         raise UserError(
-            f"the TensorFlow checkpoint {prefix} is damaged or not complete ({error}): get it again."
+            f"the TensorFlow checkpoint {prefix} is damaged or not complete ({shortened(error)}): get it again."
         ) from None
 
 
@@ -229,14 +229,14 @@ def _read_index(prefix: Path) -> dict[str, _Entry]:
             if dtype is None:  # text, such as the graph of objects
                 continue
             if 7 in entry:
-                raise UserError(f"the TensorFlow checkpoint {prefix} has the partitioned variable {name}.")
+                raise UserError(f"the TensorFlow checkpoint {prefix} has the partitioned variable {shortened(name)}.")
             sizes = [size for shape in entry.messages(2) for size in shape.strings(2)]
             if len(sizes) > _MOST_DIMENSIONS:
-                raise ValueError(f"{name} has {len(sizes)} dimensions")
+                raise ValueError(f"{shortened(name)} has {len(sizes)} dimensions")
             shape = tuple(Message(size).integer(1) for size in sizes)
             shard, start, length = (entry.integer(number) for number in (3, 4, 5))
             if length != math.prod(shape) * np.dtype(dtype).itemsize:
-                raise ValueError(f"{name} is cut off")
+                raise ValueError(f"{shortened(name)} is cut off")
             file = f"{prefix.name}.data-{shard:05}-of-{shards:05}"
             entries[name] = _Entry(np.dtype(dtype), shape, file, start, length, entry.fixed32(6))
     return entries
@@ -252,9 +252,9 @@ def _read_values(prefix: Path, entries: Mapping[str, _Entry]) -> dict[str, np.nd
                 files[entry.file] = np.memmap(prefix.with_name(entry.file), np.uint8, "r")
             data: Any = np.asarray(files[entry.file][entry.start : entry.start + entry.length])
             if data.size != entry.length:
-                raise ValueError(f"{name} is cut off")
+                raise ValueError(f"{shortened(name)} is cut off")
             if entry.checksum is not None and masked_crc32c(data) != entry.checksum:
-                raise ValueError(f"{name} has another checksum than the index says")
+                raise ValueError(f"{shortened(name)} has another checksum than the index says")
             values[name] = data.view(entry.dtype).reshape(entry.shape)
     return values
 

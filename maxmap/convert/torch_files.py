@@ -1,9 +1,11 @@
 """Files of `torch.save`, read without PyTorch: zip archives (PyTorch 1.6 and later) and the older sequence of pickles.
 
 Both hold a pickle, which names tensors, and the bytes of the tensors' storages. `pickles.Unpickler` reads the pickle. A
-tensor becomes a NumPy array in the mapped file, after its storage, type, shape and strides were checked.
+tensor becomes a NumPy array in the mapped file, after its storage, type, shape and strides were checked. An archive has
+checksums, which are checked too; the older format has none.
 """
 
+import concurrent.futures
 import io
 import math
 import mmap
@@ -18,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from maxmap.convert.pickles import Name, RefusedGlobalError, Unpickler, check_arguments
+from maxmap.convert.pickles import Name, RefusedGlobalError, Unpickler, call
 from maxmap.errors import UserError, shortened
 
 _MAGIC = 119547037146038801333356  # what a file before PyTorch 1.6 begins with
@@ -121,40 +123,58 @@ def _read_zip(path: Path) -> Any:
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}constants.pkl" in members:
         raise UserError(f"{path} is refused: it holds a TorchScript program: give a file of torch.save.")
-    start, end = members.get(f"{folder}byteorder", (0, 0))
-    if memory[start:end].tobytes() not in (b"", b"little"):
+    if f"{folder}byteorder" in members and members[f"{folder}byteorder"].bytes(memory).tobytes() != b"little":
         raise UserError(f"{path} has big-endian numbers: save it again on a little-endian machine.")
 
-    storages = {
-        name.removeprefix(f"{folder}data/"): place
-        for name, place in members.items()
-        if name.startswith(f"{folder}data/")
-    }
-    read: dict[str, np.ndarray] = {}
+    read: dict[_Member, np.ndarray] = {}
 
     def load_storage(kind: Any, key: Any, location: Any, count: Any) -> Storage:
         dtype = _storage_dtype(kind)
-        if type(key) is not str or key not in storages:
+        member = members.get(f"{folder}data/{key}") if type(key) is str else None
+        if member is None:
             raise ValueError("its pickle names a storage that is not in the file")
-        start, end = storages[key]
-        if type(count) is not int or count * dtype.itemsize != end - start:
+        if type(count) is not int or count * dtype.itemsize != member.end - member.start:
             raise ValueError(f"its storage {key} is not as long as the pickle says")
-        if key not in read:
-            read[key] = _aligned(memory[start:end])
-        return Storage(dtype, read[key])
+        if member not in read:
+            read[member] = _aligned(member.bytes(memory))
+        return Storage(dtype, read[member])
 
-    start, end = members[pickles[0]]
-    if end - start > _LARGEST_PICKLE:
-        raise ValueError(f"its pickle has {end - start:,} bytes")
-    return _unpickler(load_storage, memory.size).load(io.BytesIO(memory[start:end].tobytes()))
+    pickled = members[pickles[0]]
+    if pickled.end - pickled.start > _LARGEST_PICKLE:
+        raise ValueError(f"its pickle has {pickled.end - pickled.start:,} bytes")
+    pickled.check(memory)
+    content = _unpickler(load_storage, memory.size).load(io.BytesIO(pickled.bytes(memory).tobytes()))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda member: member.check(memory), read))
+    return content
 
 
-def _zip_members(path: Path) -> dict[str, tuple[int, int]]:
-    """Returns where the bytes of each part of an archive begin and end, after checking that all headers agree.
+@dataclass(frozen=True)
+class _Member:
+    """A part of an archive: where its bytes begin and end, and their checksum."""
+
+    name: str
+    start: int
+    end: int
+    checksum: int
+
+    def bytes(self, memory: np.ndarray) -> np.ndarray:
+        """Returns its bytes in the mapped file."""
+        return memory[self.start : self.end]
+
+    def check(self, memory: np.ndarray) -> None:
+        """Raises ValueError if its bytes are damaged."""
+        # torch.serialization.set_crc32_options(False) writes zeros in place of the checksums.
+        if self.checksum and zlib.crc32(self.bytes(memory).data) != self.checksum:
+            raise ValueError(f"the checksum of its part {shortened(self.name)} is another")
+
+
+def _zip_members(path: Path) -> dict[str, _Member]:
+    """Returns the parts of an archive by name, after checking that all headers agree.
 
     torch.save does not compress, so the parts are the bytes of the file.
     """
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, _Member] = {}
     with path.open("rb") as file:
         directory = _directory_start(file, path.stat().st_size)
         archive = zipfile.ZipFile(file)
@@ -174,11 +194,7 @@ def _zip_members(path: Path) -> dict[str, tuple[int, int]]:
                 raise UserError(f"{path} is refused: it has bytes that belong to no part.")
             if member.filename in found:
                 raise UserError(f"{path} is refused: it has a part twice.")
-            found[member.filename], end_of_last = (start, end), end
-            if member.filename.endswith("/data.pkl") and member.file_size <= _LARGEST_PICKLE:
-                file.seek(start)
-                if zlib.crc32(file.read(member.file_size)) != member.CRC:
-                    raise ValueError("the checksum of its pickle is another")
+            found[member.filename], end_of_last = _Member(member.filename, start, end, member.CRC), end
         if end_of_last + _LARGEST_GAP < directory:
             raise UserError(f"{path} is refused: it has bytes that belong to no part.")
     return found
@@ -286,7 +302,7 @@ def _unpickler(load_storage: Callable[..., Storage], file_size: int) -> Unpickle
     def persistent(identity: Any) -> Storage:
         if type(identity) is not tuple or identity[0] not in ("storage", b"storage"):
             raise ValueError("its pickle asks for something other than a storage")
-        return load_storage(*identity[1:])
+        return call(load_storage, identity[1:])
 
     def tensor(
         storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = False, hooks: Any = None, metadata: Any = None
@@ -305,10 +321,10 @@ def _unpickler(load_storage: Callable[..., Storage], file_size: int) -> Unpickle
 
     def from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
         """A tensor with attributes, which are left out."""
-        known = {f"torch._utils.{name}": call for name, call in rebuild.items()}
+        known = {f"torch._utils.{name}": builder for name, builder in rebuild.items()}
         if type(function) is not Name or function.path not in known:
             raise ValueError("it has a tensor of an unknown class")
-        return known[function.path](*check_arguments(arguments))
+        return call(known[function.path], arguments)
 
     rebuild: dict[str, Callable[..., Any]] = {
         "_rebuild_tensor": tensor,
@@ -317,7 +333,7 @@ def _unpickler(load_storage: Callable[..., Storage], file_size: int) -> Unpickle
         "_rebuild_parameter": lambda data, *_: data,
         "_rebuild_parameter_with_state": lambda data, *_: data,
     }
-    functions = {f"torch._utils.{name}": call for name, call in rebuild.items()}
+    functions = {f"torch._utils.{name}": builder for name, builder in rebuild.items()}
     functions["torch._tensor._rebuild_from_type_v2"] = from_type
     functions["torch.Size"] = lambda sizes=(): sizes
     functions["torch.device"] = lambda kind, index=None: kind

@@ -157,7 +157,7 @@ def random_box(
 
 
 def eval_crop(
-    image: bytes | np.ndarray,
+    image: bytes | np.ndarray | Image.Image,
     *,
     size: int,
     crop_pct: float,
@@ -261,7 +261,7 @@ def _plain_rgb(image: Image.Image) -> Image.Image:
     return Image.frombytes("RGB", image.size, image.tobytes(), "raw", "RGBX")
 
 
-def _upright_pixels(image: bytes | np.ndarray, exif: bool, max_pixels: int) -> Image.Image:
+def _upright_pixels(image: bytes | np.ndarray | Image.Image, exif: bool, max_pixels: int) -> Image.Image:
     """Decodes an image as `OpenedImage.decode` does, and turns it as its EXIF orientation says."""
     opened = open_image(image, exif=exif, max_pixels=max_pixels)
     pixels, _ = opened.decode(1)

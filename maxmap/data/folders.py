@@ -35,6 +35,11 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_ENDINGS)
 
 
+def holds_folders(folder: str) -> bool:
+    """Whether there is such a folder, with folders in it."""
+    return os.path.isdir(folder) and any(map(_is_folder, _visible_entries(folder)))
+
+
 def split_folder(path: str | os.PathLike | None, split: str) -> str:
     """Returns the folder of a split.
 
@@ -60,7 +65,8 @@ def split_folder(path: str | os.PathLike | None, split: str) -> str:
         raise UserError(
             f"folder {path} has no split {split!r}, but {present} hold images, as folders of classes do: move the "
             f"class folders into {os.path.join(path, 'train')} and some images of each class into a folder of the same "
-            f"name in {os.path.join(path, 'val')}, or {name_splits}"
+            f"name in {os.path.join(path, 'val')}, or {name_splits} "
+            "`python -m maxmap validate` evaluates on such a folder as it is."
         )
     raise UserError(f"folder {path} has no split {split!r}, only {present}: rename one, or {name_splits}")
 

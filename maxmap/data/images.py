@@ -75,11 +75,11 @@ def broken_is_oserror() -> Iterator[None]:
         raise OSError(f"cannot decode the image: {reason(error)}") from error
 
 
-def open_image(image: bytes | np.ndarray, *, exif: bool, max_pixels: int) -> OpenedImage:
-    """Reads the header of an image file, or wraps an array.
+def open_image(image: bytes | np.ndarray | Image.Image, *, exif: bool, max_pixels: int) -> OpenedImage:
+    """Reads the header of an image file, or wraps an array or one of Pillow's images.
 
     Args:
-      image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+      image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or an image of Pillow's.
       exif: whether to read the EXIF orientation.
       max_pixels: an image with more pixels is refused.
 
@@ -90,6 +90,9 @@ def open_image(image: bytes | np.ndarray, *, exif: bool, max_pixels: int) -> Ope
         grey = image.ndim == 3 and image.shape[-1] == 1
         opened = Image.fromarray(image[..., 0] if grey else image)
         return OpenedImage(opened.size, 1, functools.partial(_decode, opened))
+    if isinstance(image, Image.Image):
+        _check_size(image.size, max_pixels)
+        return OpenedImage(image.size, _orientation(image) if exif else 1, functools.partial(_decode, image))
     if image.startswith(b"\xff\xd8"):
         check_scans(image)
         with contextlib.suppress(ValueError):  # simplejpeg does not read the header, but Pillow may

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import grain
 import numpy as np
@@ -18,19 +18,15 @@ from maxmap.data import decode
 from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
 from maxmap.data.images import MAX_PIXELS
 from maxmap.data.order import Chunks, SampleOrder, epoch_length
+from maxmap.data.preprocessing import CropShare, Deviation, Mean, check_crop_mode
 from maxmap.data.randaugment import fill_color, parse_rand_augment
-from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop, preprocessed_crop
+from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop
 from maxmap.data.sources import ImageSource, LabelledImage, open_source
-from maxmap.errors import UserError, nearest, printable, reason
+from maxmap.errors import UserError
 from maxmap.ranges import CountOrZero, Fraction, Pixels, Positive, Range, check_arguments
 
 _PREFETCH = 2  # batches that are made ahead
 _MOST_THREADS = 1024  # of a process, and of worker processes
-
-_HINT = "values over 1 look like 0 to 255: divide by 255"
-Mean: TypeAlias = Annotated[float, Range(at_least=0, at_most=1, hint=_HINT)]
-# The smallest deviation, a quarter of a grey level, keeps the normalised values finite.
-Deviation: TypeAlias = Annotated[float, Range(at_least=0.001, at_most=1, hint=_HINT)]
 
 
 def open_data(
@@ -50,7 +46,7 @@ def open_data(
     exif: bool = False,
     rand_augment: str | None = None,
     repeats: Annotated[int, Range(at_least=1, at_most=100)] = 1,
-    crop_pct: Annotated[float, Range(at_least=0.1, at_most=1)] = 0.875,
+    crop_pct: CropShare = 0.875,
     crop_mode: str = "center",
     eval_interpolation: str = "bicubic",
     mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN,
@@ -123,7 +119,7 @@ class Data:
       image_size: side of a training image in pixels.
       train_crop: makes the training image of an image file and a random generator.
       preprocessing: the evaluation transform as JSON holds it: image_size, crop_pct, crop_mode, interpolation, mean,
-        std, exif. With it `preprocess` does to one image what `eval_batches` does.
+        std, exif. With it `maxmap.data.preprocessing.cropped` does to one image what `eval_batches` does.
       repeats: how many crops of an image follow one another. As in timm an epoch does not grow with it, but is the
         first floor(n / 256) * 256 of the repeated samples.
       threads: decoding threads of each process.
@@ -307,39 +303,6 @@ class _Relabelled:
         return self.source.name(index)
 
 
-def preprocess(image: bytes | str | os.PathLike | np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray:
-    """Does to one image what `eval_batches` does to a data set.
-
-    Args:
-      image: a path, the bytes of an image file, or a uint8 array [H, W, 3].
-      preprocessing: `Data.preprocessing`, as a checkpoint stores it.
-
-    Returns:
-      uint8 [image_size, image_size, 3], not yet normalised.
-
-    Raises:
-      UserError: the file is missing or cannot be decoded, or the array is of another type or shape.
-    """
-    if isinstance(image, np.ndarray) and (
-        image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4)
-    ):
-        raise UserError(
-            f"the image is an array {image.dtype} {list(image.shape)}: give uint8 [height, width, 3], from 0 to 255; "
-            "`preprocess` resizes and crops, and normalisation comes after it."
-        )
-    where = "the image"
-    try:
-        if isinstance(image, str | os.PathLike):
-            where = printable(image)
-            with open(os.path.expanduser(image), "rb") as file:
-                image = file.read()
-        return preprocessed_crop(image, preprocessing, MAX_PIXELS)
-    except OSError as error:
-        raise UserError(
-            f"cannot read {where} ({reason(error)}): give the path of an image file that is whole."
-        ) from error
-
-
 def _make_train_crop(
     size: int,
     scale: Sequence[float],
@@ -379,11 +342,7 @@ def _make_preprocessing(
 ) -> dict[str, Any]:
     """Returns `Data.preprocessing`, after a check of its options."""
     decode.check_filter(interpolation, "--config.data.eval_interpolation")
-    if crop_mode not in decode.CROP_MODES:
-        raise UserError(
-            f"unknown crop mode {crop_mode!r} (--config.data.crop_mode): did you mean "
-            f"{nearest(crop_mode, decode.CROP_MODES, 1)!r}? Known are {', '.join(decode.CROP_MODES)}."
-        )
+    check_crop_mode(crop_mode, "--config.data.crop_mode")
     return {
         "image_size": eval_image_size or image_size,
         "crop_pct": float(crop_pct),

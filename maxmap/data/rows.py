@@ -96,7 +96,9 @@ class EvalRows:
         return rows
 
 
-def preprocessed_crop(image: bytes | np.ndarray, preprocessing: Mapping[str, Any], max_pixels: int) -> np.ndarray:
+def preprocessed_crop(
+    image: bytes | np.ndarray | Image.Image, preprocessing: Mapping[str, Any], max_pixels: int
+) -> np.ndarray:
     """Decodes and crops an image for evaluation, as `decode.eval_crop` with the settings of `Data.preprocessing`."""
     return decode.eval_crop(
         image,

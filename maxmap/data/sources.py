@@ -8,7 +8,7 @@ import glob
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from maxmap.classes import match, read_names
 from maxmap.data.archives import TarMember, TFRecords, read_at, tar_members
 from maxmap.data.folders import HOW_TO_GIVE_IMAGES, class_folders, image_files, is_image, split_folder
 from maxmap.data.images import IMAGE_ENDINGS
-from maxmap.errors import UserError, nearest, reason
+from maxmap.data.tfds_folders import damaged_is_user_error, open_builder
+from maxmap.errors import UserError, nearest, reason, shortened
 
 SOURCES = ("digits", "folder", "tar", "tfds")
 
@@ -61,7 +62,7 @@ def open_source(
       source: kind of data set: 'folder', 'tar', 'tfds' or 'digits'.
       path: folder that holds `<split>/<class>/*.jpg` ('folder') or `<split>*.tar` ('tar'); the data_dir of 'tfds',
         where None is TFDS's own.
-      split: name of the split; for 'tfds' also a slice such as 'train[:10%]'.
+      split: name of the split; for 'tfds' also a slice such as 'train[:10%]', for 'tar' also a single archive.
       name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
       classes: class names in the order of the labels; None: those of this split, in the source's order.
       verify: whether to check the checksums of TFRecord files.
@@ -143,7 +144,7 @@ class TarSource:
     """
 
     def __init__(self, path: str | os.PathLike | None, split: str, classes: Sequence[str] | None = None):
-        self._tars = _tar_files(path, split)
+        self._tars = _require_tar_files(path, split)
         members = [(number, member) for number, tar in enumerate(self._tars) for member in tar_members(tar)]
         members = [(number, m) for number, m in members if not os.path.basename(m.name).startswith(".")]
         images = [(number, m) for number, m in members if is_image(m.name)]
@@ -272,43 +273,42 @@ class TfdsSource:
                 "`pip install tensorflow-datasets` (TensorFlow itself is not needed)."
             ) from error
         data_dir = None if path is None else os.path.expanduser(path)
+        with damaged_is_user_error(name):
+            builder = open_builder(name, data_dir)
+            _check_prepared(builder, name, data_dir)
+            features = dict(builder.info.features.items())
+            if not (
+                isinstance(features.get("image"), tfds.features.Image)
+                and isinstance(features.get("label"), tfds.features.ClassLabel)
+            ):
+                raise UserError(
+                    f"TFDS data set {name!r} is no image-classification set: it needs features 'image' and 'label', "
+                    f"and has {shortened(', '.join(sorted(features)))}."
+                )
+            self._split = _resolve_tfds_split(split, list(builder.info.splits))
+            self._data = self._open(builder, name, split, verify)
+            own_classes = tuple(features["label"].names)
+            self.numbered = False
+            self.classes = tuple(classes or own_classes)
+            self._name = name
+            self._labels = _class_labels(own_classes, classes, f"TFDS data set {name!r}")
+        self._check_labelled()
+
+    def _open(self, builder: Any, name: str, split: str, verify: bool) -> Any:
+        """Returns the examples of the split by index."""
+        import tensorflow_datasets as tfds
+
         try:
-            builder = tfds.builder(name, data_dir=data_dir)
-        except tfds.core.DatasetNotFoundError as error:
-            raise UserError(
-                f"TFDS knows no data set {name!r} (--config.data.name): the nearest are "
-                f"{nearest(name, tfds.list_builders(with_community_datasets=False))}."
-            ) from error
-        _check_prepared(builder, name, data_dir)
-        features = dict(builder.info.features.items())
-        if not (
-            isinstance(features.get("image"), tfds.features.Image)
-            and isinstance(features.get("label"), tfds.features.ClassLabel)
-        ):
-            raise UserError(
-                f"TFDS data set {name!r} is no image-classification set: it needs features 'image' and 'label', "
-                f"and has {', '.join(sorted(features))}."
-            )
-        self._split = _resolve_tfds_split(split, list(builder.info.splits))
-        try:
-            if not builder.info.splits[self._split].num_examples:
-                raise UserError(f"the split {split!r} of TFDS data set {name!r} holds no images: choose another.")
-            if builder.info.file_format.value == "tfrecord":
-                self._data = TFRecords(builder.info.splits[self._split].file_instructions, verify)
-            else:
-                self._data = builder.as_data_source(self._split, decoders={"image": tfds.decode.SkipDecoding()})
-        except UserError:
-            raise
+            found = builder.info.splits[self._split]
         except ValueError as error:
             raise UserError(
-                f"TFDS data set {name!r} has no split {split!r}: it has {', '.join(builder.info.splits)}."
+                f"TFDS data set {name!r} has no split {split!r}: it has {shortened(', '.join(builder.info.splits))}."
             ) from error
-        own_classes = tuple(features["label"].names)
-        self.numbered = False
-        self.classes = tuple(classes or own_classes)
-        self._name = name
-        self._labels = _class_labels(own_classes, classes, f"TFDS data set {name!r}")
-        self._check_labelled()
+        if not found.num_examples:
+            raise UserError(f"the split {split!r} of TFDS data set {name!r} holds no images: choose another.")
+        if builder.info.file_format.value == "tfrecord":
+            return TFRecords(found.file_instructions, verify)
+        return builder.as_data_source(self._split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
         return len(self._data)
@@ -356,14 +356,23 @@ def _tell_left_out(root: str, names: Sequence[str]) -> None:
     )
 
 
-def _tar_files(path: str | os.PathLike | None, split: str) -> list[str]:
+def tar_files(path: str | os.PathLike, split: str) -> list[str]:
+    """Returns the tar archives of a split in a folder: `<split>*.tar`, `<split>/*.tar`, or the archive of this name.
+
+    All archives have the split ''.
+    """
+    folder, name = glob.escape(os.path.expanduser(os.fspath(path))), glob.escape(split)
+    patterns = [name if split.endswith(".tar") else f"{name}*.tar", f"*-{name}-*.tar", os.path.join(name, "*.tar")]
+    found = (sorted(glob.glob(os.path.join(folder, pattern))) for pattern in patterns)
+    return next(filter(None, found), [])
+
+
+def _require_tar_files(path: str | os.PathLike | None, split: str) -> list[str]:
     if path is None:
         raise UserError(f"no path to the images is set: {HOW_TO_GIVE_IMAGES}")
+    if files := tar_files(path, split):
+        return files
     folder = glob.escape(os.path.expanduser(os.fspath(path)))
-    patterns = (f"{glob.escape(split)}*.tar", f"*-{glob.escape(split)}-*.tar", f"{glob.escape(split)}/*.tar")
-    for pattern in patterns:
-        if files := sorted(glob.glob(os.path.join(folder, pattern))):
-            return files
     present = sorted(os.path.basename(file) for file in glob.glob(os.path.join(folder, "*.tar*")))
     lie = f"{', '.join(present[:5])} lie there" if present else "there are none"
     raise UserError(

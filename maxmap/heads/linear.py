@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from maxmap.layers.primitives import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear, require_one_of
 from maxmap.operations import Array
-from maxmap.ranges import CountOrZero, DropRate, NonNegative, Positive
+from maxmap.ranges import Count, CountOrZero, DropRate, NonNegative, Positive
 
 
 class _Hidden(nn.Module):
@@ -56,6 +56,7 @@ class LinearHead(nn.Module):
 
     Attributes:
       num_classes: K; 0 returns the embedding in place of logits.
+      branches: G classifiers that read the same embedding; their losses can differ (GA's baseline of several heads).
       norm: "before" the pooling (of the map), "after" it (of the mean), or "none".
       norm_type: "layer" or "batch".
       epsilon: of the norm.
@@ -69,6 +70,7 @@ class LinearHead(nn.Module):
     """
 
     num_classes: CountOrZero
+    branches: Count = 1
     norm: str = "before"
     norm_type: str = "layer"
     epsilon: Positive = 1e-6
@@ -92,8 +94,19 @@ class LinearHead(nn.Module):
             require_one_of(getattr(self, field), f"the linear head's {field}", allowed)
 
     @nn.compact
-    def __call__(self, features: Sequence[Array], *, train: bool = False) -> dict[str, Array]:
-        """Maps feature maps, the last `[B, H, W, C]`, to 'logits' `[1, B, K]` and 'embedding' `[B, D]`."""
+    def __call__(
+        self, features: Sequence[Array], *, train: bool = False, pool: bool = True
+    ) -> dict[str, Array] | Array:
+        """Classifies feature maps.
+
+        Args:
+          features: the last one, `[B, H, W, C]`, is read.
+          train: with dropout and batch statistics.
+          pool: False stops in front of the pooling.
+
+        Returns:
+          'logits' `[G, B, K]` and 'embedding' `[B, D]`. Without `pool` the map `[B, H, W, C]` that would be pooled.
+        """
 
         def normalize(x: Array) -> Array:
             if self.norm_type == "batch":
@@ -103,6 +116,8 @@ class LinearHead(nn.Module):
         x = features[-1]
         if self.norm == "before":
             x = normalize(x)
+        if not pool:
+            return x
         x = jnp.mean(x, axis=(1, 2))  # [B, C]
         if self.norm == "after":
             x = normalize(x)
@@ -110,18 +125,15 @@ class LinearHead(nn.Module):
         if hidden and self.hidden_epsilon is None:
             x = ACTIVATIONS[self.activation](_Hidden(hidden, self.init_scheme, name="pre_logits")(x))
         if not self.num_classes:
-            logits = x
-        elif hidden and self.hidden_epsilon is not None:
-            logits = _MlpClassifier(
-                hidden,
-                self.num_classes,
-                self.activation,
-                self.hidden_epsilon,
-                self.dropout,
-                self.init_scheme,
-                name="fc",
-            )(x, train=train)
-        else:
-            logits = nn.Dropout(self.dropout)(x, deterministic=not train)
-            logits = Linear(self.num_classes, bias=self.bias, name="fc", **LINEAR_INITS[self.init_scheme])(logits)
-        return {"logits": logits[None], "embedding": x}
+            return {"logits": x[None], "embedding": x}
+        names = ["fc"] if self.branches == 1 else [f"fc_{k}" for k in range(self.branches)]
+        return {"logits": jnp.stack([self._classify(x, hidden, name, train) for name in names]), "embedding": x}
+
+    @nn.nowrap
+    def _classify(self, x: Array, hidden: int, name: str, train: bool) -> Array:
+        """Maps the embedding `[B, D]` to one branch's logits `[B, K]`."""
+        if hidden and self.hidden_epsilon is not None:
+            fields = (self.num_classes, self.activation, self.hidden_epsilon, self.dropout, self.init_scheme)
+            return _MlpClassifier(hidden, *fields, name=name)(x, train=train)
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        return Linear(self.num_classes, bias=self.bias, name=name, **LINEAR_INITS[self.init_scheme])(x)

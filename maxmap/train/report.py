@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from tqdm import tqdm
 
 from maxmap import storage
 from maxmap.errors import printable
+from maxmap.progress import clock
 
+_LARGEST_DRAWN = 1e30  # matplotlib computes differences and squares of what it draws
 LOGS = ("metrics.jsonl", "events.jsonl")  # a run that goes on adds lines to them
 INPUT_BOUND = 0.1  # share of the time that steps wait for data, above which the report says so
 
@@ -93,7 +96,7 @@ class Report:
     def time_left(self, step: int) -> None:
         """Tells the time left, from the steps since the last report."""
         seconds = (time.perf_counter() - self._time) / max(step - self._step, 1)
-        self.tell(f"{_clock((self._total - step) * seconds)} left")
+        self.tell(f"{clock((self._total - step) * seconds)} left")
 
     def train(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
         """Reports the metrics of a training step, and the speed since the last report.
@@ -103,7 +106,7 @@ class Report:
         now = time.perf_counter()
         seconds, steps = now - self._time, max(step - self._step, 1)
         speed = {"images_per_second": steps * self._batch_size / seconds, "waiting_for_data": self._waited / seconds}
-        left = f"{_clock((self._total - step) * seconds / steps)} left, " if step > self._first + 1 else ""
+        left = f"{clock((self._total - step) * seconds / steps)} left, " if step > self._first + 1 else ""
         self._time, self._step, self._waited = now, step, 0.0
         self._write("train", step, {"epoch": epoch, **metrics, **speed})
         text = f"loss {metrics['loss']:.4f}, {speed['images_per_second']:.0f} images/s"
@@ -188,12 +191,6 @@ def _read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield text, row
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
-
-
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Draws the losses, accuracies and learning rates of a `metrics.jsonl` into a PNG file."""
     # Without pyplot, which would look for a display and keep the figure in memory.
@@ -206,11 +203,11 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(1, 3)
-    loss.plot([r["epoch"] for r in train], [r["loss"] for r in train], label="training objective")
-    loss.plot([r["epoch"] for r in evals], [r["loss"] for r in evals], label="evaluation, cross-entropy")
-    accuracy.plot([r["epoch"] for r in evals], [r["top1"] for r in evals], marker=".", label="top-1")
-    accuracy.plot([r["epoch"] for r in evals], [r["top5"] for r in evals], marker=".", label="top-5")
-    rate.plot([r["epoch"] for r in train], [r["learning_rate"] for r in train])
+    loss.plot(_column(train, "epoch"), _column(train, "loss"), label="training objective")
+    loss.plot(_column(evals, "epoch"), _column(evals, "loss"), label="evaluation, cross-entropy")
+    accuracy.plot(_column(evals, "epoch"), _column(evals, "top1"), marker=".", label="top-1")
+    accuracy.plot(_column(evals, "epoch"), _column(evals, "top5"), marker=".", label="top-5")
+    rate.plot(_column(train, "epoch"), _column(train, "learning_rate"))
     for axes, title in ((loss, "loss"), (accuracy, "accuracy, %"), (rate, "learning rate")):
         axes.set_title(title)
         axes.set_xlabel("epoch")
@@ -218,6 +215,11 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     for axes in (loss, accuracy):
         axes.legend()
     figure.savefig(picture, dpi=110)
+
+
+def _column(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    """Returns the values of a key; what cannot be drawn is NaN, which leaves a gap."""
+    return [float(row[key]) if abs(row[key]) < _LARGEST_DRAWN else math.nan for row in rows]
 
 
 def _has(row: Mapping[str, Any], kind: str, *numbers: str) -> bool:

@@ -11,13 +11,14 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from maxmap import checkpoint
+from maxmap import checkpoint, wordnet
 from maxmap.checkpoint import Checkpoints
 from maxmap.classes import listed, match, stored_names
 from maxmap.config import with_defaults
 from maxmap.convert.adapt import adapt
 from maxmap.convert.load import read_model
 from maxmap.data.pipeline import Data
+from maxmap.data.preprocessing import departures
 from maxmap.errors import UserError, nearest
 from maxmap.evaluate import check_same_model
 from maxmap.recipe import Recipe
@@ -103,6 +104,8 @@ def _read_variables(path: str, parts: Parts) -> tuple[dict[str, Any], str]:
     variables, info = read_model(path)
     wanted = parts.like.variables()
     options, said = _fit_classes(info, parts.data)
+    if departing := departures(parts.data.preprocessing, info.get("preprocessing", {})):
+        said += f"\nits preprocessing is not that of config.data: {'; '.join(departing)}"
     if not options and jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, wanted):
         return variables, f"loaded {len(jax.tree.leaves(variables))} entries as they were{said}"
     try:
@@ -121,7 +124,13 @@ def _fit_classes(info: Mapping[str, Any], data: Data) -> tuple[dict[str, Any], s
       data: Of the run.
     """
     known, stored, here = stored_names(info), info.get("classes", ()), data.classes
-    if len(stored) != len(here) or list(stored) == list(here):
+    if list(stored) == list(here):
+        return {}, ""
+    if not data.numbered and set(stored) != set(here) and (rows := wordnet.rows(here, stored)):
+        others = f", the other {rows.count(-1)} the mean of all" if -1 in rows else ""
+        kept = len(rows) - rows.count(-1)
+        return {"class_map": rows}, f"\n{kept} of the {len(here)} classes get their weights by WordNet id{others}"
+    if len(stored) != len(here):
         return {}, ""
     if set(stored) == set(here) and not data.numbered:
         order = match(here, stored, "the data", "the checkpoint").tolist()

@@ -68,7 +68,7 @@ def test_classes_by_a_map():
     for name in ("head.fc.weight", "head.fc.bias"):
         rows = before[name]
         np.testing.assert_allclose(after[name], np.stack([rows[4], rows.mean(0), rows[0]]), rtol=1e-6, atol=1e-7)
-    assert report.changed["head.fc.bias"] == "mapped from 7 to 3 classes"
+    assert report.changed["head.fc.bias"] == "mapped from 7 to 3 classes, 1 of them the mean of all"
     for wrong in ([1, 2], [1, 2, 7], [1, 2, -2]):
         with pytest.raises(UserError, match=r"the class map has . numbers"):
             adapted(create(num_classes=7), create(num_classes=3), class_map=wrong)

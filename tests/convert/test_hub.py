@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import threading
@@ -171,6 +172,36 @@ def test_the_table_is_that_of_timm():
                 pre["mean"],
                 pre["std"],
             ), name
+
+
+def test_weights_under_two_names_have_one_preprocessing():
+    """sail-sg's and FAIR's own releases are among timm's, with other tags."""
+    rows = hub.published()
+    tags = {"": "sail_in1k", "_384": "sail_in1k_384", "_in21k": "sail_in22k"}
+    tags |= {"_in21ft1k": "sail_in22k_ft_in1k", "_384_in21ft1k": "sail_in22k_ft_in1k_384"}
+    compared = 0
+    for name, row in rows.items():
+        base, ending = re.fullmatch(r"(?:sail/)?(\w+?former\w*?_[smb]\d\d|.*?)((?:_384)?(?:_in21\w+)?)", name).groups()
+        if name.startswith("sail/") and (twin := rows.get(f"timm/{base}.{tags[ending]}")):
+            assert row["preprocessing"] == twin["preprocessing"] and row["classes"] == twin["classes"], name
+            compared += 1
+        if name.startswith("fair/"):
+            model, _, classes = name.removeprefix("fair/").rpartition("_")
+            assert row["preprocessing"] == rows[f"timm/{model}.fb_in{classes}"]["preprocessing"], name
+            compared += 1
+    assert compared == 8 * 5 + 5 + 4
+
+
+# As the authors of MAP say in their commands: validate.py ... --crop-pct 0.95.
+MAP_CROPS = {"map_convnext_tiny": 0.875, "map_convnext_small": 0.875}
+
+
+def test_maps_releases_have_the_crop_of_their_commands():
+    for name, row in hub.published().items():
+        if name.startswith("map_"):
+            pre = row["preprocessing"]
+            wanted = (MAP_CROPS.get(name, 0.95), "center", "bicubic", 224, [0.485, 0.456, 0.406])
+            assert (*(pre[key] for key in ("crop_pct", "crop_mode", "interpolation", "image_size", "mean")),) == wanted
 
 
 def test_releases_come_from_their_address(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from maxmap import __main__ as commands
+from maxmap.convert.hub import published_preprocessing
 from maxmap.convert.load import convert, export, read_foreign, read_model
 from maxmap.convert.sources import read_source
 from maxmap.convert.torch import from_torch, to_torch
@@ -207,6 +208,35 @@ def test_there_and_back(name, arrays, variables, model, tmp_path, capsys):
         assert commands.main([*command, "--overwrite"]) == 0
     with pytest.raises(UserError, match="has no known ending"):
         export(dest, tmp_path / "out.onnx")
+
+
+def test_a_preprocessing_that_the_source_does_not_say(arrays, tmp_path, capsys):
+    """What is assumed is named; what the user says is not, and replaces what a source says."""
+    (tmp_path / "hub").mkdir()
+    save_file(arrays, file := tmp_path / "hub/model.safetensors")
+    command = ["convert", str(file), str(tmp_path / "dest"), "--model=test_maxvit"]
+    assert commands.main([*command, "--crop-pct=0.9", "--mean", "0.5", "0.5", "0.5"]) == 0
+    assert (
+        "\nassumed, as the source does not say it: crop_mode center, interpolation bicubic, std 0.229 0.224 0.225, "
+        "as most networks for ImageNet have it; "
+    ) in capsys.readouterr().out
+    pre = read_model(tmp_path / "dest")[1]["preprocessing"]
+    assert (pre["crop_pct"], pre["mean"], pre["image_size"]) == (0.9, [0.5, 0.5, 0.5], 160)
+    said = {"input_size": [3, 160, 160], "mean": [0.1] * 3, "std": [0.2] * 3, "crop_pct": 0.95}
+    (tmp_path / "hub/config.json").write_text(json.dumps({"architecture": "test_maxvit", "pretrained_cfg": said}))
+    loaded = read_foreign(tmp_path / "hub", preprocessing={"mean": (0.5, 0.5, 0.5)})
+    assert loaded.info["preprocessing"]["mean"] == [0.5] * 3 and loaded.info["preprocessing"]["std"] == [0.2] * 3
+    assert not loaded.assumed
+
+
+def test_the_preprocessing_of_a_published_checkpoint_of_the_same_model_is_assumed():
+    pre, whose = published_preprocessing("maxvit_tiny_tf_384", 1000, 384)
+    assert (
+        whose == "timm/maxvit_tiny_tf_384.in1k has it"
+        and pre["crop_mode"] == "squash"
+        and pre["mean"] == [0.5, 0.5, 0.5]
+    )
+    assert published_preprocessing("maxvit_tiny_tf_384", 1000, 416)[0] == {**pre, "image_size": 416}
 
 
 def test_a_folder_of_other_things_is_never_replaced(arrays, tmp_path):

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from maxmap import __main__ as commands
-from maxmap.checksums import masked_crc32c
 from maxmap.convert import tensorflow
 from maxmap.convert.load import read_foreign
 from maxmap.data.archives import parse_example, record_positions
 from maxmap.errors import UserError
 from maxmap.models import create_model
+from tests.fuzz.tensorflow_rows import entry, table, varint
 from tests.tiny import compile_quickly
 
 FIELDS = {"embed_dim": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "stem_width": (4, 8), "transformer": {"head_dim": 8}}
@@ -242,41 +242,6 @@ def test_every_flipped_bit_is_noticed(folder, tmp_path):
     data.write_bytes(values)
     with pytest.raises(UserError, match=r"damaged or not complete \(.+ has another checksum than the index says\)"):
         tensorflow.read_variables(prefix)
-
-
-def varint(value):
-    parts = []
-    while value > 127:
-        parts.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*parts, value])
-
-
-def block(entries):
-    """A block of a table; `entries` gives the shared length, the suffix of the key, and the value."""
-    content = b"".join(
-        varint(shared) + varint(len(key)) + varint(len(value)) + key + value for shared, key, value in entries
-    )
-    content += bytes(4) + (1).to_bytes(4, "little")
-    return content, content + b"\0" + masked_crc32c(content + b"\0").to_bytes(4, "little")
-
-
-def table(blocks, handles=None):
-    """A file of blocks, with valid checksums; `handles` are those of the block of blocks."""
-    file, own = b"", []
-    for entries in blocks:
-        content, stored = block(entries)
-        own.append(varint(len(file)) + varint(len(content)))
-        file += stored
-    content, stored = block([(0, bytes([i]), handle) for i, handle in enumerate(handles or own)])
-    handle = varint(0) + varint(0) + varint(len(file)) + varint(len(content))
-    return file + stored + handle.ljust(40, b"\0") + (0xDB4775248B80FB57).to_bytes(8, "little")
-
-
-# An entry of a float32 variable with `dimensions`, which the files hold at offset 0.
-def entry(dimensions, length):
-    shape = b"".join(b"\x12" + varint(len(size := b"\x08" + varint(n))) + size for n in dimensions)
-    return b"\x08\x01\x12" + varint(len(shape)) + shape + b"\x28" + varint(length)
 
 
 @pytest.mark.parametrize(

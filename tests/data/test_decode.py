@@ -16,6 +16,7 @@ from maxmap.data.decode import FILTERS, check_filter, check_images, decode, eval
 from maxmap.data.images import MAX_PIXELS, broken_is_oserror
 from maxmap.data.sources import FolderSource
 from maxmap.errors import UserError
+from tests.fuzz.picture_rows import chunk, with_size
 from tests.reference import import_timm
 
 MEAN = (0.485, 0.456, 0.406)
@@ -429,25 +430,6 @@ def test_a_jpeg_whose_pixels_are_missing_is_damaged_whatever_pillow_fills_in():
                 read()
 
 
-def with_size(file: bytes, format: str, width: int, height: int) -> bytes:
-    """An image of 16 x 16 whose header states another size."""
-    data = bytearray(file)
-    if format == "PNG":
-        data[16:24] = struct.pack(">II", width, height)
-        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    elif format == "JPEG2000":
-        at = data.index(b"ihdr") + 4
-        data[at : at + 8] = struct.pack(">II", height, width)
-        at = data.index(b"\xff\x51") + 6
-        data[at : at + 8] = struct.pack(">II", width, height)
-    else:
-        for tag, value in ((256, width), (257, height)):
-            entries = [struct.pack("<HHLL", tag, kind, 1, 16) for kind in (3, 4)]
-            (at,) = (data.index(entry) for entry in entries if entry in data)
-            data[at + 8 : at + 12] = struct.pack("<L", value)
-    return bytes(data)
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA"])
 @pytest.mark.parametrize("size", [(16, 17), (16, 900), (900, 16), (900, 900)])
 def test_an_image_whose_header_lies_is_refused(size, mode):
@@ -482,10 +464,6 @@ def test_images_that_end_in_black_are_whole():
 
 def interlaced(pixels: np.ndarray, passes: int = 7) -> bytes:
     """An interlaced PNG, which Pillow does not write."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     steps = [(0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2)][:passes]
     rows = [row for x, dx, y, dy in steps for row in pixels[y::dy, x::dx] if row.size]
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, 1)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from maxmap.data import decode, order
-from maxmap.data.pipeline import Data, open_data, preprocess
+from maxmap.data.pipeline import Data, open_data
+from maxmap.data.preprocessing import cropped
 from maxmap.data.sources import LabelledImage, open_source
 from maxmap.errors import UserError
 from tests.reference import import_timm
@@ -138,7 +139,7 @@ def test_evaluation_sees_every_image_once(data, batch_size, processes):
     assert (rows["skipped"] == -1).all()
 
 
-def test_preprocess_does_what_evaluation_does(data, tmp_path):
+def test_cropped_does_what_evaluation_does(data, tmp_path):
     assert json.loads(json.dumps(data.preprocessing)) == data.preprocessing
     assert data.preprocessing == {
         "image_size": 6,
@@ -152,12 +153,12 @@ def test_preprocess_does_what_evaluation_does(data, tmp_path):
     images = next(data.eval_batches(9))["image"]
     path = tmp_path / "a.png"
     Image.fromarray(data.val[8].image).save(path)
-    for image in (data.val[8].image, path, str(path), path.read_bytes()):
-        assert np.array_equal(preprocess(image, data.preprocessing), images[8])
+    for image in (data.val[8].image, Image.open(path), path, str(path), path.read_bytes()):
+        assert np.array_equal(cropped(image, data.preprocessing), images[8])
     path.write_bytes(b"text")
     for broken, where in [(path, str(path)), (tmp_path / "none.png", "none.png"), (b"text", "the image")]:
         with pytest.raises(UserError, match=rf"cannot read .*{where}"):
-            preprocess(broken, data.preprocessing)
+            cropped(broken, data.preprocessing)
 
 
 def test_evaluation_has_its_own_size_and_crop():
@@ -253,11 +254,9 @@ def test_a_photo_that_lies_on_its_side_is_turned_where_the_config_says_so(folder
         assert data.preprocessing["exif"] is turned
         train = next(data.train_batches(4, seed=0, num_steps=1))["image"].astype(int)
         val = next(data.eval_batches(4))["image"].astype(int)
-        single = preprocess(data.val.name(0), data.preprocessing)[None].astype(int)
+        single = cropped(data.val.name(0), data.preprocessing)[None].astype(int)
         older = {key: value for key, value in data.preprocessing.items() if key != "exif"}
-        assert (
-            np.array_equal(preprocess(data.val.name(0), older)[None] == single, np.full(single.shape, True)) != turned
-        )
+        assert np.array_equal(cropped(data.val.name(0), older)[None] == single, np.full(single.shape, True)) != turned
         for images in (train, val, single):
             sky, ground = images[:, 0].mean(), images[:, -1].mean()
             assert (sky > 240 and ground < 15) if turned else abs(sky - ground) < 15

@@ -13,11 +13,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.utils.shard_utils import FileInstruction, get_file_instructions
 
-from maxmap.checksums import masked_crc32c
 from maxmap.data.archives import TFRecords, parse_example, record_positions
 from maxmap.data.pipeline import open_data
 from maxmap.data.sources import SOURCES, FolderSource, LabelledImage, open_source
 from maxmap.errors import UserError
+from maxmap.validate import open_images
+from tests.fuzz.archive_rows import made
+from tests.fuzz.archive_rows import record as tfrecord
 
 
 def encoded(value: int, size: tuple[int, int] = (9, 8), format: str = "PNG") -> bytes:
@@ -268,6 +270,12 @@ def test_tfds_val_is_the_split_that_there_is_and_slices_work(prepared):
     assert len(open_source("tfds", prepared, "train[:50%]", name="maxmap_tiny")) == 3
 
 
+def test_validation_opens_tfds_by_name(prepared):
+    data = open_images(prepared, None, "maxmap_tiny", 0)
+    assert data.train is None and data.val.name(0).startswith("maxmap_tiny/")
+    assert len(open_images(prepared, "train[:50%]", "maxmap_tiny", 0).val) == 3
+
+
 def test_tfds_without_prepared_data_names_the_command(tmp_path):
     text = message("tfds", tmp_path, name="maxmap_tiny")
     assert f"`tfds build maxmap_tiny --file_format=array_record --data_dir={tmp_path}`" in text
@@ -282,12 +290,6 @@ def test_tfds_prepared_in_a_format_that_cannot_be_read(tmp_path):
 
     with pytest.raises(UserError, match=r"as riegeli, which cannot be read by index.*--file_format=array_record"):
         _check_prepared(Elsewhere, "maxmap_tiny", None)
-
-
-def tfrecord(record: bytes) -> bytes:
-    """A record as it lies in a TFRecord file."""
-    length = struct.pack("<Q", len(record))
-    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, record))
 
 
 @pytest.fixture(scope="module")
@@ -549,13 +551,6 @@ def odd_tar(file, *infos: tarfile.TarInfo) -> None:
         tar.addfile(made("a/x.png", size=9), io.BytesIO(bytes(9)))
         for info in infos:
             tar.addfile(info)
-
-
-def made(name: str, **fields) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    for key, value in fields.items():
-        setattr(info, key, value)
-    return info
 
 
 def test_links_and_lies_in_a_tar(tmp_path):

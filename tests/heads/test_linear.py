@@ -78,6 +78,19 @@ def test_equals_its_definition(form, x64):
     assert np.allclose(outputs["embedding"], embedding, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", ["norm before pooling", "hidden layer with a norm"])
+def test_branches_are_classifiers_of_one_embedding(form, x64):
+    head = LinearHead(5, branches=3, **FORMS[form])
+    variables = randomised(head)
+    outputs = head.apply(variables, FEATURES)
+    assert outputs["logits"].shape == (3, 4, 5)
+    for k in range(3):
+        params = {**variables["params"], "fc": variables["params"][f"fc_{k}"]}
+        logits, embedding = expected({**variables, "params": params}, FEATURES[-1], form)
+        assert np.allclose(outputs["logits"][k], logits, rtol=1e-12, atol=1e-12)
+        assert np.allclose(outputs["embedding"], embedding, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_without_classes_it_returns_the_embedding(form):
     head = LinearHead(0, **FORMS[form])

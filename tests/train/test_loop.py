@@ -26,6 +26,7 @@ from tests.tiny import (
     copied,
     create_tiny,
     files,
+    preprocessing,
     read_lines,
     settings_for,
     use_models,
@@ -306,7 +307,8 @@ def test_init_from_fits_a_model_to_new_classes(tmp_path, monkeypatch, capfd):
     model = create_model(**REAL, num_classes=5)
     shapes = abstract_variables(model)
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
-    checkpoint.write_variables(tmp_path / "other", variables, {"model": {**REAL, "num_classes": 5}, "step": 0})
+    info = {"model": {**REAL, "num_classes": 5}, "step": 0, "preprocessing": {**preprocessing(), "mean": [0.1] * 3}}
+    checkpoint.write_variables(tmp_path / "other", variables, info)
     settings = settings_for(
         write_folder(tmp_path / "images", classes=("blue", "green")),
         model=REAL,
@@ -322,6 +324,10 @@ def test_init_from_fits_a_model_to_new_classes(tmp_path, monkeypatch, capfd):
     assert params["head"]["fc"]["kernel"].shape == (16, 2)
     assert 0 < np.abs(params["head"]["fc"]["kernel"]).max() < 0.5
     log = capfd.readouterr().err
+    assert (
+        "its preprocessing is not that of config.data: image_size is 32 instead of 8; mean is 0.5 0.5 0.5 instead of "
+        "0.1 0.1 0.1\n"
+    ) in log
     assert "dropped 2: head.fc.bias, head.fc.weight" in log and "initialised 2: head.fc.bias, head.fc.weight" in log
 
 

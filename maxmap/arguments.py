@@ -1,0 +1,50 @@
+"""The command line's parser, and types of its arguments beside text: numbers with a range, and paths."""
+
+import argparse
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from maxmap import storage
+from maxmap.errors import printable
+from maxmap.ranges import fits, type_text
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake with one sentence, as all of maxmap does, in place of all its options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"maxmap: {message.rstrip('.')}; {self.prog} --help lists what it takes.\n")
+
+
+class Number:
+    """Reads an argument that is a number, and refuses what does not fit the parameter that it is for.
+
+    Args:
+      function: That takes the number.
+      parameter: Its name there; the annotation says what fits. Of a tuple, it says what fits an element.
+    """
+
+    def __init__(self, function: Callable[..., Any], parameter: str):
+        wanted = typing.get_type_hints(function, include_extras=True)[parameter]
+        # Of a tuple, such as the mean of each colour, an argument is one element.
+        tuples = [kind for kind in (wanted, *typing.get_args(wanted)) if typing.get_origin(kind) is tuple]
+        self.wanted = typing.get_args(tuples[0])[0] if tuples else wanted
+
+    def __call__(self, text: str) -> int | float:
+        for kind in (int, float):
+            try:
+                value = kind(text)
+            except ValueError:
+                continue
+            if fits(value, self.wanted):
+                return value
+            break
+        wanted = type_text(self.wanted).removesuffix(" or None")
+        raise argparse.ArgumentTypeError(f"'{printable(text)}' is out of range: give a value of type {wanted}.")
+
+
+def local_path(text: str) -> Path:
+    """Reads an argument that is a path on this machine."""
+    return Path(storage.expand(text))

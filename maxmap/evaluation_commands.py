@@ -1,0 +1,123 @@
+"""The commands that use a checkpoint on images: predict and validate."""
+
+import argparse
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from maxmap import storage
+from maxmap.arguments import Number, local_path
+from maxmap.data.decode import CROP_MODES, FILTERS
+from maxmap.data.preprocessing import changed
+from maxmap.errors import printable
+from maxmap.inference import predict
+from maxmap.labels import LABEL_SETS
+from maxmap.validate import validate
+from maxmap.wordnet import words
+
+_PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the parsers of these commands to those of all commands."""
+    command = commands.add_parser("predict", help="name what images show, with the preprocessing of the checkpoint")
+    command.add_argument("workdir", type=storage.expand, help="folder of a run, converted checkpoint or published name")
+    command.add_argument("images", type=local_path, nargs="+", help="image files")
+    command.add_argument("--top", type=Number(predict, "top"), default=5, help="classes per image (default: 5)")
+    command.add_argument("--json", type=storage.expand, dest="json_file", help="file for the same as JSON")
+    command.add_argument("--csv", type=storage.expand, dest="csv_file", help="file for a line per image and class")
+    command.set_defaults(run=predict_command)
+
+    command = commands.add_parser("validate", help="accuracy of a checkpoint on labelled images")
+    command.add_argument(
+        "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
+    )
+    command.add_argument(
+        "images", type=local_path, help="folder of class folders, tar archive, folder of these, or TFDS directory"
+    )
+    command.add_argument("--split", help="folder or archives in IMAGES, or split of TFDS (default: val, validation)")
+    command.add_argument("--tfds", metavar="NAME", help="data set in the TFDS directory, for example imagenet2012")
+    command.add_argument("--labels", choices=LABEL_SETS, help="count as ImageNet-ReaL, V2, A, R or Sketch do")
+    command.add_argument("--file", type=local_path, dest="real", help="real.json, which --labels=real needs")
+    command.add_argument(
+        "--image-size",
+        type=Number(changed, "image_size"),
+        help="side of the crop in pixels (default: the checkpoint's)",
+    )
+    add_preprocessing(command, "the checkpoint's")
+    command.add_argument(
+        "--batch-size", type=Number(validate, "batch_size"), default=128, help="images at a time (default: 128)"
+    )
+    command.add_argument(
+        "--device-batches",
+        type=Number(validate, "device_batches"),
+        help="batches on the devices at a time (default: 1 on a CPU, else 2)",
+    )
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    command.add_argument(
+        "--check",
+        type=Number(validate, "check"),
+        default=2000,
+        help="images decoded before the start, where a broken one is an error (default: 2000)",
+    )
+    command.add_argument(
+        "--json", type=storage.expand, dest="json_file", help="for the result (default: the checkpoint's eval.json)"
+    )
+    command.add_argument(
+        "--csv", type=storage.expand, dest="csv_file", help="for a line per image (default: its predictions.csv)"
+    )
+    command.set_defaults(run=validate_command)
+
+
+def add_preprocessing(command: argparse.ArgumentParser, default: str) -> None:
+    """Adds the options that set fields of the preprocessing, but for the image size; `default` stands in their help."""
+
+    def add(name: str, what: str, **options: Any) -> None:
+        command.add_argument(name, help=f"{what} (default: {default})", **options)
+
+    add("--crop-pct", "part of the resized side that the crop keeps", type=Number(changed, "crop_pct"))
+    add("--crop-mode", "which side the resize fits", choices=CROP_MODES)
+    add("--interpolation", "filter of the resize", choices=FILTERS)
+    for name in ("mean", "std"):
+        add(f"--{name}", "of each colour in 0..1", type=Number(changed, name), nargs=3, metavar=("R", "G", "B"))
+
+
+def take_preprocessing(options: dict[str, Any]) -> dict[str, Any]:
+    """Removes the options of `add_preprocessing` from others; returns those that the user gave."""
+    given = {key: options.pop(key) for key in _PREPROCESSING}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def predict_command(workdir: str, images: list[Path], top: int, json_file: str | None, csv_file: str | None) -> None:
+    """Prints the likeliest classes of every image, and writes them into files."""
+    results = predict(workdir, images, top=top)
+    for path, classes in zip(images, results, strict=True):
+        named = ", ".join(f"{_readable(name)} {100 * probability:.1f} %" for name, probability in classes)
+        print(f"{printable(path)}: {named}")
+    rows = [
+        {"image": printable(path), "rank": rank, "class": name, "words": words(name), "probability": probability}
+        for path, classes in zip(images, results, strict=True)
+        for rank, (name, probability) in enumerate(classes, 1)
+    ]
+    if json_file is not None:
+        storage.write_named(json_file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    if csv_file is not None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["image", "rank", "class", "words", "probability"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        storage.write_named(csv_file, text.getvalue())
+
+
+def _readable(name: str) -> str:
+    """Returns the name of a class; of an id of WordNet's its first word, and the id."""
+    known = words(name)
+    return f"{known.split(', ')[0]} ({name})" if known else printable(name)
+
+
+def validate_command(checkpoint: str, images: Path, image_size: int | None, **options: Any) -> None:
+    """Prints and writes what a checkpoint reaches on labelled images."""
+    changes = {"image_size": image_size, **take_preprocessing(options)}
+    validate(checkpoint, images, changes=changes, **options)

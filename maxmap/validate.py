@@ -1,0 +1,204 @@
+"""Validation: what a checkpoint reaches on labelled images, with its own preprocessing unless told otherwise."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from maxmap import checkpoint, storage
+from maxmap.classes import match
+from maxmap.cost import count_parameters
+from maxmap.data.folders import holds_folders
+from maxmap.data.pipeline import Data, open_data
+from maxmap.data.preprocessing import changed, departures, in_words
+from maxmap.data.sources import tar_files
+from maxmap.errors import UserError, printable
+from maxmap.evaluate import check_image_size, evaluate, make_eval_step, match_classes, report, summary, tell
+from maxmap.inference import load
+from maxmap.labels import LABEL_SETS, read_real, real_labels
+from maxmap.predictions import accuracies, to_csv
+from maxmap.progress import Progress
+from maxmap.ranges import Count, CountOrZero, check_arguments
+from maxmap.sharding import make_mesh, replicated
+
+SPLITS = ("val", "validation")  # folders or archives that hold the evaluation split
+
+
+def validate(
+    path: str | Path,
+    images: str | Path,
+    *,
+    split: str | None = None,
+    tfds: str | None = None,
+    labels: str | None = None,
+    real: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    batch_size: Count = 128,
+    device_batches: Count | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    check: CountOrZero = 2000,
+    json_file: str | Path | None = None,
+    csv_file: str | Path | None = None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint on labelled images; prints what it is, what the images go through and the figures.
+
+    Classes are matched by their names: a class of the images that the checkpoint does not know is refused; classes of
+    the checkpoint without images stay candidates.
+
+    Args:
+      path: of the checkpoint, as for `maxmap.load`.
+      images: a folder with a folder of images per class, or one that has such a folder `val` or `validation`; a tar
+        archive, or a folder of them; with `tfds`, the folder of TFDS's data sets.
+      split: name of the split: a folder or the beginning of the archives' names in `images`; None: see `images`. Of
+        TFDS, None is its split 'validation' or 'test'.
+      tfds: name of a TFDS data set.
+      labels: a key of `maxmap.labels.LABEL_SETS`: count as its authors do.
+      real: ReaL's `real.json`, for `labels='real'`.
+      changes: fields of the preprocessing that replace the checkpoint's; see `maxmap.data.preprocessing.changed`.
+      batch_size: images at a time over all devices.
+      device_batches: batches that are on the devices at a time; see `maxmap.evaluate.evaluate`.
+      dtype: type that the model computes in.
+      check: images to decode before the start, where a broken one is an error; later ones are left out and named.
+      json_file: file for the result; None: `eval.json`, with the name of the label set, in the folder of the
+        checkpoint, or in the current folder if it is no checkpoint of ours.
+      csv_file: file for the predictions; None: `predictions.csv` beside an `eval.json`, nothing beside `json_file`.
+
+    Returns:
+      The content of the file of the result.
+
+    Raises:
+      UserError: there is no checkpoint, the images are missing, or both do not fit.
+    """
+    check_arguments(validate, "", locals())
+    if (labels == "real") != (real is not None):
+        raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
+    right = None if real is None else read_real(Path(storage.expand(real)))
+    mesh = make_mesh()
+    model, variables, info = load(path)
+    if not info["classes"]:
+        raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
+    used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
+    check_image_size(model, variables, used["image_size"])
+    data = dataclasses.replace(open_images(images, split, tfds, check), preprocessing=used)
+    data, among, present = _match_labels(data, info, path, labels)
+    if jax.process_index() == 0:
+        print(_describe(path, info, variables, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
+    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among)
+    placed = jax.device_put(variables, replicated(mesh))
+    rows: list[dict[str, Any]] = []
+    progress = Progress(data.num_eval)
+    result = evaluate(eval_step, placed, data, batch_size, mesh, rows, progress=progress, device_batches=device_batches)
+    for name in result["skipped"]:
+        tell(f"left out, because it cannot be decoded: {name}")
+    if right is not None:
+        del result["loss"]  # of the first label alone
+        result |= accuracies(rows, {row["index"]: real_labels(right, row["name"]) for row in rows})
+    if present < len(info["classes"]):
+        result["classes"] = f"{present} of {len(info['classes'])}"
+    about = {} if labels is None else {"labels": labels}
+    result = report({**about, **result}, variables["params"], {**info, "preprocessing": used})
+    _write(path, result, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
+    return result
+
+
+def open_images(images: str | Path, split: str | None, tfds: str | None, check: int) -> Data:
+    """Opens labelled images for evaluation alone; see `validate`.
+
+    Raises:
+      UserError: there are none, or they are malformed or broken.
+    """
+    path = os.path.abspath(storage.expand(images))
+    if tfds is not None:
+        return open_data("tfds", path, name=tfds, train_split=None, val_split=split or "val", check=check)
+    if os.path.isfile(path) and path.endswith(".tar"):
+        source, path, split = "tar", os.path.dirname(path), os.path.basename(path)
+    elif os.path.isdir(path):
+        source, path, split = _find_split(path, split)
+    else:
+        raise UserError(f"there is no folder of images and no tar archive {printable(path)}: give another path.")
+    return open_data(source, path, train_split=None, val_split=split, check=check)
+
+
+def _find_split(path: str, split: str | None) -> tuple[str, str, str]:
+    """Returns the kind of source that a folder holds, and path and name of its split."""
+    for name in [split] if split else SPLITS:
+        if holds_folders(os.path.join(path, name)):
+            return "folder", path, name
+        if tar_files(path, name):
+            return "tar", path, name
+    if split:
+        return "folder", path, split  # whose sentence says what there is
+    if not holds_folders(path) and tar_files(path, ""):
+        return "tar", path, ""  # every archive
+    return "folder", os.path.dirname(path), os.path.basename(path)
+
+
+def _match_labels(
+    data: Data, info: Mapping[str, Any], path: str | Path, labels: str | None
+) -> tuple[Data, list[int] | None, int]:
+    """Gives data the labels of a checkpoint.
+
+    Returns:
+      The data; the classes that are candidates, None for all; and how many classes the data has.
+
+    Raises:
+      UserError: the data has a class that the checkpoint does not know, or the label set is not of its classes.
+    """
+    classes = info["classes"]
+    if labels is None:
+        data, present = match_classes(data, info, path)
+        if len(data.classes) != len(classes):
+            raise UserError(
+                f"the data has {present} classes, and the {len(classes)} of the checkpoint {path} have numbers in "
+                "place of names: convert it with --classes=FILE, a line for each class."
+            )
+        return data, None, present
+    kind = LABEL_SETS[labels]
+    if len(classes) != 1000 or sorted(classes) != list(classes):
+        raise UserError(f"{path} was not trained on ImageNet's 1,000 classes by WordNet number.")
+    whose = f"the checkpoint in {path}"
+    names = [str(i) for i in range(1000)] if kind["folders"] == "numbers" else classes
+    own = match(data.classes, names, "the data", whose)
+    return data.with_classes(names, whose), sorted(own.tolist()) if kind["among"] else None, len(own)
+
+
+def _describe(
+    path: str | Path, info: Mapping[str, Any], variables: Mapping[str, Any], images: str, used: Mapping[str, Any]
+) -> str:
+    """Returns what is evaluated, on what and after what preprocessing, as lines of text."""
+    lines = [
+        f"{info['model']['name']}, {count_parameters(variables['params']):,} parameters, {len(info['classes']):,} "
+        f"classes: {info['weights']} weights of {path}, step {info['step']}",
+        images,
+        f"preprocessing: {in_words(used)}",
+    ]
+    departing = departures(used, info["preprocessing"])
+    lines.append(f"not the checkpoint's: {'; '.join(departing)}" if departing else "all of it is the checkpoint's")
+    return "\n".join(map(printable, lines))
+
+
+def _write(
+    path: str | Path,
+    result: Mapping[str, Any],
+    predictions: str,
+    labels: str | None,
+    json_file: str | Path | None,
+    csv_file: str | Path | None,
+) -> None:
+    """Writes the files of a validation and prints its last line, on the first process alone."""
+    if jax.process_index() > 0:
+        return
+    own = storage.in_bucket(path) or os.path.isdir(os.path.join(storage.expand(path), checkpoint.FOLDER))
+    folder, ending = storage.resolve(path if own else "."), f"_{labels}" if labels else ""
+    if json_file is None:
+        json_file, csv_file = folder / f"eval{ending}.json", csv_file or folder / f"predictions{ending}.csv"
+    files = {json_file: json.dumps(result, indent=2) + "\n"} | ({csv_file: predictions} if csv_file else {})
+    print(f"{labels or ''} {summary(result)}".lstrip(), flush=True)  # first, because a disk may be full
+    for file, text in files.items():
+        storage.write_named(file, text)
+    print(f"written to {' and '.join(map(printable, files))}")

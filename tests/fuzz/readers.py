@@ -1,0 +1,25 @@
+"""All rows of the table, and the modules that read only files of this machine or of maxmap itself."""
+
+from tests.fuzz import archive_rows, hub_rows, picture_rows, tensorflow_rows, text_rows, torch_rows
+from tests.fuzz.rows import Row
+
+ROWS: tuple[Row, ...] = (
+    *hub_rows.ROWS,
+    *torch_rows.ROWS,
+    *tensorflow_rows.ROWS,
+    *archive_rows.ROWS,
+    *picture_rows.ROWS,
+    *text_rows.ROWS,
+)
+
+OWN_FILES = {
+    "maxmap.__main__": "a table of the package",
+    "maxmap.accelerators.bundles": "what a compiler on this machine writes",
+    "maxmap.checkpoint": "checkpoints that maxmap wrote, by orbax; SECURITY.md says what is not promised for them",
+    "maxmap.runtime": "what the operating system says of memory",
+    "maxmap.storage": "files that maxmap wrote, for their checksums",
+    "maxmap.train.board": "it writes",
+    "maxmap.train.build": "its own config, once more",
+    "maxmap.train.resume": "the lock and the config of a run of its own",
+    "maxmap.train.watch": "events of a run of its own",
+}
