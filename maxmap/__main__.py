@@ -296,7 +296,10 @@ def _add_ema(command: argparse.ArgumentParser) -> None:
 
 def _add_classifier(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--classifier", type=local_path, metavar="FILE", help="file of the classifier, where the source has the trunk alone"
+        "--classifier",
+        type=local_path,
+        metavar="FILE",
+        help="file of the classifier, where the source has the trunk alone",
     )
 
 
