@@ -86,7 +86,8 @@ def published_preprocessing(model: str, classes: int, image_size: int) -> tuple[
         return {**row["preprocessing"], "image_size": image_size}, f"{name} has it"
     usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic", **NORMALISATIONS["imagenet"]}
     differing = next((other for pattern, other in _UNLISTED.items() if fnmatch.fnmatch(model, pattern)), {})
-    return {"image_size": image_size, **usual, **differing}, "most networks for ImageNet have it"
+    whose = f"the released weights of {model} have it" if differing else "most networks for ImageNet have it"
+    return {"image_size": image_size, **usual, **differing}, whose
 
 
 def full_name(source: str | Path) -> str:

@@ -129,7 +129,7 @@ def test_tflite_computes_what_its_program_says(x64, plain_convolutions, tmp_path
     assert f"{NAME}, 470,072 parameters, 1000 classes, from tflite" in printed
     assert "\ndequantised 55 entries by their scales: 13 of uint8, 28 of int32, 14 of int8\n" in printed
     assert "left out the first of 1,001 classes, background" in printed and "made 27 batch norms" in printed
-    assert "image_size 72, crop_pct 0.875, crop_mode center, interpolation bilinear, mean [0.5, 0.5, 0.5]" in printed
+    assert "image_size 72, crop_pct 0.875, crop_mode center, interpolation bilinear, mean 0.5 0.5 0.5" in printed
     two = ["--classifier", str(tmp_path / "classifier.tflite")]
     assert commands.main(["convert", str(tmp_path / "trunk.tflite"), str(tmp_path / "two"), *two]) == 0
     assert commands.main(["verify", str(tmp_path / "two"), "--against", str(tmp_path / "trunk.tflite"), *two]) == 0
