@@ -20,14 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 import maxmap
 from maxmap.convert.load import convert
-from maxmap.data.augment import normalize
-from maxmap.data.preprocessing import cropped
 
 
 @dataclass(frozen=True)
@@ -78,16 +75,17 @@ def convert_case(case: Case, weights: Path, dest: Path) -> None:
 def logits_of(checkpoint: Path, photographs: Sequence[Path], batch_size: int = 50) -> np.ndarray:
     """Returns the logits `[N, K]` of photographs, with the preprocessing of the checkpoint."""
     model, variables, info = maxmap.load(checkpoint)
-    pre = info["preprocessing"]
 
     @jax.jit
-    def run(variables: Any, pixels: jax.Array) -> jax.Array:
-        return maxmap.average(model.apply(variables, normalize(pixels, pre["mean"], pre["std"])))
+    def run(variables: Any, images: jax.Array) -> jax.Array:
+        return maxmap.average(model.apply(variables, images))
 
+    logits = []
     with ThreadPoolExecutor() as pool, jax.default_matmul_precision("highest"):
-        pixels = list(pool.map(lambda path: cropped(path, pre), photographs))
-        batches = [np.stack(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size)]
-        return np.concatenate([np.asarray(run(variables, jnp.asarray(batch))) for batch in batches])
+        for start in range(0, len(photographs), batch_size):
+            batch = pool.map(lambda path: maxmap.preprocess(path, info), photographs[start : start + batch_size])
+            logits.append(np.asarray(run(variables, np.concatenate(list(batch)))))
+    return np.concatenate(logits)
 
 
 def top(logits: np.ndarray, k: int) -> float:

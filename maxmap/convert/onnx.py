@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from maxmap.convert.manifests import is_beside, is_size
+from maxmap.convert.manifests import is_beside, is_shape
 from maxmap.convert.mobilenet import Network, dequantisation_note
 from maxmap.errors import UserError, shortened
 from maxmap.protobuf import MalformedMessage, Message
@@ -31,7 +31,6 @@ _TYPES: dict[int, Any] = {
 _FLOATS, _INTEGERS, _LONG_INTEGERS, _DOUBLES = 4, 5, 7, 10  # fields with a tensor's numbers, beside the raw bytes
 _RAW, _EXTERNAL = 9, 13
 _LARGEST = (1 << 31) - 1  # bytes, the most that a protocol buffer has
-_MOST_DIMENSIONS = 64  # NumPy's limit
 
 
 def read_onnx(path: Path) -> Network:
@@ -89,7 +88,8 @@ def _dequantised(name: str, stored: np.ndarray, others: list[Any], axis: int) ->
         raise MalformedMessage(f"the scales of {shortened(name)} do not fit its shape")
     scale, *zero = (value.reshape(aligned) for value in others)
     shifted = stored.astype(np.int64) - (zero[0].astype(np.int64) if zero else 0)
-    return shifted.astype(np.float32) * scale.astype(np.float32)
+    with np.errstate(all="ignore"):  # what is not finite is refused later, with its name
+        return shifted.astype(np.float32) * scale.astype(np.float32)
 
 
 def _axis(node: Message) -> int:
@@ -107,7 +107,7 @@ def _values(tensor: Message, name: str, path: Path) -> np.ndarray:
     if kind not in _TYPES:  # text, complex numbers and the like are no weights
         return np.zeros((), np.int64)
     dtype = np.dtype(_TYPES[kind])
-    if len(shape) > _MOST_DIMENSIONS or not all(map(is_size, shape)):
+    if not is_shape(shape):
         raise MalformedMessage(f"{shortened(name)} has the shape {shortened(shape)}")
     wanted = math.prod(shape) * dtype.itemsize
     if tensor.integer(14):

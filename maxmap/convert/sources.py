@@ -81,7 +81,7 @@ def _read_path(path: Path, ema: bool | None) -> ForeignCheckpoint:
     try:
         if tensorflow.is_checkpoint(path):
             return ForeignCheckpoint(*tensorflow.read_checkpoint(path, ema=ema), kind="tensorflow")
-        if (path / tfjs.NAME).is_file() or path.name == tfjs.NAME:
+        if (path / tfjs.NAME).is_file() or (path.name == tfjs.NAME and path.is_file()):
             return _of_network(tfjs.read_tfjs(path / tfjs.NAME if path.is_dir() else path), "tfjs", ema, path)
         if path.is_dir():
             return _read_repository(path, ema)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from maxmap.convert.manifests import is_beside, is_size, read_json
+from maxmap.convert.manifests import is_beside, is_shape, is_size, read_json
 from maxmap.convert.mobilenet import TRUNK, Network, dequantisation_note, name_classifier, tensorflow_name
 from maxmap.errors import UserError, shortened
 
@@ -35,6 +35,7 @@ _LEAVES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+_LARGEST_NUMBER = 1e30  # as scales are
 _PARTS = re.compile(r"(?:.*/)?(conv1|conv_dw_\d+|conv_pw_\d+|conv_preds)(_bn)?/(\w+)")
 
 
@@ -114,7 +115,7 @@ def _read_entry(
 ) -> tuple[str, np.ndarray, int]:
     """Reads one tensor; returns its name, its values and where the next one begins."""
     name, shape, dtype = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "shape", "dtype"))
-    if not isinstance(name, str) or not isinstance(shape, list) or len(shape) > 8 or not all(map(is_size, shape)):
+    if not isinstance(name, str) or not is_shape(shape):
         raise UserError(f"{path} lists weights without a name or a shape: get it again.")
     packing = entry.get("quantization", {})
     stored = packing.get("dtype", dtype) if isinstance(packing, dict) else None
@@ -126,11 +127,16 @@ def _read_entry(
     values = data[position : position + size].view(_TYPES[stored]).reshape(shape)
     if packing and stored != "float16":
         scale, least = packing.get("scale"), packing.get("min")
-        if type(scale) not in (int, float) or type(least) not in (int, float):
+        if not (_is_number(scale) and _is_number(least)):
             raise UserError(f"{path} lists {shortened(name)} as integers without 'scale' and 'min': get it again.")
-        values = values.astype(np.float32) * np.float32(scale) + np.float32(least)
+        with np.errstate(all="ignore"):  # what is not finite is refused later, with its name
+            values = values.astype(np.float32) * np.float32(scale) + np.float32(least)
         counts[stored] += 1
     return name, values, position + size
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _LARGEST_NUMBER  # also False for NaN
 
 
 def _named(tensors: Mapping[str, np.ndarray], notes: list[str]) -> Network:

@@ -28,8 +28,10 @@ MARK = b"TFL3"  # behind the first four bytes
 _TYPES: dict[int, Any] = {0: np.float32, 1: np.float16, 2: np.int32, 3: np.uint8, 9: np.int8}
 _CONV, _DEPTHWISE, _FULLY_CONNECTED = 3, 4, 9  # operations
 _CONVOLUTIONS = (_CONV, _DEPTHWISE, _FULLY_CONNECTED)
-_WITHOUT_WEIGHTS = {1: "AVERAGE_POOL_2D", 40: "MEAN", 22: "RESHAPE", 43: "SQUEEZE", 25: "SOFTMAX", 114: "QUANTIZE"}
-_POOLING = (1, 40)
+_DEQUANTIZE = 6  # of 16-bit weights, and at the end
+_POOLING = (1, 40)  # AVERAGE_POOL_2D, MEAN
+_WITHOUT_WEIGHTS = (*_POOLING, 22, 43, 25, 114, _DEQUANTIZE)  # also RESHAPE, SQUEEZE, SOFTMAX, QUANTIZE
+_OTHERS = {0: "ADD", 2: "CONCATENATION", 17: "MAX_POOL_2D", 18: "MUL", 34: "PAD", 41: "SUB"}  # the usual ones, by name
 _SAME, _NO_ACTIVATION, _RELU6 = 0, 0, 3
 
 
@@ -55,6 +57,7 @@ class _Graph:
 
     def __init__(self, model: Table, graph: Table, size: int):
         self.buffers, self.tensors = model.tables(4), graph.tables(0)
+        self.sources: dict[int, int] = {}  # constants by the tensor that they are turned into
         self.unread = size  # bytes of the file: weights may share some, but not so many that they need much memory
         self.dequantised: collections.Counter[str] = collections.Counter()  # tensors by type
 
@@ -70,6 +73,7 @@ class _Graph:
 
     def values(self, index: int) -> np.ndarray:
         """Returns a constant in float32."""
+        index = self.sources.get(index, index)
         tensor, shape = self.tensors[index], self.shape(index)
         kind, data = tensor.scalar(1, "<b"), self.buffers[tensor.scalar(2, "<I")].vector(0, np.uint8)
         if kind not in _TYPES:
@@ -93,7 +97,8 @@ class _Graph:
             aligned[axis] = scales.size
         zeros = np.zeros(scales.size, np.int64) if not zeros.size else zeros
         self.dequantised[str(dtype)] += 1
-        return (values - zeros.reshape(aligned)).astype(np.float32) * scales.reshape(aligned)
+        with np.errstate(all="ignore"):  # what is not finite is refused later, with its name
+            return (values - zeros.reshape(aligned)).astype(np.float32) * scales.reshape(aligned)
 
     def ends_at_six(self, index: int) -> bool:
         """Whether the integers of a result stand for 0 to 6, so that rounding to them is ReLU6."""
@@ -103,72 +108,76 @@ class _Graph:
 
 
 def _read(data: np.ndarray) -> Network:
+    """Follows the operations of a program and collects their weights."""
     model = root(data)
     graphs = model.tables(2)
     if len(graphs) != 1:
         raise ValueError(f"it has {len(graphs)} graphs")
-    graph = _Graph(model, graphs[0], data.size)
-    codes = model.tables(1)
-    trunk: list[Convolution] = []
-    classifier: Convolution | None = None
-    last = int(graphs[0].vector(1, np.int32)[0]) if graphs[0].vector(1, np.int32).size else -1
+    graph, codes = _Graph(model, graphs[0], data.size), model.tables(1)
+    last = int(graphs[0].vector(1, np.int32)[0])
     size = graph.shape(last)
     pooled = size[1:3] == (1, 1)
+    trunk: list[Convolution] = []
+    classifier: Convolution | None = None
     for number, operator in enumerate(graphs[0].tables(3), 1):
         code = codes[operator.scalar(0, "<I")]
         kind = max(code.scalar(0, "<b"), code.scalar(3))
-        inputs, outputs = operator.vector(1, np.int32), operator.vector(2, np.int32)
-        if not (inputs.size and outputs.size) or inputs[0] != last:
+        inputs, output = operator.vector(1, np.int32), int(operator.vector(2, np.int32)[0])
+        if kind == _DEQUANTIZE and inputs[0] != last:
+            graph.sources[output] = int(inputs[0])
+            continue
+        if inputs[0] != last:
             raise ValueError(f"its operation {number} does not follow the one before")
-        last = int(outputs[0])
-        pooled = pooled or kind in _POOLING
+        last, pooled = output, pooled or kind in _POOLING
         if kind in _WITHOUT_WEIGHTS:
             continue
         if kind not in _CONVOLUTIONS or classifier is not None or len(trunk) > len(TRUNK):
-            raise ValueError(f"its operation {number} has the code {kind}, which does not belong there")
-        convolution = _convolution(graph, operator, kind, number, inputs, last, pooled)
+            what = f"is {_OTHERS[kind]}" if kind in _OTHERS else f"has the code {kind}"
+            raise ValueError(f"its operation {number} {what}, which does not belong there")
+        convolution, activation = _convolution(graph, operator, kind, number)
         if pooled:
             classifier = convolution
+            if convolution.weight.shape[2:] != (1, 1) or activation != _NO_ACTIVATION:
+                raise ValueError(f"its operation {number}, behind the pooling, is no linear map")
         else:
             trunk.append(convolution)
+            if activation != _RELU6 and not (activation == _NO_ACTIVATION and graph.ends_at_six(output)):
+                raise ValueError(f"its operation {number} has the activation {activation}, not ReLU6")
     return _network(graph, trunk, classifier, size)
 
 
-def _convolution(
-    graph: _Graph, operator: Table, kind: int, number: int, inputs: np.ndarray, output: int, is_classifier: bool
-) -> Convolution:
-    """Reads a convolution; raises ValueError unless it computes what one of MobileNetV1 does."""
+def _convolution(graph: _Graph, operator: Table, kind: int, number: int) -> tuple[Convolution, int]:
+    """Reads a convolution and its activation; raises ValueError unless it is of a kind that MobileNetV1 has."""
+    inputs = operator.vector(1, np.int32)
     if inputs.size != 3:
         raise ValueError(f"its operation {number} has no bias")
-    options = operator.table(4)
     weight, bias = graph.values(int(inputs[1])), graph.values(int(inputs[2]))
-    if kind == _FULLY_CONNECTED:
-        weight = weight[:, None, None] if weight.ndim == 2 else weight
-        padding, stride, activation = _SAME, 1, 0 if options is None else options.scalar(0, "<b")
-    else:
-        if options is None:
-            raise MalformedTable(f"its operation {number} lacks its options")
-        padding, strides = options.scalar(0, "<b"), (options.scalar(1), options.scalar(2))
-        multiplier, first = (options.scalar(3), 4) if kind == _DEPTHWISE else (1, 3)
-        activation, *dilations = options.scalar(first, "<b"), options.scalar(first + 1, default=1)
-        dilations.append(options.scalar(first + 2, default=1))
-        stride = strides[0]
-        if strides != (stride, stride) or dilations != [1, 1] or multiplier != 1:
-            raise ValueError(f"its operation {number} has other strides, dilations or multipliers")
+    if kind == _FULLY_CONNECTED and weight.ndim == 2:
+        weight = weight[:, None, None]
     if weight.ndim != 4 or (kind == _DEPTHWISE and weight.shape[0] != 1):
         raise ValueError(f"its operation {number} has weights of the shape {weight.shape}")
     # TFLite has [O, kh, kw, I], and [1, kh, kw, O] for depthwise convolutions.
     weight = weight.transpose(3, 0, 1, 2) if kind == _DEPTHWISE else weight.transpose(0, 3, 1, 2)
-    found = Convolution(weight, bias, stride, kind == _DEPTHWISE)
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"its operation {number} has a bias of the shape {bias.shape}")
-    if is_classifier and (weight.shape[2:] != (1, 1) or activation != _NO_ACTIVATION):
-        raise ValueError(f"its operation {number}, behind the pooling, is no linear map")
-    if not is_classifier and padding != _SAME and weight.shape[2:] != (1, 1):
+    padding, stride, activation = _options(operator.table(4), kind, number)
+    if padding != _SAME and weight.shape[2:] != (1, 1):
         raise ValueError(f"its operation {number} has no 'same' padding")
-    if not is_classifier and activation != _RELU6 and not (activation == 0 and graph.ends_at_six(output)):
-        raise ValueError(f"its operation {number} has the activation {activation}, not ReLU6")
-    return found
+    return Convolution(weight, bias, stride, kind == _DEPTHWISE), activation
+
+
+def _options(options: Table | None, kind: int, number: int) -> tuple[int, int, int]:
+    """Returns padding, stride and activation of a convolution."""
+    if options is None:
+        raise MalformedTable(f"its operation {number} lacks its options")
+    if kind == _FULLY_CONNECTED:
+        return _SAME, 1, options.scalar(0, "<b")
+    strides = options.scalar(1), options.scalar(2)
+    multiplier, first = (options.scalar(3), 4) if kind == _DEPTHWISE else (1, 3)
+    dilations = [options.scalar(first + 1, default=1), options.scalar(first + 2, default=1)]
+    if strides[0] != strides[1] or dilations != [1, 1] or multiplier != 1:
+        raise ValueError(f"its operation {number} has other strides, dilations or multipliers")
+    return options.scalar(0, "<b"), strides[0], options.scalar(first, "<b")
 
 
 def _network(

@@ -40,7 +40,8 @@ def verify(
     """Compares a checkpoint with its source, and writes the report beside the checkpoint.
 
     All values are compared bit by bit. If timm (for maxvit_t: torchvision) has the model, both also run on the same
-    noise in float32 and float64, and the logits, the feature maps and the gradients of all parameters are compared.
+    noise in float32 and float64, and the logits, the feature maps and the gradients of all parameters are compared. The
+    gradients decide in float64 alone.
 
     Args:
       path: of the checkpoint.
@@ -86,7 +87,9 @@ def verify(
             with jax.enable_x64(dtype == "float64"):
                 row = _compare(model, variables, reference, x.astype(dtype))
             report[dtype] = {**row, "tolerance": allowed}
-            worst = max(row["logits"], row["gradient"], *row["features"])
+            # In float32 a rounding may switch a ReLU, which changes gradients by more than a rounding.
+            gradient = row["gradient"] if dtype == "float64" else 0.0
+            worst = max(row["logits"], gradient, *row["features"])
             report["ok"] = report["ok"] and bool(worst <= allowed)
     if storage.in_bucket(path) or checkpoint.folder(path).is_dir():
         storage.write_text(storage.resolve(path) / REPORT, json.dumps(report, indent=2) + "\n")

@@ -8,8 +8,8 @@ from typing import Any
 import flatbuffers
 import numpy as np
 
-KINDS = {"float32": 0, "int32": 2, "uint8": 3, "int8": 9}
-CONV, DEPTHWISE, POOL, RESHAPE, SOFTMAX = 3, 4, 1, 22, 25
+KINDS = {"float32": 0, "float16": 1, "int32": 2, "uint8": 3, "int8": 9}
+CONV, DEPTHWISE, DEQUANTIZE, POOL, RESHAPE, SOFTMAX = 3, 4, 6, 1, 22, 25
 
 
 class TFLite:
@@ -36,6 +36,12 @@ class TFLite:
         """Adds an operation on the last result; `options` are type and value of each field."""
         self.operators.append((code, [self.last, *constants], output, list(options)))
         self.last = output
+
+    def widen(self, constant: int, shape: Sequence[int]) -> int:
+        """Adds an operation that turns a constant into float32; returns the number of its result."""
+        result = self.tensor(shape, "float32")
+        self.operators.append((DEQUANTIZE, [constant], result, []))
+        return result
 
     def write(self, path: Path) -> None:
         builder = flatbuffers.Builder(1 << 20)
