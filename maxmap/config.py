@@ -88,7 +88,7 @@ def read(file: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
       file: A Python file with a function `get_config`; the text after a colon is its argument.
-      overrides: Such as '--config.batch_size=256'.
+      overrides: Such as '--config.batch_size=256'. '--config.model.head=NAME' replaces what the file says of the head.
 
     Returns:
       The complete config, in plain dicts.
@@ -103,6 +103,8 @@ def read(file: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--config.{name} has no value: write --config.{name}=VALUE.")
         texts[name] = text
+    if "model.head" in texts:  # another head has other fields
+        values = {name: value for name, value in values.items() if not name.startswith("model.head.")}
     for name in ("model.name", "model.head", "model.head.name"):  # the keys of the section depend on them
         if name in texts:
             values[name] = texts[name]

@@ -61,6 +61,9 @@ def test_a_head_by_its_name_takes_fields():
     changes = ["--config.model.head=map", "--config.model.head.branches=3"]
     recipe = bind(read(f"{ROOT}/configs/maxvit.py:tiny", changes))
     assert recipe.model(num_classes=2).head.branches == 3
+    changes = ["--config.model.name=convnext_tiny", "--config.model.head=linear", "--config.model.head.branches=5"]
+    recipe = bind(read(f"{ROOT}/configs/gramian.py:convnext_tiny", changes))  # whose own head has a drop path
+    assert recipe.model(num_classes=2).head.branches == 5
     recipe = bind(read(FLAGSHIP, ["--config.model.head.branches=2"]))
     assert recipe.model(num_classes=2).head.branches == 2 and recipe.model.keywords["head"] == {"branches": 2}
 
