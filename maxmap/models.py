@@ -29,7 +29,7 @@ from maxmap.errors import UserError, nearest
 from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
-from maxmap.layers.images import channels_error, check_images
+from maxmap.layers.images import channels_error, check_images, size_error
 from maxmap.layers.primitives import Block, pair
 from maxmap.operations import Array, kernels, upcast
 from maxmap.ranges import CountOrZero, Pixels, check_arguments, check_fields
@@ -86,7 +86,8 @@ class Classifier(nn.Module):
             with hooks:
                 return self.backbone(images, train=train)
         except ScopeParamShapeError as error:
-            raise channels_error(images, error) or error from None
+            told = channels_error(images, error) or size_error(images, self.backbone.image_size)
+            raise told or error from None
 
     def forward_features(self, images: Array, *, train: bool = False) -> Array:
         """Returns the last map `[B, H, W, C]` in front of the pooling, as timm's method of this name does.

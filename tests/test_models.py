@@ -130,6 +130,19 @@ def test_images_of_a_size_that_the_model_is_not_made_for():
         shapes(model, (64, 100))
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "size"),
+    [("test_coatnet", {}, (96, 64)), ("CSWin_64_12211_tiny_224", {"depths": (1, 1, 1, 1)}, (112, 112))],
+)
+def test_weights_that_are_made_for_another_size(name, fields, size):
+    model = create_model(name, **fields)
+    own = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), own)
+    pixels = rf"{size[0]} x {size[1]} pixels, and the weights are made for {own.shape[1]} x "
+    with pytest.raises(UserError, match=rf"the images are {pixels}.* with image_size=\(?{size[0]}"):
+        jax.eval_shape(model.apply, variables, jnp.zeros((1, *size, 3)))
+
+
 def test_windows_and_tables_follow_the_image_size():
     model = create_model("maxvit_tiny_tf_224", image_size=(64, 96), depths=(1, 1, 1, 1))
     assert model.backbone.window() == (2, 3)

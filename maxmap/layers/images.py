@@ -54,6 +54,19 @@ def channels_error(images: Array, error: ScopeParamShapeError) -> UserError | No
     return None
 
 
+def size_error(images: Array, image_size: int | tuple[int, int]) -> UserError | None:
+    """Returns what to raise for weights that are made for images of another size, None if the size is the model's."""
+    height, width = images.shape[1:3]
+    own = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if (height, width) == own:
+        return None
+    wanted = str(height) if height == width else f"({height}, {width})"
+    return UserError(
+        f"the images are {height} x {width} pixels, and the weights are made for {own[0]} x {own[1]}: make the model "
+        f"with image_size={wanted}; `convert --image-size` and init_from fit weights to it where that can be done."
+    )
+
+
 def _wrong_channels(given: int, wanted: int) -> UserError:
     return UserError(
         f"the images have {given} channels, and the parameters are those of a network for {wanted}: give images with "
