@@ -121,6 +121,7 @@ def pictures() -> dict[str, bytes]:
         "TIFF lzw": (photo, {"compression": "tiff_lzw", "exif": exif}),
         "TIFF jpeg": (photo, {"compression": "jpeg"}),
         "TIFF deflate": (deep, {"compression": "tiff_deflate"}),
+        "TIFF lab": (Image.merge("LAB", photo.split()), {}),  # for which Pillow loads its library of colours
         "TIFF fax": (photo.convert("1"), {"compression": "group4"}),
         "PPM": (photo, {}),
         "PPM grey": (photo.convert("L"), {}),

@@ -14,7 +14,7 @@ ROWS: tuple[Row, ...] = (
 )
 
 OWN_FILES = {
-    "maxmap.__main__": "a table of the package",
+    "maxmap.model_commands": "a table of the package",
     "maxmap.accelerators.bundles": "what a compiler on this machine writes",
     "maxmap.checkpoint": "checkpoints that maxmap wrote, by orbax; SECURITY.md says what is not promised for them",
     "maxmap.runtime": "what the operating system says of memory",
