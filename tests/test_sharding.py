@@ -118,7 +118,7 @@ def test_every_mesh_trains_as_one_device_does():
             losses.append(float(metrics["loss"]))
         return jax.device_get(state), losses
 
-    results = {name: train(*MESHES[name]) for name in ("1x1", "8x1", "4x2")}
+    results = {name: train(*MESHES[name]) for name in ("1x1", "4x2")}
     one, losses = results.pop("1x1")
     for name, (state, sharded) in results.items():
         np.testing.assert_allclose(sharded, losses, rtol=1e-9, err_msg=name)

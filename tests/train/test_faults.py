@@ -36,11 +36,18 @@ def test_killed_runs_end_as_one_that_was_not(images, tmp_path):
     assert found == wanted and found["step"] == 9 and sorted(found["order"]) == list(range(9))
 
 
+@pytest.fixture(scope="module")
+def four_steps(images, tmp_path_factory):
+    """The workdir of four steps on eight devices of one process."""
+    workdir = tmp_path_factory.mktemp("single") / "one"
+    end(start(images, workdir, "--devices=8", "--set", "steps=4"), workdir)
+    return workdir
+
+
 @pytest.mark.parametrize("environment", ["flags", "open mpi"])
-def test_two_processes_train_as_one_does(images, tmp_path, environment):
+def test_two_processes_train_as_one_does(images, four_steps, tmp_path, environment):
     sets = ("--set", "steps=4", "--set", f"mesh__fsdp={2 if environment == 'flags' else 1}")
-    one, two = tmp_path / "one", tmp_path / "two"
-    single = start(images, one, "--devices=8", *sets)
+    one, two = four_steps, tmp_path / "two"
     number = free_port()
     processes = []
     for i in range(2):
@@ -55,7 +62,6 @@ def test_two_processes_train_as_one_does(images, tmp_path, environment):
         processes.append(start(images, two, "--devices=4", *sets, *given[0], environment=given[1]))
     for process in processes:
         end(process, two)
-    end(single, one)
     wanted, found = outcome(one), outcome(two)
     assert found["order"] == wanted["order"]  # and each process read its half alone:
     for i in range(2):
