@@ -40,11 +40,10 @@ if hasattr(tarfile, "data_filter"):  # Python 3.11 has it from 3.11.4 on; newer 
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Spares the garbage collector what all tests share: it would look through a million objects of JAX and torch again
-    and again while programs are traced, a fifth of the tests' time."""
+    """Spares the garbage collector the objects of JAX and torch, a million, which it would look through again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 20, 100)
+    gc.set_threshold(20_000)  # by default 700 new objects, which a traced program makes in no time
 
 
 def pytest_configure(config: pytest.Config) -> None:
