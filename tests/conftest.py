@@ -40,7 +40,7 @@ if hasattr(tarfile, "data_filter"):  # Python 3.11 has it from 3.11.4 on; newer 
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Spares the garbage collector the objects of JAX and torch, a million, which it would look through again and again."""
+    """Spares the garbage collector a million objects of JAX and torch, which it would look through again and again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)  # by default 700 new objects, which a traced program makes in no time
