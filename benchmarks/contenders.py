@@ -51,6 +51,7 @@ def maxmap(model: str, task: str, batch: int, dtype: str, way: str) -> Work:
     import jax
     import jax.numpy as jnp
 
+    from maxmap.benchmark import training_step
     from maxmap.models import average, create_model
     from maxmap.operations import IMPLEMENTATIONS, kernels
     from maxmap.runtime import freed_memory
@@ -76,7 +77,8 @@ def maxmap(model: str, task: str, batch: int, dtype: str, way: str) -> Work:
             program = program.lower(variables, images).compile()
         run = _repeated(lambda: program(variables, images))
     else:
-        step, like = training(built, size, kind, "plain" if way == "plain" else "auto")
+        step, create_state = training_step(built, kind, kernels="plain" if way == "plain" else "auto")
+        like = jax.eval_shape(create_state, key)
         state = jax.device_put(jax.tree.map(lambda leaf: _random(leaf.shape, leaf.dtype), like))
         images = jax.random.randint(key, (batch, *size, 3), 0, 256).astype(jnp.uint8)
         inputs = {"image": images, "label": jax.random.randint(key, (batch,), 0, 1000)}
@@ -113,30 +115,6 @@ def _repeated(once: Callable[[], Any], after: Callable[[], None] = lambda: None)
         result.block_until_ready()
 
     return run
-
-
-def training(model: Any, size: tuple[int, int], dtype: Any, kernels: str = "auto") -> tuple[Callable[..., Any], Any]:
-    """Returns the training step with AdamW, without augmentation, and the shapes of the state that it takes."""
-    import jax
-    import jax.numpy as jnp
-
-    from maxmap.data.augment import normalize
-    from maxmap.losses import total_loss
-    from maxmap.optim import make_optimizer
-    from maxmap.train.state import create
-    from maxmap.train.step import make_train_step
-
-    optimizer = make_optimizer(1e-4, name="adamw", weight_decay=0.05)
-    step = make_train_step(
-        model,
-        optimizer,
-        total_loss,
-        lambda key, images, labels: (normalize(images, (0.5,) * 3, (0.5,) * 3), jax.nn.one_hot(labels, 1000)),
-        dtype=dtype,
-        kernels=kernels,
-    )
-    one = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    return step, jax.eval_shape(lambda key: create(model, optimizer, key, one, ema=False), jax.random.key(0))
 
 
 def _random(shape: tuple[int, ...], dtype: Any = "float32") -> Any:

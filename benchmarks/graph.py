@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.contenders import training
 from benchmarks.speed import MODELS
+from maxmap.benchmark import training_step
 from maxmap.models import Classifier, block_paths, create_model
 
 # The parts of a MaxViT block are counted on their own; the blocks of the other families as a whole.
@@ -49,7 +49,8 @@ def trace(model: Classifier, task: str) -> Any:
     if task == "forward":
         images = jax.ShapeDtypeStruct((8, *size, 3), jnp.float32)
         return jax.make_jaxpr(model.apply)(jax.eval_shape(model.init, key, images), images)
-    step, state = training(model, size, jnp.float32)
+    step, create_state = training_step(model, jnp.dtype(jnp.float32))
+    state = jax.eval_shape(create_state, jax.random.key(0))
     images = jax.ShapeDtypeStruct((8, *size, 3), jnp.uint8)
     return jax.make_jaxpr(step)(state, {"image": images, "label": jax.ShapeDtypeStruct((8,), jnp.int32)}, key)
 

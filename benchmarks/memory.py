@@ -25,8 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.contenders import training
 from benchmarks.speed import MODELS
+from maxmap.benchmark import training_step
 from maxmap.config import bind, read
 from maxmap.layers.primitives import pair
 from maxmap.models import create_model
@@ -48,7 +48,8 @@ def compile_step(model: str, batch: int, dtype: str, remat: bool) -> tuple[Any, 
     built = create_model(model, remat=remat)
     size = built.backbone.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
-    step, state = training(built, size, jnp.dtype(dtype))
+    step, create_state = training_step(built, jnp.dtype(dtype))
+    state = jax.eval_shape(create_state, jax.random.key(0))
     inputs = {
         "image": jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch,), jnp.int32),

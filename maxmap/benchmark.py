@@ -8,21 +8,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import Mesh
 
 from maxmap.cost import count_parameters, multiply_adds
+from maxmap.data.augment import normalize
 from maxmap.layers.primitives import pair
-from maxmap.losses import softmax_cross_entropy
+from maxmap.losses import total_loss
 from maxmap.models import Classifier, average, create_model
+from maxmap.optim import make_optimizer
 from maxmap.ranges import Count, Pixels, Positive, check_arguments
-from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, traced_on
-from maxmap.train.step import cast
+from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, to_devices, traced_on
+from maxmap.train.state import TrainState, create
+from maxmap.train.step import cast, make_train_step
 
 DTYPES = ("float32", "bfloat16")
 _LEAST = 5  # batches that are timed, however long they take
 
-# A program of a state and images; the state that it returns goes into the next call.
-Step = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
+# A function of a state and inputs, whose new state goes into the next call; state; inputs; shapes of the variables.
+_Task = tuple[Callable[..., Any], Any, tuple[Any, ...], Any]
 
 
 def benchmark(
@@ -58,36 +61,25 @@ def benchmark(
     check_arguments(benchmark, "", locals())
     network, mesh = create_model(model, head=head, image_size=image_size), make_mesh()
     check_batch(batch_size, mesh, "the batch size")
-    device = jax.devices()[0]
+    device, size = jax.devices()[0], pair(network.backbone.image_size)
     dtype = dtype or ("float32" if device.platform == "cpu" else "bfloat16")
-    height, width = pair(network.backbone.image_size)
-    one = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    variables = jax.jit(lambda key: network.init(key, jnp.zeros(one.shape)), out_shardings=replicated(mesh))(
-        jax.random.key(0)
-    )
+    task = _training if train else _forward_pass
+    step, state, inputs, variables = task(network, (batch_size, *size, 3), jnp.dtype(dtype), mesh)
     facts = {
         "parameters": count_parameters(variables["params"]),
-        "gflops": multiply_adds(network.apply, variables, one) / 1e9,
+        "gflops": multiply_adds(network.apply, variables, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)) / 1e9,
     }
-    step, state = (_training_step if train else _forward_pass)(network, dict(variables), jnp.dtype(dtype))
-    noise = np.random.default_rng(0).standard_normal((batch_size, height, width, 3), np.float32)
-    images, state = jax.device_put(noise, split_batch(mesh)), jax.device_put(state, replicated(mesh))
-
-    def on_mesh(state: Any, images: jax.Array) -> tuple[Any, jax.Array]:
-        with traced_on(mesh):
-            return step(state, images)
-
     began = time.perf_counter()
-    program = jax.jit(on_mesh, donate_argnums=0).lower(state, images).compile()
+    program = jax.jit(step, donate_argnums=0).lower(state, *inputs).compile()
     compile_seconds = time.perf_counter() - began
-    times = _time(program, state, images, seconds)
+    times = _time(program, state, inputs, seconds)
     memory, median = program.memory_analysis(), statistics.median(times)
     return {
         "model": model,
         "head": head,
         "task": "training step" if train else "forward pass",
         "batch_size": batch_size,
-        "image_size": height if height == width else [height, width],
+        "image_size": size[0] if size[0] == size[1] else size,
         "dtype": dtype,
         "device": device.device_kind,
         "devices": mesh.size,
@@ -102,45 +94,63 @@ def benchmark(
     }
 
 
-def _forward_pass(model: Classifier, variables: dict[str, Any], dtype: jnp.dtype) -> tuple[Step, Any]:
+def training_step(
+    model: Classifier, dtype: jnp.dtype, *, mesh: Mesh | None = None, kernels: str = "auto"
+) -> tuple[Callable[..., Any], Callable[[jax.Array], TrainState]]:
+    """Returns the step that training takes, with AdamW and without augmentation, and what makes its first state.
+
+    Args:
+      model: with 1,000 classes.
+      dtype: of the computation.
+      mesh: see `maxmap.train.step.make_train_step`.
+      kernels: see `maxmap.operations.kernels`.
+
+    Returns:
+      The step, of state, batch and key, with uint8 images of any number in the batch; and a function of a key that
+      returns the state.
+    """
+    optimizer = make_optimizer(1e-4, name="adamw", weight_decay=0.05)
+
+    def prepare(key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return normalize(images, (0.5,) * 3, (0.5,) * 3), jax.nn.one_hot(labels, 1000)
+
+    step = make_train_step(model, optimizer, total_loss, prepare, mesh=mesh, dtype=dtype, kernels=kernels)
+    one = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32)
+    return step, lambda key: create(model, optimizer, key, one, ema=False)
+
+
+def _training(model: Classifier, shape: tuple[int, ...], dtype: jnp.dtype, mesh: Mesh) -> _Task:
+    step, create_state = training_step(model, dtype, mesh=mesh)
+    state = jax.jit(create_state, out_shardings=replicated(mesh))(jax.random.key(0))
+    random = np.random.default_rng(0)
+    batch = {"image": random.integers(0, 256, shape, np.uint8), "label": random.integers(0, 1000, shape[0], np.int32)}
+    inputs = (to_devices(batch, mesh), jax.device_put(jax.random.key(0), replicated(mesh)))
+    return step, state, inputs, jax.eval_shape(lambda: state.variables())
+
+
+def _forward_pass(model: Classifier, shape: tuple[int, ...], dtype: jnp.dtype, mesh: Mesh) -> _Task:
     def step(variables: Any, images: jax.Array) -> tuple[Any, jax.Array]:
-        return variables, average(model.apply(variables, images.astype(dtype)))
+        with traced_on(mesh):
+            return variables, average(model.apply(variables, images))
 
-    return step, {**variables, "params": cast(variables["params"], dtype)}
+    def initial(key: jax.Array) -> dict[str, Any]:
+        variables = dict(model.init(key, jnp.zeros((1, *shape[1:]))))
+        return {**variables, "params": cast(variables["params"], dtype)}
 
-
-def _training_step(model: Classifier, variables: dict[str, Any], dtype: jnp.dtype) -> tuple[Step, Any]:
-    optimizer = optax.adamw(1e-3)
-
-    def step(state: Any, images: jax.Array) -> tuple[Any, jax.Array]:
-        params, others, optimizer_state = state
-
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            trained = {**others, "params": cast(params, dtype)}
-            rngs = {"dropout": jax.random.key(0)}
-            outputs, new = model.apply(trained, images.astype(dtype), train=True, rngs=rngs, mutable=list(others))
-            logits = average(outputs)
-            targets = jax.nn.one_hot(jnp.arange(logits.shape[0]) % logits.shape[1], logits.shape[1])
-            return jnp.mean(softmax_cross_entropy(logits, targets)), new
-
-        gradient, new = jax.grad(loss, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, {**others, **new}, optimizer_state), optax.tree.norm(gradient)
-
-    params = variables.pop("params")
-    return step, (params, variables, optimizer.init(params))
+    variables = jax.jit(initial, out_shardings=replicated(mesh))(jax.random.key(0))
+    images = np.random.default_rng(0).standard_normal(shape, np.float32).astype(dtype)
+    return step, variables, (jax.device_put(images, split_batch(mesh)),), jax.eval_shape(lambda: variables)
 
 
-def _time(program: Any, state: Any, images: jax.Array, seconds: float) -> list[float]:
+def _time(program: Any, state: Any, inputs: tuple[Any, ...], seconds: float) -> list[float]:
     """Returns the seconds of every call after the first two."""
     for _ in range(2):
-        state, result = program(state, images)
+        state, result = program(state, *inputs)
     jax.block_until_ready(result)
     times: list[float] = []
     while len(times) < _LEAST or sum(times) < seconds:
         began = time.perf_counter()
-        state, result = program(state, images)
+        state, result = program(state, *inputs)
         jax.block_until_ready((state, result))
         times.append(time.perf_counter() - began)
     return times

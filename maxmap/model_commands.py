@@ -4,7 +4,6 @@ import csv
 import fnmatch
 import json
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from maxmap import storage
@@ -13,6 +12,7 @@ from maxmap.benchmark import DTYPES, benchmark
 from maxmap.convert.hub import published
 from maxmap.cost import cost
 from maxmap.errors import UserError, nearest
+from maxmap.layers.primitives import pair
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model
 
 PARITY = resources.files("maxmap") / "parity.csv"  # what `make parity` measured
@@ -70,8 +70,7 @@ def _print_models(names: list[str], kinds: dict[str, tuple[str, str]], measured:
     print(f"{'model':{longest}}  {'family':10}  {'head':8}  {'parameters':>13}  {'GFLOPs':>7}  {'image':>7}  parity")
     for name in names:
         model, row = create_model(name), measured.get(name, {})
-        size = model.backbone.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = pair(model.backbone.image_size)
         if row:
             parameters, billions = int(row["parameters"]), float(row["gflops"])
         else:
@@ -119,4 +118,4 @@ def benchmark_command(json_file: str | None, **options: Any) -> None:
         f"compiled in {result['compile_seconds']:.1f} s"
     )
     if json_file:
-        storage.write_text(Path(json_file), json.dumps(result, indent=2) + "\n")
+        storage.write_named(json_file, json.dumps(result, indent=2) + "\n")
