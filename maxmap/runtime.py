@@ -46,10 +46,14 @@ def cache_programs() -> None:
     (`JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`).
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxmap" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX's default skips what compiles in a second
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def cache_folder() -> Path:
+    """Returns the folder of what maxmap can make or download again: `$XDG_CACHE_HOME/maxmap` or `~/.cache/maxmap`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxmap"
 
 
 class FreedMemory:

@@ -28,6 +28,7 @@ from maxmap import storage
 from maxmap.convert.sources import shards_of
 from maxmap.data.decode import CROP_MODES, FILTERS, IMAGENET_MEAN, IMAGENET_STD
 from maxmap.errors import UserError, nearest, shortened
+from maxmap.runtime import cache_folder
 
 TABLE = resources.files("maxmap") / "pretrained.csv"
 NORMALISATIONS = {
@@ -230,7 +231,7 @@ def _download_repository(name: str, *, cached_only: bool) -> Path:
 
 def _download_url(url: str) -> Path:
     """Downloads a file into maxmap's cache, where it appears complete or not at all."""
-    cache = _cache()
+    cache = cache_folder()
     path = cache / url.rpartition("/")[2]
     if path.is_file():
         return path
@@ -265,18 +266,18 @@ def download_bucket(address: str) -> Path:
     Raises:
       UserError: there is no such checkpoint, or the bucket cannot be read.
     """
-    remote, local = storage.resolve(address), _cache() / address.replace("://", "/").rstrip("/")
+    remote, local = storage.resolve(address), cache_folder() / address.replace("://", "/").rstrip("/")
     with storage.bucket_errors(address, "be read"):
+        beside = local.parent / f"{local.name}.files"
         if remote.is_file():
-            files, folder = [remote], local.parent / f"{local.name}.files"
+            files, folder, copy = [remote], beside, beside / remote.name
         elif remote.is_dir():
-            files, folder = [file for file in remote.iterdir() if _is_of_checkpoint(file.name)], local
+            files = [file for file in remote.iterdir() if _is_of_checkpoint(file.name)]
+            folder = copy = local
         else:
-            beside = list(remote.parent.iterdir()) if remote.parent.is_dir() else []
-            files, folder = (
-                [file for file in beside if file.name.startswith(f"{remote.name}.")],
-                local.parent / "prefix",
-            )
+            near = list(remote.parent.iterdir()) if remote.parent.is_dir() else []
+            files = [file for file in near if file.name.startswith(f"{remote.name}.")]
+            folder, copy = beside, beside / remote.name
         if not files:
             raise UserError(f"there is no checkpoint {address}: look at the address.")
         if not all((folder / file.name).is_file() for file in files):
@@ -285,17 +286,12 @@ def download_bucket(address: str) -> Path:
                 for file in files:
                     with file.open("rb") as source, (unfinished / file.name).open("wb") as target:
                         shutil.copyfileobj(source, target, 1 << 24)
-    return folder if remote.is_dir() else folder / remote.name
+    return copy
 
 
 def _is_of_checkpoint(name: str) -> bool:
     """Whether a file in the folder of a TensorFlow checkpoint is a part of it, and no graph or log of the training."""
     return not name.endswith((".meta", ".pbtxt")) and "tfevents" not in name
-
-
-def _cache() -> Path:
-    """Returns the folder of what was downloaded."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maxmap"
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
