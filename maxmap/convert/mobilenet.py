@@ -159,6 +159,23 @@ def identity_variances(tensors: Mapping[str, Any], model: Classifier) -> dict[st
     return changed
 
 
+def dequantised(stored: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int) -> np.ndarray:
+    """Returns (stored - zero) * scale in float32.
+
+    Args:
+      stored: integers.
+      scale: one, or one for each entry of the axis.
+      zero: integers, as many as scales.
+      axis: that several scales belong to.
+    """
+    aligned = [1] * stored.ndim
+    if scale.size > 1:
+        aligned[axis] = scale.size
+    with np.errstate(all="ignore"):  # what is not finite is refused later, with its name
+        shifted = stored.astype(np.int64) - zero.astype(np.int64).reshape(aligned)
+        return shifted.astype(np.float32) * scale.astype(np.float32).reshape(aligned)
+
+
 def dequantisation_note(counts: Mapping[str, int]) -> list[str]:
     """Returns the phrase that says how many entries of which integer types became float32, in a list; [] for none."""
     if not counts:

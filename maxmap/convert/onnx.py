@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from maxmap.convert.manifests import is_beside, is_shape
-from maxmap.convert.mobilenet import Network, dequantisation_note
+from maxmap.convert.mobilenet import Network, dequantisation_note, dequantised
 from maxmap.errors import UserError, shortened
 from maxmap.protobuf import MalformedMessage, Message
 
@@ -78,18 +78,15 @@ def _weights(constants: Mapping[str, np.ndarray], graph: Message) -> Network:
 
 
 def _dequantised(name: str, stored: np.ndarray, others: list[Any], axis: int) -> np.ndarray:
-    """Returns (stored - zero point) * scale, with one of both or one for each entry of an axis."""
-    aligned = [1] * stored.ndim
-    if others[0].size > 1:
-        if not -stored.ndim <= axis < stored.ndim or any(value.shape != (stored.shape[axis],) for value in others):
-            raise MalformedMessage(f"the scales of {shortened(name)} do not fit its shape")
-        aligned[axis] = stored.shape[axis]
-    elif any(value.size != 1 for value in others):
+    """Dequantises by a scale and perhaps a zero point, with one of both or one for each entry of an axis."""
+    one_each = others[0].size > 1
+    inside = -stored.ndim <= axis < stored.ndim
+    if one_each and not (inside and all(value.shape == (stored.shape[axis],) for value in others)):
         raise MalformedMessage(f"the scales of {shortened(name)} do not fit its shape")
-    scale, *zero = (value.reshape(aligned) for value in others)
-    shifted = stored.astype(np.int64) - (zero[0].astype(np.int64) if zero else 0)
-    with np.errstate(all="ignore"):  # what is not finite is refused later, with its name
-        return shifted.astype(np.float32) * scale.astype(np.float32)
+    if not one_each and any(value.size != 1 for value in others):
+        raise MalformedMessage(f"the scales of {shortened(name)} do not fit its shape")
+    scale, zero = others if len(others) == 2 else (others[0], np.zeros(others[0].shape, np.int64))
+    return dequantised(stored, scale, zero, axis)
 
 
 def _axis(node: Message) -> int:

@@ -18,6 +18,7 @@ from maxmap.convert.mobilenet import (
     Convolution,
     Network,
     dequantisation_note,
+    dequantised,
     name_classifier,
     name_trunk,
     tensorflow_name,
@@ -92,13 +93,9 @@ class _Graph:
             raise ValueError(f"its tensor {index} has integers without scales")
         if scales.size > 1 and not (0 <= axis < len(shape) and shape[axis] == scales.size):
             raise ValueError(f"its tensor {index} has {scales.size} scales, which do not fit its shape")
-        aligned = [1] * len(shape)
-        if scales.size > 1:
-            aligned[axis] = scales.size
         zeros = np.zeros(scales.size, np.int64) if not zeros.size else zeros
         self.dequantised[str(dtype)] += 1
-        with np.errstate(all="ignore"):  # what is not finite is refused later, with its name
-            return (values - zeros.reshape(aligned)).astype(np.float32) * scales.reshape(aligned)
+        return dequantised(values, scales, zeros, axis)
 
     def ends_at_six(self, index: int) -> bool:
         """Whether the integers of a result stand for 0 to 6, so that rounding to them is ReLU6."""
