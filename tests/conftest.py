@@ -1,6 +1,5 @@
 """Eight CPU devices, strict JAX, and what several tests share."""
 
-import gc
 import importlib.metadata
 import itertools
 import os
@@ -37,13 +36,6 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 if hasattr(tarfile, "data_filter"):  # Python 3.11 has it from 3.11.4 on; newer ones warn where none is chosen
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Spares the garbage collector a million objects of JAX and torch, which it would look through again and again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000)  # by default 700 new objects, which a traced program makes in no time
 
 
 def pytest_configure(config: pytest.Config) -> None:
