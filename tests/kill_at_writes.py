@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from maxmap.convert import load
 from maxmap.convert.adapt import LoadReport
 from maxmap.convert.sources import read_source
 
+COMMANDS = ("convert", "average", "export")  # which write a target
 MOVES = {"os.rename", "os.rmdir", "shutil.rmtree"}  # a kill at each of these
 OTHERS = {"os.mkdir", "os.remove", "os.truncate", "open"}  # and at every eighth of these
 INFO = {"model": {"name": "tiny", "num_classes": 2}, "classes": ["a", "b"], "preprocessing": {}, "weights": "raw"}
@@ -100,6 +102,16 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 def write_killed(number: int, kind: str, folder: Path, *options: str) -> int:
     kill_before(number, folder)
     return write(kind, folder, 2, *options)
+
+
+def run(kind: str, folder: Path, timeout: float | None = None) -> None:
+    """Runs this file in a process of its own, which must find nothing wrong and make some kills."""
+    command = [sys.executable, "-m", "tests.kill_at_writes", kind, str(folder)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) >= 4
 
 
 def main(kind: str, top: Path) -> int:

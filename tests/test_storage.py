@@ -2,15 +2,13 @@
 
 import errno
 import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from maxmap import checkpoint, storage
 from maxmap.errors import UserError
+from tests import kill_at_writes
 
 
 def test_paths_are_absolute_or_keep_their_scheme(tmp_path, monkeypatch):
@@ -56,15 +54,11 @@ def test_errors_of_the_disk_become_a_sentence_and_bugs_do_not():
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize("kind", ["convert", "average", "export"])
+@pytest.mark.parametrize("kind", kill_at_writes.COMMANDS)
 @pytest.mark.fault("killed while it writes a target")
 def test_a_command_that_is_killed_at_any_write(kind, tmp_path):
     """The target is whole or absent, the old one comes back, and the same command again succeeds."""
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "tests.kill_at_writes", kind, str(tmp_path)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= 4
+    kill_at_writes.run(kind, tmp_path)
 
 
 def write_folder(target, text, **options):

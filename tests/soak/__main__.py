@@ -25,9 +25,9 @@ import jax
 from absl import logging
 
 from maxmap import checkpoint
+from tests.kill_at_writes import COMMANDS
 from tests.soak.bench import Bench, Try
 from tests.soak.places import (
-    COMMANDS,
     CORRUPT_SUMS,
     backup,
     copied,
@@ -37,7 +37,7 @@ from tests.soak.places import (
     flip_a_bit,
     full_cache,
     full_disk,
-    kill_at_writes,
+    kill_command,
     largest,
     moved,
     own_files_alone,
@@ -103,7 +103,7 @@ def tries(kills: int) -> list[tuple[str, Try]]:
         ("workdir copied while the run writes it", copied),
         ("workdir brought back from an older backup", backup),
         ("umask 077", own_files_alone),
-        *[(f"{kind}: killed at every write of its target", kill_at_writes(kind)) for kind in COMMANDS],
+        *[(f"{kind}: killed at every write of its target", kill_command(kind)) for kind in COMMANDS],
         ("two commands write one target", two_writers),
     ]
 

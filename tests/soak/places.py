@@ -15,6 +15,7 @@ import numpy as np
 
 from maxmap import checkpoint
 from maxmap.train.resume import LOCK
+from tests import kill_at_writes
 from tests.soak.bench import TIMEOUT, Bench, Try
 from tests.tiny import ROOT
 from tests.tiny_run import log_of
@@ -179,16 +180,10 @@ def own_files_alone(bench: Bench, workdir: Path) -> None:
     assert checkpoint.newest_step(workdir) == kept
 
 
-COMMANDS = ("convert", "average", "export")  # which write a target
-
-
-def kill_at_writes(kind: str) -> Try:
+def kill_command(kind: str) -> Try:
     def kill(bench: Bench, workdir: Path) -> None:
         workdir.mkdir()
-        command = [sys.executable, "-m", "tests.kill_at_writes", kind, str(workdir)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert int(done.stdout) >= 4
+        kill_at_writes.run(kind, workdir, TIMEOUT)
 
     return kill
 
