@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxmap.layers.primitives import pair
 from maxmap.models import Classifier
 from maxmap.operations import plain_operations
 
@@ -52,8 +53,7 @@ def _multiply_adds(jaxpr: Any) -> int:
 
 def cost(model: Classifier) -> tuple[int, int]:
     """Returns a model's number of parameters, and its multiply-adds for one image of its own size; only traces."""
-    size = model.backbone.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = pair(model.backbone.image_size)
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     run, (_, variables) = _trace(model.init_with_output, jax.random.key(0), images)
     return count_parameters(variables["params"]), _multiply_adds(run)

@@ -26,6 +26,7 @@ from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data
 from maxmap.data.preprocessing import departures
 from maxmap.errors import UserError, printable
+from maxmap.layers.primitives import pair
 from maxmap.models import Classifier, average
 from maxmap.operations import Array, upcast
 from maxmap.predictions import make_rows, to_csv
@@ -330,8 +331,7 @@ def check_image_size(model: nn.Module, variables: Any, size: int) -> None:
 
 def _stride(model: Classifier, variables: Any) -> int:
     """Returns how many pixels of a side become one position of the smallest feature map."""
-    size = model.backbone.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = pair(model.backbone.image_size)
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     maps = jax.eval_shape(functools.partial(model.apply, method="features"), variables, images)
     return height // min(side for side in (leaf.shape[1] for leaf in maps) if side > 1)  # PiT's class token is a map

@@ -15,6 +15,7 @@ from maxmap.convert.resize import RESIZED_LEAVES, RESIZES, resize_table, table_s
 from maxmap.convert.torch import LeafPath, LeafShapes, image_kernel, leaf_shapes, raise_faults, torch_name
 from maxmap.convert.wrappers import KeyMatch
 from maxmap.errors import UserError
+from maxmap.layers.primitives import pair
 from maxmap.models import Classifier
 
 _PROBE_CLASSES = 10_007  # a size that no model has anywhere else, so it marks the leaves of the classifier
@@ -216,8 +217,7 @@ def _initialise(model: Classifier, paths: Sequence[LeafPath], seed: int) -> dict
     """Initialises leaves of the head."""
     if not paths:
         return {}
-    size = model.backbone.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = pair(model.backbone.image_size)
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     features, _ = jax.eval_shape(model.backbone.init_with_output, jax.random.key(0), images)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.errors import ScopeParamShapeError
 
 from maxmap.errors import UserError
+from maxmap.layers.primitives import pair
 from maxmap.operations import Array
 
 
@@ -57,7 +58,7 @@ def channels_error(images: Array, error: ScopeParamShapeError) -> UserError | No
 def size_error(images: Array, image_size: int | tuple[int, int]) -> UserError | None:
     """Returns what to raise for weights that are made for images of another size, None if the size is the model's."""
     height, width = images.shape[1:3]
-    own = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    own = pair(image_size)
     if (height, width) == own:
         return None
     wanted = str(height) if height == width else f"({height}, {width})"
