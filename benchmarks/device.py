@@ -96,7 +96,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=BATCH, help="images at a time (default: 64)")
     parser.add_argument("--out", type=Path, default=Path("runs/device"), help="folder of the contenders' messages")
     arguments = parser.parse_args()
-    runtime.prepare()
+    runtime.prepare_to_compute()
     if jax.default_backend() == "cpu":
         print("there is no TPU or GPU here: `make accelerators` prints what their compilers say.", file=sys.stderr)
         return 2

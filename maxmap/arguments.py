@@ -1,8 +1,12 @@
-"""The command line's parser, and types of its arguments beside text: numbers with a range, and paths."""
+"""The command line's parser, types of its arguments beside text, and configs with their changes.
+
+The types are numbers with a range, and paths.
+"""
 
 import argparse
+import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,9 +14,18 @@ from maxmap import storage
 from maxmap.errors import printable
 from maxmap.ranges import fits, type_text
 
+# How shtab, which writes the script that completes commands in a shell, knows an argument that is a file.
+_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that answers a mistake with one sentence, as all of maxmap does, in place of all its options."""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        action = super().add_argument(*names, **options)
+        if options.get("type") in (storage.expand, local_path):
+            action.complete = _FILES  # type: ignore[attr-defined]
+        return action
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"maxmap: {message.rstrip('.')}; {self.prog} --help lists what it takes.\n")
@@ -48,3 +61,18 @@ class Number:
 def local_path(text: str) -> Path:
     """Reads an argument that is a path on this machine."""
     return Path(storage.expand(text))
+
+
+def add_config(command: argparse.ArgumentParser, name: str = "--config") -> None:
+    """Adds the argument for a config; the command's function takes it, and the `overrides` of `split_overrides`."""
+    required: dict[str, Any] = {"required": True} if name.startswith("-") else {}
+    command.add_argument(
+        name, help="recipe of `maxmap recipes`, or a file; --config.KEY=VALUE changes a value", **required
+    )
+    command.set_defaults(overrides=())
+
+
+def split_overrides(argv: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Separates the arguments `--config.KEY=VALUE` of a command line from the others; returns the others first."""
+    overrides = [argument for argument in argv if re.match(r"--?config\.", argument)]
+    return [argument for argument in argv if argument not in overrides], overrides

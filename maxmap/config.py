@@ -17,7 +17,7 @@ import inspect
 import re
 import runpy
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from flax import linen as nn
 from flax.core import FrozenDict, unfreeze
 from ml_collections import ConfigDict
 
-from maxmap import storage
+from maxmap import recipe_files
 from maxmap.data import augment, mix
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError, nearest
@@ -77,17 +77,11 @@ class Key(NamedTuple):
     meaning: str
 
 
-def split_overrides(argv: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Separates the arguments `--config.KEY=VALUE` of a command line from the others; returns the others first."""
-    overrides = [argument for argument in argv if re.match(r"--?config\.", argument)]
-    return [argument for argument in argv if argument not in overrides], overrides
-
-
 def read(file: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Reads a config: defaults, then the file, then the command line.
 
     Args:
-      file: A Python file with a function `get_config`; the text after a colon is its argument.
+      file: A recipe's name or a Python file with a function `get_config`; the text after a colon is its argument.
       overrides: Such as '--config.batch_size=256'. '--config.model.head=NAME' replaces what the file says of the head.
 
     Returns:
@@ -240,19 +234,16 @@ def _meanings(documented: Any) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------- files and values
 
 
-def _load(path: str) -> dict[str, Any]:
-    """Returns the config that a file's `get_config` makes."""
-    file, colon, argument = path.partition(":")
-    file = storage.expand(file)
-    if not Path(file).is_file():
-        known = [str(p) for p in sorted(Path("configs").glob("*.py"))]
-        near = f"; the nearest are {nearest(file, known)}" if known else ": give the path of a Python file"
-        raise UserError(f"there is no config file {file}{near}.")
+def _load(config: str) -> dict[str, Any]:
+    """Returns the config that a recipe's or another file's `get_config` makes."""
+    path, argument = recipe_files.find(config)
     try:
-        made = runpy.run_path(file)["get_config"](*[argument] if colon else [])
+        made = runpy.run_path(str(path))["get_config"](*[] if argument is None else [argument])
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(text if type(error) is ValueError else f"{path} cannot be read as a config: {text}.") from error
+        raise UserError(
+            text if type(error) is ValueError else f"{config} cannot be read as a config: {text}."
+        ) from error
     return made.to_dict() if isinstance(made, ConfigDict) else made
 
 

@@ -20,9 +20,8 @@ from maxmap.wordnet import words
 _PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
-def add_commands(commands: Any) -> None:
-    """Adds the parsers of these commands to those of all commands."""
-    command = commands.add_parser("predict", help="name what images show, with the preprocessing of the checkpoint")
+def add_predict(command: argparse.ArgumentParser) -> None:
+    """Fills the parser of `predict`."""
     command.add_argument("workdir", type=storage.expand, help="folder of a run, converted checkpoint or published name")
     command.add_argument("images", type=local_path, nargs="+", help="image files")
     command.add_argument("--top", type=Number(predict, "top"), default=5, help="classes per image (default: 5)")
@@ -31,7 +30,9 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--csv", type=storage.expand, dest="csv_file", help="file for a line per image and class")
     command.set_defaults(run=predict_command)
 
-    command = commands.add_parser("validate", help="accuracy of a checkpoint on labelled images")
+
+def add_validate(command: argparse.ArgumentParser) -> None:
+    """Fills the parser of `validate`."""
     command.add_argument(
         "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
     )

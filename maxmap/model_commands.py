@@ -1,5 +1,9 @@
-"""The commands that tell of models: list and benchmark."""
+"""The commands that tell of models: list and benchmark.
 
+`list` imports what it prints from as it needs it, because it should print at once.
+"""
+
+import argparse
 import csv
 import fnmatch
 import json
@@ -8,9 +12,6 @@ from typing import Any
 
 from maxmap import storage
 from maxmap.arguments import Number
-from maxmap.benchmark import DTYPES, benchmark
-from maxmap.convert.hub import published
-from maxmap.cost import cost
 from maxmap.errors import UserError, nearest
 from maxmap.layers.primitives import pair
 from maxmap.models import FAMILIES, HEADS, MODELS, create_model
@@ -18,9 +19,8 @@ from maxmap.models import FAMILIES, HEADS, MODELS, create_model
 PARITY = resources.files("maxmap") / "parity.csv"  # what `make parity` measured
 
 
-def add_commands(commands: Any) -> None:
-    """Adds the parsers of these commands to those of all commands."""
-    command = commands.add_parser("list", help="models or published checkpoints, with what they cost and reach")
+def add_list(command: argparse.ArgumentParser) -> None:
+    """Fills the parser of `list`."""
     command.add_argument("pattern", nargs="?", default="*", help="shell pattern, for example 'map_*'")
     command.add_argument("--family", choices=FAMILIES, help="only this family of backbones")
     command.add_argument("--head", choices=HEADS, help="only this head")
@@ -29,7 +29,11 @@ def add_commands(commands: Any) -> None:
     )
     command.set_defaults(run=list_command)
 
-    command = commands.add_parser("benchmark", help="speed and memory of a model on this machine's devices")
+
+def add_benchmark(command: argparse.ArgumentParser) -> None:
+    """Fills the parser of `benchmark`."""
+    from maxmap.benchmark import DTYPES, benchmark
+
     command.add_argument("model", help="name from 'list'")
     command.add_argument("--head", choices=HEADS, help="in place of the model's own")
     command.add_argument("--batch-size", type=Number(benchmark, "batch_size"), default=16, help="images (default: 16)")
@@ -45,9 +49,13 @@ def add_commands(commands: Any) -> None:
 
 def list_command(pattern: str, family: str | None, head: str | None, pretrained: bool) -> None:
     """Prints models, or published checkpoints, that match."""
+    known = {name: name for name in MODELS}
+    if pretrained:
+        from maxmap.convert.hub import published
+
+        known = {name: row["model"] for name, row in published().items()}
     family_of = {backbone: name for name, variants in FAMILIES.items() for backbone in variants}
     kinds = {name: (family_of[model.backbone], model.head["name"]) for name, model in MODELS.items()}
-    known = {name: row["model"] for name, row in published().items()} if pretrained else {name: name for name in MODELS}
     # A checkpoint is found by its own name and by that of its model.
     names = [n for n, model in known.items() if any(fnmatch.fnmatch(text, pattern) for text in (n, model))]
     what = "published checkpoint" if pretrained else "model"
@@ -74,6 +82,8 @@ def _print_models(names: list[str], kinds: dict[str, tuple[str, str]], measured:
         if row:
             parameters, billions = int(row["parameters"]), float(row["gflops"])
         else:
+            from maxmap.cost import cost
+
             parameters, operations = cost(model)
             billions = operations / 1e9
         print(
@@ -85,6 +95,8 @@ def _print_models(names: list[str], kinds: dict[str, tuple[str, str]], measured:
 
 def _print_checkpoints(names: list[str], measured: dict[str, dict[str, str]]) -> None:
     """Prints published checkpoints, the best first; parameters are those of the model with 1,000 classes."""
+    from maxmap.convert.hub import published
+
     rows = {name: published()[name] for name in names}
     longest, longest_model = (max(map(len, texts)) for texts in (rows, [row["model"] for row in rows.values()]))
     print(
@@ -103,6 +115,8 @@ def _print_checkpoints(names: list[str], measured: dict[str, dict[str, str]]) ->
 
 def benchmark_command(json_file: str | None, **options: Any) -> None:
     """Prints, and writes if asked, how fast a model is here."""
+    from maxmap.benchmark import benchmark
+
     result = benchmark(**options)
     print(
         f"{result['model']}, {result['task']}, {result['batch_size']} images of {result['image_size']} px, "

@@ -1,5 +1,7 @@
 """What the commands set before JAX computes: where compiled programs are cached, and that freed memory is kept.
 
+JAX is imported by the functions that set something of it, so that commands without it start at once.
+
 XLA allocates the temporary buffers of a program when it runs and frees them when it ends. On a CPU they come from the C
 library, which takes blocks of that size from the kernel and returns each of them when it is freed. The kernel fills
 every page with zeros when it is first written again. That takes a fifth of a training step, and more than half of it in
@@ -16,8 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-
 # Parameters of glibc's mallopt(3) and their default values.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 _MMAP_MAX, _TRIM_THRESHOLD = 65536, 128 * 1024
@@ -27,14 +27,21 @@ GROWTH = 1.5  # factor of that size at which free memory is returned to the kern
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
-def prepare() -> None:
-    """Keeps freed memory and compiled programs, and lets all text be printed; a command calls it first."""
-    _leave_out_absent_tpus()
-    freed_memory.keep()
-    cache_programs()
+def prepare_to_print() -> None:
+    """Lets all text be printed; a command calls it first."""
     for stream in (sys.stdout, sys.stderr):  # a terminal in another encoding lacks some characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def prepare_to_compute() -> None:
+    """Keeps freed memory and compiled programs, and silences logs; a command that uses JAX calls it first."""
+    from absl import logging
+
+    _leave_out_absent_tpus()
+    freed_memory.keep()
+    cache_programs()
+    logging.set_verbosity(logging.ERROR)  # orbax logs every file that it writes
 
 
 def cache_programs() -> None:
@@ -45,6 +52,8 @@ def cache_programs() -> None:
     (`JAX_COMPILATION_CACHE_MAX_SIZE`), and how many seconds a program must compile to be cached
     (`JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`).
     """
+    import jax
+
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX's default skips what compiles in a second
@@ -79,6 +88,8 @@ class FreedMemory:
         It does nothing if JAX will use an accelerator (`JAX_PLATFORMS` names one, or is unset while there is a TPU or a
         plugin for another one), or if the C library is not glibc.
         """
+        import jax
+
         if not sys.platform.startswith("linux") or not _computes_on_cpu():
             return False
         libc = ctypes.CDLL(None)
@@ -164,6 +175,8 @@ def _may_have_tpu() -> bool:
 
 def _leave_out_absent_tpus() -> None:
     """Keeps JAX from loading libtpu where it is installed to compile alone: it would print that it finds no TPU."""
+    import jax
+
     installed = importlib.util.find_spec("libtpu") is not None
     if installed and not os.environ.get("JAX_PLATFORMS") and _computes_on_cpu():
         jax.config.update("jax_platforms", "cpu")

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maxmap.errors import UserError
-from maxmap.ranges import Count, Range, check_arguments
+from maxmap.ranges import Count, CountOrZero, Range, check_arguments
 
 DATA, FSDP = "data", "fsdp"
 HEARTBEAT_TIMEOUT = 60  # seconds without a sign of life from a process, after which the others of its job end too
@@ -32,7 +32,7 @@ COMBINED = 2**18  # bytes of a gathered array, below which it is gathered togeth
 
 
 def initialize_processes(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None, num_processes: Count | None = None, process_id: CountOrZero | None = None
 ) -> None:
     """Joins the processes of a job, one per host or per GPU; call it before anything else uses JAX.
 

@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 
 from maxmap import __main__ as commands
-from maxmap import checkpoint
+from maxmap import (
+    checkpoint,
+    checkpoint_commands,  # noqa: F401  loaded before the processes are forked
+)
 from maxmap.convert import load
 from maxmap.convert.adapt import LoadReport
 from maxmap.convert.sources import read_source

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from maxmap import __main__ as commands
-from maxmap import checkpoint, model_commands, storage
+from maxmap import checkpoint, model_commands, storage, training_commands
 from maxmap.arguments import Number, local_path
 from maxmap.config import bind, read
 from maxmap.errors import UserError
@@ -271,7 +271,8 @@ def test_samples_of_classes_with_odd_names(capsys, tmp_path, monkeypatch):
     val = type("Val", (), {"__len__": lambda self: 4, "name": lambda self, i: f"a.tar/{i}.jpg"})()
     type(val).__getitem__ = lambda self, i: (b"bytes", i)
     recipe = SimpleNamespace(data=lambda: SimpleNamespace(val=val, classes=names))
-    commands.samples_command(recipe, tmp_path / "out", 4)
+    monkeypatch.setattr(training_commands, "bind", lambda values: recipe)
+    assert commands.main(["samples", "quickstart", str(tmp_path / "out"), "--count=4"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "00000_black_white.jpg",
         "00001_...jpg",
@@ -279,8 +280,9 @@ def test_samples_of_classes_with_odd_names(capsys, tmp_path, monkeypatch):
         f"00003_{50 * 'é'}.jpg",
     ]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*file/00000_black_white.jpg \(.*\): give another folder"):
-        commands.samples_command(recipe, tmp_path / "file", 4)
+    capsys.readouterr()
+    said = mistake(capsys, "samples", "quickstart", tmp_path / "file")
+    assert re.search(r"cannot write .*file/00000_black_white.jpg \(.*\): give another folder", said)
 
 
 def test_an_unknown_command_is_no_stack_trace(capsys):

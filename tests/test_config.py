@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pytest
-from absl import flags
 
-import main  # noqa: F401  its flags
 from maxmap import __main__ as commands
-from maxmap.config import REQUIRED, SECTIONS, bind, complete, explain, fits, read, schema, split_overrides
+from maxmap.arguments import split_overrides
+from maxmap.config import REQUIRED, SECTIONS, bind, complete, explain, fits, read, schema
 from maxmap.errors import UserError
 from tests.test_configs import BUILDS, CONFIGS
 from tests.tiny import ROOT
@@ -223,7 +222,6 @@ def test_every_section_and_key_of_a_message_is_there(file):
 def test_every_flag_that_a_message_advises_is_there():
     (choices,) = (action.choices for action in commands.make_parser()._actions if action.choices)
     known = {option for parser in choices.values() for action in parser._actions for option in action.option_strings}
-    known |= {f"--{name}" for name in flags.FLAGS}
     known |= {"--data_dir", "--file_format", "--dereference", "--sparse"}  # of tfds and of tar
     for text, where in messages().items():
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+(?![\w.-])", text):

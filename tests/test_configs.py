@@ -9,13 +9,12 @@ import pytest
 
 from maxmap.config import _fixed_schema, bind, read
 from maxmap.errors import UserError
+from maxmap.recipe_files import TABLES, describe, names
 from maxmap.schedule import make_schedule
 from maxmap.train.build import Images, make_prepare
 from tests.tiny import ROOT
 
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
-# The names that a file with several recipes takes after the colon.
-TABLES = ("RECIPES", "PRESETS", "HEADS")
 
 
 def builds(file: str) -> list[str]:
@@ -28,6 +27,25 @@ BUILDS = [name for file in CONFIGS for name in builds(file)]
 
 def load(name: str) -> dict[str, Any]:
     return read(ROOT / name)
+
+
+def test_a_recipe_is_found_by_its_name_and_tells_its_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no configs/
+    found = [
+        name if argument is None else f"{name}:{argument}"
+        for name in names()
+        for argument in [None, *describe(name).arguments]
+    ]
+    assert [f"configs/{name.replace(':', '.py:') if ':' in name else name + '.py'}" for name in found] == BUILDS
+    assert read("finetune:medium") == read("finetune.py:medium") == load("configs/finetune.py:medium")
+    assert read("map:maxvit_tiny") == read("maxvit_tiny_map")  # one file reads the other
+    (tmp_path / "finetune.py").write_text((ROOT / "configs/quickstart.py").read_text())
+    assert read("finetune.py") == read("quickstart")  # a file that is there is meant
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_recipe_begins_with_a_sentence(name):
+    assert describe(name).about == (ROOT / f"configs/{name}.py").read_text().splitlines()[0].removeprefix('"""')
 
 
 def test_the_configs_that_are_promised_exist():

@@ -1,4 +1,7 @@
-"""main.py from outside: what it prints and its exit code; what else can be wrong with the input is in test_loop.py."""
+"""The command train, and main.py, which is the same: what it prints and its exit code.
+
+What else can be wrong with the input is in test_loop.py.
+"""
 
 import json
 import os
@@ -7,7 +10,8 @@ import sys
 
 import pytest
 
-import main
+from maxmap import training_commands
+from maxmap.__main__ import main
 from maxmap.errors import UserError
 from tests.tiny import ROOT
 
@@ -80,8 +84,15 @@ def test_help():
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ((), "say which config: --config=configs/quickstart.py"),
-        (("--config=configs/quickstrat.py",), "there is no config file configs/quickstrat.py; the nearest are"),
+        ((), "the following arguments are required: --config"),
+        (
+            ("--config=configs/quickstrat.py",),
+            "no config file configs/quickstrat.py, nor a recipe of this name; the nea",
+        ),
+        (
+            ("--config=quickstrat",),
+            "no config file quickstrat, nor a recipe of this name; the nearest recipes are quicks",
+        ),
         ((f"--config={QUICKSTART}", "--config.epoch=3"), "the config has no key 'epoch'"),
         ((f"--config={QUICKSTART}", "--config.optim.lr=3"), "config.optim has no key 'lr'"),
         ((f"--config={QUICKSTART}", "--config.optim.name.lr=3"), "config.optim.name has no key 'lr'"),
@@ -89,13 +100,13 @@ def test_help():
         ((f"--config={ROOT}/configs/cifar10.py:linaer",), "linaer"),
         ((f"--config={QUICKSTART}", "--wrokdir=x"), "wrokdir"),
         ((f"--config={QUICKSTART}", "--mode=trian"), "trian"),
-        ((f"--config={QUICKSTART}", "run"), "'run' is no flag"),
+        ((f"--config={QUICKSTART}", "run"), "unrecognized arguments: run"),
     ],
-    ids=["none", "config", "key", "section", "leaf", "argument", "twin", "flag", "mode", "positional"],
+    ids=["none", "config", "recipe", "key", "section", "leaf", "argument", "twin", "flag", "mode", "positional"],
 )
-def test_wrong_flags(argv, says, capsys, flags_afterwards):
+def test_wrong_flags(argv, says, capsys):
     try:
-        code = main.main(main.parse(["main.py", *argv]))
+        code = main(["train", *argv])
     except SystemExit as stopped:
         code = stopped.code
     captured = capsys.readouterr()
@@ -108,32 +119,22 @@ def test_a_value_of_the_wrong_type():
     assert stopped.returncode == 2 and "many" in one_sentence(stopped.stderr)
 
 
-@pytest.fixture
-def flags_afterwards():
-    """Puts absl's flags back, which keep what was parsed."""
-    yield
-    for name in ("config", "workdir", "mode", "help_config"):
-        main.flags.FLAGS[name].unparse()
-    main.flags.FLAGS.unparse_flags()
-
-
-def test_help_config(capsys, flags_afterwards):
-    argv = main.parse(["main.py", f"--config={QUICKSTART}", "--help_config", "--config.epochs=7"])
-    assert main.main(argv) == 0
+def test_help_config(capsys):
+    assert main(["train", "--config=quickstart", "--help_config", "--config.epochs=7"]) == 0
     printed = capsys.readouterr().out
     assert "config.epochs = 7  (int of at least 1; required)\n    Epochs to train for" in printed
     assert "config.data.draft = True  (bool; default True)\n" in printed
 
 
-def test_a_users_mistake_is_printed_and_a_bug_is_not_hidden(capsys, monkeypatch, tmp_path, flags_afterwards):
+def test_a_users_mistake_is_printed_and_a_bug_is_not_hidden(capsys, monkeypatch, tmp_path):
     def fail(recipe, workdir, *, allow_changes):
         assert not allow_changes and recipe.epochs == 25 and workdir == str(tmp_path)
         raise errors.pop()
 
     errors = [ValueError("a bug"), UserError("give\n   another one.")]
-    monkeypatch.setattr(main.loop, "run", fail)
-    argv = main.parse(["main.py", f"--config={QUICKSTART}", f"--workdir={tmp_path}"])
-    assert main.main(argv) == 2
+    monkeypatch.setattr(training_commands.loop, "run", fail)
+    argv = ["train", f"--config={QUICKSTART}", f"--workdir={tmp_path}"]
+    assert main(argv) == 2
     assert capsys.readouterr().err == "maxmap: give another one.\n"
     with pytest.raises(ValueError, match="a bug"):
-        main.main(argv)
+        main(argv)

@@ -32,7 +32,8 @@ def pip(*arguments: object) -> None:
 def wheel(tmp_path_factory) -> Path:
     """The wheel of this checkout, built from a copy so that no earlier build leaves a file in it."""
     folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT / "maxmap", folder / "maxmap", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("maxmap", "configs"):  # maxmap/configs is a link
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     pip("wheel", folder, "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "out")
@@ -67,9 +68,14 @@ def run(python, tmp_path):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
 
-    def run(*arguments: str) -> subprocess.CompletedProcess:
+    def run(*arguments: str, program: str = "python") -> subprocess.CompletedProcess:
         return subprocess.run(
-            [python, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+            [python.with_name(program), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     return run
@@ -77,6 +83,7 @@ def run(python, tmp_path):
 
 def test_the_wheel_has_every_file_of_the_package(wheel):
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "maxmap").rglob("*") if path.is_file()}
+    wanted |= {f"maxmap/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("maxmap/")}
     assert found == {name for name in wanted if "__pycache__" not in name}
 
@@ -88,6 +95,16 @@ def test_the_installed_package_lists_and_loads(run, python):
     assert Path(loaded.stdout.strip()).is_relative_to(python.parents[1])  # the wheel's, not the checkout's
     assert loaded.stderr.splitlines()[-1].startswith("maxmap.errors.UserError: https://"), loaded.stderr
     assert "map_pit_s.pth.tar cannot be downloaded" in loaded.stderr
+
+
+def test_the_installed_command_has_the_recipes(run):
+    listed = run("recipes", program="maxmap")
+    assert listed.returncode == 0 and "finetune:NAME\n" in listed.stdout, listed.stderr
+    # A recipe that reads another's file, from a folder without configs/.
+    told = run("train", "--config=map:maxvit_tiny", "--config.epochs=7", "--help_config", program="maxmap")
+    assert "config.epochs = 7  (" in told.stdout and "config.batch_size = 4096  (" in told.stdout, told.stderr
+    wrong = run("--wrong", program="maxmap")
+    assert wrong.returncode == 2 and wrong.stderr.endswith("; maxmap --help lists what it takes.\n")
 
 
 def test_the_installed_package_converts_and_predicts(run, tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import maxmap
+
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST_FILE = 600_000  # bytes
 
@@ -27,7 +29,7 @@ FLOORS = (
         "maxmap.storage",
         "maxmap.wordnet",
     },
-    {"maxmap.checkpoint"},
+    {"maxmap.checkpoint", "maxmap.recipe_files"},
     {"maxmap.data"},
     {"maxmap.kernels"},
     {"maxmap.operations"},
@@ -47,7 +49,8 @@ FLOORS = (
     {"maxmap.benchmark"},
     {"maxmap"},  # the public API: names of every room, used by none of them
     {"maxmap.arguments"},
-    {"maxmap.evaluation_commands", "maxmap.model_commands"},
+    {"maxmap.evaluation_commands", "maxmap.model_commands", "maxmap.recipes_command", "maxmap.training_commands"},
+    {"maxmap.checkpoint_commands"},
     {"maxmap.__main__"},
     {"main", "configs"},
 )
@@ -194,9 +197,45 @@ def test_models_know_only_flax_jax_and_einops(name: str):
 
 
 def test_importing_the_package_loads_no_other_framework():
-    code = "import sys, maxmap; print(*{'torch', 'tensorflow', 'timm'} & set(sys.modules))"
+    used = "[getattr(maxmap, name) for name in maxmap.__all__]"
+    code = f"import sys, maxmap; {used}; print(*{{'torch', 'tensorflow', 'timm'}} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     assert printed.strip() == ""
+
+
+def test_the_public_names_are_where_a_type_checker_finds_them():
+    """The names that `maxmap.__getattr__` imports late are those of the imports that only a type checker reads."""
+    (block,) = (
+        node
+        for node in ast.parse(SOURCES["maxmap"].read_text("utf-8")).body
+        if isinstance(node, ast.If) and not node.orelse and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    imported = {node.module: tuple(alias.name for alias in node.names) for node in block.body}
+    assert imported == maxmap._MODULES
+    assert sorted(name for names in imported.values() for name in names) == maxmap.__all__
+    assert set(maxmap.__all__) <= set(dir(maxmap))
+    assert all(getattr(maxmap, name).__module__.startswith("maxmap.") for name in maxmap.__all__)
+    assert not hasattr(maxmap, "create_modle")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        ((), {"jax", "numpy"}),
+        (("--help",), {"jax", "numpy"}),
+        (("recipes",), {"jax", "flax"}),
+        (("list", "map_pit_*"), {"orbax", "optax", "tensorflow_datasets", "huggingface_hub", "grain"}),
+    ],
+    ids=["import", "help", "recipes", "list"],
+)
+def test_what_computes_nothing_imports_little(arguments, absent):
+    code = "import sys, maxmap\n"
+    if arguments:
+        code += "from maxmap.__main__ import start\n"
+        code += f"try: start({arguments})\nexcept SystemExit as end: assert not end.code\n"
+    code += f"print('loaded', *{absent} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True)
+    assert ran.stdout.splitlines()[-1].strip() == "loaded"
 
 
 def test_no_utils():

@@ -4,7 +4,7 @@ The README's blocks run in order, in one folder with the configs and main.py. Th
 
 - the environment is there already, so the commands of `SETUP` are left out;
 - `make demo` is replaced by the commands of its recipe in the Makefile;
-- `SHORT` is appended to every `python main.py`, which trains for two steps then.
+- `SHORT` is appended to every command that trains or evaluates a config, which trains for two steps then.
 
 A comment `<!-- needs: WHAT -->` above a block says what the block needs and the tests do not have: it is not run.
 """
@@ -33,7 +33,7 @@ FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>[^\n]+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-MAIN = re.compile(r"^python main\.py(?:\\\n|[^\n#\\])*", re.MULTILINE)
+MAIN = re.compile(r"^python (?:main\.py|-m maxmap train)(?:\\\n|[^\n#\\])*", re.MULTILINE)
 
 
 class Block(NamedTuple):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from maxmap.__main__ import plan_command
+from maxmap import training_commands
+from maxmap.__main__ import main
 from maxmap.accelerators import program, topology
 from maxmap.config import bind
 from maxmap.errors import UserError
@@ -48,7 +49,7 @@ def recipe(tiny_models):
 
 
 @pytest.mark.usefixtures("cpu_compiler")
-def test_the_report_of_a_step(recipe, tmp_path, capsys):
+def test_the_report_of_a_step(recipe, tmp_path, capsys, monkeypatch):
     found = compile_step(recipe, 8, "h100-80", tmp_path / "step.hlo")
     assert found.keys() == KEYS
     assert found["mesh"] == {"data": 4, "fsdp": 2} and found["images_per_device"] == 4
@@ -61,7 +62,8 @@ def test_the_report_of_a_step(recipe, tmp_path, capsys):
     text = describe_step(found)
     assert "These are estimates of the compiler, the CPU's 1.0 (jax " in text and "not measurements" in text
     assert "all-reduce" in text and "dearest parts" in text
-    plan_command(recipe, 8, "h100-80", 0.3, compile_it=True, as_json=True, save=None)
+    monkeypatch.setattr(training_commands, "read", lambda config, overrides: recipe.values)
+    assert main(["plan", "--config=quickstart", "--devices=8", "--hardware=h100-80", "--compile", "--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == KEYS
     with pytest.raises(
         UserError, match=r"cannot write .*no/step.hlo \(No such file or directory\): give another --save"
