@@ -60,6 +60,8 @@ class Number:
 
 def local_path(text: str) -> Path:
     """Reads an argument that is a path on this machine."""
+    if storage.in_bucket(text):  # as a path it would be a folder 'gs:' here
+        raise argparse.ArgumentTypeError(f"{text} is in a bucket: give a path on this machine")
     return Path(storage.expand(text))
 
 

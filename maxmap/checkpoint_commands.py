@@ -14,7 +14,8 @@ from maxmap.convert.resize import RESIZES
 from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.cost import count_parameters
 from maxmap.data.preprocessing import in_words
-from maxmap.errors import printable
+from maxmap.errors import UserError, printable
+from maxmap.programs import ENDING, PLATFORMS, export_program
 
 
 def add_average(command: argparse.ArgumentParser) -> None:
@@ -77,8 +78,14 @@ def add_convert(command: argparse.ArgumentParser) -> None:
 def add_export(command: argparse.ArgumentParser) -> None:
     """Fills the parser of `export`."""
     command.add_argument("source", type=storage.expand, help="folder of a run or of a converted checkpoint")
-    command.add_argument("file", type=local_path, help=".safetensors or .pth to write")
+    command.add_argument(
+        "file", type=local_path, help=f".safetensors or .pth to write; {ENDING} for a program that runs without maxmap"
+    )
     command.add_argument("--dialect", choices=DIALECTS, help="whose names (default: timm's or the author's)")
+    command.add_argument(
+        "--platforms", nargs="+", choices=PLATFORMS, help=f"where a program is to run (default: {', '.join(PLATFORMS)})"
+    )
+    command.add_argument("--pixels", action="store_true", help="the program takes pixels from 0 to 255")
     _add_ema(command)
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.set_defaults(run=export_command)
@@ -144,9 +151,18 @@ def convert_command(source: str, dest: str, class_map: Path | None, classes: Pat
     print(f"written to {printable(dest)} in {time.perf_counter() - began:.1f} s")
 
 
-def export_command(source: str, file: Path, **options: Any) -> None:
+def export_command(
+    source: str, file: Path, dialect: str | None, platforms: list[str] | None, pixels: bool, **options: Any
+) -> None:
     """Writes a checkpoint of ours for others."""
-    print(printable(export(source, file, **options)))
+    if file.suffix == ENDING:
+        if dialect is not None:
+            raise UserError("a program has no names of parameters: leave out --dialect.")
+        print(printable(export_program(source, file, platforms=platforms or PLATFORMS, pixels=pixels, **options)))
+        return
+    if platforms or pixels:
+        raise UserError(f"--platforms and --pixels belong to a program: give a name in {ENDING}, or leave them out.")
+    print(printable(export(source, file, dialect=dialect, **options)))
 
 
 def verify_command(path: str, against: str, **options: Any) -> int:

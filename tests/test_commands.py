@@ -265,6 +265,25 @@ def test_numbers_that_people_type(command, arguments, capsys):
     assert stopped.value.code == 2 and "is out of range: give a value of type" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("export", ["run", "gs://bucket/a.safetensors"]),
+        ("predict", ["run", "gs://bucket/a.png"]),
+        ("explain", ["run", "a.png", "--out=s3://bucket/a"]),
+        ("samples", ["quickstart", "gs://bucket/a"]),
+        ("validate", ["run", "gs://bucket/photos"]),
+    ],
+)
+def test_a_bucket_where_a_path_of_this_machine_belongs(command, arguments, capsys, tmp_path, monkeypatch):
+    """As a path it would be a new folder 'gs:' in the current one."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        commands.main([command, *arguments])
+    assert stopped.value.code == 2 and "is in a bucket: give a path on this machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_samples_of_classes_with_odd_names(capsys, tmp_path, monkeypatch):
     """WebDataset's classes are lines of a file, so that their names may hold anything."""
     names = ["black/white", "..", os.fsdecode(b"\xe9\n"), "é" * 200]

@@ -1,0 +1,109 @@
+"""A checkpoint as a program that runs without maxmap: StableHLO, as `jax.export` writes it."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export  # not a part of `import jax`
+import jax.numpy as jnp
+
+from maxmap import storage
+from maxmap.convert.load import read_model
+from maxmap.cost import count_parameters
+from maxmap.data.augment import normalize
+from maxmap.errors import UserError
+from maxmap.kernels.target import compiled_for
+from maxmap.models import average, create_model
+from maxmap.operations import Array, kernels
+
+ENDING = ".stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")
+_LARGEST = 2**31 - 2**27  # bytes of weights: the format counts bytes in 31 bits, and the program needs some, too
+
+
+def export_program(
+    source: str | Path,
+    file: str | Path,
+    *,
+    platforms: Sequence[str] = PLATFORMS,
+    pixels: bool = False,
+    ema: bool | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Writes a checkpoint's forward pass, with its weights, and a JSON file beside it that says what goes in and out.
+
+    The program takes any number of images and returns the logits `[B, K]`, the mean over the branches. It is loaded by
+    `jax.export.deserialize`. For a single platform the operations are laid out as they are fastest there. For several
+    they have one form, in which depthwise convolutions are slow on a CPU.
+
+    Args:
+      source: folder of a run or of a converted checkpoint.
+      file: to write, ending in .stablehlo; the JSON file has .json in place of that.
+      platforms: where it is to run, a part of `PLATFORMS`.
+      pixels: the program takes uint8 `[B, H, W, 3]` and normalises them; otherwise float32 that is normalised already.
+      ema: True for the averaged weights, False for the raw ones; None for the averaged ones if there are any.
+      overwrite: replace the files.
+
+    Returns:
+      A line of text that names the file and what it holds.
+
+    Raises:
+      UserError: there is no checkpoint, it is too large, or the file exists or has another ending.
+    """
+    if storage.in_bucket(file):
+        raise UserError(f"{file} is in a bucket: export to a local file and copy that.")
+    file = Path(storage.expand(file))
+    about = file.with_suffix(".json")
+    if file.suffix != ENDING:
+        raise UserError(f"{file} has another ending: give a name in {ENDING}.")
+    for there in (file, about):
+        if there.exists() and not overwrite:
+            raise UserError(f"{there} is there already: give another name, or --overwrite.")
+    unknown = sorted(set(platforms) - set(PLATFORMS))
+    if unknown or not platforms:
+        raise UserError(f"there is no platform '{', '.join(unknown)}', only {', '.join(PLATFORMS)}.")
+    variables, info = read_model(source, ema=ema is not False)
+    if ema and info["weights"] != "ema":
+        raise UserError(f"{source} has no averaged weights: leave --ema out.")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    if size > _LARGEST:
+        raise UserError(
+            f"the weights of {source} take {size / 1e9:.1f} GB, and a program holds at most {_LARGEST / 1e9:.1f}: "
+            "export a smaller network, or .safetensors."
+        )
+    side, run = info["preprocessing"]["image_size"], _forward(info, variables, pixels)
+    shape = (*jax.export.symbolic_shape("b"), side, side, 3)
+    inputs = jax.ShapeDtypeStruct(shape, jnp.uint8 if pixels else jnp.float32)
+    target = {"cuda": "gpu"}.get(platforms[0], platforms[0]) if len(platforms) == 1 else "plain"
+    with compiled_for(target), kernels("plain"):
+        program = jax.export.export(jax.jit(run), platforms=list(platforms))(inputs)
+    with storage.atomic_target(file, overwrite=overwrite) as unfinished:
+        Path(unfinished).write_bytes(program.serialize())
+    described = {
+        "model": info["model"],
+        "input": f"{inputs.dtype} [B, {side}, {side}, 3], " + ("pixels from 0 to 255" if pixels else "normalised"),
+        "output": f"float32 [B, {program.out_avals[0].shape[-1]}], logits",
+        "platforms": list(platforms),
+        "jax": jax.__version__,
+        "classes": info["classes"],
+        "preprocessing": info["preprocessing"],
+    }
+    storage.write_named(about, json.dumps(described, indent=2) + "\n")
+    return (
+        f"{file}: {count_parameters(variables['params']):,} parameters, {info['weights']} weights, for "
+        f"{', '.join(platforms)}; it takes {described['input']}; {about.name} names classes and preprocessing"
+    )
+
+
+def _forward(info: dict[str, Any], variables: Any, pixels: bool) -> Callable[[Array], Array]:
+    """Returns the function that is exported; the weights are constants of it."""
+    model, preprocessing = create_model(**info["model"]), info["preprocessing"]
+
+    def run(images: Array) -> Array:
+        if pixels:
+            images = normalize(images, preprocessing["mean"], preprocessing["std"])
+        return average(model.apply(variables, images))
+
+    return run
