@@ -25,6 +25,7 @@ def add_predict(command: argparse.ArgumentParser) -> None:
     command.add_argument("workdir", type=storage.expand, help="folder of a run, converted checkpoint or published name")
     command.add_argument("images", type=local_path, nargs="+", help="image files")
     command.add_argument("--top", type=Number(predict, "top"), default=5, help="classes per image (default: 5)")
+    _add_image_size(command, Number(predict, "image_size"))
     command.add_argument("--json", type=storage.expand, dest="json_file", help="file for the same as JSON")
     command.add_argument("--csv", type=storage.expand, dest="csv_file", help="file for a line per image and class")
     command.set_defaults(run=predict_command)
@@ -42,11 +43,7 @@ def add_validate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tfds", metavar="NAME", help="data set in the TFDS directory, for example imagenet2012")
     command.add_argument("--labels", choices=LABEL_SETS, help="count as ImageNet-ReaL, V2, A, R or Sketch do")
     command.add_argument("--file", type=local_path, dest="real", help="real.json, which --labels=real needs")
-    command.add_argument(
-        "--image-size",
-        type=Number(changed, "image_size"),
-        help="side of the crop in pixels (default: the checkpoint's)",
-    )
+    _add_image_size(command, Number(changed, "image_size"))
     add_preprocessing(command, "the checkpoint's")
     command.add_argument(
         "--batch-size", type=Number(validate, "batch_size"), default=128, help="images at a time (default: 128)"
@@ -72,6 +69,11 @@ def add_validate(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=validate_command)
 
 
+def _add_image_size(command: argparse.ArgumentParser, number: Number) -> None:
+    command.add_argument("--image-size", type=number, help="side of the crop in pixels (default: the checkpoint's)")
+    command.add_argument("--pad", action="store_true", help="take sizes that the model's windows do not divide, too")
+
+
 def add_preprocessing(command: argparse.ArgumentParser, default: str) -> None:
     """Adds the options that set fields of the preprocessing, but for the image size; `default` stands in their help."""
 
@@ -91,9 +93,11 @@ def take_preprocessing(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def predict_command(workdir: str, images: list[Path], top: int, json_file: str | None, csv_file: str | None) -> None:
+def predict_command(
+    workdir: str, images: list[Path], json_file: str | None, csv_file: str | None, **options: Any
+) -> None:
     """Prints the likeliest classes of every image, and writes them into files."""
-    results = predict(workdir, images, top=top)
+    results = predict(workdir, images, **options)
     for path, classes in zip(images, results, strict=True):
         named = ", ".join(f"{_readable(name)} {100 * probability:.1f} %" for name, probability in classes)
         print(f"{printable(path)}: {named}")

@@ -12,19 +12,21 @@ from PIL import Image
 
 from maxmap.convert.load import read_model
 from maxmap.data.augment import normalize
-from maxmap.data.preprocessing import cropped
+from maxmap.data.preprocessing import changed, cropped
+from maxmap.evaluate import check_image_size
 from maxmap.models import Classifier, average, create_model
-from maxmap.ranges import Count, check_arguments
+from maxmap.ranges import Count, Pixels, check_arguments
 
 AnyImage: TypeAlias = str | os.PathLike | Image.Image | np.ndarray
 
 
-def load(path: str | Path) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
+def load(path: str | Path, *, pad: bool = False) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
     """Loads a checkpoint.
 
     Args:
       path: folder of a run (`--workdir`) or of a converted checkpoint, or the name of a published one; see
         `maxmap.convert.load.read_model`.
+      pad: the model takes images of other sizes, too; see `maxmap.create_model`.
 
     Returns:
       The model; its variables, the averaged ones where there are any; and the info: 'model' (name and fields),
@@ -34,7 +36,7 @@ def load(path: str | Path) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
       UserError: there is no checkpoint.
     """
     variables, info = read_model(path)
-    return create_model(**info["model"]), variables, info
+    return create_model(**info["model"] | ({"pad": True} if pad else {})), variables, info
 
 
 def preprocess(images: AnyImage | Sequence[AnyImage], info: Mapping[str, Any]) -> np.ndarray:
@@ -59,7 +61,13 @@ def preprocess(images: AnyImage | Sequence[AnyImage], info: Mapping[str, Any]) -
 
 
 def predict(
-    path: str | Path, images: Sequence[str | Path], *, top: Count = 5, batch_size: Count = 32
+    path: str | Path,
+    images: Sequence[str | Path],
+    *,
+    top: Count = 5,
+    batch_size: Count = 32,
+    image_size: Pixels | None = None,
+    pad: bool = False,
 ) -> list[list[tuple[str, float]]]:
     """Classifies image files with a checkpoint and the preprocessing that it carries.
 
@@ -68,16 +76,21 @@ def predict(
       images: paths of image files.
       top: classes per image.
       batch_size: images at a time.
+      image_size: side of the crop in pixels; None for the checkpoint's.
+      pad: takes sizes that the model's windows do not divide, too; see `maxmap.create_model`.
 
     Returns:
       For each image its `top` classes and their probabilities, the likeliest first.
 
     Raises:
-      UserError: there is no checkpoint, or a file is no image.
+      UserError: there is no checkpoint, a file is no image, or the model does not take images of that size.
     """
     check_arguments(predict, "", locals())
-    model, variables, info = load(path)
+    model, variables, info = load(path, pad=pad)
     classes = info["classes"]
+    if image_size is not None:
+        info = {**info, "preprocessing": changed(info["preprocessing"], image_size=image_size)}
+        check_image_size(model, variables, image_size)
 
     @jax.jit
     def probabilities(variables: Any, batch: np.ndarray) -> jax.Array:

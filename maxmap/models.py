@@ -3,7 +3,7 @@
 import contextlib
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
-from flax.errors import ScopeParamShapeError
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 from maxmap.backbones import (
     Variant,
@@ -74,7 +74,9 @@ class Classifier(nn.Module):
           'logits' `[G, B, K]` (G branches), 'embedding' `[B, D]` and, while training a head with self-distillation,
           'distill' `[G, B, K]`.
         """
-        return self.head(self.features(images, train=train), train=train)
+        features = self.features(images, train=train)
+        with self._named_misfits(images):
+            return self.head(features, train=train)
 
     def features(self, images: Array, *, train: bool = False) -> list[Array]:
         """Returns the NHWC maps of the stem and of every stage."""
@@ -82,10 +84,15 @@ class Classifier(nn.Module):
         hooks = contextlib.nullcontext()
         if self.remat and not self.is_initializing():
             hooks = nn.intercept_methods(_rematerialisation())
+        with self._named_misfits(images), hooks:
+            return self.backbone(images, train=train)
+
+    @contextlib.contextmanager
+    def _named_misfits(self, images: Array) -> Iterator[None]:
+        """Says in a sentence that images have other channels, or another size, than the weights are made for."""
         try:
-            with hooks:
-                return self.backbone(images, train=train)
-        except ScopeParamShapeError as error:
+            yield
+        except (ScopeParamShapeError, ScopeParamNotFoundError) as error:
             told = channels_error(images, error) or size_error(images, self.backbone.image_size)
             raise told or error from None
 
@@ -311,6 +318,7 @@ def create_model(
     num_classes: CountOrZero | None = None,
     image_size: Pixels | tuple[Pixels, Pixels] | None = None,
     remat: bool = False,
+    pad: bool = False,
     **fields: Any,
 ) -> Classifier:
     """Builds a model by name; nothing is initialised yet.
@@ -323,6 +331,8 @@ def create_model(
       image_size: pixels that windows and position tables are made for, one number or (height, width); None for the
         model's own.
       remat: saves memory in training: the backward pass computes the backbone's blocks once more.
+      pad: takes images of sizes that attention windows, stripes or patches do not divide, too. What is appended to the
+        maps is left out of the attention, and nothing else sees it. Other sizes compute the same as without it.
       **fields: fields of the backbone, for example `drop_path=0.2`; mappings are merged field by field.
 
     Returns:
@@ -340,6 +350,8 @@ def create_model(
     variant = BACKBONES[model.backbone]
     if image_size is not None:
         fields["image_size"] = image_size
+    if pad and "pad" in variant.backbone.__dataclass_fields__:  # the others take any size
+        fields["pad"] = True
     merged = dict(variant.fields)
     for changes in (model.fields, fields):
         for key, value in changes.items():

@@ -163,11 +163,16 @@ def softmax(logits: Array) -> Array:
 
 
 def attention(
-    q: Array, k: Array, v: Array, bias: Array | None = None, dropout: Callable[[Array], Array] | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None = None,
+    dropout: Callable[[Array], Array] | None = None,
+    keys: Array | None = None,
 ) -> Array:
     """Multi-head attention in the way of the platform.
 
-    The "pallas" kernel takes at most 128 tokens and no dropout; otherwise the "plain" way computes it.
+    The "pallas" kernel takes at most 128 tokens, all keys and no dropout; otherwise the "plain" way computes it.
 
     Args:
       q: queries `[..., H, Q, D]`, scaled.
@@ -175,11 +180,13 @@ def attention(
       v: values `[..., H, K, D]`.
       bias: of the logits, `[H, Q, K]`.
       dropout: of the weights; None for none.
+      keys: which keys of W windows count, bool `[W, K]`, at least one in each; None for all. The axes in front of H
+        count windows, those of an image together.
 
     Returns:
       `[..., H, Q, D]`.
     """
-    if dropout is None and implementation("attention") == "pallas":
+    if dropout is None and keys is None and implementation("attention") == "pallas":
         from maxmap.kernels import pallas  # takes half a second to import
 
         if max(q.shape[-2], k.shape[-2]) <= pallas.LARGEST_WINDOW and local_batch(q.shape[0]) is not None:
@@ -189,6 +196,9 @@ def attention(
     if bias is not None:
         repeated = broadcast(bias.reshape(-1).astype(logits.dtype), (logits.size // bias.size, bias.size))
         logits = logits + repeated.reshape(logits.shape)
+    if keys is not None:
+        grouped = logits.reshape(-1, len(keys), *logits.shape[-3:])
+        logits = jnp.where(keys[:, None, None], grouped, -jnp.inf).reshape(logits.shape)
     return attend(logits, v, dropout)
 
 

@@ -42,6 +42,7 @@ def validate(
     device_batches: Count | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     check: CountOrZero = 2000,
+    pad: bool = False,
     json_file: str | Path | None = None,
     csv_file: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def validate(
       device_batches: batches that are on the devices at a time; see `maxmap.evaluate.evaluate`.
       dtype: type that the model computes in.
       check: images to decode before the start, where a broken one is an error; later ones are left out and named.
+      pad: takes an image size that the model's windows do not divide, too; see `maxmap.create_model`.
       json_file: file for the result; None: `eval.json`, with the name of the label set, in the folder of the
         checkpoint, or in the current folder if it is no checkpoint of ours.
       csv_file: file for the predictions; None: `predictions.csv` beside an `eval.json`, nothing beside `json_file`.
@@ -79,7 +81,7 @@ def validate(
         raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
     right = None if real is None else read_real(Path(storage.expand(real)))
     mesh = make_mesh()
-    model, variables, info = load(path)
+    model, variables, info = load(path, pad=pad)
     if not info["classes"]:
         raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
     used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))

@@ -43,6 +43,8 @@ class CSWin(nn.Module):
         last stage attends over its whole map, and so does a stage whose map is as small as its stripes.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
       deep_stem: three 3x3 convolutions in place of one 7x7 convolution.
+      pad: takes images whose maps the stripes do not divide, too. Their maps are padded for the attention, which leaves
+        the padding out; nothing else sees it.
       taps: number of maps from inside of the third stage that are returned before the stage's own.
     """
 
@@ -54,6 +56,7 @@ class CSWin(nn.Module):
     drop_path: DropRate = 0.0
     deep_stem: bool = False
     taps: CountOrZero = 0
+    pad: bool = False
 
     @nn.nowrap
     def validate(self) -> None:
@@ -75,18 +78,23 @@ class CSWin(nn.Module):
     @nn.nowrap
     def _stripes(self, pixels: int) -> list[int]:
         """Width of the stripes of all stages but the last, along an image side of `pixels`."""
-        return [stripe or max(pixels // 32, 1) for stripe in self.split_size]
+        side = -(-pixels // 32) if self.pad else max(pixels // 32, 1)
+        return [stripe or side for stripe in self.split_size]
+
+    @nn.nowrap
+    def _maps(self, pixels: int) -> list[int]:
+        """Side of the maps of all stages, along an image side of `pixels`."""
+        n = -(-pixels // 4) if self.deep_stem else (pixels + 1) // 4
+        return [-(-n // 2**stage) for stage in range(len(self.depths))]
 
     @nn.nowrap
     def _check_side(self, axis: str, pixels: int, stripes: Callable[[int], list[int]]) -> None:
         """Raises ValueError unless the stripes along an image side divide every stage's map."""
 
         def misfit(pixels: int) -> tuple[int, int, int] | None:
-            n = -(-pixels // 4) if self.deep_stem else (pixels + 1) // 4
-            for stage, stripe in enumerate(stripes(pixels)):
-                if n < stripe or n % stripe:
+            for stage, (n, stripe) in enumerate(zip(self._maps(pixels), stripes(pixels), strict=False)):
+                if n == 0 or (n % stripe and not self.pad):
                     return stage, n, stripe
-                n = -(-n // 2)
             return None
 
         fault = misfit(pixels)
@@ -96,7 +104,7 @@ class CSWin(nn.Module):
             near = next(p for p in sizes if p >= 32 and p % 4 == 0 and not misfit(p))
             raise ValueError(
                 f"image {axis} {pixels} gives a map of {n} pixels in stage {stage}, which stripes of {stripe} do not "
-                f"divide; the nearest size that works is {near}"
+                f"divide; the nearest size that works is {near}; set pad for any size"
             )
 
     @nn.compact
@@ -113,6 +121,8 @@ class CSWin(nn.Module):
             if stage:
                 x = Merge(self.embed_dim[stage], name=f"merge{stage}")(x)
             stripe = None if stage == last else (stripes[0][stage], stripes[1][stage])
+            if stripe == tuple(self._maps(side)[stage] for side in pair(self.image_size)):
+                stripe = None
             taps = tapped_blocks(self.depths, self.taps) if stage == 2 else ()
             for i in range(depth):
                 block = CSWinBlock(self.heads[stage], stripe, drop_path=next(rates), name=f"stage{stage + 1}_{i}")

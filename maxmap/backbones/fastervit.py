@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from maxmap.backbones import Variant
 from maxmap.layers.blocks import Mlp, SelfAttention, relative_index
+from maxmap.layers.padding import pad_map, real_pixels
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
@@ -183,12 +184,17 @@ class AttentionBlock(Block):
     propagate: bool
 
     @nn.compact
-    def __call__(self, x: Array, tokens: Array | None, *, train: bool) -> tuple[Array, Array | None]:
+    def __call__(
+        self, x: Array, tokens: Array | None, keys: Array | None, token_keys: Array | None, *, train: bool
+    ) -> tuple[Array, Array | None]:
         """Maps the pixels of the windows and the carrier tokens of the map.
 
         Args:
           x: `[B * windows^2, window^2, C]`.
           tokens: `[B, (carriers * windows)^2, C]`, row by row over the whole map; None without carriers.
+          keys: which of the carriers and pixels of a window are not padding, bool `[windows^2, carriers^2 + window^2]`;
+            None for all.
+          token_keys: the same of the map's carriers, `[1, (carriers * windows)^2]`.
           train: drops paths.
 
         Returns:
@@ -204,12 +210,12 @@ class AttentionBlock(Block):
         def layer_scale(y: Array, gamma: int) -> Array:
             return scaled(y, gammas[gamma]) if gammas else y
 
-        def transform(x: Array, prefix: str, side: int, carriers: int, gamma: int) -> Array:
+        def transform(x: Array, prefix: str, side: int, carriers: int, keys: Array | None, gamma: int) -> Array:
             """A transformer block on `carriers` carrier tokens and the `side * side` tokens of a square."""
             bias = functools.partial(PositionBias, self.heads, side, carriers, name="pos_emb_funct")
             attention = SelfAttention(self.heads, TRUNC_NORMAL, bias, name=f"{prefix}attn")
             mlp = Mlp(int(self.mlp_ratio * channels), channels, inits=TRUNC_NORMAL, name=f"{prefix}mlp")
-            branches: tuple[Callable[..., Array], ...] = (attention, mlp)
+            branches: tuple[Callable[..., Array], ...] = (lambda x, train: attention(x, train=train, keys=keys), mlp)
             for i, branch in enumerate(branches):
                 y = branch(LayerNorm(1e-5, name=f"{prefix}norm{i + 1}")(x), train=train)
                 x = x + DropPath(self.drop_path)(layer_scale(y, gamma + i), train=train)
@@ -221,10 +227,10 @@ class AttentionBlock(Block):
         if tokens is not None:
             side = self.carriers * self.windows
             tokens = tokens + PositionCode(channels, side, name="hat_pos_embed")()[None].astype(x.dtype)
-            tokens = transform(tokens, "hat_", side, 0, gamma=1)
+            tokens = transform(tokens, "hat_", side, 0, token_keys, gamma=1)
             tokens = rearrange(tokens, "b (i s j u) c -> (b i j) (s u) c", **axes)
             x = jnp.concatenate([tokens, x], axis=1)
-        x = transform(x, "", self.window, count, gamma=3)
+        x = transform(x, "", self.window, count, keys, gamma=3)
         if tokens is None:
             return x, None
         tokens, x = x[:, :count], x[:, count:]
@@ -240,18 +246,25 @@ class Tokenizer(nn.Module):
     """Computes carrier tokens from a map: a depthwise convolution, then averages over squares that may overlap.
 
     Attributes:
-      side: tokens per side of the map.
+      side: tokens per side of the square map.
+      size: side of that map in pixels; what is outside of the map at hand counts in no average.
     """
 
     side: int
+    size: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps `[B, H, H, C]` to `[B, side^2, C]`, row by row."""
-        size, channels = x.shape[1], x.shape[-1]
+        """Maps `[B, H, W, C]` to `[B, side^2, C]`, row by row."""
+        channels = x.shape[-1]
         x = Conv(channels, 3, padding=1, groups=channels, name="pos_embed")(x)
-        stride = size // self.side
-        return rearrange(average_pool(x, size - (self.side - 1) * stride, stride), "b h w c -> b (h w) c")
+        stride = self.size // self.side
+        square = self.size - (self.side - 1) * stride
+        # Squares that lie outside of the map have no mean; the last ones on it may stick out.
+        squares = [min(-(-n // stride), self.side) for n in x.shape[1:3]]
+        over = [(0, (count - 1) * stride + square - n) for count, n in zip(squares, x.shape[1:3], strict=True)]
+        x = pad_map(average_pool(x, square, stride, over), (self.side, self.side))
+        return rearrange(x, "b h w c -> b (h w) c")
 
 
 class AttentionLevel(nn.Module):
@@ -277,20 +290,57 @@ class AttentionLevel(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Maps `[B, H, H, C]` to the same, or to half the size and twice the channels."""
-        window = x.shape[1] // self.windows
+        """Maps `[B, H, W, C]` to the same, or to half the size and twice the channels.
+
+        A map that the windows do not divide, or that is not square, is padded for the attention, which leaves the
+        padding out.
+        """
         carriers = self.carriers if self.windows > 1 else 0
-        tokens = Tokenizer(carriers * self.windows, name="global_tokenizer")(x) if carriers else None
+        size = x.shape[1:3]
+        window = max(-(-max(size) // self.windows), least_window(carriers))
+        side = self.windows * window
+        tokens = Tokenizer(carriers * self.windows, side, name="global_tokenizer")(x) if carriers else None
+        keys, token_keys = None, None
+        if size != (side, side):
+            keys, token_keys = real_keys(size, self.windows, window, carriers)
         axes = {"i": self.windows, "j": self.windows, "p": window, "q": window}
-        x = rearrange(x, "b (i p) (j q) c -> (b i j) (p q) c", **axes)
+        x = rearrange(pad_map(x, (side, side)), "b (i p) (j q) c -> (b i j) (p q) c", **axes)
         block = functools.partial(
             AttentionBlock, self.heads, self.windows, window, carriers, self.mlp_ratio, self.layer_scale
         )
         for i, rate in enumerate(self.rates):
             propagate = self.propagate and i == len(self.rates) - 1
-            x, tokens = block(rate, propagate, name=f"blocks_{i}")(x, tokens, train=train)
-        x = rearrange(x, "(b i j) (p q) c -> b (i p) (j q) c", **axes)
+            x, tokens = block(rate, propagate, name=f"blocks_{i}")(x, tokens, keys, token_keys, train=train)
+        x = rearrange(x, "(b i j) (p q) c -> b (i p) (j q) c", **axes)[:, : size[0], : size[1]]
         return Downsample(name="downsample")(x) if self.downsample else x
+
+
+def least_window(carriers: int) -> int:
+    """Returns the least side of a window, in pixels: position codes need two, and carriers one for each of them."""
+    return max(2, carriers)
+
+
+def real_keys(size: Sequence[int], windows: int, window: int, carriers: int) -> tuple[Array, Array]:
+    """Returns which keys of the windows and of the map's carriers are not padding; see `AttentionBlock`.
+
+    Args:
+      size: height and width of the map, without its padding.
+      windows: per side of the padded map.
+      window: side of a window, in pixels.
+      carriers: side of a window's square of carrier tokens; 0 for none.
+    """
+    side = windows * window
+    axes = {"i": windows, "j": windows}
+    keys = rearrange(real_pixels(size, (side, side)), "1 (i p) (j q) 1 -> (i j) (p q)", **axes)
+    tokens = jnp.zeros((1, 0), bool)
+    if carriers:
+        # A carrier is the mean of a square; it counts if the square's first pixel does.
+        stride = side // (carriers * windows)
+        real = real_pixels([-(-n // stride) for n in size], (carriers * windows,) * 2)
+        tokens = real.reshape(1, -1)
+        keys = jnp.concatenate([rearrange(real, "1 (i s) (j u) 1 -> (i j) (s u)", **axes), keys], axis=1)
+    # What a window that is all padding computes is cut off in the end; without keys it would not be a number.
+    return keys | ~keys.any(axis=1, keepdims=True), tokens
 
 
 class FasterViT(nn.Module):
@@ -309,6 +359,8 @@ class FasterViT(nn.Module):
       layer_scale: initial factor of every residual branch of attention blocks; None for no factors.
       mlp_ratio: hidden channels of the MLPs divided by the level's channels.
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
+      pad: takes images whose maps the windows do not divide, and oblong ones, too. Their maps are padded to squares for
+        the attention, which leaves the padding out; nothing else sees it.
     """
 
     image_size: Pixels | tuple[Pixels, Pixels] = 224
@@ -322,6 +374,7 @@ class FasterViT(nn.Module):
     layer_scale: NonNegative | None = None
     mlp_ratio: Positive = 4.0
     drop_path: DropRate = 0.0
+    pad: bool = False
 
     @nn.nowrap
     def num_features(self) -> int:
@@ -341,9 +394,14 @@ class FasterViT(nn.Module):
     @nn.nowrap
     def _check_size(self, size: tuple[int, int]) -> None:
         """Raises ValueError unless the windows divide the maps of the attention levels, with room for the carriers."""
+        if self.pad:
+            return
         if size[0] != size[1]:
-            raise ValueError(f"FasterViT needs square images, not {size[0]} x {size[1]}; the nearest is {size[0]}")
-        least = max(2, *self.carriers)  # pixels per side of a window
+            raise ValueError(
+                f"FasterViT needs square images, not {size[0]} x {size[1]}; the nearest is {size[0]}; set "
+                "pad for any size"
+            )
+        least = least_window(max(self.carriers))
         step = math.lcm(16 * self.windows[0], 32 * self.windows[1])
         nearest = max(round(size[0] / step), least) * step
         for level, windows in enumerate(self.windows, 2):
@@ -351,7 +409,8 @@ class FasterViT(nn.Module):
             if n % windows or n < least * windows:
                 raise ValueError(
                     f"image size {size[0]} gives a map of {n} pixels in level {level}, which {windows} windows of "
-                    f"{least} pixels or more do not divide; the nearest size that works is {nearest}"
+                    f"{least} pixels or more do not divide; the nearest size that works is {nearest}; set "
+                    "pad for any size"
                 )
 
     @nn.compact

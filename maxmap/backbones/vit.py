@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from maxmap.backbones import Variant
 from maxmap.layers.blocks import PatchEmbed, ViTBlock
+from maxmap.layers.padding import next_multiple, pad_map
 from maxmap.layers.primitives import (
     TRUNC_NORMAL,
     drop_path_rates,
@@ -38,6 +39,7 @@ class ViT(nn.Module):
       drop_path: stochastic depth, rising linearly over all blocks from 0 to this rate.
       attn_drop: dropout of the attention probabilities.
       proj_drop: dropout after the attention's projection and both linear maps of the MLPs.
+      pad: takes images that patches do not divide, too: zeros fill their last patches.
       class_token: puts a learned token before the patch tokens and returns it as the last feature, a map of one pixel.
     """
 
@@ -51,6 +53,7 @@ class ViT(nn.Module):
     attn_drop: DropRate = 0.0
     proj_drop: DropRate = 0.0
     class_token: bool = True
+    pad: bool = False
 
     @nn.nowrap
     def num_features(self) -> int:
@@ -62,17 +65,18 @@ class ViT(nn.Module):
         """Raises ValueError, one sentence, if the fields do not fit each other."""
         require_divisor(self.heads, "heads", self.embed_dim, "channels")
         for axis, pixels in zip(("height", "width"), pair(self.image_size), strict=True):
-            if pixels % self.patch_size:
+            if pixels % self.patch_size and not self.pad:
                 nearest = max(round(pixels / self.patch_size), 1) * self.patch_size
                 raise ValueError(
                     f"image {axis} {pixels} is not a multiple of the patch size {self.patch_size}; the nearest size "
-                    f"that works is {nearest}"
+                    f"that works is {nearest}; set pad for any size"
                 )
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the map of embedded patches, one map per group of blocks, the class token."""
         require_image_size(x, self.image_size, "the position table is")
+        x = pad_map(x, next_multiple(x.shape[1:3], pair(self.patch_size)))
         x = PatchEmbed(self.embed_dim, self.patch_size, self.patch_size, "proj", name="patch_embed")(x)
         height = x.shape[1]
         x = rearrange(x, "b h w c -> b (h w) c")

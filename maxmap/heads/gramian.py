@@ -115,8 +115,9 @@ class ConvNeXtLayer(nn.Module):
 
 def cswin_block(x: Array, mlp_groups: int, drop_path: float, name: str) -> CSWinBlock:
     """Returns a CSWin block for the map `x`: its stripes cover half of a side, or all of a side of odd length."""
-    stripe = tuple(n if n % 2 else n // 2 for n in x.shape[1:3])
-    return CSWinBlock(x.shape[-1] // HEAD_DIM, stripe, mlp_groups, drop_path, name=name)
+    size = x.shape[1:3]
+    stripe = tuple(n if n % 2 else n // 2 for n in size)
+    return CSWinBlock(x.shape[-1] // HEAD_DIM, None if stripe == size else stripe, mlp_groups, drop_path, name=name)
 
 
 class ClassAttention(nn.Module):

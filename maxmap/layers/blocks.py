@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from maxmap.fused import fuses_mlp
+from maxmap.layers.padding import next_multiple, pad_map, real_pixels
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
@@ -133,15 +134,15 @@ class SelfAttention(nn.Module):
     proj_drop: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Maps tokens `[B, N, C]` to `[B, N, C]`."""
+    def __call__(self, x: Array, *, train: bool = False, keys: Array | None = None) -> Array:
+        """Maps tokens `[B, N, C]` to `[B, N, C]`; `keys` are those that count, see `maxmap.operations.attention`."""
         channels = x.shape[-1]
         qkv = Linear(3 * channels, name="qkv", **self.inits)(x)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         bias = None if self.position_bias is None else self.position_bias()()
         dropout = nn.Dropout(self.attn_drop, deterministic=False)
         x = rearrange(
-            attention(q * q.shape[-1] ** -0.5, k, v, bias, dropout if train and self.attn_drop else None),
+            attention(q * q.shape[-1] ** -0.5, k, v, bias, dropout if train and self.attn_drop else None, keys),
             "b h n d -> b n (h d)",
         )
         x = Linear(channels, name="proj", **self.inits)(x)
@@ -292,30 +293,40 @@ class StripeAttention(nn.Module):
 
     @nn.compact
     def __call__(self, q: Array, k: Array, v: Array) -> Array:
-        """Maps queries, keys and values, all `[B, H, W, C]`, to `[B, H, W, C]`."""
+        """Maps queries, keys and values, all `[B, H, W, C]`, to `[B, H, W, C]`.
+
+        Maps that the windows do not divide are padded. The attention leaves the padding out, and the convolution reads
+        it as the zeros around a window.
+        """
+        size = v.shape[1:3]
+        padded = next_multiple(size, self.window)
+        q, k, v = (pad_map(part, padded) for part in (q, k, v))
         sizes = dict(zip(("h", "w"), self.window, strict=True))
-        rows = v.shape[1] // self.window[0]
-        columns = v.shape[2] // self.window[1]
+        rows, columns = (side // step for side, step in zip(padded, self.window, strict=True))
+        keys = None
+        if padded != size:
+            keys = rearrange(real_pixels(size, padded), "1 (i h) (j w) 1 -> (i j) (h w)", **sizes)
         # Every window is padded by itself: the convolution never reads pixels of a neighbouring stripe.
         local = rearrange(v, "b (i h) (j w) c -> (b i j) h w c", **sizes)
         position = Conv(v.shape[-1], 3, padding=1, groups=v.shape[-1], name="get_v")(local)
         q, k, v = (
             rearrange(part, "b (i h) (j w) (n d) -> (b i j) n (h w) d", n=self.heads, **sizes) for part in (q, k, v)
         )
-        out = attention(q * q.shape[-1] ** -0.5, k, v)
+        out = attention(q * q.shape[-1] ** -0.5, k, v, keys=keys)
         out = rearrange(out, "b n (h w) d -> b h w (n d)", **sizes)
-        return rearrange(out + position, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
+        out = rearrange(out + position, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
+        return out[:, : size[0], : size[1]]
 
 
 class CSWinBlock(Block):
     """Attention in vertical and horizontal stripes side by side, then an MLP (Dong et al. 2022).
 
-    The first half of the channels attends in stripes of full height, the second half in stripes of full width. If a
-    stripe covers the map, all channels attend over the whole map in one branch.
+    The first half of the channels attends in stripes of full height, the second half in stripes of full width. Without
+    stripes, all channels attend over the whole map in one branch.
 
     Attributes:
       heads: of both halves together.
-      stripe: height of the horizontal and width of the vertical stripes in pixels; None for the whole map.
+      stripe: height of the horizontal and width of the vertical stripes in pixels; None for no stripes.
       mlp_groups: 1 for linear maps, more for grouped convolutions.
       drop_path: rate of dropping each residual branch.
     """
@@ -329,7 +340,7 @@ class CSWinBlock(Block):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         height, width, channels = x.shape[1:]
         qkv = jnp.split(Linear(3 * channels, name="qkv", **TRUNC_NORMAL)(LayerNorm(1e-5, name="norm1")(x)), 3, axis=-1)
-        if self.stripe is None or self.stripe == (height, width):
+        if self.stripe is None:
             y = StripeAttention(self.heads, (height, width), name="attns_0")(*qkv)
         else:
             windows = ((height, self.stripe[1]), (self.stripe[0], width))

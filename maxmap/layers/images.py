@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.errors import ScopeParamShapeError
+from flax.errors import FlaxError
 
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
@@ -46,7 +46,7 @@ def check_images(images: Array, params: Mapping[str, Any] | None) -> None:
         raise _wrong_channels(shape[3], 3)
 
 
-def channels_error(images: Array, error: ScopeParamShapeError) -> UserError | None:
+def channels_error(images: Array, error: FlaxError) -> UserError | None:
     """Returns what to raise for a kernel that reads other channels than the images have, None for other errors."""
     wanted, found = (re.findall(r"\d+", text) for text in re.findall(r"\(([\d, ]+)\)", str(error))[:2])
     channels = str(images.shape[-1])

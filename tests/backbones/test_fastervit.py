@@ -221,7 +221,7 @@ def test_carriers_are_the_means_of_overlapping_squares():
     identity = np.zeros((3, 3, 1, 2), np.float32)
     identity[1, 1] = 1
     params = {"pos_embed": {"kernel": identity, "bias": np.zeros(2, np.float32)}}
-    tokens = fastervit.Tokenizer(4).apply({"params": params}, x)
+    tokens = fastervit.Tokenizer(4, 14).apply({"params": params}, x)
     assert tokens.shape == (1, 16, 2)
     np.testing.assert_allclose(tokens[0, 6], x[0, 3:8, 6:11].mean((0, 1)), atol=1e-6)
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from maxmap.backbones.maxxvit.convolution import LayerScale, Shortcut, layer_or_batch_norm, pool
 from maxmap.fused import attends_in_maps, fuses_attention, map_attention
 from maxmap.layers.blocks import Mlp, relative_index
+from maxmap.layers.padding import divides, next_multiple, pad_map, real_pixels
 from maxmap.layers.primitives import (
     Block,
     Conv,
@@ -149,7 +150,8 @@ class WindowAttention(nn.Module):
     ) -> Array:
         """Maps windows `[B, windows, N, C]` to `[B, windows, N, channels]`; or `compute` does it, given the weights.
 
-        With the kind of its windows, "window" or "grid", `x` is a map `[B, H, W, C]`, and so is what is returned.
+        With the kind of its windows, "window" or "grid", `x` is a map `[B, H, W, C]`, and so is what is returned. A map
+        that windows do not divide is padded for the attention, which leaves the padding out.
         """
         fields, inits = self.fields, linear_inits(self.init_scheme)
         heads = self.width // fields.head_dim
@@ -165,28 +167,36 @@ class WindowAttention(nn.Module):
         if kind is not None and self._reads_maps(x, train):
             x = map_attention(qkv_layer(x), bias, kind, self.window, heads, head_first, self.scale())
             return nn.Dropout(fields.proj_drop)(proj(x), deterministic=not train)
-        size = x.shape[1:3]
-        x = x if kind is None else partition(x, kind, self.window)
+        size, keys = x.shape[1:3], None
+        padded = size if kind is None else next_multiple(size, self.window)
+        if kind is not None:
+            x = partition(pad_map(x, padded), kind, self.window)
+        if kind is not None and padded != size:
+            keys = partition(real_pixels(size, padded), kind, self.window)[0, :, :, 0]  # [windows, N]
         q, k, v = rearrange(qkv_layer(x), f"b w n ({order}) -> three b w h n d", three=3, h=heads)
         dropout = nn.Dropout(fields.attn_drop, deterministic=False)
         x = rearrange(
-            attention(q * self.scale(), k, v, bias, dropout if train and fields.attn_drop else None),
+            attention(q * self.scale(), k, v, bias, dropout if train and fields.attn_drop else None, keys),
             "b w h n d -> b w n (h d)",
         )
         x = nn.Dropout(fields.proj_drop)(proj(x), deterministic=not train)
-        return x if kind is None else departition(x, kind, self.window, size)
+        return x if kind is None else departition(x, kind, self.window, padded)[:, : size[0], : size[1]]
 
     @nn.nowrap
     def _reads_maps(self, x: Array, train: bool) -> bool:
         """Whether a kernel attends inside of a map's windows."""
-        return not (train and self.fields.attn_drop) and attends_in_maps(x, self.window)
+        return (
+            divides(self.window, x.shape[1:3])
+            and not (train and self.fields.attn_drop)
+            and attends_in_maps(x, self.window)
+        )
 
     @nn.nowrap
     def fuses(self, x: Array, *, train: bool) -> bool:
         """Whether a kernel can compute the attention together with what stands around it, see `residual_attention`."""
         fields = self.fields
         dropped = train and (fields.attn_drop or fields.proj_drop)
-        return not dropped and fuses_attention(x, self.window, fields.head_dim)
+        return not dropped and divides(self.window, x.shape[1:3]) and fuses_attention(x, self.window, fields.head_dim)
 
     @nn.nowrap
     def residual(

@@ -51,6 +51,8 @@ class MaxxViT(nn.Module):
     Attributes:
       image_size: height and width, or one number for both, that windows and position tables are made for. Larger images
         work where the windows still divide the map of every stage.
+      pad: takes images whose maps the windows do not divide, too. Their maps are padded for the attention, which leaves
+        the padding out; nothing else sees it.
       embed_dim: channels of the stages.
       depths: blocks of the stages.
       block_types: kinds of the blocks, one entry for each stage: "C" for convolution, "T" for a transformer block over
@@ -84,6 +86,7 @@ class MaxxViT(nn.Module):
     conv_block: str = "mbconv"
     conv: Mapping[str, Any] = FrozenDict()
     transformer: Mapping[str, Any] = FrozenDict()
+    pad: bool = False
 
     @nn.nowrap
     def window(self) -> tuple[int, int]:
@@ -92,6 +95,8 @@ class MaxxViT(nn.Module):
             return pair(self.window_size)
         height, width = pair(self.image_size)
         ratio = 2 * math.prod(self.strides)
+        if self.pad:
+            return -(-height // ratio), -(-width // ratio)
         return max(height // ratio, 1), max(width // ratio, 1)
 
     @nn.nowrap
@@ -147,7 +152,7 @@ class MaxxViT(nn.Module):
         """
         partitioned = [bool({"M", "PM"} & set(self._kinds(stage))) for stage in range(len(self.depths))]
         for axis, (pixels, window) in enumerate(zip(size, self.window(), strict=True)):
-            n = pixels // 2
+            n = -(-pixels // 2)
             for stage, stride in enumerate(self.strides):
                 n = -(-n // stride)
                 least = 2 * math.prod(self.strides[: stage + 1])
@@ -156,12 +161,13 @@ class MaxxViT(nn.Module):
                         f"image {('height', 'width')[axis]} {pixels} leaves no pixel in stage {stage}; the nearest "
                         f"size that works is {2 * math.prod(self.strides)}"
                     )
-                if partitioned[stage] and (n < window or n % window):
+                if partitioned[stage] and n % window and not self.pad:
                     step = 2 * math.prod(self.strides) * (1 if made_for and self.window_size is None else window)
                     nearest = max(round(pixels / step), 1) * step
                     raise ValueError(
                         f"image {('height', 'width')[axis]} {pixels} gives a map of {n} pixels in stage {stage}, which "
-                        f"windows of {window} do not divide; the nearest size that works is {nearest}"
+                        f"windows of {window} do not divide; the nearest size that works is {nearest}; "
+                        "set pad for any size"
                     )
 
     @nn.nowrap

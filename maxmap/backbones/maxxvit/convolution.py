@@ -38,15 +38,16 @@ def conv_inits(scheme: str, groups: int = 1) -> dict[str, Initializer]:
     return {"kernel_init": kernel_init, "bias_init": nn.initializers.zeros}
 
 
-def pool(x: Array, kind: str) -> Array:
+def pool(x: Array, kind: str, *, ceil: bool = False) -> Array:
     """Halves a map.
 
     Args:
       x: `[B, H, W, C]`.
       kind: "avg2" for the 2x2 mean, "avg3" for the 3x3 mean that counts the padding, "max" for the 3x3 maximum.
+      ceil: "avg2" of an odd side averages what is left in its last row or column, otherwise it leaves that out.
     """
     if kind == "avg2":
-        return average_pool(x, 2, 2)
+        return average_pool(x, 2, 2, [(0, side % 2 if ceil else 0) for side in x.shape[1:3]])
     if kind == "avg3":
         return nn.avg_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
     return max_pool(x, 3, 2, 1)
@@ -104,6 +105,7 @@ class Shortcut(nn.Module):
       bias: of the convolution.
       inits: 'kernel_init' and 'bias_init' of the convolution; PyTorch's defaults for what is not given.
       always: a block with stride has the convolution even where the channels stay.
+      ceil: of the pooling, see `pool`; as a convolution with stride, which keeps the last pixel of an odd side.
     """
 
     channels: int
@@ -112,11 +114,12 @@ class Shortcut(nn.Module):
     bias: bool
     inits: Mapping[str, Initializer]
     always: bool = False
+    ceil: bool = False
 
     @nn.compact
     def __call__(self, x: Array, *, pooled: bool = False) -> Array:
         if self.stride == 2 and not pooled:
-            x = pool(x, self.pool_type)
+            x = pool(x, self.pool_type, ceil=self.ceil)
         if x.shape[-1] != self.channels or (self.always and self.stride == 2):
             x = Conv(self.channels, bias=self.bias, name="expand", **self.inits)(x)
         return x
@@ -169,7 +172,14 @@ class MBConv(Block):
         se_width = int(self.se_ratio * (self.channels if self.expand_output else width))
         squeeze_excite = functools.partial(SqueezeExcite, se_width, self.se_activation, inits)
         shortcut = Shortcut(
-            self.channels, self.stride, self.pool_type, self.output_bias, inits, self.always_expand, name="shortcut"
+            self.channels,
+            self.stride,
+            self.pool_type,
+            self.output_bias,
+            inits,
+            self.always_expand,
+            ceil=not self._pooled(),
+            name="shortcut",
         )
 
         expand = self._expansion(x.shape, width) if train and not self.is_initializing() else None
@@ -347,7 +357,7 @@ class StridedConvNeXtBlock(Block):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         inits, groups = conv_inits(self.init_scheme), x.shape[-1]
-        shortcut = Shortcut(self.channels, self.stride, "avg2", True, inits, name="shortcut")(x)
+        shortcut = Shortcut(self.channels, self.stride, "avg2", True, inits, ceil=True, name="shortcut")(x)
         depthwise = functools.partial(Conv, groups=groups, name="conv_dw", **conv_inits(self.init_scheme, groups))
         x = depthwise(self.channels, 7, stride=self.stride, padding=3)(x)
         x = LayerNorm(self.epsilon, name="norm")(x)
