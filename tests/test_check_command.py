@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,12 @@ def test_nothing_can_be_decoded(tmp_path, capsys):
     assert json.loads((tmp_path / "found.json").read_text())["sizes"] == {}
     code, _, err = run(capsys, tmp_path / "photos", "--split=0.5", f"--out={tmp_path}/new")
     assert code == 2 and "nothing to split" in err and not (tmp_path / "new").exists()
+
+
+def test_without_imagehash(clean, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    code, out, err = run(capsys, clean)
+    assert code == 2 and out == "" and "takes the package imagehash: pip install imagehash." in err.splitlines()[-1]
 
 
 def test_what_trains_is_what_was_checked(clean, tmp_path):
