@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from maxmap.convert.torch import from_torch, to_torch
     from maxmap.errors import UserError
+    from maxmap.explanation import Explanation, explain
     from maxmap.features import FeatureInfo, feature_info, intermediates
     from maxmap.heads.gramian import GramianHead
     from maxmap.heads.linear import LinearHead
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Classifier",
+    "Explanation",
     "FeatureInfo",
     "GramianHead",
     "LinearHead",
@@ -25,6 +27,7 @@ __all__ = [
     "UserError",
     "average",
     "create_model",
+    "explain",
     "feature_info",
     "from_torch",
     "intermediates",
@@ -38,6 +41,7 @@ __all__ = [
 _MODULES = {
     "maxmap.convert.torch": ("from_torch", "to_torch"),
     "maxmap.errors": ("UserError",),
+    "maxmap.explanation": ("Explanation", "explain"),
     "maxmap.features": ("FeatureInfo", "feature_info", "intermediates"),
     "maxmap.heads.gramian": ("GramianHead",),
     "maxmap.heads.linear": ("LinearHead",),

@@ -50,6 +50,9 @@ COMMANDS = {
         "maxmap.evaluation_commands:add_predict", "name what images show, with the preprocessing of the checkpoint"
     ),
     "validate": Command("maxmap.evaluation_commands:add_validate", "accuracy of a checkpoint on labelled images"),
+    "explain": Command(
+        "maxmap.evaluation_commands:add_explain", "where a network looked, and what its branches add to a logit"
+    ),
     "average": Command(
         "maxmap.checkpoint_commands:add_average", "average checkpoints; of a single one, keep the EMA weights alone"
     ),

@@ -1,4 +1,4 @@
-"""The commands that use a checkpoint on images: predict and validate."""
+"""The commands that use a checkpoint on images: predict, validate and explain."""
 
 import argparse
 import csv
@@ -12,6 +12,7 @@ from maxmap.arguments import Number, local_path
 from maxmap.data.decode import CROP_MODES, FILTERS
 from maxmap.data.preprocessing import changed
 from maxmap.errors import printable
+from maxmap.explanation import explain_files
 from maxmap.inference import predict
 from maxmap.labels import LABEL_SETS
 from maxmap.validate import validate
@@ -69,6 +70,19 @@ def add_validate(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=validate_command)
 
 
+def add_explain(command: argparse.ArgumentParser) -> None:
+    """Fills the parser of `explain`."""
+    command.add_argument(
+        "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
+    )
+    command.add_argument("images", type=local_path, nargs="+", help="image files")
+    command.add_argument(
+        "--out", type=local_path, default=Path("explained"), help="folder for pictures and numbers (default: explained)"
+    )
+    command.add_argument("--class", dest="class_name", metavar="NAME", help="class to explain (default: the likeliest)")
+    command.set_defaults(run=explain_command)
+
+
 def _add_image_size(command: argparse.ArgumentParser, number: Number) -> None:
     command.add_argument("--image-size", type=number, help="side of the crop in pixels (default: the checkpoint's)")
     command.add_argument("--pad", action="store_true", help="take sizes that the model's windows do not divide, too")
@@ -120,6 +134,19 @@ def _readable(name: str) -> str:
     """Returns the name of a class; of an id of WordNet's its first word, and the id."""
     known = words(name)
     return f"{known.split(', ')[0]} ({name})" if known else printable(name)
+
+
+def explain_command(checkpoint: str, images: list[Path], out: Path, class_name: str | None) -> None:
+    """Prints what the logit of every image's class is made of, and writes pictures of where the network looked."""
+    for row in explain_files(checkpoint, images, out, class_name=class_name):
+        parts = ""
+        if "shares" in row:
+            branches = (f"branch {g} {sum(tokens):+.2f}" for g, tokens in enumerate(row["shares"]))
+            parts = f" = {', '.join(branches)}, bias {row['bias']:+.2f}"
+        print(
+            f"{row['image']}: {_readable(row['class'])} {100 * row['probability']:.1f} %, logit {row['logit']:.2f}"
+            f"{parts}; {printable(out / row['picture'])}"
+        )
 
 
 def validate_command(checkpoint: str, images: Path, image_size: int | None, **options: Any) -> None:

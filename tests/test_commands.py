@@ -338,7 +338,8 @@ def test_show_batch_draws_what_a_step_trains_on(capsys, tmp_path, monkeypatch):
 
 
 def test_the_picture_of_a_batch_has_a_cell_for_every_image():
-    from maxmap.train.preview import CAPTION, caption, draw_grid
+    from maxmap.pictures import CAPTION, draw_grid
+    from maxmap.train.preview import caption
 
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.full((1, 40, 80, 3), 50, np.uint8)
     picture = np.asarray(draw_grid(images, ["90 % a\n5 % b"] * 5))

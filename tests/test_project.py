@@ -29,6 +29,7 @@ FLOORS = (
         "maxmap.storage",
         "maxmap.wordnet",
     },
+    {"maxmap.pictures"},
     {"maxmap.checkpoint", "maxmap.recipe_files"},
     {"maxmap.data"},
     {"maxmap.kernels"},
@@ -44,7 +45,7 @@ FLOORS = (
     {"maxmap.comparison", "maxmap.cost"},
     {"maxmap.check", "maxmap.evaluate", "maxmap.labels"},
     {"maxmap.inference"},
-    {"maxmap.validate"},
+    {"maxmap.explanation", "maxmap.validate"},
     {"maxmap.train"},
     {"maxmap.benchmark"},
     {"maxmap"},  # the public API: names of every room, used by none of them

@@ -7,6 +7,7 @@ classifies it. The branches are trained to differ from each other; the predictio
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -150,6 +151,7 @@ class ClassAttention(nn.Module):
         of_map = [behind_norm(norm, part.weights(x.shape[-1]), x.dtype) for part in (k, v)]
         own = jnp.einsum("bthd,bshd->bhts", q, split(k(token)))
         probabilities = softmax(jnp.concatenate([own, map_logits(q, x, *of_map[0])], axis=-1))
+        self.sow("intermediates", "attention", probabilities)  # for `maxmap.explain`
         out = jnp.einsum("bhts,bshd->bthd", probabilities[..., :1], split(v(token)))
         out = rearrange(out + map_values(probabilities[..., 1:], x, *of_map[1]), "b q h d -> b q (h d)")
         return Linear(x.shape[-1], name="proj", **LINEAR_INITS[self.init_scheme])(out)
@@ -263,6 +265,32 @@ class GramianHead(nn.Module):
                     f"the Gramian head's {field} {channels} are not a multiple of {step}, which a 'cswin' block needs; "
                     f"the nearest is {near}"
                 )
+
+    @nn.nowrap
+    def attended_size(self, features: Sequence[Array]) -> tuple[int, int]:
+        """Returns height and width of the map that the tokens attend to, N = height * width in row-major order."""
+        height, width = features[-1 if self.aggregation == "none" else -2].shape[1:3]
+        return height, width
+
+    @nn.nowrap
+    def attention_of(self, sown: Mapping[str, Any]) -> Array:
+        """Returns how the tokens attend to the map, the mean over the heads.
+
+        Args:
+          sown: what a call sowed as 'intermediates'.
+
+        Returns:
+          `[G, B, 1, N]`.
+        """
+        maps = [sown[f"ga_{k}"]["attn"]["attention"][0] for k in range(self.branches)]
+        return jnp.stack([jnp.mean(heads, axis=1)[..., 1:] for heads in maps])
+
+    @nn.nowrap
+    def shares(self, params: Mapping[str, Any], outputs: Mapping[str, Array], classes: Array) -> tuple[Array, Array]:
+        """Splits each branch's logit of a class into what its token and what the bias adds; see `MAPHead.shares`."""
+        bias = jnp.stack([params[f"fc_{k}"]["bias"][classes] for k in range(self.branches)])
+        logits = outputs["logits"][:, jnp.arange(len(classes)), classes]
+        return (logits - bias)[..., None], bias
 
     @nn.compact
     def __call__(self, features: Sequence[Array], *, train: bool = False) -> dict[str, Array]:

@@ -6,7 +6,7 @@ libraries call another method MAP: attention pooling with one learned query.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -37,8 +37,10 @@ from maxmap.layers.primitives import (
     require_divisor,
     require_one_of,
 )
-from maxmap.operations import Array, convolve, softmax
+from maxmap.operations import Array, convolve, layer_norm, softmax, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Positive, Range
+
+NORM_EPSILON = 1e-5  # of the norm in front of a classifier
 
 
 def resize_to(x: Array, size: Sequence[int]) -> Array:
@@ -165,6 +167,7 @@ class TokenAttention(nn.Module):
         probabilities = softmax(logits)
         if self.interactive:
             probabilities = probabilities + _mix(Linear(self.heads, name="w2", **inits), probabilities)
+        self.sow("intermediates", "attention", probabilities)  # for `maxmap.explain`
         probabilities = nn.Dropout(self.dropout)(probabilities, deterministic=not train)
         out = jnp.einsum("bhts,bshd->bthd", probabilities[..., :count], split(v[0](tokens)))
         out = rearrange(out + map_values(probabilities[..., count:], x, *of_map[1]), "b t h d -> b t (h d)")
@@ -286,7 +289,7 @@ class NormClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        x = nn.Dropout(self.dropout)(LayerNorm(1e-5, name="norm")(x), deterministic=not train)
+        x = nn.Dropout(self.dropout)(LayerNorm(NORM_EPSILON, name="norm")(x), deterministic=not train)
         return Linear(self.num_classes, name="head", **LINEAR_INITS[self.init_scheme])(x)
 
 
@@ -377,6 +380,59 @@ class MAPHead(nn.Module):
             raise ValueError(
                 "the MAP head's light mode predicts with the self-distillation classifiers: set self_distill"
             )
+
+    @nn.nowrap
+    def attended_size(self, features: Sequence[Array]) -> tuple[int, int]:
+        """Returns height and width of the map that the tokens attend to, N = height * width in row-major order."""
+        height, width = features[self.level if self.level > 0 else -1].shape[1:3]
+        return height, width
+
+    @nn.nowrap
+    def attention_of(self, sown: Mapping[str, Any]) -> Array:
+        """Returns how the tokens that are classified attend to the map, in the last block: the mean over its heads.
+
+        Args:
+          sown: what a call sowed as 'intermediates'.
+
+        Returns:
+          `[G, B, T, N]`; with `light` T is 1, the token of the second classifiers. With `interactive` heads it may be
+          negative.
+        """
+        blocks = [sown["mmcap"][f"mmcap_{g}"][f"attention_{self.layers - 1}"] for g in range(self.branches)]
+        maps = jnp.stack([jnp.mean(block["attn"]["attention"][0], axis=1) for block in blocks])
+        own = self.tokens + self.self_distill  # keys in front of the map's
+        return maps[:, :, self.tokens :, own:] if self.light else maps[:, :, : self.tokens, own:]
+
+    @nn.nowrap
+    def shares(self, params: Mapping[str, Any], outputs: Mapping[str, Array], classes: Array) -> tuple[Array, Array]:
+        """Splits each branch's logit of a class into what its tokens add to it.
+
+        The classifiers are linear behind a norm over the values of all tokens, so the parts add up to the logit.
+
+        Args:
+          params: Of the head.
+          outputs: Of the head, for B images.
+          classes: `[B]`, the class of each image.
+
+        Returns:
+          What the tokens add, `[G, B, T]`, and what the bias adds, `[G, B]`.
+        """
+        if self.light:
+            layers = [params[f"self_dt_heads_{g}"]["head"] for g in range(self.branches)]
+            bias = jnp.stack([layer["bias"][classes] for layer in layers])
+            logits = outputs["logits"][:, jnp.arange(len(classes)), classes]
+            return (logits - bias)[..., None], bias
+        values = rearrange(outputs["embedding"], "b (g n) -> g b n", g=self.branches)
+        added, biases = [], []
+        for g in range(self.branches):
+            layer, x = params[f"heads_{g}"], values[g]
+            if self.classifier == "norm":
+                x = layer_norm(x, layer["norm"]["scale"], layer["norm"]["bias"], NORM_EPSILON)
+                layer = layer["head"]
+            parts = upcast(x) * upcast(layer["kernel"])[:, classes].T
+            added.append(jnp.sum(rearrange(parts, "b (t d) -> b t d", t=self.tokens), axis=-1))
+            biases.append(layer["bias"][classes])
+        return jnp.stack(added), jnp.stack(biases)
 
     @nn.compact
     def __call__(self, features: Sequence[Array], *, train: bool = False) -> dict[str, Array]:
