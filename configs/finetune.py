@@ -1,4 +1,4 @@
-"""Fine-tuning a trained network on your own images: three presets, by the number of images.
+"""Fine-tuning a trained network on your own images: presets by the number of images.
 
   python main.py --config=configs/finetune.py:small --workdir=runs/mine --config.data.path=FOLDER \\
     --config.init_from=CHECKPOINT [--config.model.name=caformer_s18]
@@ -13,7 +13,11 @@ preset   training images       hardware
 small    up to about 5,000     one GPU, minutes; two CPU cores, hours
 medium   5,000 to 100,000      one GPU, an hour or a few
 large    more than 100,000     eight GPUs or TPU cores
+probe    any number            the same, in a part of the time
 ======== ===================== =============================================
+
+"probe" trains the head alone and leaves the network in front of it as it is: the quick test of what its features are
+worth on your images, and often the best for less than some ten images a class. `optim.freeze` takes other parts, too.
 
 The presets are starting points: nobody has published an accuracy for them. The README has one small result. Choices:
 
@@ -71,6 +75,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim.layer_decay": 0.85,
         "schedule.lr": 5e-4,
         "checkpoint.every": 1000,
+    },
+    "probe": {
+        "epochs": 30,
+        "batch_size": 64,
+        "data.scale": (0.35, 1.0),
+        "optim.freeze": ("^backbone/",),
+        "schedule.lr": 1e-3,
     },
 }
 

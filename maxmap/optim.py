@@ -42,7 +42,7 @@ NO_DECAY = (
 )
 # The classifiers of the three heads, which adaptive clipping leaves alone.
 CLASSIFIER = r"^head/(fc|heads|self_dt_heads)(_\d+)?/"
-FROZEN = r"(^|/)random_matrix$"  # RandFormer's token mixers: drawn once, never trained
+FROZEN = (r"(^|/)random_matrix$",)  # RandFormer's token mixers: drawn once, never trained
 
 
 def decay_mask(params: PyTree, no_decay: Sequence[str] = NO_DECAY) -> PyTree:
@@ -67,9 +67,32 @@ def decay_mask(params: PyTree, no_decay: Sequence[str] = NO_DECAY) -> PyTree:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def trainable_mask(params: PyTree) -> PyTree:
-    """Marks what is trained: everything but RandFormer's frozen random matrices. Same tree, a bool for every leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not re.search(FROZEN, _join(path)), params)
+def trainable_mask(params: PyTree, freeze: Sequence[str] = ()) -> PyTree:
+    """Marks what is trained: everything but RandFormer's random matrices and what matches a `freeze` regex.
+
+    Args:
+      params: nested dicts; only the paths of the leaves count.
+      freeze: regexes searched in the path of a leaf, its keys joined by '/'.
+
+    Returns:
+      The same tree with a bool for every leaf.
+    """
+    patterns = [re.compile(pattern) for pattern in (*FROZEN, *freeze)]
+    return jax.tree_util.tree_map_with_path(lambda path, _: not any(p.search(_join(path)) for p in patterns), params)
+
+
+def check_frozen(params: PyTree, freeze: Sequence[str]) -> None:
+    """Raises UserError if a `freeze` regex matches no parameter, or if all of them are frozen."""
+    paths = [_join(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in freeze:
+        if not any(re.search(pattern, path) for path in paths):
+            modules = sorted({"/".join(path.split("/")[:2]) for path in paths})
+            raise UserError(
+                f"optim.freeze holds {pattern!r}, which matches no parameter; it is searched in paths such as "
+                f"{paths[0]}, and the nearest modules are {nearest(pattern, modules)}."
+            )
+    if not any(jax.tree.leaves(trainable_mask(params, freeze))):
+        raise UserError(f"optim.freeze {list(freeze)} leaves no parameter to train: leave out a pattern.")
 
 
 def depths(params: PyTree, blocks: Sequence[Sequence[str]]) -> PyTree:
@@ -109,6 +132,7 @@ def make_optimizer(
     momentum: Decay | None = None,
     max_grad_norm: Annotated[float, Range(above=0, at_most=math.inf)] | None = None,
     no_decay: Sequence[str] = NO_DECAY,
+    freeze: Sequence[str] = (),
     blocks: Sequence[Sequence[str]] = (),
 ) -> Transformation:
     """Builds the optimizer: gradients -> clip -> `name` with masked weight decay -> updates to add.
@@ -129,6 +153,8 @@ def make_optimizer(
       momentum: Of sgd and muon.
       max_grad_norm: Second clip of the global norm, of lamb_timm alone; inf for no clip.
       no_decay: Regexes of the paths of parameters that do not decay.
+      freeze: Regexes of the paths of parameters that are not trained, such as '^backbone/' to train the head alone;
+        their batch norms keep their statistics and normalise with them.
       blocks: Of the model, see `maxmap.models.block_paths`; only `layer_decay` needs them.
 
     Raises:
@@ -144,7 +170,8 @@ def make_optimizer(
         raise UserError(f"optim has {' and '.join(clips)}: give one of them.")
     if layer_decay is not None and not blocks:
         raise UserError("optim.layer_decay needs the blocks of the model: give make_optimizer block_paths(model).")
-    mask = functools.partial(decay_mask, no_decay=_check_patterns(no_decay))
+    mask = functools.partial(decay_mask, no_decay=_check_patterns("no_decay", no_decay))
+    freeze = _check_patterns("freeze", freeze)
     optimizer = OPTIMIZERS[name](learning_rate, weight_decay=weight_decay, mask=mask, **options)
     for key, value in clips.items():
         optimizer = optax.chain(CLIPS[key](value), optimizer)
@@ -152,7 +179,7 @@ def make_optimizer(
         optimizer = optax.chain(optimizer, _scale_by_depth(layer_decay, blocks))
     return optax.partition(
         {"trained": optimizer, "frozen": optax.set_to_zero()},
-        lambda params: jax.tree.map(lambda trained: "trained" if trained else "frozen", trainable_mask(params)),
+        lambda params: jax.tree.map(lambda trained: "trained" if trained else "frozen", trainable_mask(params, freeze)),
     )
 
 
@@ -276,13 +303,13 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
             raise UserError(f"optim.{key} means nothing to {name!r}: leave it out, or give one of {taken}.")
 
 
-def _check_patterns(no_decay: Sequence[str]) -> tuple[str, ...]:
-    for pattern in no_decay:
+def _check_patterns(key: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    for pattern in patterns:
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise UserError(f"optim.no_decay holds {pattern!r}, which is not a regex: {error}.") from error
-    return tuple(no_decay)
+            raise UserError(f"optim.{key} holds {pattern!r}, which is not a regex: {error}.") from error
+    return tuple(patterns)
 
 
 def _join(path: tuple) -> str:

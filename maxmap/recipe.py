@@ -23,10 +23,12 @@ class Evaluation:
     Attributes:
       batch_size: Images at a time, over all devices.
       every_epochs: Epochs between two evaluations of a training run.
+      patience: Evaluations in a row without a better top-1 accuracy, after which training ends early; None for never.
     """
 
     batch_size: Annotated[int, Range(at_least=1, at_most=2**20)] = 1024
     every_epochs: Count = 1
+    patience: Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(Evaluation, "evaluate", vars(self))

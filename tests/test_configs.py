@@ -60,7 +60,7 @@ def test_a_config_builds(name):
     schedule = recipe.schedule(steps_per_epoch=5000, epochs=recipe.epochs)
     assert float(schedule(schedule.total_steps // 2)) > 0
     blocks = [["backbone/stem"], ["backbone/block"]]
-    params = {"backbone": {"block": {"kernel": jnp.zeros((2, 2))}}}
+    params = {"backbone": {"block": {"kernel": jnp.zeros((2, 2))}}, "head": {"fc": {"kernel": jnp.zeros((2, 2))}}}
     state = recipe.optim(schedule, blocks=blocks).init(params)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) >= 4  # a moment at least
 

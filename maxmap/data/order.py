@@ -24,26 +24,32 @@ def epoch_length(num_images: int, repeats: int) -> int:
     return num_images // _REPEATS_ROUND * _REPEATS_ROUND
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SampleOrder:
-    """The endless order of the training samples, a permutation of the images for each epoch.
+    """The endless order of the training samples: for each epoch a permutation of the images, or as many of one class as
+    of another.
 
     Attributes:
       num_images: in the training split.
       repeats: how many samples of an image follow one another.
       epoch_length: samples in an epoch.
       seed: of the permutations and the random crops.
+      labels: int `[num_images]`, for an epoch that has as many samples of one class as of another; None for the images
+        as they are.
     """
 
     num_images: int
     repeats: int
     epoch_length: int
     seed: int
+    labels: np.ndarray | None = None
 
     def index(self, position: int) -> int:
         """Returns the index of the image at a position."""
         epoch, offset = divmod(position, self.epoch_length)
-        return int(permutation(self.num_images, self.seed, epoch)[offset // self.repeats])
+        if self.labels is None:
+            return int(permutation(self.num_images, self.seed, epoch)[offset // self.repeats])
+        return int(balanced(self, epoch)[offset // self.repeats])
 
     def generator(self, position: int) -> np.random.Generator:
         """Returns the source of randomness of the sample at a position."""
@@ -89,6 +95,38 @@ class Chunks:
 def permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the images of an epoch in order, int64 [num_images]."""
     return _generator(seed, 0, epoch).permutation(num_images)
+
+
+@functools.lru_cache(maxsize=2)
+def balanced(order: SampleOrder, epoch: int) -> np.ndarray:
+    """Returns the images of an epoch in order, int64 [num_images], as many from each class that has any.
+
+    A class deals out its images one after the other, over the epochs, and shuffles them whenever all have been dealt.
+    Where the classes do not divide an epoch, they take turns in giving one image more.
+    """
+    assert order.labels is not None
+    by_class = np.argsort(order.labels, kind="stable")
+    present, counts = np.unique(order.labels, return_counts=True)
+    share, rest = divmod(order.num_images, len(present))
+    ends = np.cumsum(counts)
+
+    def before(epoch: int, place: int) -> int:
+        """How many images the class at a place has dealt in the epochs before."""
+        return epoch * share + max(-(-(epoch * rest - place) // len(present)), 0)
+
+    dealt = [
+        _deal(by_class[end - count : end], order.seed, int(label), before(epoch, place), before(epoch + 1, place))
+        for place, (label, count, end) in enumerate(zip(present, counts, ends, strict=True))
+    ]
+    return _generator(order.seed, 0, epoch).permutation(np.concatenate(dealt))
+
+
+def _deal(members: np.ndarray, seed: int, label: int, first: int, stop: int) -> np.ndarray:
+    """Returns the images first ... stop - 1 of an endless row of a class's images, shuffled anew in each round."""
+    rounds = range(first // len(members), -(-stop // len(members)))
+    row = [_generator(seed, 2 + label, number).permutation(members) for number in rounds]
+    skipped = first - rounds.start * len(members)
+    return np.concatenate([members[:0], *row])[skipped : skipped + stop - first]
 
 
 def _generator(seed: int, stream: int, number: int) -> np.random.Generator:

@@ -46,6 +46,7 @@ def open_data(
     exif: bool = False,
     rand_augment: str | None = None,
     repeats: Annotated[int, Range(at_least=1, at_most=100)] = 1,
+    balanced: bool = False,
     crop_pct: CropShare = 0.875,
     crop_mode: str = "center",
     eval_interpolation: str = "bicubic",
@@ -76,6 +77,8 @@ def open_data(
         not, photos of phones need it.
       rand_augment: RandAugment on the decoding threads instead of the device, such as 'rand-m9-mstd0.5-inc1'.
       repeats: repeated augmentation: how many crops of an image follow one another (Hoffer et al., 2020).
+      balanced: whether an epoch has as many samples of one class as of another; images of a small class come several
+        times, those of a large one in turns over the epochs. Not for 'tfds', whose labels are not known in advance.
       crop_pct: part of the resized side that the evaluation crop keeps.
       crop_mode: which side the evaluation resize fits: 'center' the shorter, 'squash' both, 'border' the longer.
       eval_interpolation: filter of the evaluation resize.
@@ -103,8 +106,10 @@ def open_data(
         classes,
         functools.partial(decode.check_images, limit=check, max_pixels=max_pixels) if check else None,
     )
+    if balanced and train is not None and train.labels() is None:
+        raise UserError("data.balanced needs the labels of all images in advance, which 'tfds' has not: leave it out.")
     threads = threads or os.cpu_count() or 1
-    return Data(train, val, image_size, train_crop, preprocessing, repeats, threads, workers, max_pixels)
+    return Data(train, val, image_size, train_crop, preprocessing, repeats, threads, workers, max_pixels, balanced)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Data:
       threads: decoding threads of each process.
       workers: decoding processes beside this one.
       max_pixels: an evaluation image with more pixels counts as broken; `train_crop` has the same bound.
+      balanced: whether a training epoch has as many samples of one class as of another.
     """
 
     train: ImageSource | None
@@ -136,6 +142,7 @@ class Data:
     threads: int
     workers: int
     max_pixels: int
+    balanced: bool = False
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -230,7 +237,8 @@ class Data:
         if seed < 0:
             raise UserError(f"seed {seed} is negative: choose 0 or more.")
         train = self._training_source()
-        order = SampleOrder(len(train), self.repeats, steps_per_epoch * batch_size, seed)
+        labels = train.labels() if self.balanced else None
+        order = SampleOrder(len(train), self.repeats, steps_per_epoch * batch_size, seed, labels)
         chunks = Chunks(batch_size // process_count, process_index, process_count, start_step, num_steps)
         return self._stream(chunks, TrainRows(train, self.train_crop, self.image_size, order))
 
@@ -284,12 +292,12 @@ class _Relabelled:
     Attributes:
       source: The images.
       classes: In the order of the new labels.
-      labels: For each label of the source the new one.
+      labels_of: For each label of the source the new one.
     """
 
     source: ImageSource
     classes: tuple[str, ...]
-    labels: np.ndarray
+    labels_of: np.ndarray
     numbered: bool = False
 
     def __len__(self) -> int:
@@ -297,10 +305,14 @@ class _Relabelled:
 
     def __getitem__(self, index: int) -> LabelledImage:
         image, label = self.source[index]
-        return LabelledImage(image, int(self.labels[label]))
+        return LabelledImage(image, int(self.labels_of[label]))
 
     def name(self, index: int) -> str:
         return self.source.name(index)
+
+    def labels(self) -> np.ndarray | None:
+        own = self.source.labels()
+        return None if own is None else self.labels_of[own]
 
 
 def _make_train_crop(

@@ -46,6 +46,10 @@ class ImageSource(Protocol):
         """Returns what to call an image in a message: its path, or `digits/train[12]`."""
         ...
 
+    def labels(self) -> np.ndarray | None:
+        """Returns the labels of all images, int `[N]`; None if each image has to be read for its own."""
+        ...
+
 
 def open_source(
     source: str,
@@ -124,6 +128,9 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._labels)
 
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
     def __getitem__(self, index: int) -> LabelledImage:
         with open(self.name(index), "rb") as file:
             return LabelledImage(file.read(), int(self._labels[index]))
@@ -173,6 +180,9 @@ class TarSource:
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    def labels(self) -> np.ndarray | None:
+        return self._labels
 
     def __getitem__(self, index: int) -> LabelledImage:
         tar = self._tars[self._tar[index]]
@@ -239,6 +249,9 @@ class DigitsSource:
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    def labels(self) -> np.ndarray | None:
+        return self._labels
 
     def __getitem__(self, index: int) -> LabelledImage:
         return LabelledImage(self._images[index], int(self._labels[index]))
@@ -312,6 +325,9 @@ class TfdsSource:
 
     def __len__(self) -> int:
         return len(self._data)
+
+    def labels(self) -> np.ndarray | None:
+        return None
 
     def __getitem__(self, index: int) -> LabelledImage:
         image, label = self._read(index)

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -148,8 +149,8 @@ def require_one_of(value: str, what: str, allowed: Iterable[str]) -> None:
 
 
 def batch_in_one_part() -> bool:
-    """Tells whether batch norms normalise the batch as a whole; see `batch_norm_groups`."""
-    return _batch_groups.get()[0] == 1
+    """Tells whether all batch norms normalise the batch as a whole; see `batch_norm_groups`, `frozen_batch_norms`."""
+    return _batch_groups.get()[0] == 1 and not _frozen_norms.get()
 
 
 class Block(nn.Module):
@@ -246,6 +247,20 @@ def batch_norm_groups(groups: int, *, keep_first: bool = False) -> Iterator[None
         _batch_groups.reset(token)
 
 
+# Regexes of the paths of parameters that are not trained.
+_frozen_norms: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("frozen batch norms", default=())
+
+
+@contextlib.contextmanager
+def frozen_batch_norms(patterns: Sequence[str]) -> Iterator[None]:
+    """Traces functions in which a `BatchNorm` whose scale matches one of the regexes evaluates, also in training."""
+    token = _frozen_norms.set(tuple(patterns))
+    try:
+        yield
+    finally:
+        _frozen_norms.reset(token)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, as PyTorch keeps its statistics.
 
@@ -287,7 +302,8 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        if not train:
+        frozen = any(re.search(pattern, "/".join((*self.path, "scale"))) for pattern in _frozen_norms.get())
+        if not train or frozen:
             statistics = (running_mean.value, running_var.value, upcast(scale), upcast(bias), self.epsilon)
             return _activated(lambda x: affine(upcast(x), *statistics).astype(x.dtype), x, activation, gate)
         parts, keep_first = _batch_groups.get()

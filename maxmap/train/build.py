@@ -17,6 +17,7 @@ from maxmap.errors import UserError
 from maxmap.evaluate import EvalStep, check_image_size, make_eval_step
 from maxmap.models import Classifier, block_paths
 from maxmap.operations import Array
+from maxmap.optim import check_frozen
 from maxmap.recipe import Recipe
 from maxmap.schedule import Schedule
 from maxmap.sharding import check_batch, replicated, split_batch
@@ -187,11 +188,13 @@ def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int) 
         return create(model, optimizer, key, one, ema=recipe.ema_decay is not None)
 
     like = _abstract_state(create_state, mesh, f"{recipe.model.keywords['name']} with images of {images.size} pixels")
+    freeze = recipe.optim.keywords["freeze"]
+    check_frozen(like.params, freeze)
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
     options = {key: getattr(recipe, key) for key in ("ema_decay", "accumulate", "batch_norm", "kernels")}
     dtype = jnp.dtype(recipe.dtype)
     function = jax.jit(
-        make_train_step(model, optimizer, recipe.loss, prepare, mesh=mesh, dtype=dtype, **options),
+        make_train_step(model, optimizer, recipe.loss, prepare, mesh=mesh, dtype=dtype, freeze=freeze, **options),
         in_shardings=(state_sharding, {"image": split, "label": split}, same),
         out_shardings=(state_sharding, same),
         donate_argnums=0,

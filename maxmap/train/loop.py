@@ -1,6 +1,7 @@
 """A training run: where it starts, then the loop of steps with what happens between them."""
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -72,8 +73,10 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
             report.tell(f"changed since the checkpoint: {change}")
         if adapted:
             report.tell(f"from {recipe.init_from}: {adapted}")
-        loop = Loop(parts, workdir, report, check_ownership, state, start)
-        return loop.train() if start < parts.total_steps else loop.evaluate()
+        best = Best(**(found or {}).get("best", {}))
+        loop = Loop(parts, workdir, report, check_ownership, state, start, best)
+        over = start == parts.total_steps or best.out_of_patience(recipe.evaluate.patience)
+        return loop.evaluate() if over else loop.train()
 
 
 def _make_folder(workdir: str | Path) -> None:
@@ -83,6 +86,29 @@ def _make_folder(workdir: str | Path) -> None:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {workdir} ({error.strerror}): give another --workdir.") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best evaluation of a run, which its checkpoints keep, so that an ended run stays ended.
+
+    Attributes:
+      top1: Its accuracy; -1 before any evaluation.
+      step: At which it was.
+      since: Evaluations since then.
+    """
+
+    top1: float = -1.0
+    step: int = 0
+    since: int = 0
+
+    def after(self, top1: float, step: int) -> "Best":
+        """Returns the best evaluation after one more."""
+        return Best(top1, step) if top1 > self.top1 else dataclasses.replace(self, since=self.since + 1)
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Tells whether training ends now; see `maxmap.recipe.Evaluation`."""
+        return patience is not None and self.since >= patience
 
 
 class Loop:
@@ -95,6 +121,7 @@ class Loop:
       check_ownership: Function to call before anything is written; see `maxmap.train.resume.only_run`.
       state: State to start from.
       step: Number of steps that this state has taken.
+      best: Of the evaluations before.
     """
 
     def __init__(
@@ -105,6 +132,7 @@ class Loop:
         check_ownership: Callable[[], None],
         state: TrainState,
         step: int,
+        best: Best,
     ):
         self._parts, self._workdir, self._report, self._check_ownership = parts, workdir, report, check_ownership
         self._state, self._step, self._first = state, step, step
@@ -117,6 +145,7 @@ class Loop:
         )
         self._train_step: Callable[..., tuple[TrainState, dict[str, Array]]] | None = None  # compiled at the first step
         self._result: dict[str, Any] = {}
+        self._best = best
         self._undecoded = 0
         # An accelerator computes a step while the host checks the one before. On a CPU both would share the cores, and
         # a second step in flight would need its memory a second time.
@@ -146,7 +175,7 @@ class Loop:
             while True:
                 stop = interrupts.reached(self._step)
                 self._between(checkpoints, stop)
-                if self._step == total:
+                if self._step == total or self._best.out_of_patience(parts.recipe.evaluate.patience):
                     return self._result
                 if stop:
                     checkpoints.wait()
@@ -181,11 +210,19 @@ class Loop:
         if evaluating:
             self._dog.enter(f"step {step} is evaluated")
             self._result = self.evaluate()
+            self._best = self._best.after(self._result["top1"], step)
+            if self._best.out_of_patience(recipe.evaluate.patience) and not end:
+                saving = True
+                self._report.tell(
+                    f"training ends early: no better top-1 in {self._best.since} evaluation(s) since step "
+                    f"{self._best.step}, which had {self._best.top1:.2f} %"
+                )
         self._report.upload()
         if saving:
             self._dog.enter(f"step {step} is saved")
             score = self._result["top1"] if evaluating else None
-            checkpoints.save(step, self._state.items(), self._parts.info, score)
+            info = {**self._parts.info, "best": dataclasses.asdict(self._best)}
+            checkpoints.save(step, self._state.items(), info, score)
         self._report.left_out(time.perf_counter() - began)
 
     def _advance(self, batches: Iterator[dict[str, Any]]) -> None:

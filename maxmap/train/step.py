@@ -1,7 +1,7 @@
 """One training step: a pure function of state, batch and key."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from maxmap import operations
-from maxmap.layers.primitives import batch_norm_groups
+from maxmap.layers.primitives import batch_norm_groups, frozen_batch_norms
 from maxmap.operations import Array
+from maxmap.optim import trainable_mask
 from maxmap.sharding import gather, shard, traced_on
 from maxmap.train.state import TrainState
 
@@ -40,6 +41,7 @@ def make_train_step(
     accumulate: int = 1,
     batch_norm: str = "sync",
     kernels: str = "auto",
+    freeze: Sequence[str] = (),
 ) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
     """Builds the training step.
 
@@ -56,12 +58,15 @@ def make_train_step(
         metrics are means over them.
       batch_norm: Whose samples a batch norm sees; see `_make_gradients`.
       kernels: See `maxmap.operations.kernels`.
+      freeze: Regexes of the paths of parameters that are not trained; see `maxmap.optim.make_optimizer`.
 
     Returns:
       A function of state, batch and key that returns the next state and metrics: 'loss', its parts, 'grad_norm' and
       'skipped'. 'skipped' is 1 where loss or gradients are not finite; the step then changes only the step number.
     """
-    gradients = _make_gradients(model, loss, prepare, mesh=mesh, dtype=dtype, batch_norm=batch_norm)
+    gradients = _make_gradients(
+        model, loss, prepare, mesh=mesh, dtype=dtype, batch_norm=batch_norm, freeze=tuple(freeze)
+    )
 
     def step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
@@ -88,9 +93,16 @@ def make_train_step(
 
 
 def _make_gradients(
-    model: nn.Module, loss: Loss, prepare: Prepare, *, mesh: Mesh | None, dtype: jnp.dtype, batch_norm: str
+    model: nn.Module,
+    loss: Loss,
+    prepare: Prepare,
+    *,
+    mesh: Mesh | None,
+    dtype: jnp.dtype,
+    batch_norm: str,
+    freeze: tuple[str, ...],
 ) -> Gradients:
-    """Builds the function that computes the gradients of one micro-batch.
+    """Builds the function that computes the gradients of one micro-batch; those of frozen parameters are zero.
 
     `batch_norm` says whose samples a batch norm sees:
 
@@ -113,7 +125,10 @@ def _make_gradients(
         images, targets = prepare(prepare_key, images, labels)
 
         def objective(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
-            with batch_norm_groups(groups, keep_first=batch_norm == "per_device"):
+            trained = trainable_mask(params, freeze)  # nothing goes back beyond the first of these
+            params = jax.tree.map(lambda x, learns: x if learns else jax.lax.stop_gradient(x), params, trained)
+            keep_first = batch_norm == "per_device"
+            with batch_norm_groups(groups, keep_first=keep_first), frozen_batch_norms(freeze):
                 outputs, mutated = model.apply(
                     {"params": params, **model_state},
                     images.astype(dtype),

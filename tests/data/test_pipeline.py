@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,32 @@ def test_repeats_are_timms_repeat_aug_sampler_for_the_same_permutation(monkeypat
     length = order.epoch_length(num, 3)
     samples = order.SampleOrder(num, 3, length, 7)
     assert [samples.index(position) for position in range(length)] == wanted
+
+
+def test_a_balanced_epoch_has_as_many_samples_of_one_class_as_of_another():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 2, 3], [180, 19, 3]))  # no image of class 1
+    samples = order.SampleOrder(202, 1, 202, 5, labels)
+    epochs = np.array([[samples.index(202 * epoch + i) for i in range(202)] for epoch in range(6)])
+    counts = np.array([np.bincount(labels[epoch], minlength=4) for epoch in epochs])
+    assert (counts[:, 1] == 0).all() and set(counts[:, [0, 2, 3]].ravel()) == {67, 68}
+    assert (counts[:3].sum(0) == [202, 0, 202, 202]).all()  # the classes take turns with the sample that is left
+    for label in (0, 2, 3):
+        dealt = np.bincount(epochs.ravel(), minlength=202)[labels == label]
+        assert np.ptp(dealt) <= 1  # no image a second time before all others came
+    assert not np.array_equal(epochs[0], epochs[1])
+    again = pickle.loads(pickle.dumps(samples))
+    assert [again.index(i) for i in (0, 500, 1211)] == [epochs.ravel()[i] for i in (0, 500, 1211)]
+
+
+def test_balanced_data(folder):
+    for i in range(0, 40, 2):
+        if i > 3:
+            (folder / "train" / "a" / f"{i:02}.jpg").unlink()
+    data = open_data("folder", folder, balanced=True, **OPTIONS)
+    whole = data.with_classes(("b", "c", "a"), "the checkpoint")
+    for source, small in ((data, 0), (whole, 2)):
+        rows = concatenate(source.train_batches(11, seed=0, num_steps=2))
+        assert np.bincount(rows["label"], minlength=3)[small] == 11
 
 
 # Broken images -----------------------------------------------------------------------------------------------------

@@ -526,3 +526,42 @@ def test_compiling_and_the_time_left_have_lines_of_their_own(images, tmp_path, c
         re.search(text, log, re.MULTILINE) for text in (r"^compiling, \d+ s$", r"^step 1/9,.*$", r"^0:\d\d:\d\d left$")
     )
     assert compiling.start() < first.start() < left.start() and "left" not in first[0]
+
+
+def test_training_ends_early_and_stays_ended(images, tmp_path, capsys, monkeypatch):
+    """After two evaluations without a better top-1, also where a run is resumed between them."""
+    top1 = {3: 40.0, 6: 60.0, 9: 60.0, 12: 50.0, 15: 70.0}
+    steps = []
+
+    def scripted(self):
+        steps.append(self._step)
+        return {**evaluate_really(self), "top1": top1[self._step]}
+
+    evaluate_really = loop.Loop.evaluate
+    monkeypatch.setattr(loop.Loop, "evaluate", scripted)
+    settings = settings_for(images, epochs=6, evaluate__patience=2)
+    result, saved = run(settings, tmp_path / "whole")
+    assert result["top1"] == 50.0 and max(saved) == 12 and steps == [3, 6, 9, 12]
+    assert (
+        "training ends early: no better top-1 in 2 evaluation(s) since step 6, which had 60.00 %"
+        in capsys.readouterr().err
+    )
+    assert loop.run(bind(settings), tmp_path / "whole")["top1"] == 50.0  # evaluated once more, and not trained
+    assert checkpoint.finished_steps(tmp_path / "whole")[-1] == 12
+
+    run({**settings, "steps": 9}, tmp_path / "parts")
+    _, rest = run(settings, tmp_path / "parts")
+    assert max(rest) == 12
+    assert_equal(rest[12], saved[12])
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (["^stem/"], r"optim.freeze holds '\^stem/', which matches no parameter; .* nearest modules are"),
+        (["."], r"optim.freeze \['.'\] leaves no parameter to train: leave out a pattern"),
+    ],
+)
+def test_what_cannot_be_frozen(images, tmp_path, freeze, message):
+    with pytest.raises(UserError, match=message):
+        loop.run(bind(settings_for(images, optim__freeze=freeze)), tmp_path)

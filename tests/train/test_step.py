@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 from maxmap.losses import total_loss
+from maxmap.optim import make_optimizer
 from maxmap.train.state import TrainState, create
 from maxmap.train.step import cast, make_train_step
 from tests.tiny import Tiny, assert_equal, copied
@@ -113,6 +114,48 @@ def test_constants_never_change():
         state, _ = step(state, batch(), KEY)
     assert_equal(before, copied(state.model_state["constants"]))
     assert_equal(before, copied(state.ema["constants"]))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_frozen_network_is_a_function_in_front_of_what_trains():
+    """Two steps equal those of the classifiers alone on the features that the frozen part computes for evaluation."""
+    freeze = ("^conv/", "^norm/", "^mlp/")
+    model, optimizer = Tiny(3), make_optimizer(0.3, name="adamw", weight_decay=0.1, freeze=freeze)
+    state = new_state(model, optimizer, ema=False)
+    state = in_float64(state, optimizer)
+    # Statistics of a network that was trained, and not those of a fresh one, which would hide a fault.
+    noise = jax.tree.map(lambda x: jnp.asarray(0.5 + np.random.default_rng(0).random(x.shape)), state.model_state)
+    state = state.replace(model_state={**state.model_state, "batch_stats": noise["batch_stats"]})
+    step = jax.jit(make_train_step(model, optimizer, total_loss, prepare, dtype=jnp.float64, freeze=freeze))
+    names = ("head_0", "head_1")
+
+    images, targets = prepare(None, batch()["image"], batch()["label"])
+    _, seen = model.apply(state.variables(), images, capture_intermediates=lambda m, _: m.name == "mlp")
+    x = seen["intermediates"]["mlp"]["__call__"][0]
+    conv = model.apply(state.variables(), images, capture_intermediates=lambda m, _: m.name == "norm")[1]
+    x = jnp.mean(nn.gelu(conv["intermediates"]["norm"]["__call__"][0]) + x, axis=(1, 2))
+    x = x * state.model_state["constants"]["scale"]
+
+    def loss(heads):
+        logits = jnp.stack([x @ heads[name]["kernel"] + heads[name]["bias"][None] for name in names])
+        return total_loss({"logits": logits}, targets)[0]
+
+    heads = {name: state.params[name] for name in names}
+    alone = make_optimizer(0.3, name="adamw", weight_decay=0.1)
+    moments, frozen = alone.init(heads), copied({**state.params, **dict.fromkeys(names)})
+    statistics = copied(state.model_state)
+    for _ in range(2):
+        state, metrics = step(state, batch(), KEY)
+        gradient = jax.grad(loss)(heads)
+        np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-9)
+        updates, moments = alone.update(gradient, moments, heads)
+        heads = optax.apply_updates(heads, updates)
+    for name in names:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), state.params[name], heads[name])
+    assert_equal(copied({**state.params, **dict.fromkeys(names)}), frozen)
+    assert_equal(copied(state.model_state), statistics)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    assert kept < 3 * sum(leaf.size for leaf in jax.tree.leaves(heads))  # two moments of what trains, and counters
 
 
 @pytest.mark.usefixtures("x64")
