@@ -33,6 +33,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "recipes": Command("maxmap.recipes_command:add_recipes", "the recipes that --config takes", computes=False),
     "list": Command("maxmap.model_commands:add_list", "models or published checkpoints, with what they cost and reach"),
+    "check": Command(
+        "maxmap.check_command:add_check", "look at a folder of images before training, and split it", computes=False
+    ),
     "train": Command("maxmap.training_commands:add_train", "train a recipe, or evaluate a run (--mode=eval)"),
     "show-batch": Command(
         "maxmap.training_commands:add_show_batch", "draw an augmented training batch with its targets"

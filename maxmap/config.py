@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import operator
 import re
 import runpy
 import typing
@@ -201,8 +202,16 @@ def _signature(function: Callable[..., Any], given: tuple[str, ...] = ()) -> dic
     for name, parameter in inspect.signature(function).parameters.items():
         if name not in given and parameter.kind is not parameter.VAR_KEYWORD:
             default = REQUIRED if parameter.default is parameter.empty else parameter.default
-            keys[name] = Key(hints.get(name, Any), default, meanings.get(name, ""))
+            keys[name] = Key(_writable(hints.get(name, Any)), default, meanings.get(name, ""))
     return keys
+
+
+def _writable(wanted: Any) -> Any:
+    """Leaves modules out of an annotation: a config, which a checkpoint keeps as JSON, names its model."""
+    inner = typing.get_args(wanted)
+    return (
+        functools.reduce(operator.or_, [one for one in inner if one is not nn.Module]) if nn.Module in inner else wanted
+    )
 
 
 def _module_fields(module: nn.Module, prefix: str) -> dict[str, Key]:

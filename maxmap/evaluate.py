@@ -168,8 +168,8 @@ def evaluate(
                 # float64 on the host: float32 cannot count beyond 2^24 images.
                 totals[key] = totals.get(key, 0) + np.asarray(value, np.float64)
             if progress and totals["images"]:
-                shares = (100 * float(totals[key]) / float(totals["images"]) for key in ("top1", "top5"))
-                progress.update(int(totals["images"]) + len(skipped), *shares)
+                top1, top5 = (100 * float(totals[key]) / float(totals["images"]) for key in ("top1", "top5"))
+                progress.update(int(totals["images"]) + len(skipped), f"top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     images = int(totals["images"])
     if images == 0:
         raise UserError("no image of the evaluation split could be decoded, so there is nothing to evaluate.")
@@ -253,7 +253,7 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     def figures(variables: Any, weights: str) -> dict[str, Any]:
         rows[weights] = []
         placed = jax.device_put(variables, replicated(mesh))
-        progress = Progress(data.num_eval)
+        progress = Progress(data.num_eval, shown=jax.process_index() == 0)
         return evaluate(eval_step, placed, data, recipe.evaluate.batch_size, mesh, rows[weights], progress=progress)
 
     result = figures(variables, info["weights"])

@@ -76,7 +76,13 @@ class Classifier(nn.Module):
         """
         features = self.features(images, train=train)
         with self._named_misfits(images):
-            return self.head(features, train=train)
+            outputs = self.head(features, train=train)
+        if not isinstance(outputs, dict) or jnp.ndim(outputs.get("logits", 0)) != 3:
+            raise UserError(
+                f"the head {type(self.head).__name__} returns something else than a head does: let it return "
+                "{'logits': [branches, B, classes], 'embedding': [B, D]}."
+            )
+        return outputs
 
     def features(self, images: Array, *, train: bool = False) -> list[Array]:
         """Returns the NHWC maps of the stem and of every stage."""
@@ -85,7 +91,13 @@ class Classifier(nn.Module):
         if self.remat and not self.is_initializing():
             hooks = nn.intercept_methods(_rematerialisation())
         with self._named_misfits(images), hooks:
-            return self.backbone(images, train=train)
+            features = self.backbone(images, train=train)
+        if not isinstance(features, list | tuple) or {jnp.ndim(x) for x in features} != {4}:
+            raise UserError(
+                f"the backbone {type(self.backbone).__name__} returns something else than a backbone does: let it "
+                "return a list of maps [B, H, W, C], the stem's first."
+            )
+        return list(features)
 
     @contextlib.contextmanager
     def _named_misfits(self, images: Array) -> Iterator[None]:
@@ -108,7 +120,10 @@ class Classifier(nn.Module):
 
     def embed(self, images: Array, *, train: bool = False) -> Array:
         """Returns the pooled `[B, D]` in front of the classifier."""
-        return self(images, train=train)["embedding"]
+        outputs = self(images, train=train)
+        if "embedding" not in outputs:
+            raise UserError(f"the head {type(self.head).__name__} returns no 'embedding' [B, D]: let it return one.")
+        return outputs["embedding"]
 
 
 def _rematerialisation() -> Callable[..., Any]:
@@ -306,27 +321,32 @@ MODELS: dict[str, _Model] = {
 }
 
 
+_OWN = _Model("", {"name": "linear"})  # a backbone of the user's own
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Returns the names of models that match a shell pattern, for example "map_*", in alphabetical order."""
     return sorted(fnmatch.filter(MODELS, pattern))
 
 
 def create_model(
-    name: str,
+    name: str | nn.Module,
     *,
-    head: str | Mapping[str, Any] | None = None,
+    head: str | Mapping[str, Any] | nn.Module | None = None,
     num_classes: CountOrZero | None = None,
     image_size: Pixels | tuple[Pixels, Pixels] | None = None,
     remat: bool = False,
     pad: bool = False,
     **fields: Any,
 ) -> Classifier:
-    """Builds a model by name; nothing is initialised yet.
+    """Builds a model by name, or of modules of one's own; nothing is initialised yet.
 
     Args:
-      name: one of `list_models()`: timm's names for timm's models, the papers' names for `map_*`.
+      name: one of `list_models()`: timm's names for timm's models, the papers' names for `map_*`. Or a backbone of
+        one's own: a module with a field `image_size` that maps images, with a keyword `train`, to a list of NHWC maps.
       head: "linear", "map" or "gramian" for any head on this backbone, or a mapping of the head's fields, with or
-        without 'name'; None for the model's own.
+        without 'name'; None for the model's own, or "linear". Or a head of one's own: a module that maps such a list,
+        with a keyword `train`, to 'logits' `[G, B, K]` and 'embedding' `[B, D]`.
       num_classes: 1000 unless given; 0 for no classifier.
       image_size: pixels that windows and position tables are made for, one number or (height, width); None for the
         model's own.
@@ -343,30 +363,67 @@ def create_model(
         other.
     """
     check_arguments(create_model, "model", locals())
-    if name not in MODELS:
-        raise _unknown_name(name)
-    model = MODELS[name]
-    head_name, head_fields = _head_fields(model, head, num_classes)
-    variant = BACKBONES[model.backbone]
     if image_size is not None:
         fields["image_size"] = image_size
-    if pad and "pad" in variant.backbone.__dataclass_fields__:  # the others take any size
-        fields["pad"] = True
+    if isinstance(name, str):
+        if name not in MODELS:
+            raise _unknown_name(name)
+        model = MODELS[name]
+        if pad and "pad" in BACKBONES[model.backbone].backbone.__dataclass_fields__:  # the others take any size
+            fields["pad"] = True
+        backbone = _named_backbone(name, model, fields)
+    else:
+        if pad:
+            fields["pad"] = True
+        model, backbone = _OWN, _own_backbone(name, fields)
+    if isinstance(head, nn.Module):
+        if num_classes is not None:
+            raise UserError(f"num_classes is a field of the named heads: give it to {type(head).__name__} itself.")
+        return Classifier(backbone, head, remat)
+    head_name, head_fields = _head_fields(model, head, num_classes)
+    built_head = _build(HEADS[head_name], {"num_classes": 1000} | head_fields, f"head '{head_name}'", "model.head")
+    if isinstance(name, str):  # a head checks itself against the maps of another backbone when it gets them
+        with _one_sentence(name):
+            built_head.validate(backbone.num_features())
+    return Classifier(backbone, built_head, remat)
+
+
+def _named_backbone(name: str, model: _Model, fields: Mapping[str, Any]) -> nn.Module:
+    """Returns the backbone of a named model, with some of its fields changed."""
+    variant = BACKBONES[model.backbone]
     merged = dict(variant.fields)
     for changes in (model.fields, fields):
         for key, value in changes.items():
             both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
             merged[key] = {**merged[key], **value} if both else value
-    built_backbone = _build(variant.backbone, merged, f"model '{name}'", "model")
-    built_head = _build(HEADS[head_name], {"num_classes": 1000} | head_fields, f"head '{head_name}'", "model.head")
+    backbone = _build(variant.backbone, merged, f"model '{name}'", "model")
+    with _one_sentence(name):
+        backbone.validate()
+    return backbone
+
+
+def _own_backbone(backbone: nn.Module, fields: Mapping[str, Any]) -> nn.Module:
+    """Returns a backbone of the user's own."""
+    what = type(backbone).__name__
+    if fields:
+        raise UserError(f"{', '.join(fields)}: these are fields of named backbones, so give them to {what} itself.")
+    if not hasattr(backbone, "image_size"):
+        raise UserError(
+            f"the backbone {what} has no field image_size: give it one, for the pixels that it is made for (a number, "
+            "or height and width)."
+        )
+    return backbone
+
+
+@contextlib.contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Turns what a module's `validate` says into the sentence of a UserError."""
     try:
-        built_backbone.validate()
-        built_head.validate(built_backbone.num_features())
+        yield
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from None
-    return Classifier(built_backbone, built_head, remat)
 
 
 def _head_fields(

@@ -93,7 +93,7 @@ def validate(
     eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among)
     placed = jax.device_put(variables, replicated(mesh))
     rows: list[dict[str, Any]] = []
-    progress = Progress(data.num_eval)
+    progress = Progress(data.num_eval, shown=jax.process_index() == 0)
     result = evaluate(eval_step, placed, data, batch_size, mesh, rows, progress=progress, device_batches=device_batches)
     for name in result["skipped"]:
         tell(f"left out, because it cannot be decoded: {name}")

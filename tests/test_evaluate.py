@@ -185,17 +185,17 @@ def test_batches_on_the_devices_at_a_time(digits, batches):
     assert [result[key] for key in ("top1", "top5")] == [wanted[key] for key in ("top1", "top5")]
     assert events.index(next(event for event in events if event != "step")) == min(batches, 6)
     *_, last, closed = events
-    assert closed == "closed" and last == (360, wanted["top1"], wanted["top5"])
+    assert closed == "closed" and last == (360, f"top-1 {wanted['top1']:.2f} %, top-5 {wanted['top5']:.2f} %")
 
 
 def test_progress_without_a_terminal_is_a_few_lines(capsys):
     progress = Progress(1000)
     for done in range(10, 1001, 10):
-        progress.update(done, 73.43, 91.364)
+        progress.update(done, "top-1 73.43 %")
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10
-    assert re.fullmatch(r"100/1000 images, [\d.]+ images/s, top-1 73.43 %, top-5 91.36 %, 0:0\d:\d\d left", lines[0])
+    assert re.fullmatch(r"100/1000 images, [\d.]+ images/s, top-1 73.43 %, 0:0\d:\d\d left", lines[0])
     assert lines[-1].endswith("0:00:00 left")
 
 

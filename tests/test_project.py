@@ -43,14 +43,20 @@ FLOORS = (
     {"maxmap.config"},
     {"maxmap.accelerators", "maxmap.convert"},
     {"maxmap.comparison", "maxmap.cost"},
-    {"maxmap.evaluate", "maxmap.labels"},
+    {"maxmap.check", "maxmap.evaluate", "maxmap.labels"},
     {"maxmap.inference"},
     {"maxmap.explanation", "maxmap.programs", "maxmap.validate"},
     {"maxmap.train"},
     {"maxmap.benchmark"},
     {"maxmap"},  # the public API: names of every room, used by none of them
     {"maxmap.arguments"},
-    {"maxmap.evaluation_commands", "maxmap.model_commands", "maxmap.recipes_command", "maxmap.training_commands"},
+    {
+        "maxmap.check_command",
+        "maxmap.evaluation_commands",
+        "maxmap.model_commands",
+        "maxmap.recipes_command",
+        "maxmap.training_commands",
+    },
     {"maxmap.checkpoint_commands"},
     {"maxmap.__main__"},
     {"main", "configs"},
@@ -72,6 +78,7 @@ STOREYS = (
         "maxmap.data.tfds_folders",
         "maxmap.data.sources",
         "maxmap.data.decode",
+        "maxmap.data.inspection",
         "maxmap.data.order",
         "maxmap.data.rows",
         "maxmap.data.preprocessing",
@@ -225,9 +232,10 @@ def test_the_public_names_are_where_a_type_checker_finds_them():
         ((), {"jax", "numpy"}),
         (("--help",), {"jax", "numpy"}),
         (("recipes",), {"jax", "flax"}),
+        (("check", "--help"), {"jax", "flax"}),
         (("list", "map_pit_*"), {"orbax", "optax", "tensorflow_datasets", "huggingface_hub", "grain"}),
     ],
-    ids=["import", "help", "recipes", "list"],
+    ids=["import", "help", "recipes", "check", "list"],
 )
 def test_what_computes_nothing_imports_little(arguments, absent):
     code = "import sys, maxmap\n"

@@ -46,7 +46,9 @@ else:
 _THREAD = threading.local()  # each thread has a resizer of its own, because a resizer locks itself while it works
 
 
-def decode(image: bytes | np.ndarray, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(
+    image: bytes | np.ndarray, *, exif: bool = False, max_pixels: int = MAX_PIXELS, smallest: int | None = None
+) -> Image.Image:
     """Decodes an image file, or wraps an array, as an 8-bit RGB image.
 
     It does what torchvision and timm do with PIL. CMYK, palette, grey and transparent images are converted to RGB
@@ -61,6 +63,7 @@ def decode(image: bytes | np.ndarray, *, exif: bool = False, max_pixels: int = M
       exif: whether to turn the image as its EXIF orientation says. The published networks were trained and tested
         without that. PIL turns a TIFF in any case.
       max_pixels: an image with more pixels is refused.
+      smallest: pixels of a side down to which a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size; None: full size.
 
     Returns:
       The image in mode RGB.
@@ -69,7 +72,7 @@ def decode(image: bytes | np.ndarray, *, exif: bool = False, max_pixels: int = M
       OSError: the image is truncated, damaged, too large, of unknown format or of grey values of unknown range.
     """
     with broken_is_oserror():
-        return _plain_rgb(_upright_pixels(image, exif, max_pixels))
+        return _plain_rgb(_upright_pixels(image, exif, max_pixels, smallest))
 
 
 def train_crop(
@@ -261,10 +264,12 @@ def _plain_rgb(image: Image.Image) -> Image.Image:
     return Image.frombytes("RGB", image.size, image.tobytes(), "raw", "RGBX")
 
 
-def _upright_pixels(image: bytes | np.ndarray | Image.Image, exif: bool, max_pixels: int) -> Image.Image:
+def _upright_pixels(
+    image: bytes | np.ndarray | Image.Image, exif: bool, max_pixels: int, smallest: int | None = None
+) -> Image.Image:
     """Decodes an image as `OpenedImage.decode` does, and turns it as its EXIF orientation says."""
     opened = open_image(image, exif=exif, max_pixels=max_pixels)
-    pixels, _ = opened.decode(1)
+    pixels, _ = opened.decode(1 if smallest is None else min(opened.size) // smallest)
     return pixels.transpose(TURNS[opened.orientation][0]) if opened.orientation in TURNS else pixels
 
 

@@ -62,6 +62,18 @@ class OpenedImage(NamedTuple):
     decode: Callable[[int], tuple[Image.Image, int]]
 
 
+class ImageHeader(NamedTuple):
+    """What the header of an image file says.
+
+    Attributes:
+      size: width and height, upright as the EXIF orientation says.
+      kind: its format and Pillow's mode of its pixels, such as "JPEG RGB" or "PNG RGBA".
+    """
+
+    size: tuple[int, int]
+    kind: str
+
+
 @contextlib.contextmanager
 def broken_is_oserror() -> Iterator[None]:
     """Turns into OSError what else a decoder raises for broken files: SyntaxError, ValueError and others."""
@@ -107,6 +119,17 @@ def open_image(image: bytes | np.ndarray | Image.Image, *, exif: bool, max_pixel
     orientation = _orientation(opened) if exif else 1
     decode = _decode_checked_jpeg if opened.format in ("JPEG", "MPO") else _decode_checked
     return OpenedImage(opened.size, orientation, functools.partial(decode, image, opened))
+
+
+def read_header(file: bytes, *, max_pixels: int) -> ImageHeader:
+    """Reads the header of an image file.
+
+    Raises:
+      OSError: the image is too large or of no format in `FORMATS`.
+    """
+    opened = _open(file, max_pixels)
+    kind = f"{opened.format} {opened.mode}"  # before the EXIF data of a PNG are read, which decodes it
+    return ImageHeader(opened.size[::-1] if _orientation(opened) >= 5 else opened.size, kind)
 
 
 def _open(file: bytes, max_pixels: int) -> ImageFile:

@@ -298,7 +298,11 @@ class GramianHead(nn.Module):
 
         Returns:
           'logits' `[G, B, K]` and 'embedding' `[B, G * D]`.
+
+        Raises:
+          ValueError: The fields do not fit each other or the maps.
         """
+        self.validate(len(features))
         x = self._aggregate(features, train)
         pixels = normalise_map(x, 1e-5)
         tokens, logits = [], []

@@ -106,7 +106,11 @@ class LinearHead(nn.Module):
 
         Returns:
           'logits' `[G, B, K]` and 'embedding' `[B, D]`. Without `pool` the map `[B, H, W, C]` that would be pooled.
+
+        Raises:
+          ValueError: The fields do not fit.
         """
+        self.validate(len(features))
 
         def normalize(x: Array) -> Array:
             if self.norm_type == "batch":

@@ -441,7 +441,11 @@ class MAPHead(nn.Module):
         Returns:
           'logits' `[G, B, K]`, 'embedding' `[B, G * T * D]`, and while training with self-distillation 'distill'
           `[G, B, K]`.
+
+        Raises:
+          ValueError: The fields do not fit each other or the maps.
         """
+        self.validate(len(features))
         pooling = MultiBranchPooling(
             self.channels,
             self.level,

@@ -11,7 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from maxmap.check.contents import Contents
+from maxmap.check.findings import examine
+from maxmap.check.page import draw
 from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD, train_crop
+from maxmap.data.inspection import inspect
 from maxmap.data.preprocessing import cropped
 from maxmap.errors import UserError, reason
 from tests.fuzz.changes import spoil
@@ -249,7 +253,29 @@ def read(folder: Path) -> Any:
     return evaluated, trained
 
 
+def look(folder: Path) -> Any:
+    """What `maxmap check` finds of an image, and the page that it draws; it counts and names what it cannot read."""
+    one = np.zeros(1, np.int32)
+    contents = Contents(str(folder), [""], [str(folder)], ["."], [FILE], one, one, [], [])
+    found = inspect(contents.path(0))
+    page = draw(examine(contents, [found], distance=4, tiny=32))
+    if found.fault:
+        raise UserError(f"{FILE} is broken ({found.fault}).")
+    assert "data:image/jpeg" in page
+    return list(found)
+
+
 ROWS = (
+    Row(
+        "images, what check says of them",
+        ("maxmap.data.inspection", "maxmap.check.page"),
+        1000,
+        _valid,
+        _spoil,
+        look,
+        _hostile,
+        _odd,
+    ),
     Row(
         "images, nine formats, evaluation and training",
         ("maxmap.data.images", "maxmap.data.damage", "maxmap.data.decode", "maxmap.data.preprocessing"),

@@ -17,6 +17,7 @@ OWN_FILES = {
     "maxmap.model_commands": "a table of the package",
     "maxmap.accelerators.bundles": "what a compiler on this machine writes",
     "maxmap.checkpoint": "checkpoints that maxmap wrote, by orbax; SECURITY.md says what is not promised for them",
+    "maxmap.recipe_files": "recipes of the package",
     "maxmap.runtime": "what the operating system says of memory",
     "maxmap.storage": "files that maxmap wrote, for their checksums",
     "maxmap.train.board": "it writes",
