@@ -46,6 +46,7 @@ def make_eval_step(
     dtype: jnp.dtype,
     among: Sequence[int] | None = None,
     kernels: str = "auto",
+    flip: bool = False,
 ) -> EvalStep:
     """Builds the evaluation step: a jitted function of variables and a batch.
 
@@ -63,6 +64,7 @@ def make_eval_step(
       dtype: That the model computes in.
       among: The only labels that are candidates; None for all.
       kernels: See `maxmap.operations.kernels`.
+      flip: The logits are the mean of those of an image and of its mirror image.
     """
 
     def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Any]:
@@ -70,6 +72,9 @@ def make_eval_step(
         params = gather(jax.tree.map(lambda p: p.astype(dtype), variables["params"]), mesh)
         with traced_on(mesh), operations.kernels(kernels):
             outputs = model.apply({**variables, "params": params}, images)
+            if flip:
+                mirrored = model.apply({**variables, "params": params}, images[:, :, ::-1])
+                outputs = {"logits": (upcast(outputs["logits"]) + upcast(mirrored["logits"])) / 2}
         logits, branches = average(outputs), upcast(outputs["logits"])
         if among is not None:
             candidate = jnp.zeros(logits.shape[-1], bool).at[jnp.array(among)].set(True)

@@ -55,6 +55,7 @@ def add_validate(command: argparse.ArgumentParser) -> None:
         help="batches on the devices at a time (default: 1 on a CPU, else 2)",
     )
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    command.add_argument("--flip", action="store_true", help="average the logits with those of the mirror image")
     command.add_argument(
         "--check",
         type=Number(validate, "check"),

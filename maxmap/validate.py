@@ -43,6 +43,7 @@ def validate(
     dtype: Literal["float32", "bfloat16"] = "float32",
     check: CountOrZero = 2000,
     pad: bool = False,
+    flip: bool = False,
     json_file: str | Path | None = None,
     csv_file: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def validate(
       dtype: type that the model computes in.
       check: images to decode before the start, where a broken one is an error; later ones are left out and named.
       pad: takes an image size that the model's windows do not divide, too; see `maxmap.create_model`.
+      flip: averages the logits of each image with those of its mirror image.
       json_file: file for the result; None: `eval.json`, with the name of the label set, in the folder of the
         checkpoint, or in the current folder if it is no checkpoint of ours.
       csv_file: file for the predictions; None: `predictions.csv` beside an `eval.json`, nothing beside `json_file`.
@@ -90,7 +92,7 @@ def validate(
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
         print(_describe(path, info, variables, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
-    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among)
+    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip)
     placed = jax.device_put(variables, replicated(mesh))
     rows: list[dict[str, Any]] = []
     progress = Progress(data.num_eval, shown=jax.process_index() == 0)
@@ -102,7 +104,7 @@ def validate(
         result |= accuracies(rows, {row["index"]: real_labels(right, row["name"]) for row in rows})
     if present < len(info["classes"]):
         result["classes"] = f"{present} of {len(info['classes'])}"
-    about = {} if labels is None else {"labels": labels}
+    about = ({} if labels is None else {"labels": labels}) | ({"flip": True} if flip else {})
     result = report({**about, **result}, variables["params"], {**info, "preprocessing": used})
     _write(path, result, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
     return result

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -14,6 +15,7 @@ from maxmap.cost import count_parameters
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError
 from maxmap.evaluate import check_same_model, make_eval_step, rank_of, report, summary
+from maxmap.models import average
 from maxmap.progress import Progress
 from maxmap.sharding import make_mesh
 from tests.tiny import write_folder
@@ -83,6 +85,23 @@ def test_figures_are_exact(digits, devices, batch_size):
         assert result[key] == wanted[key], key
     np.testing.assert_allclose(result["loss"], wanted["loss"], rtol=1e-6)
     assert 0 < result["top1"] < result["top5"] < 100
+
+
+def test_flipped_images_count_as_their_mirror_images():
+    """The loss is that of the mean of both logits, and a mirrored batch has the same predictions."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (6, 8, 8, 3), np.uint8), np.arange(6, dtype=np.int32)
+    step = make_eval_step(Pixels(10), DIGITS, make_mesh(data=1), jnp.float32, flip=True)
+
+    def run(images):
+        return step(VARIABLES, {"image": images, "label": labels, "mask": np.ones(6, bool)})
+
+    found, mirrored = run(images), run(images[:, :, ::-1])
+    logits = [average(Pixels(10).apply(VARIABLES, x / np.float32(255))) for x in (images, images[:, :, ::-1])]
+    assert np.abs(logits[0] - logits[1]).max() > 0.01
+    wanted = optax.softmax_cross_entropy_with_integer_labels((logits[0] + logits[1]) / 2, labels).sum()
+    np.testing.assert_allclose(found["loss"], wanted, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, found["predictions"], mirrored["predictions"])
 
 
 def test_fewer_classes_than_five(tmp_path):

@@ -119,6 +119,9 @@ def test_what_a_validation_prints_and_writes(tmp_path, images, workdir, capsys):
         and own["mean"] == changed["mean"] == [0.1, 0.2, 0.3]
     )
     assert json.loads((workdir / "eval.json").read_text()) == result
+    assert main([*argv, "--flip", *files]) == 0
+    flipped = json.loads((tmp_path / "a.json").read_text())
+    assert flipped["flip"] is True and flipped["loss"] != pytest.approx(result["loss"], rel=1e-6)
 
 
 @pytest.mark.usefixtures("tiny_models")
