@@ -49,6 +49,7 @@ COMMANDS = {
     "predict": Command(
         "maxmap.evaluation_commands:add_predict", "name what images show, with the preprocessing of the checkpoint"
     ),
+    "embed": Command("maxmap.evaluation_commands:add_embed", "the embeddings of many images, as a table"),
     "validate": Command("maxmap.evaluation_commands:add_validate", "accuracy of a checkpoint on labelled images"),
     "explain": Command(
         "maxmap.evaluation_commands:add_explain", "where a network looked, and what its branches add to a logit"

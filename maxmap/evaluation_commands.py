@@ -1,4 +1,4 @@
-"""The commands that use a checkpoint on images: predict, validate and explain."""
+"""The commands that use a checkpoint on images: predict, embed, validate and explain."""
 
 import argparse
 import csv
@@ -9,9 +9,10 @@ from typing import Any
 
 from maxmap import storage
 from maxmap.arguments import Number, local_path
+from maxmap.bulk import embed_many, predict_many
 from maxmap.data.decode import CROP_MODES, FILTERS
 from maxmap.data.preprocessing import changed
-from maxmap.errors import printable
+from maxmap.errors import UserError, printable
 from maxmap.explanation import explain_files
 from maxmap.inference import predict
 from maxmap.labels import LABEL_SETS
@@ -24,12 +25,42 @@ _PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 def add_predict(command: argparse.ArgumentParser) -> None:
     """Fills the parser of `predict`."""
     command.add_argument("workdir", type=storage.expand, help="folder of a run, converted checkpoint or published name")
-    command.add_argument("images", type=local_path, nargs="+", help="image files")
+    command.add_argument(
+        "images", type=local_path, nargs="+", help="image files; with --to also folders, tar archives and patterns"
+    )
+    _add_table(command, required=False)
     command.add_argument("--top", type=Number(predict, "top"), default=5, help="classes per image (default: 5)")
     _add_image_size(command, Number(predict, "image_size"))
     command.add_argument("--json", type=storage.expand, dest="json_file", help="file for the same as JSON")
     command.add_argument("--csv", type=storage.expand, dest="csv_file", help="file for a line per image and class")
     command.set_defaults(run=predict_command)
+
+
+def add_embed(command: argparse.ArgumentParser) -> None:
+    """Fills the parser of `embed`."""
+    command.add_argument(
+        "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
+    )
+    command.add_argument(
+        "images", type=local_path, nargs="+", help="image files, folders, tar archives and patterns such as 'a/*.jpg'"
+    )
+    _add_table(command, required=True)
+    _add_image_size(command, Number(embed_many, "image_size"))
+    command.set_defaults(run=embed_command)
+
+
+def _add_table(command: argparse.ArgumentParser, *, required: bool) -> None:
+    command.add_argument(
+        "--to",
+        type=local_path,
+        required=required,
+        metavar="FILE",
+        help=".csv or .jsonl with a row for each image; the same command goes on where it was stopped",
+    )
+    command.add_argument(
+        "--batch-size", type=Number(embed_many, "batch_size"), default=64, help="images at a time (default: 64)"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
 def add_validate(command: argparse.ArgumentParser) -> None:
@@ -109,9 +140,20 @@ def take_preprocessing(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def predict_command(
-    workdir: str, images: list[Path], json_file: str | None, csv_file: str | None, **options: Any
+    workdir: str,
+    images: list[Path],
+    to: Path | None,
+    overwrite: bool,
+    json_file: str | None,
+    csv_file: str | None,
+    **options: Any,
 ) -> None:
-    """Prints the likeliest classes of every image, and writes them into files."""
+    """Prints the likeliest classes of every image, and writes them into files; or writes a table of many images."""
+    if to is not None:
+        if json_file or csv_file:
+            raise UserError("--to is a table of its own: leave out --json and --csv.")
+        print(_told(to, predict_many(workdir, images, to, overwrite=overwrite, **options)))
+        return
     results = predict(workdir, images, **options)
     for path, classes in zip(images, results, strict=True):
         named = ", ".join(f"{_readable(name)} {100 * probability:.1f} %" for name, probability in classes)
@@ -129,6 +171,17 @@ def predict_command(
         writer.writeheader()
         writer.writerows(rows)
         storage.write_named(csv_file, text.getvalue())
+
+
+def embed_command(checkpoint: str, images: list[Path], to: Path, **options: Any) -> None:
+    """Writes the embeddings of many images into a table."""
+    print(_told(to, embed_many(checkpoint, images, to, **options)))
+
+
+def _told(file: Path, counts: dict[str, int]) -> str:
+    before = f", {counts['before']:,} of them by an earlier call" if counts["before"] else ""
+    errors = f"; {counts['errors']:,} cannot be read, see its column 'error'" if counts["errors"] else ""
+    return f"{printable(file)}: {counts['images']:,} images{before}{errors}"
 
 
 def _readable(name: str) -> str:

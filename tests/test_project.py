@@ -45,7 +45,7 @@ FLOORS = (
     {"maxmap.comparison", "maxmap.cost"},
     {"maxmap.check", "maxmap.evaluate", "maxmap.labels"},
     {"maxmap.inference"},
-    {"maxmap.explanation", "maxmap.programs", "maxmap.validate"},
+    {"maxmap.bulk", "maxmap.explanation", "maxmap.programs", "maxmap.validate"},
     {"maxmap.train"},
     {"maxmap.benchmark"},
     {"maxmap"},  # the public API: names of every room, used by none of them

@@ -16,6 +16,7 @@ ROWS: tuple[Row, ...] = (
 OWN_FILES = {
     "maxmap.model_commands": "a table of the package",
     "maxmap.accelerators.bundles": "what a compiler on this machine writes",
+    "maxmap.bulk": "its own unfinished table; images and archives are read by the readers of rows",
     "maxmap.checkpoint": "checkpoints that maxmap wrote, by orbax; SECURITY.md says what is not promised for them",
     "maxmap.recipe_files": "recipes of the package",
     "maxmap.runtime": "what the operating system says of memory",
