@@ -1,6 +1,7 @@
 """A checkpoint as a program: it runs in a process without maxmap, for any number of images, and says what it takes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -44,10 +45,10 @@ def made(tmp_path_factory):
 
 
 def test_a_program_runs_without_maxmap(made, capsys, quick_compilation):
-    """For three platforms in one file, with batches of 1, 3 and 8; and for a CPU alone, from pixels."""
+    """For three platforms in one file, with batches of 1 and 3; and for a CPU alone, from pixels."""
     folder, info, wanted = made
     rng = np.random.default_rng(0)
-    pixels = {f"of_{count}": rng.integers(0, 256, (count, 16, 16, 3), np.uint8) for count in (1, 3, 8)}
+    pixels = {f"of_{count}": rng.integers(0, 256, (count, 16, 16, 3), np.uint8) for count in (1, 3)}
     images = {
         name: np.asarray(normalize(x, *(info["preprocessing"][k] for k in ("mean", "std"))))
         for name, x in pixels.items()
@@ -58,7 +59,8 @@ def test_a_program_runs_without_maxmap(made, capsys, quick_compilation):
         assert capsys.readouterr().out.startswith(f"{program}: ")
         np.savez(folder / f"{name}.npz", **inputs)
         command = [sys.executable, "-c", RUN, program, folder / f"{name}.npz", folder / f"{name}_logits.npz"]
-        ran = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True)
+        environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        ran = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         with np.load(folder / f"{name}_logits.npz") as logits:
             for batch, normalised in images.items():
