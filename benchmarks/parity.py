@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxmap.convert.torch import from_torch
+from maxmap.convert.verify import keeping_float64
 from maxmap.convert.wrappers import DERIVED
 from maxmap.cost import cost
 from maxmap.heads.map import MAPHead
@@ -129,7 +130,7 @@ def from_timm(model: Classifier, name: str, images: np.ndarray) -> Reference | N
     indices = None
     if name.startswith("vit_"):  # one map after every block there, one after every group of blocks here
         indices = [int(i) - 1 for i in np.cumsum(model.backbone.depths)]
-    with torch.inference_mode():
+    with torch.inference_mode(), keeping_float64():
         x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         last, maps = reference.forward_intermediates(x, indices=indices, norm=False)
         logits = reference.forward_head(last).numpy()[None]

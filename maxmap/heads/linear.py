@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from flax import linen as nn
 
+from maxmap.layers.blocks import ConvNormAct
 from maxmap.layers.primitives import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear, require_one_of
 from maxmap.operations import Array
 from maxmap.ranges import Count, CountOrZero, DropRate, NonNegative, Positive
@@ -59,11 +60,14 @@ class LinearHead(nn.Module):
       branches: G classifiers that read the same embedding; their losses can differ (GA's baseline of several heads).
       norm: "before" the pooling (of the map), "after" it (of the mean), or "none".
       norm_type: "layer" or "batch".
-      epsilon: of the norm.
+      epsilon: of the norm, and of the LayerNorm of the neck.
+      neck: channels of a 1x1 convolution in front of the pooling and of a hidden layer behind it, whose output is the
+        embedding (EfficientViT); () for none. Neither has a bias. A batch norm follows the first, a LayerNorm the
+        second, and the activation both.
       hidden_ratio: channels of the hidden layer divided by the map's; 0 for no hidden layer.
       hidden_epsilon: of a LayerNorm after the hidden layer, which then is a part of the classifier (MetaFormer's MLP
         head). None for no such norm: the hidden layer then is a part of the embedding (MaxViT).
-      activation: after the hidden layer.
+      activation: after the hidden layer, or of the neck.
       dropout: before the last linear map.
       bias: of the last linear map.
       init_scheme: "torch" (PyTorch's defaults) or "trunc_normal" (weights with a deviation of 0.02, biases 0).
@@ -74,6 +78,7 @@ class LinearHead(nn.Module):
     norm: str = "before"
     norm_type: str = "layer"
     epsilon: Positive = 1e-6
+    neck: Sequence[Count] = ()
     hidden_ratio: NonNegative = 0.0
     hidden_epsilon: Positive | None = None
     activation: str = "tanh"
@@ -92,6 +97,8 @@ class LinearHead(nn.Module):
         }
         for field, allowed in choices.items():
             require_one_of(getattr(self, field), f"the linear head's {field}", allowed)
+        if len(self.neck) not in (0, 2):
+            raise ValueError(f"the linear head's neck needs two numbers of channels or none, not {len(self.neck)}")
 
     @nn.compact
     def __call__(
@@ -118,9 +125,14 @@ class LinearHead(nn.Module):
             x = normalize(x)
         if not pool:
             return x
+        if self.neck:
+            x = ConvNormAct(self.neck[0], activation=self.activation, norm="norm", name="in_conv")(x, train=train)
         x = jnp.mean(x, axis=(1, 2))  # [B, C]
         if self.norm == "after":
             x = normalize(x)
+        if self.neck:
+            x = Linear(self.neck[1], bias=False, name="classifier_0", **LINEAR_INITS[self.init_scheme])(x)
+            x = ACTIVATIONS[self.activation](LayerNorm(self.epsilon, name="classifier_1")(x))
         hidden = round(self.hidden_ratio * x.shape[-1])
         if hidden and self.hidden_epsilon is None:
             x = ACTIVATIONS[self.activation](_Hidden(hidden, self.init_scheme, name="pre_logits")(x))

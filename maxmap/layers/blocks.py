@@ -13,6 +13,7 @@ from maxmap.fused import fuses_mlp
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
+    BatchNorm,
     Block,
     Conv,
     DropPath,
@@ -63,6 +64,44 @@ class Mlp(nn.Module):
         x = ACTIVATIONS[self.activation](fc1(x))
         x = nn.Dropout(self.hidden_dropout)(x, deterministic=not train)
         return nn.Dropout(self.dropout)(fc2(x), deterministic=not train)
+
+
+class ConvNormAct(nn.Module):
+    """Convolution, then a batch norm and an activation, each of which can be left out.
+
+    Attributes:
+      channels: output channels.
+      kernel_size: of both axes, odd; the zeros around the map keep its size at stride 1.
+      stride: of both axes.
+      groups: of channels.
+      activation: a key of `ACTIVATIONS`; None for none.
+      bias: of the convolution.
+      norm: name of the batch norm; None for none.
+      epsilon: of the batch norm.
+      inits: 'kernel_init' and 'bias_init' of the convolution; PyTorch's defaults for what is not given.
+      scale_init: of the batch norm's scale.
+    """
+
+    channels: int
+    kernel_size: int = 1
+    stride: int = 1
+    groups: int = 1
+    activation: str | None = None
+    bias: bool = False
+    norm: str | None = "bn"
+    epsilon: float = 1e-5
+    inits: Mapping[str, Initializer] = FrozenDict()
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Maps `[B, H, W, C]` to `[B, H / stride, W / stride, channels]`, rounded up."""
+        conv = functools.partial(Conv, padding=self.kernel_size // 2, groups=self.groups, bias=self.bias, name="conv")
+        x = conv(self.channels, self.kernel_size, self.stride, **self.inits)(x)
+        if self.norm is not None:
+            norm = BatchNorm(self.epsilon, scale_init=self.scale_init, name=self.norm)
+            return norm(x, train=train, activation=self.activation)
+        return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
 
 class GroupedMlp(nn.Module):

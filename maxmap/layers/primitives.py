@@ -59,19 +59,29 @@ def _silu_derivative(x: Array) -> Array:
     return s * (1 + x * (1 - s))
 
 
+def _hard_swish_derivative(x: Array) -> Array:
+    return jnp.where(x < -3, 0.0, jnp.where(x > 3, 1.0, x / 3 + 0.5)).astype(x.dtype)
+
+
 # The functions alone, of values in float32 or wider.
 FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
     "relu2": lambda x: jnp.square(nn.relu(x)),
     "leaky_relu": functools.partial(nn.leaky_relu, negative_slope=0.1),
+    "hard_swish": nn.hard_swish,
     "silu": nn.silu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "tanh": jnp.tanh,
 }
 # The derivatives of the costly ones, in terms that the functions do not share; see `maxmap.operations.activate`.
-DERIVATIVES = {"silu": _silu_derivative, "gelu": _gelu_derivative, "gelu_tanh": _gelu_tanh_derivative}
+DERIVATIVES = {
+    "hard_swish": _hard_swish_derivative,
+    "silu": _silu_derivative,
+    "gelu": _gelu_derivative,
+    "gelu_tanh": _gelu_tanh_derivative,
+}
 # The functions as networks use them: of values in any type, the costly ones with a backward pass of their own.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = FUNCTIONS | {
     name: functools.partial(activate, function=FUNCTIONS[name], derivative=derivative)
