@@ -45,6 +45,7 @@ FAMILIES = (
     ("convnext_tiny", "fair", ".pth", "model"),
     ("CSWin_64_12211_tiny_224", "microsoft", ".pth", "state_dict_ema"),
     ("faster_vit_0_224", "nvlabs", ".pth.tar", "state_dict"),
+    ("efficientvit_b1", "mit", ".pt", "state_dict"),
     ("pit_s_224", "timm", ".safetensors", ""),
     ("vit_small_patch16_224", "timm", ".safetensors", ""),
     ("resnet50", "timm", ".pth", ""),

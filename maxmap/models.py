@@ -17,6 +17,7 @@ from maxmap.backbones import (
     Variant,
     convnext,
     cswin,
+    efficientvit,
     fastervit,
     maxxvit,
     metaformer,
@@ -37,6 +38,7 @@ from maxmap.ranges import CountOrZero, Pixels, check_arguments, check_fields
 FAMILIES: dict[str, Mapping[str, Variant]] = {
     "convnext": convnext.VARIANTS,
     "cswin": cswin.VARIANTS,
+    "efficientvit": efficientvit.VARIANTS,
     "fastervit": fastervit.VARIANTS,
     "maxxvit": maxxvit.VARIANTS,
     "metaformer": metaformer.VARIANTS,

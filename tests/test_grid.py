@@ -25,6 +25,18 @@ BACKBONES = {
         "CSWin_64_12211_tiny_224",
         {"image_size": 32, "embed_dim": (8, 16), "depths": (1, 1), "heads": (2, 4), "split_size": (2,)},
     ),
+    "efficientvit": (
+        "efficientvit_b0",
+        {
+            "image_size": 16,
+            "stem_width": 8,
+            "embed_dim": (8, 16),
+            "depths": (1, 1),
+            "blocks": ("mb", "attention"),
+            "expand": (2, 2),
+            "head_dim": 8,
+        },
+    ),
     "fastervit": (
         "faster_vit_3_224",
         {"image_size": 64, "embed_dim": 8, "stem_width": 6, "depths": (1, 1, 1, 1), "heads": (2, 4)},
@@ -83,6 +95,10 @@ IDLE = {
         "head/stages_4/downsample_0/bias": SHIFT,
         "head/gram_contraction_0_0/bias": SHIFT,
         "head/gram_embedding_0_0/bias": SHIFT,
+    },
+    ("efficientvit", "*"): {
+        "backbone/stem/res0/main/point_conv/norm/bias": SHIFT,
+        "backbone/stages_1/blocks_1/local_module/main/point_conv/norm/bias": SHIFT,  # its linear head begins with one
     },
     ("fastervit", "*"): {
         "backbone/levels_[01]/blocks_0/conv[12]/bias": SHIFT,
@@ -257,6 +273,7 @@ def changed(before, after):
 STEMS = {
     "convnext": "stem_0",
     "cswin": "stage1_conv_embed_0",
+    "efficientvit": "stem/in_conv/conv",
     "fastervit": "patch_embed/conv_down_0",
     "maxxvit": "stem/conv1",
     "metaformer": "stem/conv",

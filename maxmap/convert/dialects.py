@@ -15,6 +15,8 @@ from maxmap.errors import UserError
 # the canonical one. The head's pairs come first, and of each list only the first pattern that matches is applied.
 CANONICAL: dict[str, list[tuple[str, str]]] = {
     "CSWin": [(r"^head\.fc\.", "head.")],
+    "EfficientViT": [(r"^head\.fc\.", "head.classifier.4.")],
+    "EfficientViTLarge": [(r"^head\.fc\.", "head.classifier.4.")],
     "FasterViT": [(r"^head\.fc\.", "head.")],
     "GramianHead": [(r"^head\.", "")],
     "MAPHead": [(r"\.norm1\.([12])\.", r".norm1_\1.")],
@@ -167,11 +169,40 @@ RETINAFACE = Naming(
         ("fc.", "fc.2."),
     ),
 )
+_MIT_HEAD = (
+    ("head.op_list.0.", "head.in_conv."),
+    ("head.op_list.2.linear.", "head.classifier.0."),
+    ("head.op_list.2.norm.", "head.classifier.1."),
+    ("head.op_list.3.linear.", "head.classifier.4."),
+)
+MIT = Naming(
+    "mit",
+    r"backbone\.input_stem\.op_list\.",
+    (
+        ("backbone.input_stem.op_list.0.", "stem.in_conv."),
+        ("backbone.input_stem.op_list.1.", "stem.res0."),
+        ("backbone.stages.*.op_list.*.", "stages.*.blocks.*."),
+        *_MIT_HEAD,
+    ),
+)
+MIT_LARGE = Naming(
+    "mit",
+    r"backbone\.stages\.0\.op_list\.0\.conv\.",
+    (
+        ("backbone.stages.0.op_list.0.", "stem.in_conv."),
+        ("backbone.stages.0.op_list.1.", "stem.res0."),
+        *((f"backbone.stages.{i + 1}.op_list.*.", f"stages.{i}.blocks.*.") for i in range(4)),  # the stem counts
+        *_MIT_HEAD,
+    ),
+)
 
 # By dialect: the naming of each backbone, or of a backbone with a certain head.
 DIALECTS: dict[str, Mapping[str, Naming]] = {
     "timm": {
-        **dict.fromkeys(("ConvNeXt", "MaxxViT", "MetaFormer", "PiT", "ResNet", "ViT"), CANONICAL_NAMING),
+        **dict.fromkeys(
+            (*("ConvNeXt", "EfficientViT", "EfficientViTLarge", "MaxxViT", "MetaFormer", "PiT", "ResNet", "ViT"),),
+            CANONICAL_NAMING,
+        ),
         "MobileNetV1": TIMM_MOBILENET,
     },
     "sail-sg": {"MetaFormer": SAIL},
@@ -188,6 +219,7 @@ DIALECTS: dict[str, Mapping[str, Naming]] = {
     "microsoft": {"CSWin": CANONICAL_NAMING},
     "torchvision": {"MaxxViT": TORCHVISION, "ResNet": CANONICAL_NAMING},
     "retinaface": {"MobileNetV1": RETINAFACE},
+    "mit": {"EfficientViT": MIT, "EfficientViTLarge": MIT_LARGE},
 }
 
 

@@ -173,6 +173,26 @@ DIALECT_CASES = [
         {"conv_head.weight": (24, 16, 1, 1), "blocks.0.0.conv_dw.weight": (32, 1, 3, 3), "classifier.bias": (3,)},
     ),
     ("retinaface", "mobilenet_v1_025_leaky", {}, {"stage1.3.3.weight": (32, 32, 1, 1), "fc.bias": (3,)}),
+    (
+        "mit",
+        "efficientvit_b0",
+        {},
+        {
+            "backbone.input_stem.op_list.1.main.depth_conv.conv.weight": (8, 1, 3, 3),
+            "backbone.stages.2.op_list.2.context_module.main.aggreg.0.1.weight": (192, 16, 1, 1),
+            "head.op_list.2.norm.bias": (1280,),
+            "head.op_list.3.linear.weight": (3, 1280),
+        },
+    ),
+    (
+        "mit",
+        "efficientvit_l1",
+        {"depths": (1, 1, 1, 1), "stem_width": 8, "embed_dim": (8, 8, 8, 32)},
+        {
+            "backbone.stages.0.op_list.1.main.conv2.conv.weight": (8, 8, 3, 3),
+            "backbone.stages.4.op_list.1.local_module.main.inverted_conv.conv.bias": (192,),
+        },
+    ),
     ("nvlabs", "faster_vit_0_224", {"depths": (1, 1, 1, 1)}, {"levels.2.blocks.0.hat_attn.qkv.bias": (768,)}),
     (
         "microsoft",
