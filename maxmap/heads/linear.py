@@ -6,9 +6,24 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from maxmap.layers.blocks import ConvNormAct
-from maxmap.layers.primitives import ACTIVATIONS, LINEAR_INITS, BatchNorm, LayerNorm, Linear, require_one_of
+from maxmap.layers.primitives import (
+    ACTIVATIONS,
+    TRUNC_NORMAL,
+    BatchNorm,
+    Initializer,
+    LayerNorm,
+    Linear,
+    require_one_of,
+)
 from maxmap.operations import Array
 from maxmap.ranges import Count, CountOrZero, DropRate, NonNegative, Positive
+
+# Initialisers of the linear maps by scheme.
+INITS: dict[str, dict[str, Initializer]] = {
+    "torch": {},
+    "trunc_normal": TRUNC_NORMAL,
+    "normal": {"kernel_init": nn.initializers.normal(0.01), "bias_init": nn.initializers.zeros},
+}
 
 
 class _Hidden(nn.Module):
@@ -24,7 +39,7 @@ class _Hidden(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return Linear(self.channels, name="fc", **LINEAR_INITS[self.init_scheme])(x)
+        return Linear(self.channels, name="fc", **INITS[self.init_scheme])(x)
 
 
 class _MlpClassifier(nn.Module):
@@ -46,7 +61,7 @@ class _MlpClassifier(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps `[B, C]` to logits `[B, K]`."""
-        inits = LINEAR_INITS[self.init_scheme]
+        inits = INITS[self.init_scheme]
         x = ACTIVATIONS[self.activation](Linear(self.hidden, name="fc1", **inits)(x))
         x = nn.Dropout(self.dropout)(LayerNorm(self.epsilon, name="norm")(x), deterministic=not train)
         return Linear(self.num_classes, name="fc2", **inits)(x)
@@ -70,7 +85,8 @@ class LinearHead(nn.Module):
       activation: after the hidden layer, or of the neck.
       dropout: before the last linear map.
       bias: of the last linear map.
-      init_scheme: "torch" (PyTorch's defaults) or "trunc_normal" (weights with a deviation of 0.02, biases 0).
+      init_scheme: "torch" (PyTorch's defaults), "trunc_normal" (weights with a deviation of 0.02, biases 0) or "normal"
+        (weights with a deviation of 0.01, biases 0).
     """
 
     num_classes: CountOrZero
@@ -93,7 +109,7 @@ class LinearHead(nn.Module):
             "norm": ("before", "after", "none"),
             "norm_type": ("layer", "batch"),
             "activation": tuple(ACTIVATIONS),
-            "init_scheme": ("torch", "trunc_normal"),
+            "init_scheme": tuple(INITS),
         }
         for field, allowed in choices.items():
             require_one_of(getattr(self, field), f"the linear head's {field}", allowed)
@@ -131,7 +147,7 @@ class LinearHead(nn.Module):
         if self.norm == "after":
             x = normalize(x)
         if self.neck:
-            x = Linear(self.neck[1], bias=False, name="classifier_0", **LINEAR_INITS[self.init_scheme])(x)
+            x = Linear(self.neck[1], bias=False, name="classifier_0", **INITS[self.init_scheme])(x)
             x = ACTIVATIONS[self.activation](LayerNorm(self.epsilon, name="classifier_1")(x))
         hidden = round(self.hidden_ratio * x.shape[-1])
         if hidden and self.hidden_epsilon is None:
@@ -148,4 +164,4 @@ class LinearHead(nn.Module):
             fields = (self.num_classes, self.activation, self.hidden_epsilon, self.dropout, self.init_scheme)
             return _MlpClassifier(hidden, *fields, name=name)(x, train=train)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        return Linear(self.num_classes, bias=self.bias, name=name, **LINEAR_INITS[self.init_scheme])(x)
+        return Linear(self.num_classes, bias=self.bias, name=name, **INITS[self.init_scheme])(x)

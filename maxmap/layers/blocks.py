@@ -197,6 +197,8 @@ class ViTBlock(Block):
       inits: 'kernel_init' and 'bias_init' of all linear maps; PyTorch's defaults for what is not given.
       attn_drop: dropout of the attention probabilities.
       proj_drop: dropout of the attention's output and inside of the MLP.
+      activation: of the MLP.
+      epsilon: of the norms.
     """
 
     heads: int
@@ -205,6 +207,8 @@ class ViTBlock(Block):
     inits: Mapping[str, Initializer] = FrozenDict()
     attn_drop: float = 0.0
     proj_drop: float = 0.0
+    activation: str = "gelu"
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -216,14 +220,15 @@ class ViTBlock(Block):
         mlp = Mlp(
             int(self.mlp_ratio * channels),
             channels,
-            inits=self.inits,
+            self.activation,
+            self.inits,
             hidden_dropout=self.proj_drop,
             dropout=self.proj_drop,
             name="mlp",
         )
-        y = attention(LayerNorm(1e-6, name="norm1")(x), train=train)
+        y = attention(LayerNorm(self.epsilon, name="norm1")(x), train=train)
         x = x + DropPath(self.drop_path)(y, train=train)
-        y = mlp(LayerNorm(1e-6, name="norm2")(x), train=train)
+        y = mlp(LayerNorm(self.epsilon, name="norm2")(x), train=train)
         return x + DropPath(self.drop_path)(y, train=train)
 
 

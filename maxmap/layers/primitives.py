@@ -127,6 +127,12 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def round_to_eight(width: float) -> int:
+    """Returns the nearest multiple of 8, or the next one where that is over 10 % less (MobileNet's rule)."""
+    rounded = max(8, int(width + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * width else rounded
+
+
 def nearest_divisor(total: int, number: int, step: int = 1) -> int:
     """The multiple of `step` nearest to `number` that divides `total`."""
     divisors = (d for d in range(step, total + 1, step) if total % d == 0)
@@ -357,6 +363,18 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale, bias = self.weights(x.shape[-1])
         return layer_norm(x, scale, jnp.zeros_like(scale) if bias is None else bias, self.epsilon)
+
+
+def map_norm(epsilon: float, *, use_bias: bool = True, name: str) -> nn.LayerNorm:
+    """Returns a norm over all values of each sample, with a scale and a bias per channel: GroupNorm with one group."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        use_bias=use_bias,
+        use_fast_variance=False,
+        reduction_axes=(-3, -2, -1),
+        feature_axes=-1,
+        name=name,
+    )
 
 
 class Scale(nn.Module):

@@ -132,7 +132,7 @@ def test_dropout_only_while_training(form):
         ({"norm": "behind"}, "norm 'behind' is not one of before, after, none"),
         ({"norm_type": "group"}, "norm_type 'group' is not one of layer, batch"),
         ({"activation": "swish"}, "activation 'swish' is not one of relu"),
-        ({"init_scheme": "he"}, "init_scheme 'he' is not one of torch, trunc_normal"),
+        ({"init_scheme": "he"}, "init_scheme 'he' is not one of torch, trunc_normal, normal"),
         ({"neck": (8,)}, "neck needs two numbers of channels or none, not 1"),
     ],
 )
