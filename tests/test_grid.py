@@ -50,6 +50,19 @@ BACKBONES = {
         {"image_size": 32, "embed_dim": (8, 32), "depths": (1, 1), "mixers": ("conv", "attention")},
     ),
     "mobilenet": ("mobilenet_v1", {"image_size": 16, "stem_width": 8, "embed_dim": (8, 12, 16), "depths": (1, 1, 1)}),
+    "mobilevit": (
+        "mobilevit_s",
+        {
+            "image_size": 16,
+            "stem_width": 8,
+            "embed_dim": (8, 16),
+            "depths": (1, 1),
+            "expand": 2.0,
+            "transformer_depths": (0, 1),
+            "transformer_dim": (0, 16),
+            "head_width": 0,
+        },
+    ),
     "pit": ("pit_s_224", {"image_size": 48, "embed_dim": (8, 16), "depths": (1, 1), "heads": (2, 4)}),
     "resnet": ("resnet50", {"image_size": 32, "embed_dim": (16, 32), "depths": (1, 1)}),
     "vit": (
@@ -107,6 +120,10 @@ IDLE = {
     ("maxxvit", "*"): {
         "backbone/stem/conv1/bias": SHIFT,
         "backbone/stages_[01]/blocks_0/conv/pre_norm/bias": SHIFT,
+    },
+    ("mobilevit", "*"): {
+        "backbone/stages_0_0/conv3_1x1/bn/bias": SHIFT,
+        "backbone/stages_1_1/norm/bias": SHIFT,
     },
     **{(family, head): {path: SHIFT} for family, path in LAST_SHIFTS.items() for head in ("map", "gramian")},
 }
@@ -278,6 +295,7 @@ STEMS = {
     "maxxvit": "stem/conv1",
     "metaformer": "stem/conv",
     "mobilenet": "layers_0_0_0",
+    "mobilevit": "stem/conv",
     "pit": "patch_embed/conv",
     "resnet": "conv1",
     "vit": "patch_embed/proj",

@@ -200,7 +200,10 @@ MIT_LARGE = Naming(
 DIALECTS: dict[str, Mapping[str, Naming]] = {
     "timm": {
         **dict.fromkeys(
-            (*("ConvNeXt", "EfficientViT", "EfficientViTLarge", "MaxxViT", "MetaFormer", "PiT", "ResNet", "ViT"),),
+            (
+                *("ConvNeXt", "EfficientViT", "EfficientViTLarge", "MaxxViT", "MetaFormer", "MobileViT", "PiT"),
+                *("ResNet", "ViT"),
+            ),
             CANONICAL_NAMING,
         ),
         "MobileNetV1": TIMM_MOBILENET,
