@@ -14,12 +14,11 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.backbones import Variant
-from maxmap.layers.blocks import ConvNormAct
+from maxmap.layers.blocks import ConvNormAct, Residual
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     Block,
     Conv,
-    DropPath,
     drop_path_rates,
     require_divisor,
     require_one_of,
@@ -122,21 +121,18 @@ class MultiScaleAttention(nn.Module):
         return ConvNormAct(channels, norm="norm", epsilon=self.epsilon, name="proj")(x, train=train)
 
 
-class BranchBlock(Block):
-    """A branch, on a residual path if its rate of dropping is given.
+class HalvingBlock(Block):
+    """A branch with stride 2, without a residual path.
 
     Attributes:
-      branch: constructor of the submodule `main`.
-      drop_path: rate of dropping the branch; None for no residual path.
+      branch: constructor of the branch.
     """
 
     branch: Callable[..., nn.Module]
-    drop_path: float | None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        y = self.branch(name="main")(x, train=train)
-        return y if self.drop_path is None else x + DropPath(self.drop_path)(y, train=train)
+        return self.branch(name="main")(x, train=train)
 
 
 class AttentionBlock(Block):
@@ -153,8 +149,8 @@ class AttentionBlock(Block):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        x = BranchBlock(self.attention, self.drop_path[0], name="context_module")(x, train=train)
-        return BranchBlock(self.local, self.drop_path[1], name="local_module")(x, train=train)
+        x = Residual(self.attention, self.drop_path[0], "main", name="context_module")(x, train=train)
+        return Residual(self.local, self.drop_path[1], "main", name="local_module")(x, train=train)
 
 
 class Stem(nn.Module):
@@ -255,7 +251,7 @@ class EfficientViT(nn.Module):
         fields = {"activation": self.activation, "epsilon": self.epsilon}
         first = functools.partial(ConvNormAct, self.stem_width, 3, 2, norm="norm", **fields)
         local = functools.partial(LocalBranch, self.stem_block, self.stem_width, 1, **fields)
-        blocks = [functools.partial(BranchBlock, local, next(rates)) for _ in range(self.stem_depth)]
+        blocks = [functools.partial(Residual, local, next(rates), "main") for _ in range(self.stem_depth)]
         features = [Stem(first, blocks, name="stem")(x, train=train)]
         for stage in range(len(self.depths)):
             features.append(Stage(self._blocks(stage, rates), name=f"stages_{stage}")(features[-1], train=train))
@@ -276,12 +272,12 @@ class EfficientViT(nn.Module):
         attention = functools.partial(MultiScaleAttention, self.head_dim, self.epsilon)
         branch = functools.partial(local, expand)
         halving = functools.partial(local, expand * self.downsample_expand, stride=2)
-        blocks: list[Callable[..., nn.Module]] = [functools.partial(BranchBlock, halving, None)]
+        blocks: list[Callable[..., nn.Module]] = [functools.partial(HalvingBlock, halving)]
         for _ in range(self.depths[stage]):
             if kind == "attention":
                 blocks.append(functools.partial(AttentionBlock, attention, branch, (next(rates), next(rates))))
             else:
-                blocks.append(functools.partial(BranchBlock, branch, next(rates)))
+                blocks.append(functools.partial(Residual, branch, next(rates), "main"))
         return blocks
 
 

@@ -104,6 +104,24 @@ class ConvNormAct(nn.Module):
         return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
 
+class Residual(Block):
+    """A branch on a residual path, with stochastic depth.
+
+    Attributes:
+      branch: constructor of the branch.
+      drop_path: rate of dropping it.
+      part: name of the branch's submodule.
+    """
+
+    branch: Callable[..., nn.Module]
+    drop_path: float
+    part: str
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        return x + DropPath(self.drop_path)(self.branch(name=self.part)(x, train=train), train=train)
+
+
 class GroupedMlp(nn.Module):
     """Two grouped 1x1 convolutions of a map with an activation and a channel shuffle between them.
 
@@ -163,6 +181,7 @@ class SelfAttention(nn.Module):
       position_bias: constructor of a named submodule that returns a bias of the logits, `[heads, N, N]`.
       attn_drop: dropout of the attention probabilities.
       proj_drop: dropout of the output.
+      qkv_bias: of the fused projection.
     """
 
     heads: int
@@ -170,12 +189,13 @@ class SelfAttention(nn.Module):
     position_bias: Callable[[], nn.Module] | None = None
     attn_drop: float = 0.0
     proj_drop: float = 0.0
+    qkv_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Maps tokens `[B, N, C]` to `[B, N, C]`."""
         channels = x.shape[-1]
-        qkv = Linear(3 * channels, name="qkv", **self.inits)(x)
+        qkv = Linear(3 * channels, bias=self.qkv_bias, name="qkv", **self.inits)(x)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         bias = None if self.position_bias is None else self.position_bias()()
         dropout = nn.Dropout(self.attn_drop, deterministic=False)

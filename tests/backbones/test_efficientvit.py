@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxmap.backbones import efficientvit
 from maxmap.backbones.efficientvit import relu_attention
 from maxmap.errors import UserError
+from maxmap.layers import blocks
 from maxmap.models import create_model
 from tests import zoo
 from tests.reference import import_timm
@@ -90,7 +90,7 @@ def test_relu_attention_computes_in_float32():
 
 def test_drop_path_rates(monkeypatch, plain_convolutions):
     """Over all residual branches, of which attention blocks have two: i / N of the rate, from 1 on."""
-    rates = zoo.rates_of(small("b", drop_path=0.7), SIZE, monkeypatch, efficientvit)
+    rates = zoo.rates_of(small("b", drop_path=0.7), SIZE, monkeypatch, blocks)
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
 
 
