@@ -46,6 +46,7 @@ FAMILIES = (
     ("CSWin_64_12211_tiny_224", "microsoft", ".pth", "state_dict_ema"),
     ("faster_vit_0_224", "nvlabs", ".pth.tar", "state_dict"),
     ("efficientvit_b1", "mit", ".pt", "state_dict"),
+    ("efficientvit_m1", "microsoft", ".pth", "model"),
     ("mobilevit_s", "timm", ".safetensors", ""),
     ("mobilevitv2_100", "timm", ".safetensors", ""),
     ("pit_s_224", "timm", ".safetensors", ""),

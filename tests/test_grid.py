@@ -37,6 +37,10 @@ BACKBONES = {
             "head_dim": 8,
         },
     ),
+    "efficientvit_msra": (
+        "efficientvit_m0",
+        {"image_size": 64, "embed_dim": (8, 16), "depths": (1, 1), "heads": (2, 2), "key_dim": 4, "window": 3},
+    ),
     "fastervit": (
         "faster_vit_3_224",
         {"image_size": 64, "embed_dim": 8, "stem_width": 6, "depths": (1, 1, 1, 1), "heads": (2, 4)},
@@ -112,6 +116,12 @@ IDLE = {
     ("efficientvit", "*"): {
         "backbone/stem/res0/main/point_conv/norm/bias": SHIFT,
         "backbone/stages_1/blocks_1/local_module/main/point_conv/norm/bias": SHIFT,  # its linear head begins with one
+    },
+    ("efficientvit_msra", "*"): {
+        "backbone/stages_1/downsample/res1_0/m/bn/bias": SHIFT,
+        "backbone/stages_1/downsample/res1_1/m/pw2/bn/bias": SHIFT,
+        "backbone/stages_1/blocks_0/dw1/m/bn/bias": SHIFT,
+        "backbone/stages_1/blocks_0/ffn1/m/pw2/bn/bias": SHIFT,  # its linear head begins with a batch norm
     },
     ("fastervit", "*"): {
         "backbone/levels_[01]/blocks_0/conv[12]/bias": SHIFT,
@@ -291,6 +301,7 @@ STEMS = {
     "convnext": "stem_0",
     "cswin": "stage1_conv_embed_0",
     "efficientvit": "stem/in_conv/conv",
+    "efficientvit_msra": "patch_embed/conv1/conv",
     "fastervit": "patch_embed/conv_down_0",
     "maxxvit": "stem/conv1",
     "metaformer": "stem/conv",
@@ -302,6 +313,7 @@ STEMS = {
 }
 # What is made for one image size, and follows it.
 TABLES = {
+    "efficientvit_msra": {"backbone/stages_1/blocks_0/mixer/m/attn/attention_biases"},
     "maxxvit": {
         f"backbone/stages_{i}/blocks_0/attn_{kind}/attn/rel_pos/relative_position_bias_table"
         for i in (0, 1)

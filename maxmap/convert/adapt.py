@@ -3,6 +3,7 @@
 Conversion and `init_from` both use `adapt`. Its report names every leaf that it changes, drops or initialises.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -204,7 +205,8 @@ def _change(
     if path[-1] in RESIZED_LEAVES:
         resized = resize_table(value, path[-1], shape, resize)
         if resized is not None:
-            return resized, f"resized ({resize}) from {table_size(value.shape)} to {table_size(shape)}"
+            size = functools.partial(table_size, path[-1])
+            return resized, f"resized ({resize}) from {size(value.shape)} to {size(shape)}"
     return None
 
 

@@ -17,6 +17,7 @@ CANONICAL: dict[str, list[tuple[str, str]]] = {
     "CSWin": [(r"^head\.fc\.", "head.")],
     "EfficientViT": [(r"^head\.fc\.", "head.classifier.4.")],
     "EfficientViTLarge": [(r"^head\.fc\.", "head.classifier.4.")],
+    "EfficientViTMSRA": [(r"^head\.norm\.", "head.bn."), (r"^head\.fc\.", "head.linear.")],
     "FasterViT": [(r"^head\.fc\.", "head.")],
     "GramianHead": [(r"^head\.", "")],
     "MAPHead": [(r"\.norm1\.([12])\.", r".norm1_\1.")],
@@ -195,17 +196,38 @@ MIT_LARGE = Naming(
         *_MIT_HEAD,
     ),
 )
+# Cream numbers the blocks of each part of the network; the three that halve the map come first. timm names those.
+_CREAM_PLACES = (
+    *((f"patch_embed.{2 * i}.", f"patch_embed.conv{i + 1}.") for i in range(4)),
+    ("blocks1.*.", "stages.0.blocks.*."),
+    *(
+        (f"blocks{stage + 1}.{theirs}.", f"stages.{stage}.{ours}.")
+        for stage in (1, 2)
+        for theirs, ours in (
+            *(("0.*", "downsample.res1.*"), ("1", "downsample.patchmerge"), ("2.*", "downsample.res2.*")),
+            *((str(block + 3), f"blocks.{block}") for block in range(4)),
+        )
+    ),
+)
+_CREAM_CONVS = (
+    *("", "conv*.", "m.", "m.pw*.", "dw*.m.", "ffn*.m.pw*."),
+    *(f"mixer.m.attn.{part}.*." for part in ("qkvs", "dws", "proj")),
+)
+CREAM = Naming(
+    "microsoft",
+    r"blocks1\.0\.dw0\.m\.c\.",
+    (
+        *((f"{theirs}{conv}c.", f"{ours}{conv}conv.") for theirs, ours in _CREAM_PLACES for conv in _CREAM_CONVS),
+        *_CREAM_PLACES,
+        ("head.l.", "head.linear."),
+    ),
+)
 
 # By dialect: the naming of each backbone, or of a backbone with a certain head.
 DIALECTS: dict[str, Mapping[str, Naming]] = {
     "timm": {
-        **dict.fromkeys(
-            (
-                *("ConvNeXt", "EfficientViT", "EfficientViTLarge", "MaxxViT", "MetaFormer", "MobileViT", "PiT"),
-                *("ResNet", "ViT"),
-            ),
-            CANONICAL_NAMING,
-        ),
+        **dict.fromkeys(("ConvNeXt", "EfficientViT", "EfficientViTLarge", "EfficientViTMSRA"), CANONICAL_NAMING),
+        **dict.fromkeys(("MaxxViT", "MetaFormer", "MobileViT", "PiT", "ResNet", "ViT"), CANONICAL_NAMING),
         "MobileNetV1": TIMM_MOBILENET,
     },
     "sail-sg": {"MetaFormer": SAIL},
@@ -219,7 +241,7 @@ DIALECTS: dict[str, Mapping[str, Naming]] = {
         "PiT": PIT,
     },
     "nvlabs": {"FasterViT": CANONICAL_NAMING},
-    "microsoft": {"CSWin": CANONICAL_NAMING},
+    "microsoft": {"CSWin": CANONICAL_NAMING, "EfficientViTMSRA": CREAM},
     "torchvision": {"MaxxViT": TORCHVISION, "ResNet": CANONICAL_NAMING},
     "retinaface": {"MobileNetV1": RETINAFACE},
     "mit": {"EfficientViT": MIT, "EfficientViTLarge": MIT_LARGE},

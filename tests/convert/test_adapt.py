@@ -137,6 +137,19 @@ def test_tables_of_offsets(old, new):
     assert np.abs(resize_table(table, name, (3, size, size), "bicubic") - simple).max() < 1e-6
 
 
+@pytest.mark.parametrize("old, new", [(4, 7), (7, 4)])
+def test_tables_of_distances(old, new):
+    """EfficientViT's of MSRA, as timm does when it loads a checkpoint."""
+    import_timm()
+    import torch
+    from timm.layers import resize_rel_pos_bias_table_levit
+
+    table = np.random.default_rng(0).standard_normal((3, old**2)).astype(np.float32)
+    wanted = resize_rel_pos_bias_table_levit(torch.from_numpy(table.T.copy()), (new**2, 3)).numpy().T
+    assert np.abs(resize_table(table, "attention_biases", (3, new**2), "bicubic") - wanted).max() < 1e-5
+    assert resize_table(table, "attention_biases", (3, new**2), "geometric") is None
+
+
 @pytest.mark.parametrize("old, new", [(7, 12), (12, 7)])
 @pytest.mark.filterwarnings("ignore:.*searchsorted:UserWarning", "ignore:.*non-tuple sequence:UserWarning")
 def test_geometric_tables(old, new):

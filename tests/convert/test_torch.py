@@ -196,6 +196,18 @@ DIALECT_CASES = [
     ("nvlabs", "faster_vit_0_224", {"depths": (1, 1, 1, 1)}, {"levels.2.blocks.0.hat_attn.qkv.bias": (768,)}),
     (
         "microsoft",
+        "efficientvit_m1",
+        {"depths": (1, 1, 2)},
+        {
+            "patch_embed.6.c.weight": (128, 64, 3, 3),
+            "blocks2.2.1.m.pw1.c.weight": (288, 144, 1, 1),
+            "blocks3.4.mixer.m.attn.dws.0.c.weight": (16, 1, 7, 7),
+            "blocks3.4.mixer.m.attn.attention_bias_idxs": (16, 16),
+            "head.l.bias": (3,),
+        },
+    ),
+    (
+        "microsoft",
         "CSWin_64_12211_tiny_224",
         {"depths": (1, 1, 1, 1)},
         {"stage4.0.attns.0.get_v.weight": (512, 1, 3, 3)},
