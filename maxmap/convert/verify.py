@@ -19,7 +19,7 @@ from maxmap.convert.dialects import naming_for
 from maxmap.convert.load import read_model
 from maxmap.convert.mobilenet import identity_variances
 from maxmap.convert.sources import read_source
-from maxmap.convert.torch import as_array, image_kernel, leaf_shapes, match_entries, to_torch
+from maxmap.convert.torch import as_array, image_kernels, leaf_shapes, match_entries, to_torch
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
 from maxmap.models import Classifier, create_model
@@ -80,8 +80,8 @@ def verify(
     reference = _reference(model, info["model"], theirs)
     if reference is not None:
         report["reference"] = _library(reference)
-        stem = image_kernel(leaf_shapes(model))
-        channels = 3 if stem is None else traverse_util.flatten_dict(variables)[stem].shape[2]
+        first = image_kernels(leaf_shapes(model))
+        channels = traverse_util.flatten_dict(variables)[first[0]].shape[2] if first else 3
         size = pair(model.backbone.image_size)
         x = np.random.default_rng(0).standard_normal((images, *size, channels))
         for dtype, allowed in (TOLERANCES | ({} if tolerance is None else {"float64": tolerance})).items():
