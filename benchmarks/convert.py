@@ -47,6 +47,7 @@ FAMILIES = (
     ("faster_vit_0_224", "nvlabs", ".pth.tar", "state_dict"),
     ("efficientvit_b1", "mit", ".pt", "state_dict"),
     ("efficientvit_m1", "microsoft", ".pth", "model"),
+    ("fastvit_sa12", "apple", ".pth.tar", "state_dict"),
     ("mobilevit_s", "timm", ".safetensors", ""),
     ("mobilevitv2_100", "timm", ".safetensors", ""),
     ("pit_s_224", "timm", ".safetensors", ""),

@@ -7,7 +7,7 @@ from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
 from maxmap.inference import load, predict, preprocess
-from maxmap.models import Classifier, average, create_model, list_models
+from maxmap.models import Classifier, average, create_model, fuse, list_models
 
 __all__ = [
     "Classifier",
@@ -20,6 +20,7 @@ __all__ = [
     "create_model",
     "feature_info",
     "from_torch",
+    "fuse",
     "intermediates",
     "list_models",
     "load",

@@ -20,6 +20,7 @@ from maxmap.backbones import (
     efficientvit,
     efficientvit_msra,
     fastervit,
+    fastvit,
     maxxvit,
     metaformer,
     mobilenet,
@@ -43,6 +44,7 @@ FAMILIES: dict[str, Mapping[str, Variant]] = {
     "efficientvit": efficientvit.VARIANTS,
     "efficientvit_msra": efficientvit_msra.VARIANTS,
     "fastervit": fastervit.VARIANTS,
+    "fastvit": fastvit.VARIANTS,
     "maxxvit": maxxvit.VARIANTS,
     "metaformer": metaformer.VARIANTS,
     "mobilenet": mobilenet.VARIANTS,
@@ -176,6 +178,31 @@ def block_paths(model: Classifier) -> list[list[str]]:
 def average(outputs: Mapping[str, Array]) -> Array:
     """Returns the prediction `[B, K]`: the mean of the branches' logits (not of their probabilities)."""
     return jnp.mean(upcast(outputs["logits"]), axis=0)
+
+
+def fuse(model: Classifier, variables: Mapping[str, Any]) -> tuple[Classifier, dict[str, Any]]:
+    """Replaces the branches that a backbone trains with by single convolutions, for inference.
+
+    Args:
+      model: whose backbone has the field `fused`: FastViT.
+      variables: of the model.
+
+    Returns:
+      The fused model and its variables, which compute the same outputs without `train`.
+
+    Raises:
+      UserError: the backbone has one form only, or is fused already.
+    """
+    if not hasattr(model.backbone, "fuse"):
+        raise UserError(f"{type(model.backbone).__name__} has one form only: fuse is for FastViT.")
+    if model.backbone.fused:
+        raise UserError("the model is fused already.")
+    (params, head), statistics = (variables["params"][part] for part in ("backbone", "head")), variables["batch_stats"]
+    backbone, params, fused = model.backbone.fuse(params, statistics["backbone"])
+    return model.clone(backbone=backbone), {
+        "params": {"backbone": params, "head": head},
+        "batch_stats": {**statistics, "backbone": fused},
+    }
 
 
 @dataclass(frozen=True)

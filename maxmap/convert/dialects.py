@@ -19,6 +19,8 @@ CANONICAL: dict[str, list[tuple[str, str]]] = {
     "EfficientViTLarge": [(r"^head\.fc\.", "head.classifier.4.")],
     "EfficientViTMSRA": [(r"^head\.norm\.", "head.bn."), (r"^head\.fc\.", "head.linear.")],
     "FasterViT": [(r"^head\.fc\.", "head.")],
+    "FastViT": [(r"\.layer_scale\.([12])\.", r".layer_scale_\1.")],
+    "FastViTSA": [(r"\.layer_scale\.([12])\.", r".layer_scale_\1.")],
     "GramianHead": [(r"^head\.", "")],
     "MAPHead": [(r"\.norm1\.([12])\.", r".norm1_\1.")],
     "MetaFormer": [(r"\.(act1?|res_scale[12])\.weight$", r".\1.scale")],
@@ -223,10 +225,38 @@ CREAM = Naming(
     ),
 )
 
+
+def _apple(attention: bool) -> Naming:
+    """FastViT's authors number stages and what stands between them through; attention has a position encoding."""
+    mobile_one = (
+        *(("rbr_skip.", "identity."), ("rbr_conv.*.", "conv_kxk.*."), ("rbr_scale.", "conv_scale.")),
+        *(("se.reduce.", "se.fc1."), ("se.expand.", "se.fc2."), ("", "")),
+    )
+    large_kernel = (("lkb_origin.", "large_conv."), ("lkb_reparam.", "reparam_conv."), ("", ""))
+    block = (
+        *((f"token_mixer.{part}.{a}", f"token_mixer.{part}.{b}") for part in ("mixer", "norm") for a, b in mobile_one),
+        *((f"{name}", f"{name}.gamma") for name in ("token_mixer.layer_scale", "layer_scale_*", "layer_scale")),
+        *(("convffn.", "mlp."), ("", "")),
+    )
+    last = 7 if attention else 6
+    rules = [
+        *((f"patch_embed.*.{a}", f"stem.*.{b}") for a, b in mobile_one),
+        *((f"conv_exp.{a}", f"final_conv.{b}") for a, b in mobile_one),
+        *((f"network.{n}.*.{a}", f"stages.{i}.blocks.*.{b}") for i, n in enumerate((0, 2, 4, last)) for a, b in block),
+        *(("network.6.pe.", "stages.3.pos_emb.pos_enc."), ("network.6.", "stages.3.pos_emb.")),
+        ("head.", "head.fc."),
+    ]
+    for i, n in ((1, 1), (2, 3), (3, 5)):
+        rules += [(f"network.{n}.proj.0.{a}", f"stages.{i}.downsample.proj.0.{b}") for a, b in large_kernel]
+        rules += [(f"network.{n}.proj.1.{a}", f"stages.{i}.downsample.proj.1.{b}") for a, b in mobile_one]
+    return Naming("apple", rf"network\.{last}\.\d+\.convffn\.", tuple(rules))
+
+
 # By dialect: the naming of each backbone, or of a backbone with a certain head.
 DIALECTS: dict[str, Mapping[str, Naming]] = {
     "timm": {
         **dict.fromkeys(("ConvNeXt", "EfficientViT", "EfficientViTLarge", "EfficientViTMSRA"), CANONICAL_NAMING),
+        **dict.fromkeys(("FastViT", "FastViTSA"), CANONICAL_NAMING),
         **dict.fromkeys(("MaxxViT", "MetaFormer", "MobileViT", "PiT", "ResNet", "ViT"), CANONICAL_NAMING),
         "MobileNetV1": TIMM_MOBILENET,
     },
@@ -245,6 +275,7 @@ DIALECTS: dict[str, Mapping[str, Naming]] = {
     "torchvision": {"MaxxViT": TORCHVISION, "ResNet": CANONICAL_NAMING},
     "retinaface": {"MobileNetV1": RETINAFACE},
     "mit": {"EfficientViT": MIT, "EfficientViTLarge": MIT_LARGE},
+    "apple": {"FastViT": _apple(attention=False), "FastViTSA": _apple(attention=True)},
 }
 
 

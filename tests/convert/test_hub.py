@@ -44,7 +44,16 @@ def source(state_dict, tmp_path_factory):
 
 
 # Backbones whose parameters are the same for every image size.
-FOR_EVERY_SIZE = ("ConvNeXt", "EfficientViT", "EfficientViTLarge", "MobileNetV1", "MobileViT", "ResNet")
+FOR_EVERY_SIZE = (
+    "ConvNeXt",
+    "EfficientViT",
+    "EfficientViTLarge",
+    "FastViT",
+    "FastViTSA",
+    "MobileNetV1",
+    "MobileViT",
+    "ResNet",
+)
 
 
 def test_every_published_checkpoint_is_of_a_model_of_its_name_and_size():

@@ -193,6 +193,29 @@ DIALECT_CASES = [
             "backbone.stages.4.op_list.1.local_module.main.inverted_conv.conv.bias": (192,),
         },
     ),
+    (
+        "apple",
+        "fastvit_t8",
+        {"depths": (1, 1, 1, 1)},
+        {
+            "network.5.proj.0.lkb_origin.conv.weight": (384, 1, 7, 7),
+            "network.6.0.token_mixer.norm.rbr_skip.weight": (384,),
+            "network.6.0.token_mixer.layer_scale": (384, 1, 1),
+            "conv_exp.se.reduce.weight": (48, 768, 1, 1),
+        },
+    ),
+    (
+        "apple",
+        "fastvit_sa12",
+        {"depths": (1, 1, 1, 1), "fused": True},
+        {
+            "patch_embed.0.reparam_conv.weight": (64, 3, 3, 3),
+            "network.6.reparam_conv.bias": (512,),
+            "network.7.0.layer_scale_2": (512, 1, 1),
+            "network.7.0.convffn.conv.bn.weight": (512,),
+            "head.bias": (3,),
+        },
+    ),
     ("nvlabs", "faster_vit_0_224", {"depths": (1, 1, 1, 1)}, {"levels.2.blocks.0.hat_attn.qkv.bias": (768,)}),
     (
         "microsoft",
