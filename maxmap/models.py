@@ -197,11 +197,11 @@ def fuse(model: Classifier, variables: Mapping[str, Any]) -> tuple[Classifier, d
         raise UserError(f"{type(model.backbone).__name__} has one form only: fuse is for FastViT.")
     if model.backbone.fused:
         raise UserError("the model is fused already.")
-    (params, head), statistics = (variables["params"][part] for part in ("backbone", "head")), variables["batch_stats"]
-    backbone, params, fused = model.backbone.fuse(params, statistics["backbone"])
+    params, statistics = variables["params"], variables["batch_stats"]
+    backbone, fused, running = model.backbone.fuse(params["backbone"], statistics["backbone"])
     return model.clone(backbone=backbone), {
-        "params": {"backbone": params, "head": head},
-        "batch_stats": {**statistics, "backbone": fused},
+        "params": {**params, "backbone": fused},
+        "batch_stats": {**statistics, "backbone": running},
     }
 
 

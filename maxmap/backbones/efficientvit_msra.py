@@ -160,12 +160,14 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        for pair_name, rates in (("res1", self.drop_path[:2]), ("res2", self.drop_path[2:])):
-            for i, branch in enumerate((_depthwise(x.shape[-1]), FeedForward)):
-                x = Residual(branch, rates[i], "m", name=f"{pair_name}_{i}")(x, train=train)
-            if pair_name == "res1":
-                x = PatchMerging(self.channels, name="patchmerge")(x, train=train)
-        return x
+        def residuals(x: Array, name: str, rates: Sequence[float]) -> Array:
+            for i, (branch, rate) in enumerate(zip((_depthwise(x.shape[-1]), FeedForward), rates, strict=True)):
+                x = Residual(branch, rate, "m", name=f"{name}_{i}")(x, train=train)
+            return x
+
+        x = residuals(x, "res1", self.drop_path[:2])
+        x = PatchMerging(self.channels, name="patchmerge")(x, train=train)
+        return residuals(x, "res2", self.drop_path[2:])
 
 
 class Stage(nn.Module):
