@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxmap.convert.torch import from_torch
+from maxmap.convert.verify import keeping_float64
 from maxmap.convert.wrappers import DERIVED
 from maxmap.cost import cost
 from maxmap.heads.map import MAPHead
@@ -126,12 +127,14 @@ def from_timm(model: Classifier, name: str, images: np.ndarray) -> Reference | N
         if hasattr(module, "rel_coords_log"):  # timm computes these logarithms of integers in float32
             log = module.rel_coords_log
             module.rel_coords_log = log.sign() * log.abs().expm1().round().log1p()
-    indices = None
+    options: dict[str, Any] = {}
+    if name.startswith("mobilevit_"):  # the convolution behind the stages is not a part of the last one
+        options["exclude_final_conv"] = True
     if name.startswith("vit_"):  # one map after every block there, one after every group of blocks here
-        indices = [int(i) - 1 for i in np.cumsum(model.backbone.depths)]
-    with torch.inference_mode():
+        options["indices"] = [int(i) - 1 for i in np.cumsum(model.backbone.depths)]
+    with torch.inference_mode(), keeping_float64():
         x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        last, maps = reference.forward_intermediates(x, indices=indices, norm=False)
+        last, maps = reference.forward_intermediates(x, norm=False, **options)
         logits = reference.forward_head(last).numpy()[None]
     return Reference("timm", weights, images, logits, None, [m.numpy().transpose(0, 2, 3, 1) for m in maps])
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from maxmap.heads.linear import LinearHead
     from maxmap.heads.map import MAPHead
     from maxmap.inference import load, predict, preprocess
-    from maxmap.models import Classifier, average, create_model, list_models
+    from maxmap.models import Classifier, average, create_model, fuse, list_models
 
 __all__ = [
     "Classifier",
@@ -30,6 +30,7 @@ __all__ = [
     "explain",
     "feature_info",
     "from_torch",
+    "fuse",
     "intermediates",
     "list_models",
     "load",
@@ -47,7 +48,7 @@ _MODULES = {
     "maxmap.heads.linear": ("LinearHead",),
     "maxmap.heads.map": ("MAPHead",),
     "maxmap.inference": ("load", "predict", "preprocess"),
-    "maxmap.models": ("Classifier", "average", "create_model", "list_models"),
+    "maxmap.models": ("Classifier", "average", "create_model", "fuse", "list_models"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -74,8 +74,10 @@ def list_command(pattern: str, family: str | None, head: str | None, pretrained:
 
 def _print_models(names: list[str], kinds: dict[str, tuple[str, str]], measured: dict[str, dict[str, str]]) -> None:
     """Prints models with their costs as `make parity` wrote them down, since tracing takes a second each."""
-    longest = max(map(len, names))
-    print(f"{'model':{longest}}  {'family':10}  {'head':8}  {'parameters':>13}  {'GFLOPs':>7}  {'image':>7}  parity")
+    longest, family = max(map(len, names)), max(map(len, FAMILIES))
+    print(
+        f"{'model':{longest}}  {'family':{family}}  {'head':8}  {'parameters':>13}  {'GFLOPs':>7}  {'image':>7}  parity"
+    )
     for name in names:
         model, row = create_model(name), measured.get(name, {})
         height, width = pair(model.backbone.image_size)
@@ -87,7 +89,7 @@ def _print_models(names: list[str], kinds: dict[str, tuple[str, str]], measured:
             parameters, operations = cost(model)
             billions = operations / 1e9
         print(
-            f"{name:{longest}}  {kinds[name][0]:10}  {kinds[name][1]:8}  {parameters:13,}  {billions:7.2f}  "
+            f"{name:{longest}}  {kinds[name][0]:{family}}  {kinds[name][1]:8}  {parameters:13,}  {billions:7.2f}  "
             f"{f'{height}x{width}':>7}  {row['against'] if row.get('ok') == 'yes' else '-'}",
             flush=True,
         )

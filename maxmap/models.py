@@ -17,10 +17,14 @@ from maxmap.backbones import (
     Variant,
     convnext,
     cswin,
+    efficientvit,
+    efficientvit_msra,
     fastervit,
+    fastvit,
     maxxvit,
     metaformer,
     mobilenet,
+    mobilevit,
     pit,
     resnet,
     vit,
@@ -37,10 +41,14 @@ from maxmap.ranges import CountOrZero, Pixels, check_arguments, check_fields
 FAMILIES: dict[str, Mapping[str, Variant]] = {
     "convnext": convnext.VARIANTS,
     "cswin": cswin.VARIANTS,
+    "efficientvit": efficientvit.VARIANTS,
+    "efficientvit_msra": efficientvit_msra.VARIANTS,
     "fastervit": fastervit.VARIANTS,
+    "fastvit": fastvit.VARIANTS,
     "maxxvit": maxxvit.VARIANTS,
     "metaformer": metaformer.VARIANTS,
     "mobilenet": mobilenet.VARIANTS,
+    "mobilevit": mobilevit.VARIANTS,
     "pit": pit.VARIANTS,
     "resnet": resnet.VARIANTS,
     "vit": vit.VARIANTS,
@@ -192,6 +200,31 @@ def block_paths(model: Classifier) -> list[list[str]]:
 def average(outputs: Mapping[str, Array]) -> Array:
     """Returns the prediction `[B, K]`: the mean of the branches' logits (not of their probabilities)."""
     return jnp.mean(upcast(outputs["logits"]), axis=0)
+
+
+def fuse(model: Classifier, variables: Mapping[str, Any]) -> tuple[Classifier, dict[str, Any]]:
+    """Replaces the branches that a backbone trains with by single convolutions, for inference.
+
+    Args:
+      model: whose backbone has the field `fused`: FastViT.
+      variables: of the model.
+
+    Returns:
+      The fused model and its variables, which compute the same outputs without `train`.
+
+    Raises:
+      UserError: the backbone has one form only, or is fused already.
+    """
+    if not hasattr(model.backbone, "fuse"):
+        raise UserError(f"{type(model.backbone).__name__} has one form only: fuse is for FastViT.")
+    if model.backbone.fused:
+        raise UserError("the model is fused already.")
+    params, statistics = variables["params"], variables["batch_stats"]
+    backbone, fused, running = model.backbone.fuse(params["backbone"], statistics["backbone"])
+    return model.clone(backbone=backbone), {
+        "params": {**params, "backbone": fused},
+        "batch_stats": {**statistics, "backbone": running},
+    }
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ Transformation: TypeAlias = optax.GradientTransformation
 # The last two must be whole leaf names: FasterViT has position MLPs below 'pos_embed/', and those decay.
 NO_DECAY = (
     r"(^|/)relative_position_bias_table$",
+    r"(^|/)attention_biases$",
     r"(^|/)rel_pos/mlp/",
     r"(^|/)pos_embed$",
     r"(^|/)cls_token$",

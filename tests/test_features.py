@@ -17,7 +17,11 @@ from tests.zoo import error, filled, nchw, nhwc, numbers, quick, randomised
 
 
 @pytest.mark.parametrize(
-    "name", ["maxvit_tiny_tf_224", "coatnet_0_rw_224", "convnext_tiny", "resnet50", "caformer_s18", "mobilenet_v1"]
+    "name",
+    [
+        *("maxvit_tiny_tf_224", "coatnet_0_rw_224", "convnext_tiny", "resnet50", "caformer_s18", "mobilenet_v1"),
+        *("efficientvit_b0", "mobilevitv2_100"),
+    ],
 )
 def test_feature_info_is_timms(name, plain_convolutions):
     import torch
@@ -26,7 +30,7 @@ def test_feature_info_is_timms(name, plain_convolutions):
     timm = import_timm()
     with torch.device("meta"):
         wanted = timm.create_model({"mobilenet_v1": "mobilenetv1_100"}.get(name, name)).feature_info
-    if name in ("convnext_tiny", "caformer_s18"):  # timm leaves the stem out
+    if name in ("convnext_tiny", "caformer_s18", "efficientvit_b0", "mobilevitv2_100"):  # timm leaves the stem out
         found = found[1:]
     assert [(info.channels, info.stride) for info in found] == [(row["num_chs"], row["reduction"]) for row in wanted]
 

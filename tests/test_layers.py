@@ -181,6 +181,8 @@ def test_resampling_equals_torch(size, x64):
     assert_close(pooling.adaptive_average(jnp.asarray(x), size), nhwc(wanted))
     wanted = interpolate(nchw(x), size, mode="bilinear", align_corners=False, antialias=False)
     assert_close(pooling.bilinear(jnp.asarray(x), size), nhwc(wanted))
+    wanted = interpolate(nchw(x), size, mode="bilinear", align_corners=True)
+    assert_close(pooling.bilinear(jnp.asarray(x), size, align_corners=True), nhwc(wanted))
 
 
 def test_gram_projection(x64):

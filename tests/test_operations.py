@@ -116,12 +116,13 @@ def test_sums_over_positions_are_of_float32(platform):
     assert_close(gradient(jnp.ones(2, jnp.bfloat16)).astype(jnp.float32), [10_000.0, 10_000.0], 2**-8)
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("name", ["hard_swish", "silu", "gelu", "gelu_tanh"])
 def test_activations_equal_torch(name, platform, x64):
     import torch
-    from torch.nn.functional import gelu, silu
+    from torch.nn.functional import gelu, hardswish, silu
 
-    theirs = {"silu": silu, "gelu": gelu, "gelu_tanh": functools.partial(gelu, approximate="tanh")}
+    theirs = {"hard_swish": hardswish, "silu": silu, "gelu": gelu}
+    theirs["gelu_tanh"] = functools.partial(gelu, approximate="tanh")
     x, direction = 3 * numbers(0, 100), numbers(1, 100)
     leaf = torch.from_numpy(x).requires_grad_()
     wanted = theirs[name](leaf)

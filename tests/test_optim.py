@@ -79,6 +79,7 @@ def test_groups_are_those_of_timm(model):
         ("head/attention/query/bias", 2, False),
         ("head/mmcap_0/x_cls", 3, True),
         ("backbone/stages_0/blocks_1/attn_block/attn/rel_pos/relative_position_bias_table", 2, False),
+        ("backbone/stages_0/blocks_0/mixer/m/attn/attention_biases", 2, False),
         ("backbone/stages_0/blocks_1/attn_block/attn/rel_pos/mlp/fc1/kernel", 2, False),
         ("backbone/stages_0/blocks_1/attn_block/mlp/fc1/kernel", 2, True),
         ("backbone/pos_embed", 4, False),

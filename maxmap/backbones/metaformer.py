@@ -29,6 +29,7 @@ from maxmap.layers.primitives import (
     StarReLU,
     average_pool,
     drop_path_rates,
+    map_norm,
     require_image_size,
     require_one_of,
 )
@@ -43,9 +44,7 @@ def _norm(kind: str, name: str) -> nn.Module:
     """Returns a norm without bias, over the "channels" of each pixel or the whole "map" of each image."""
     if kind == "channels":
         return LayerNorm(1e-6, use_bias=False, name=name)
-    return nn.LayerNorm(
-        epsilon=1e-6, use_bias=False, use_fast_variance=False, reduction_axes=(-3, -2, -1), feature_axes=-1, name=name
-    )
+    return map_norm(1e-6, use_bias=False, name=name)
 
 
 class RandomMixing(nn.Module):

@@ -3,6 +3,7 @@
 Conversion and `init_from` both use `adapt`. Its report names every leaf that it changes, drops or initialises.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from maxmap.convert.resize import RESIZED_LEAVES, RESIZES, resize_table, table_size, to_float32
-from maxmap.convert.torch import LeafPath, LeafShapes, image_kernel, leaf_shapes, raise_faults, torch_name
+from maxmap.convert.torch import LeafPath, LeafShapes, image_kernels, leaf_shapes, raise_faults, torch_name
 from maxmap.convert.wrappers import KeyMatch
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
@@ -94,7 +95,7 @@ def adapt(
     """
     _check_resize(resize)
     shapes, classifier = trace_shapes(model)
-    shapes, input_kernel = _set_channels(shapes, source, in_channels)
+    shapes, input_kernels = _set_channels(shapes, source, in_channels)
     optional, unwanted = _may_differ(source, model, shapes, classifier, other_head)
     class_maps, all_faults = dict.fromkeys(classifier, class_map), list(faults)
     report, leaves = LoadReport(), {}
@@ -108,7 +109,7 @@ def adapt(
         elif path in classifier and _differ_in_classes(value.shape, leaf.shape) and not class_map:
             report.dropped.append(name)
             report.initialised.append(name)
-        elif changed := _change(value, path, leaf.shape, path == input_kernel, class_maps.get(path), resize):
+        elif changed := _change(value, path, leaf.shape, path in input_kernels, class_maps.get(path), resize):
             leaves[path], report.changed[name] = changed
         else:
             all_faults.append(f"misshapen: {name} is {value.shape}, the model has {leaf.shape}")
@@ -148,14 +149,15 @@ def with_classes(model: Classifier, num_classes: int) -> Classifier:
 
 def _set_channels(
     shapes: LeafShapes, source: Mapping[LeafPath, np.ndarray], in_channels: int | None
-) -> tuple[LeafShapes, LeafPath | None]:
-    """Returns the shapes for images of `in_channels` (None: as in the source), and the path of the input kernel."""
-    path = image_kernel(shapes)
-    if path is None or path not in source or source[path].ndim != 4:
-        return shapes, path
-    height, width, _, features = shapes[path].shape
-    channels = source[path].shape[2] if in_channels is None else in_channels
-    return {**shapes, path: jax.ShapeDtypeStruct((height, width, channels, features), shapes[path].dtype)}, path
+) -> tuple[LeafShapes, list[LeafPath]]:
+    """Returns the shapes for images of `in_channels` (None: as in the source), and the paths of the input kernels."""
+    paths, changed = image_kernels(shapes), dict(shapes)
+    for path in paths:
+        if path in source and source[path].ndim == 4:
+            height, width, _, features = shapes[path].shape
+            channels = source[path].shape[2] if in_channels is None else in_channels
+            changed[path] = jax.ShapeDtypeStruct((height, width, channels, features), shapes[path].dtype)
+    return changed, paths
 
 
 def _may_differ(
@@ -190,7 +192,7 @@ def _change(
       value: the leaf in the source.
       path: of the leaf.
       shape: in the model.
-      is_input_kernel: whether the leaf is the kernel that reads the images.
+      is_input_kernel: whether the leaf is a kernel that reads the images.
       class_map: for leaves of the classifier, see `adapt`; None for others.
       resize: see `adapt`.
     """
@@ -204,7 +206,8 @@ def _change(
     if path[-1] in RESIZED_LEAVES:
         resized = resize_table(value, path[-1], shape, resize)
         if resized is not None:
-            return resized, f"resized ({resize}) from {table_size(value.shape)} to {table_size(shape)}"
+            size = functools.partial(table_size, path[-1])
+            return resized, f"resized ({resize}) from {size(value.shape)} to {size(shape)}"
     return None
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from maxmap.backbones.efficientvit_msra import distance_index
 from maxmap.backbones.fastervit import PositionBias, PositionCode
 from maxmap.convert.dialects import SECOND_NAMES, rename
 from maxmap.layers.blocks import relative_index
@@ -37,6 +38,8 @@ def buffers(state_dict: Mapping[str, np.ndarray], model: Classifier) -> dict[str
         if match := re.fullmatch(r"(.*\.attn_layer\.1\.)relative_position_bias_table", key):  # torchvision
             side = (math.isqrt(value.shape[0]) + 1) // 2
             found[f"{match[1]}relative_position_index"] = _position_index(side)
+        if match := re.fullmatch(r"(blocks\d.*\.)attention_biases", key):  # Microsoft's
+            found[f"{match[1]}attention_bias_idxs"] = distance_index(math.isqrt(value.shape[1])).astype(np.int64)
         if match := re.fullmatch(r"(.*\.gram_token_extraction\.)ch_reduction\.0\.weight", key):
             rows, columns = np.triu_indices(value.shape[0])
             found[f"{match[1]}bp_index"] = rows * value.shape[0] + columns

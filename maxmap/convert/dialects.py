@@ -15,7 +15,12 @@ from maxmap.errors import UserError
 # the canonical one. The head's pairs come first, and of each list only the first pattern that matches is applied.
 CANONICAL: dict[str, list[tuple[str, str]]] = {
     "CSWin": [(r"^head\.fc\.", "head.")],
+    "EfficientViT": [(r"^head\.fc\.", "head.classifier.4.")],
+    "EfficientViTLarge": [(r"^head\.fc\.", "head.classifier.4.")],
+    "EfficientViTMSRA": [(r"^head\.norm\.", "head.bn."), (r"^head\.fc\.", "head.linear.")],
     "FasterViT": [(r"^head\.fc\.", "head.")],
+    "FastViT": [(r"\.layer_scale\.([12])\.", r".layer_scale_\1.")],
+    "FastViTSA": [(r"\.layer_scale\.([12])\.", r".layer_scale_\1.")],
     "GramianHead": [(r"^head\.", "")],
     "MAPHead": [(r"\.norm1\.([12])\.", r".norm1_\1.")],
     "MetaFormer": [(r"\.(act1?|res_scale[12])\.weight$", r".\1.scale")],
@@ -167,11 +172,92 @@ RETINAFACE = Naming(
         ("fc.", "fc.2."),
     ),
 )
+_MIT_HEAD = (
+    ("head.op_list.0.", "head.in_conv."),
+    ("head.op_list.2.linear.", "head.classifier.0."),
+    ("head.op_list.2.norm.", "head.classifier.1."),
+    ("head.op_list.3.linear.", "head.classifier.4."),
+)
+MIT = Naming(
+    "mit",
+    r"backbone\.input_stem\.op_list\.",
+    (
+        ("backbone.input_stem.op_list.0.", "stem.in_conv."),
+        ("backbone.input_stem.op_list.1.", "stem.res0."),
+        ("backbone.stages.*.op_list.*.", "stages.*.blocks.*."),
+        *_MIT_HEAD,
+    ),
+)
+MIT_LARGE = Naming(
+    "mit",
+    r"backbone\.stages\.0\.op_list\.0\.conv\.",
+    (
+        ("backbone.stages.0.op_list.0.", "stem.in_conv."),
+        ("backbone.stages.0.op_list.1.", "stem.res0."),
+        *((f"backbone.stages.{i + 1}.op_list.*.", f"stages.{i}.blocks.*.") for i in range(4)),  # the stem counts
+        *_MIT_HEAD,
+    ),
+)
+# Cream numbers the blocks of each part of the network; the three that halve the map come first. timm names those.
+_CREAM_PLACES = (
+    *((f"patch_embed.{2 * i}.", f"patch_embed.conv{i + 1}.") for i in range(4)),
+    ("blocks1.*.", "stages.0.blocks.*."),
+    *(
+        (f"blocks{stage + 1}.{theirs}.", f"stages.{stage}.{ours}.")
+        for stage in (1, 2)
+        for theirs, ours in (
+            *(("0.*", "downsample.res1.*"), ("1", "downsample.patchmerge"), ("2.*", "downsample.res2.*")),
+            *((str(block + 3), f"blocks.{block}") for block in range(4)),
+        )
+    ),
+)
+_CREAM_CONVS = (
+    *("", "conv*.", "m.", "m.pw*.", "dw*.m.", "ffn*.m.pw*."),
+    *(f"mixer.m.attn.{part}.*." for part in ("qkvs", "dws", "proj")),
+)
+CREAM = Naming(
+    "microsoft",
+    r"blocks1\.0\.dw0\.m\.c\.",
+    (
+        *((f"{theirs}{conv}c.", f"{ours}{conv}conv.") for theirs, ours in _CREAM_PLACES for conv in _CREAM_CONVS),
+        *_CREAM_PLACES,
+        ("head.l.", "head.linear."),
+    ),
+)
+
+
+def _apple(attention: bool) -> Naming:
+    """FastViT's authors number stages and what stands between them through; attention has a position encoding."""
+    mobile_one = (
+        *(("rbr_skip.", "identity."), ("rbr_conv.*.", "conv_kxk.*."), ("rbr_scale.", "conv_scale.")),
+        *(("se.reduce.", "se.fc1."), ("se.expand.", "se.fc2."), ("", "")),
+    )
+    large_kernel = (("lkb_origin.", "large_conv."), ("lkb_reparam.", "reparam_conv."), ("", ""))
+    block = (
+        *((f"token_mixer.{part}.{a}", f"token_mixer.{part}.{b}") for part in ("mixer", "norm") for a, b in mobile_one),
+        *((f"{name}", f"{name}.gamma") for name in ("token_mixer.layer_scale", "layer_scale_*", "layer_scale")),
+        *(("convffn.", "mlp."), ("", "")),
+    )
+    last = 7 if attention else 6
+    rules = [
+        *((f"patch_embed.*.{a}", f"stem.*.{b}") for a, b in mobile_one),
+        *((f"conv_exp.{a}", f"final_conv.{b}") for a, b in mobile_one),
+        *((f"network.{n}.*.{a}", f"stages.{i}.blocks.*.{b}") for i, n in enumerate((0, 2, 4, last)) for a, b in block),
+        *(("network.6.pe.", "stages.3.pos_emb.pos_enc."), ("network.6.", "stages.3.pos_emb.")),
+        ("head.", "head.fc."),
+    ]
+    for i, n in ((1, 1), (2, 3), (3, 5)):
+        rules += [(f"network.{n}.proj.0.{a}", f"stages.{i}.downsample.proj.0.{b}") for a, b in large_kernel]
+        rules += [(f"network.{n}.proj.1.{a}", f"stages.{i}.downsample.proj.1.{b}") for a, b in mobile_one]
+    return Naming("apple", rf"network\.{last}\.\d+\.convffn\.", tuple(rules))
+
 
 # By dialect: the naming of each backbone, or of a backbone with a certain head.
 DIALECTS: dict[str, Mapping[str, Naming]] = {
     "timm": {
-        **dict.fromkeys(("ConvNeXt", "MaxxViT", "MetaFormer", "PiT", "ResNet", "ViT"), CANONICAL_NAMING),
+        **dict.fromkeys(("ConvNeXt", "EfficientViT", "EfficientViTLarge", "EfficientViTMSRA"), CANONICAL_NAMING),
+        **dict.fromkeys(("FastViT", "FastViTSA"), CANONICAL_NAMING),
+        **dict.fromkeys(("MaxxViT", "MetaFormer", "MobileViT", "PiT", "ResNet", "ViT"), CANONICAL_NAMING),
         "MobileNetV1": TIMM_MOBILENET,
     },
     "sail-sg": {"MetaFormer": SAIL},
@@ -185,9 +271,11 @@ DIALECTS: dict[str, Mapping[str, Naming]] = {
         "PiT": PIT,
     },
     "nvlabs": {"FasterViT": CANONICAL_NAMING},
-    "microsoft": {"CSWin": CANONICAL_NAMING},
+    "microsoft": {"CSWin": CANONICAL_NAMING, "EfficientViTMSRA": CREAM},
     "torchvision": {"MaxxViT": TORCHVISION, "ResNet": CANONICAL_NAMING},
     "retinaface": {"MobileNetV1": RETINAFACE},
+    "mit": {"EfficientViT": MIT, "EfficientViTLarge": MIT_LARGE},
+    "apple": {"FastViT": _apple(attention=False), "FastViTSA": _apple(attention=True)},
 }
 
 

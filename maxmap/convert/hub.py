@@ -34,6 +34,7 @@ TABLE = resources.files("maxmap") / "pretrained.csv"
 NORMALISATIONS = {
     "imagenet": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
     "half": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    "none": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
 }
 # Where they differ from the usual: models whose weights are published in more than one file, or at no known address.
 _UNLISTED: dict[str, dict[str, Any]] = {

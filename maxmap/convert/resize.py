@@ -6,7 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 RESIZES = ("bicubic", "bilinear", "geometric")
-RESIZED_LEAVES = ("relative_position_bias_table", "pos_embed")  # the leaves that `resize_table` takes
+RESIZED_LEAVES = (
+    "relative_position_bias_table",
+    "attention_biases",
+    "pos_embed",
+)  # the leaves that `resize_table` takes
 
 
 def to_float32(value: np.ndarray) -> np.ndarray:
@@ -21,8 +25,9 @@ def resize_table(value: np.ndarray, kind: str, shape: Sequence[int], resize: str
     before it hold tokens, which stay as they are.
 
     Args:
-      value: offsets `[heads, H, W]` or `[H * W, heads]`; positions `[1, H, W, C]` or `[1, tokens + H * W, C]`.
-      kind: "relative_position_bias_table" for offsets or "pos_embed" for positions.
+      value: offsets `[heads, H, W]` or `[H * W, heads]`; distances `[heads, H * W]`; positions `[1, H, W, C]` or
+        `[1, tokens + H * W, C]`.
+      kind: "relative_position_bias_table" for offsets, "attention_biases" for distances or "pos_embed" for positions.
       shape: of the result.
       resize: one of `RESIZES`.
 
@@ -39,6 +44,11 @@ def resize_table(value: np.ndarray, kind: str, shape: Sequence[int], resize: str
         grid = value[:, tokens:].reshape(1, old, old, -1)
         resized = _resize_map(grid, (new, new), resize, antialias=True).reshape(1, new**2, -1)
         return np.concatenate([value[:, :tokens], resized], axis=1) if tokens == new_tokens else None
+    if kind == "attention_biases" and value.shape[0] == shape[0] and resize != "geometric":
+        (old, rest), (new, new_rest) = _square(value.shape[1]), _square(shape[1])
+        if not rest and not new_rest:
+            grid = value.reshape(-1, old, old, 1)
+            return _resize_map(grid, (new, new), resize, antialias=True).reshape(shape)
     if kind == "relative_position_bias_table" and value.ndim == 3 and value.shape[0] == shape[0]:
         return _resize_map(value[..., None], shape[1:], resize, antialias=False)[..., 0]
     if kind == "relative_position_bias_table" and value.ndim == 2 and value.shape[1] == shape[1]:
@@ -55,8 +65,10 @@ def _square(count: int) -> tuple[int, int]:
     return side, count - side**2
 
 
-def table_size(shape: Sequence[int]) -> str:
-    """Returns height and width of a table as text, for example "13x13"."""
+def table_size(kind: str, shape: Sequence[int]) -> str:
+    """Returns height and width of a table of a kind that `resize_table` takes as text, for example "13x13"."""
+    if kind == "attention_biases":
+        return "{0}x{0}".format(_square(shape[1])[0])
     if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1):
         return "{0}x{0}".format(_square(shape[0] if len(shape) == 2 else shape[1])[0])
     return f"{shape[1]}x{shape[2]}"

@@ -89,10 +89,10 @@ def from_torch(state_dict: Mapping[str, Any], model: Classifier, *, ignore: Sequ
     match = match_entries(state_dict, model, shapes)
     entries, faults = read_entries(state_dict, model, shapes, match)
     faults += [f"missing: {torch_name(path, model)}" for path in shapes if path not in entries]
-    stem = image_kernel(shapes)
+    first = image_kernels(shapes)
     for path, value in entries.items():
         shape = shapes[path].shape
-        if value.shape != shape and not (path == stem and value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]):
+        if value.shape != shape and not (path in first and value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]):
             faults.append(f"misshapen: {torch_name(path, model)} is {value.shape}, the model has {shape}")
     raise_faults(faults, match)
     return traverse_util.unflatten_dict(
@@ -173,9 +173,10 @@ def read_entries(
     return entries, faults
 
 
-def image_kernel(shapes: LeafShapes) -> LeafPath | None:
-    """Returns the path of the kernel with three input channels, which reads the images; None if there is none."""
-    return next((path for path, leaf in shapes.items() if path[-1] == "kernel" and leaf.shape[2:3] == (3,)), None)
+def image_kernels(shapes: LeafShapes) -> list[LeafPath]:
+    """Returns the paths of the kernels with three input channels, which read the images; FastViT has two."""
+    paths = [path for path, leaf in shapes.items() if path[-1] == "kernel" and leaf.shape[2:3] == (3,)]
+    return [path for path in paths if path[:3] == paths[0][:3]]
 
 
 def raise_faults(faults: Sequence[str], match: KeyMatch | None = None) -> None:

@@ -1,8 +1,9 @@
 """Proof of a conversion: the reference implementation runs the source, our model runs the checkpoint."""
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from maxmap.convert.dialects import naming_for
 from maxmap.convert.load import read_model
 from maxmap.convert.mobilenet import identity_variances
 from maxmap.convert.sources import read_source
-from maxmap.convert.torch import as_array, image_kernel, leaf_shapes, match_entries, to_torch
+from maxmap.convert.torch import as_array, image_kernels, leaf_shapes, match_entries, to_torch
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
 from maxmap.models import Classifier, create_model
@@ -79,8 +80,8 @@ def verify(
     reference = _reference(model, info["model"], theirs)
     if reference is not None:
         report["reference"] = _library(reference)
-        stem = image_kernel(leaf_shapes(model))
-        channels = 3 if stem is None else traverse_util.flatten_dict(variables)[stem].shape[2]
+        first = image_kernels(leaf_shapes(model))
+        channels = traverse_util.flatten_dict(variables)[first[0]].shape[2] if first else 3
         size = pair(model.backbone.image_size)
         x = np.random.default_rng(0).standard_normal((images, *size, channels))
         for dtype, allowed in (TOLERANCES | ({} if tolerance is None else {"float64": tolerance})).items():
@@ -113,6 +114,23 @@ def import_timm() -> ModuleType:
 
 
 _LIBRARIES: list[Any] = []  # keeps the library alive: torch removes the operators of a deleted one
+
+
+@contextlib.contextmanager
+def keeping_float64() -> Iterator[None]:
+    """Runs PyTorch with a `Tensor.float()` that leaves float64 as it is.
+
+    timm calls that method where half precision would not do. A comparison in float64 wants float64 there too.
+    """
+    import torch
+
+    kind: Any = torch.Tensor
+    inherited = kind.float
+    kind.float = lambda tensor: tensor if tensor.dtype == torch.float64 else inherited(tensor)
+    try:
+        yield
+    finally:
+        del kind.float
 
 
 def _torchvision_operators_load(torch: ModuleType) -> bool:
@@ -194,13 +212,14 @@ def _compare(model: Classifier, variables: Any, reference: Any, x: np.ndarray) -
         parameter.grad = None
     images = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
     direction = np.random.default_rng(1).standard_normal((len(x), model.head.num_classes)).astype(dtype)
-    logits = reference(images)
-    (logits * torch.from_numpy(direction)).sum().backward()
+    with keeping_float64():
+        logits = reference(images)
+        (logits * torch.from_numpy(direction)).sum().backward()
     wanted_logits = logits.detach().numpy()
     wanted_gradient = {key: p.grad.numpy() for key, p in reference.named_parameters() if p.grad is not None}
     wanted_maps: list[np.ndarray] = []
     if hasattr(reference, "forward_intermediates"):
-        with torch.no_grad():
+        with torch.no_grad(), keeping_float64():
             _, maps = reference.forward_intermediates(images)
         wanted_maps = [np.asarray(m.permute(0, 2, 3, 1)) for m in maps if m.ndim == 4]
     variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)

@@ -11,7 +11,8 @@ from maxmap.errors import UserError, nearest, shortened
 
 # Entries that a module computes from its own settings, and counters; nothing in them is learned.
 DERIVED = re.compile(
-    r"(.*\.)?(num_batches_tracked|n_averaged|bp_index|relative_position_index|relative_coords_table|relative_bias)"
+    r"(.*\.)?(num_batches_tracked|n_averaged|bp_index|attention_bias_idxs)"
+    r"|(.*\.)?(relative_position_index|relative_coords_table|relative_bias)"
 )
 _INNER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # these may stand anywhere
 _DEEPEST = 4  # parts of a prefix

@@ -14,6 +14,7 @@ from maxmap.layers.padding import next_multiple, pad_map, real_pixels
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
+    BatchNorm,
     Block,
     Conv,
     DropPath,
@@ -64,6 +65,62 @@ class Mlp(nn.Module):
         x = ACTIVATIONS[self.activation](fc1(x))
         x = nn.Dropout(self.hidden_dropout)(x, deterministic=not train)
         return nn.Dropout(self.dropout)(fc2(x), deterministic=not train)
+
+
+class ConvNormAct(nn.Module):
+    """Convolution, then a batch norm and an activation, each of which can be left out.
+
+    Attributes:
+      channels: output channels.
+      kernel_size: of both axes, odd; the zeros around the map keep its size at stride 1.
+      stride: of both axes.
+      groups: of channels.
+      activation: a key of `ACTIVATIONS`; None for none.
+      bias: of the convolution.
+      norm: name of the batch norm; None for none.
+      epsilon: of the batch norm.
+      inits: 'kernel_init' and 'bias_init' of the convolution; PyTorch's defaults for what is not given.
+      scale_init: of the batch norm's scale.
+    """
+
+    channels: int
+    kernel_size: int = 1
+    stride: int = 1
+    groups: int = 1
+    activation: str | None = None
+    bias: bool = False
+    norm: str | None = "bn"
+    epsilon: float = 1e-5
+    inits: Mapping[str, Initializer] = FrozenDict()
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Maps `[B, H, W, C]` to `[B, H / stride, W / stride, channels]`, rounded up."""
+        conv = functools.partial(Conv, padding=self.kernel_size // 2, groups=self.groups, bias=self.bias, name="conv")
+        x = conv(self.channels, self.kernel_size, self.stride, **self.inits)(x)
+        if self.norm is not None:
+            norm = BatchNorm(self.epsilon, scale_init=self.scale_init, name=self.norm)
+            return norm(x, train=train, activation=self.activation)
+        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+
+
+class Residual(Block):
+    """A branch on a residual path, with stochastic depth.
+
+    Attributes:
+      branch: constructor of the branch.
+      drop_path: rate of dropping it.
+      part: name of the branch's submodule.
+    """
+
+    branch: Callable[..., nn.Module]
+    drop_path: float
+    part: str
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        return x + DropPath(self.drop_path)(self.branch(name=self.part)(x, train=train), train=train)
 
 
 class GroupedMlp(nn.Module):
@@ -125,6 +182,7 @@ class SelfAttention(nn.Module):
       position_bias: constructor of a named submodule that returns a bias of the logits, `[heads, N, N]`.
       attn_drop: dropout of the attention probabilities.
       proj_drop: dropout of the output.
+      qkv_bias: of the fused projection.
     """
 
     heads: int
@@ -132,12 +190,13 @@ class SelfAttention(nn.Module):
     position_bias: Callable[[], nn.Module] | None = None
     attn_drop: float = 0.0
     proj_drop: float = 0.0
+    qkv_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False, keys: Array | None = None) -> Array:
         """Maps tokens `[B, N, C]` to `[B, N, C]`; `keys` are those that count, see `maxmap.operations.attention`."""
         channels = x.shape[-1]
-        qkv = Linear(3 * channels, name="qkv", **self.inits)(x)
+        qkv = Linear(3 * channels, bias=self.qkv_bias, name="qkv", **self.inits)(x)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         bias = None if self.position_bias is None else self.position_bias()()
         dropout = nn.Dropout(self.attn_drop, deterministic=False)
@@ -159,6 +218,8 @@ class ViTBlock(Block):
       inits: 'kernel_init' and 'bias_init' of all linear maps; PyTorch's defaults for what is not given.
       attn_drop: dropout of the attention probabilities.
       proj_drop: dropout of the attention's output and inside of the MLP.
+      activation: of the MLP.
+      epsilon: of the norms.
     """
 
     heads: int
@@ -167,6 +228,8 @@ class ViTBlock(Block):
     inits: Mapping[str, Initializer] = FrozenDict()
     attn_drop: float = 0.0
     proj_drop: float = 0.0
+    activation: str = "gelu"
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -178,14 +241,15 @@ class ViTBlock(Block):
         mlp = Mlp(
             int(self.mlp_ratio * channels),
             channels,
-            inits=self.inits,
+            self.activation,
+            self.inits,
             hidden_dropout=self.proj_drop,
             dropout=self.proj_drop,
             name="mlp",
         )
-        y = attention(LayerNorm(1e-6, name="norm1")(x), train=train)
+        y = attention(LayerNorm(self.epsilon, name="norm1")(x), train=train)
         x = x + DropPath(self.drop_path)(y, train=train)
-        y = mlp(LayerNorm(1e-6, name="norm2")(x), train=train)
+        y = mlp(LayerNorm(self.epsilon, name="norm2")(x), train=train)
         return x + DropPath(self.drop_path)(y, train=train)
 
 

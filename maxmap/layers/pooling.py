@@ -1,4 +1,4 @@
-"""For pooling heads alone: resizing of feature maps, and second-order statistics of a map."""
+"""Resizing of feature maps, and for pooling heads second-order statistics of a map."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,11 +27,17 @@ def adaptive_average(x: Array, size: Sequence[int]) -> Array:
     return _resample(x, size, weights)
 
 
-def bilinear(x: Array, size: Sequence[int]) -> Array:
-    """Resizes maps `[B, H, W, C]` to `size` by linear interpolation, half-pixel centres and no antialiasing."""
+def bilinear(x: Array, size: Sequence[int], *, align_corners: bool = False) -> Array:
+    """Resizes maps `[B, H, W, C]` to `size` by linear interpolation without antialiasing.
+
+    Pixels have areas, whose edges are aligned; with `align_corners` they are points, and the outermost are aligned.
+    """
 
     def weights(n_in: int, n_out: int) -> np.ndarray:
-        position = np.maximum((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0)
+        if align_corners:
+            position = np.arange(n_out) * ((n_in - 1) / max(n_out - 1, 1))
+        else:
+            position = np.maximum((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0)
         low = np.floor(position).astype(int)
         matrix = np.zeros((n_out, n_in))
         np.add.at(matrix, (np.arange(n_out), low), 1 - (position - low))

@@ -60,19 +60,29 @@ def _silu_derivative(x: Array) -> Array:
     return s * (1 + x * (1 - s))
 
 
+def _hard_swish_derivative(x: Array) -> Array:
+    return jnp.where(x < -3, 0.0, jnp.where(x > 3, 1.0, x / 3 + 0.5)).astype(x.dtype)
+
+
 # The functions alone, of values in float32 or wider.
 FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "relu6": nn.relu6,
     "relu2": lambda x: jnp.square(nn.relu(x)),
     "leaky_relu": functools.partial(nn.leaky_relu, negative_slope=0.1),
+    "hard_swish": nn.hard_swish,
     "silu": nn.silu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "tanh": jnp.tanh,
 }
 # The derivatives of the costly ones, in terms that the functions do not share; see `maxmap.operations.activate`.
-DERIVATIVES = {"silu": _silu_derivative, "gelu": _gelu_derivative, "gelu_tanh": _gelu_tanh_derivative}
+DERIVATIVES = {
+    "hard_swish": _hard_swish_derivative,
+    "silu": _silu_derivative,
+    "gelu": _gelu_derivative,
+    "gelu_tanh": _gelu_tanh_derivative,
+}
 # The functions as networks use them: of values in any type, the costly ones with a backward pass of their own.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = FUNCTIONS | {
     name: functools.partial(activate, function=FUNCTIONS[name], derivative=derivative)
@@ -116,6 +126,12 @@ LINEAR_INITS: dict[str, dict[str, Initializer]] = {
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Returns height and width of a size that is one number for both, or the two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def round_to_eight(width: float) -> int:
+    """Returns the nearest multiple of 8, or the next one where that is over 10 % less (MobileNet's rule)."""
+    rounded = max(8, int(width + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * width else rounded
 
 
 def nearest_divisor(total: int, number: int, step: int = 1) -> int:
@@ -363,6 +379,18 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale, bias = self.weights(x.shape[-1])
         return layer_norm(x, scale, jnp.zeros_like(scale) if bias is None else bias, self.epsilon)
+
+
+def map_norm(epsilon: float, *, use_bias: bool = True, name: str) -> nn.LayerNorm:
+    """Returns a norm over all values of each sample, with a scale and a bias per channel: GroupNorm with one group."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        use_bias=use_bias,
+        use_fast_variance=False,
+        reduction_axes=(-3, -2, -1),
+        feature_axes=-1,
+        name=name,
+    )
 
 
 class Scale(nn.Module):

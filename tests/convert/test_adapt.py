@@ -113,6 +113,24 @@ def test_channels(channels):
     assert_trips(model, after)
 
 
+def test_channels_of_two_first_kernels():
+    """Both branches of FastViT's first convolution read the images, and both change."""
+    fields = {"embed_dim": (8, 16), "depths": (1, 1), "mixers": ("repmixer",) * 2, "head_width": 16}
+    model = create("fastvit_t8", num_classes=3, **fields)
+    variables = random_variables(model)
+    leaves, report = adapt(flat(variables), model, in_channels=1)
+    branches = ("conv_kxk_0", "conv_scale")
+    assert report.changed == {
+        f"stem.0.{name}.conv.weight": "changed from 3 to 1 channels" for name in ("conv_kxk.0", "conv_scale")
+    }
+    for branch in branches:
+        kernel = variables["params"]["backbone"]["stem_0"][branch]["conv"]["kernel"]
+        changed = leaves["params", "backbone", "stem_0", branch, "conv", "kernel"]
+        np.testing.assert_allclose(changed, kernel.sum(2, keepdims=True), rtol=1e-6, atol=1e-6)
+    state_dict = to_torch(traverse_util.unflatten_dict(leaves), model)
+    assert_trips(model, state_dict)
+
+
 def assert_trips(model, state_dict):
     again = to_torch(from_torch(state_dict, model), model)
     assert all(np.array_equal(again[key], value) for key, value in state_dict.items())
@@ -135,6 +153,19 @@ def test_tables_of_offsets(old, new):
         assert np.abs(flattened.T.reshape(wanted.shape) - wanted).max() < 1e-6
     simple = resize_rel_pos_bias_table_simple(tensor.double(), (new, new), (3, size, size)).numpy()
     assert np.abs(resize_table(table, name, (3, size, size), "bicubic") - simple).max() < 1e-6
+
+
+@pytest.mark.parametrize("old, new", [(4, 7), (7, 4)])
+def test_tables_of_distances(old, new):
+    """EfficientViT's of MSRA, as timm does when it loads a checkpoint."""
+    import_timm()
+    import torch
+    from timm.layers import resize_rel_pos_bias_table_levit
+
+    table = np.random.default_rng(0).standard_normal((3, old**2)).astype(np.float32)
+    wanted = resize_rel_pos_bias_table_levit(torch.from_numpy(table.T.copy()), (new**2, 3)).numpy().T
+    assert np.abs(resize_table(table, "attention_biases", (3, new**2), "bicubic") - wanted).max() < 1e-5
+    assert resize_table(table, "attention_biases", (3, new**2), "geometric") is None
 
 
 @pytest.mark.parametrize("old, new", [(7, 12), (12, 7)])

@@ -43,6 +43,19 @@ def source(state_dict, tmp_path_factory):
     return path
 
 
+# Backbones whose parameters are the same for every image size.
+FOR_EVERY_SIZE = (
+    "ConvNeXt",
+    "EfficientViT",
+    "EfficientViTLarge",
+    "FastViT",
+    "FastViTSA",
+    "MobileNetV1",
+    "MobileViT",
+    "ResNet",
+)
+
+
 def test_every_published_checkpoint_is_of_a_model_of_its_name_and_size():
     rows, known = hub.published(), set(maxmap.list_models())
     assert len(rows) > 200
@@ -54,11 +67,7 @@ def test_every_published_checkpoint_is_of_a_model_of_its_name_and_size():
             sized = f"{base}_384"
             assert row["model"] == (sized if name.endswith("_384") and sized in known else base), name
         backbone = create_model(row["model"]).backbone
-        if type(backbone).__name__ not in (
-            "ConvNeXt",
-            "MobileNetV1",
-            "ResNet",
-        ):  # their parameters are the same for every size
+        if type(backbone).__name__ not in FOR_EVERY_SIZE:
             assert row["preprocessing"]["image_size"] == backbone.image_size, name
 
 

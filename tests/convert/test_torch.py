@@ -173,7 +173,62 @@ DIALECT_CASES = [
         {"conv_head.weight": (24, 16, 1, 1), "blocks.0.0.conv_dw.weight": (32, 1, 3, 3), "classifier.bias": (3,)},
     ),
     ("retinaface", "mobilenet_v1_025_leaky", {}, {"stage1.3.3.weight": (32, 32, 1, 1), "fc.bias": (3,)}),
+    (
+        "mit",
+        "efficientvit_b0",
+        {},
+        {
+            "backbone.input_stem.op_list.1.main.depth_conv.conv.weight": (8, 1, 3, 3),
+            "backbone.stages.2.op_list.2.context_module.main.aggreg.0.1.weight": (192, 16, 1, 1),
+            "head.op_list.2.norm.bias": (1280,),
+            "head.op_list.3.linear.weight": (3, 1280),
+        },
+    ),
+    (
+        "mit",
+        "efficientvit_l1",
+        {"depths": (1, 1, 1, 1), "stem_width": 8, "embed_dim": (8, 8, 8, 32)},
+        {
+            "backbone.stages.0.op_list.1.main.conv2.conv.weight": (8, 8, 3, 3),
+            "backbone.stages.4.op_list.1.local_module.main.inverted_conv.conv.bias": (192,),
+        },
+    ),
+    (
+        "apple",
+        "fastvit_t8",
+        {"depths": (1, 1, 1, 1)},
+        {
+            "network.5.proj.0.lkb_origin.conv.weight": (384, 1, 7, 7),
+            "network.6.0.token_mixer.norm.rbr_skip.weight": (384,),
+            "network.6.0.token_mixer.layer_scale": (384, 1, 1),
+            "conv_exp.se.reduce.weight": (48, 768, 1, 1),
+        },
+    ),
+    (
+        "apple",
+        "fastvit_sa12",
+        {"depths": (1, 1, 1, 1), "fused": True},
+        {
+            "patch_embed.0.reparam_conv.weight": (64, 3, 3, 3),
+            "network.6.reparam_conv.bias": (512,),
+            "network.7.0.layer_scale_2": (512, 1, 1),
+            "network.7.0.convffn.conv.bn.weight": (512,),
+            "head.bias": (3,),
+        },
+    ),
     ("nvlabs", "faster_vit_0_224", {"depths": (1, 1, 1, 1)}, {"levels.2.blocks.0.hat_attn.qkv.bias": (768,)}),
+    (
+        "microsoft",
+        "efficientvit_m1",
+        {"depths": (1, 1, 2)},
+        {
+            "patch_embed.6.c.weight": (128, 64, 3, 3),
+            "blocks2.2.1.m.pw1.c.weight": (288, 144, 1, 1),
+            "blocks3.4.mixer.m.attn.dws.0.c.weight": (16, 1, 7, 7),
+            "blocks3.4.mixer.m.attn.attention_bias_idxs": (16, 16),
+            "head.l.bias": (3,),
+        },
+    ),
     (
         "microsoft",
         "CSWin_64_12211_tiny_224",

@@ -31,6 +31,10 @@ def linear(x, p):
     return x @ p["kernel"] + p["bias"]
 
 
+def hard_swish(x):
+    return x * np.clip(x + 3, 0, 6) / 6
+
+
 def expected(variables, x, form):
     """The logits and the embedding of each form of the head."""
     p = variables["params"]
@@ -45,6 +49,11 @@ def expected(variables, x, form):
         x = normalised(x, p["norm"], stats["mean"], stats["var"], 1e-6).mean((1, 2))
     elif form == "hidden layer":
         x = np.tanh(linear(layer_norm(x.mean((1, 2)), p["norm"], 1e-2), p["pre_logits"]["fc"]))
+    elif form == "neck":
+        conv, stats = p["in_conv"], variables["batch_stats"]["in_conv"]["norm"]
+        x = normalised(x @ conv["conv"]["kernel"][0, 0], conv["norm"], stats["mean"], stats["var"], 1e-5)
+        x = hard_swish(x).mean((1, 2))
+        x = hard_swish(layer_norm(x @ p["classifier_0"]["kernel"], p["classifier_1"], 1e-2))
     elif form == "hidden layer with a norm":
         x = layer_norm(x.mean((1, 2)), p["norm"], 1e-6)
         hidden = layer_norm(np.maximum(linear(x, p["fc"]["fc1"]), 0) ** 2, p["fc"]["norm"], 1e-5)
@@ -57,6 +66,7 @@ FORMS = {
     "norm after pooling": {"norm": "after"},
     "no norm": {"norm": "none"},
     "batch norm": {"norm_type": "batch"},
+    "neck": {"norm": "none", "neck": (6, 16), "activation": "hard_swish", "epsilon": 1e-2},
     "hidden layer": {"norm": "after", "epsilon": 1e-2, "hidden_ratio": 2.0},
     "hidden layer with a norm": {
         "norm": "after",
@@ -96,7 +106,7 @@ def test_without_classes_it_returns_the_embedding(form):
     head = LinearHead(0, **FORMS[form])
     outputs, variables = head.init_with_output(jax.random.key(0), [jnp.asarray(f, jnp.float32) for f in FEATURES])
     assert np.array_equal(outputs["logits"][0], outputs["embedding"])
-    assert outputs["embedding"].shape[-1] == (16 if form == "hidden layer" else 8)
+    assert outputs["embedding"].shape[-1] == (16 if form in ("hidden layer", "neck") else 8)
     assert "fc" not in variables.get("params", {})
 
 
@@ -122,7 +132,8 @@ def test_dropout_only_while_training(form):
         ({"norm": "behind"}, "norm 'behind' is not one of before, after, none"),
         ({"norm_type": "group"}, "norm_type 'group' is not one of layer, batch"),
         ({"activation": "swish"}, "activation 'swish' is not one of relu"),
-        ({"init_scheme": "he"}, "init_scheme 'he' is not one of torch, trunc_normal"),
+        ({"init_scheme": "he"}, "init_scheme 'he' is not one of torch, trunc_normal, normal"),
+        ({"neck": (8,)}, "neck needs two numbers of channels or none, not 1"),
     ],
 )
 def test_unknown_choices_name_the_known_ones(fields, message):

@@ -23,6 +23,7 @@ from maxmap.layers.primitives import (
     average_pool,
     batch_in_one_part,
     he_fan_out,
+    round_to_eight,
 )
 from maxmap.operations import Array, max_pool, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
@@ -168,7 +169,7 @@ class MBConv(Block):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         inits = conv_inits(self.init_scheme)
-        width = _round_to_eight(4 * (self.channels if self.expand_output else x.shape[-1]))
+        width = round_to_eight(4 * (self.channels if self.expand_output else x.shape[-1]))
         se_width = int(self.se_ratio * (self.channels if self.expand_output else width))
         squeeze_excite = functools.partial(SqueezeExcite, se_width, self.se_activation, inits)
         shortcut = Shortcut(
@@ -325,12 +326,6 @@ def _fold(
     weights, shift, mean, var = _expanded_moments(mean, covariance, kernel, *first, epsilon=epsilon)
     factor, summand = fold_batch_norm(mean, var, scale, bias, epsilon)
     return weights * factor[None], shift * factor + summand
-
-
-def _round_to_eight(width: int) -> int:
-    """Returns the nearest multiple of 8, or the next one where that is over 10 % less (MobileNet's rule)."""
-    rounded = max(8, int(width + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * width else rounded
 
 
 class StridedConvNeXtBlock(Block):
