@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from maxmap.backbones import Variant
 from maxmap.layers.blocks import ConvNormAct, Residual, SqueezeExcite, relative_index
+from maxmap.layers.padding import next_multiple, pad_map
 from maxmap.layers.primitives import Block, drop_path_rates, pair, require_divisor
 from maxmap.operations import Array, softmax
 from maxmap.ranges import Count, DropRate, Pixels
@@ -91,7 +92,7 @@ class WindowAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         height, width = x.shape[1:3]
-        x = jnp.pad(x, ((0, 0), (0, -height % self.window), (0, -width % self.window), (0, 0)))
+        x = pad_map(x, next_multiple((height, width), pair(self.window)))
         rows, columns = x.shape[1] // self.window, x.shape[2] // self.window
         x = rearrange(x, "b (i h) (j w) c -> (b i j) h w c", i=rows, j=columns)
         x = self.attention(name="attn")(x, train=train)
