@@ -380,8 +380,7 @@ def residual_bytes(model, variables, images) -> int:
     [
         *("convnext_tiny", "faster_vit_0_224", "maxvit_mini_32", "coatnet_0_rw_224", "mobilenet_v1"),
         *("poolformerv2_s12", "pit_s", "resnet50", "vit_small_patch16_224", "efficientvit_b0"),
-        *("mobilevit_xxs", "mobilevitv2_050", "efficientvit_m0"),
-        *("fastvit_t8", "fastvit_sa12"),
+        *("mobilevit_xxs", "mobilevitv2_050", "efficientvit_m0", "fastvit_sa12"),
     ],
 )
 def test_recomputed_blocks_keep_little(name):
