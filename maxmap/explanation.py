@@ -14,10 +14,11 @@ from flax import linen as nn
 from PIL import Image
 
 from maxmap import storage
+from maxmap.data.augment import normalize
 from maxmap.data.preprocessing import cropped
 from maxmap.errors import UserError, nearest, printable, reason
 from maxmap.features import intermediates
-from maxmap.inference import load, preprocess
+from maxmap.inference import load
 from maxmap.models import Classifier, average, block_paths
 from maxmap.operations import Array, kernels
 from maxmap.pictures import draw_grid, overlay, save_picture
@@ -152,7 +153,7 @@ def explain_files(
       UserError: there is no checkpoint, no such class, a file is no image, or `out` cannot be written.
     """
     model, variables, info = load(path)
-    names = info["classes"]
+    names, pre = info["classes"], info["preprocessing"]
     if not names:
         raise UserError(f"the checkpoint {path} has no classifier, so there is no logit to explain: give one that has.")
     if class_name is not None and class_name not in names:
@@ -163,8 +164,8 @@ def explain_files(
         raise UserError(f"cannot make the folder {printable(out)} ({reason(error)}): give another --out.") from error
     rows = []
     for number, image in enumerate(images):
-        seen = cropped(image, info["preprocessing"])
-        batch = jnp.asarray(preprocess(seen, info))
+        seen = cropped(image, pre)
+        batch = normalize(jnp.asarray(seen)[None], pre["mean"], pre["std"])
         chosen = None if class_name is None else [names.index(class_name)]
         found = explain(model, variables, batch, chosen)
         label = int(found.classes[0])

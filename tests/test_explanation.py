@@ -103,11 +103,15 @@ def test_an_overlay_is_red_where_a_map_is_largest():
 
 
 def test_the_command(tmp_path, capsys, quick_compilation):
-    """Pictures, and numbers that add up; mistakes are one sentence."""
+    """Pictures, numbers that add up, and the probability that `predict` gives; mistakes are one sentence."""
     name, fields = BACKBONES["convnext"]
     head = {"name": "map", **HEAD_FIELDS["map"], "branches": 2}
     given = {"name": name, **fields, "head": head, "num_classes": 3}
-    info = {"model": given, "classes": list(CLASSES), "preprocessing": preprocessing() | {"image_size": 32}}
+    info = {
+        "model": given,
+        "classes": list(CLASSES),
+        "preprocessing": preprocessing() | {"image_size": 32, "crop_pct": 0.75},
+    }
     model = maxmap.create_model(**given)
     variables = quick(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     folder, photo, out = tmp_path / "made", tmp_path / "photo.png", tmp_path / "out"
@@ -115,9 +119,11 @@ def test_the_command(tmp_path, capsys, quick_compilation):
     write_image(photo, 0, 1, size=40)
     assert main(["explain", str(folder), str(photo), str(photo), f"--out={out}", f"--class={CLASSES[1]}"]) == 0
     rows = json.loads((out / "explain.json").read_text())
+    (predicted,) = maxmap.predict(folder, [photo])
     assert [row["picture"] for row in rows] == ["00000_photo.png", "00001_photo.png"]
     for row in rows:
         assert row["class"] == CLASSES[1]
+        assert row["probability"] == pytest.approx(dict(predicted)[CLASSES[1]], rel=1e-4)
         assert np.sum(row["shares"]) + row["bias"] == pytest.approx(row["logit"], rel=1e-4)
         with Image.open(out / row["picture"]) as picture:
             assert min(picture.size) > 100
