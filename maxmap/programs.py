@@ -10,7 +10,7 @@ import jax.export  # not a part of `import jax`
 import jax.numpy as jnp
 
 from maxmap import storage
-from maxmap.convert.load import read_model
+from maxmap.convert.load import export_target, read_weights
 from maxmap.cost import count_parameters
 from maxmap.data.augment import normalize
 from maxmap.errors import UserError
@@ -52,21 +52,12 @@ def export_program(
     Raises:
       UserError: there is no checkpoint, it is too large, or the file exists or has another ending.
     """
-    if storage.in_bucket(file):
-        raise UserError(f"{file} is in a bucket: export to a local file and copy that.")
-    file = Path(storage.expand(file))
-    about = file.with_suffix(".json")
-    if file.suffix != ENDING:
-        raise UserError(f"{file} has another ending: give a name in {ENDING}.")
-    for there in (file, about):
-        if there.exists() and not overwrite:
-            raise UserError(f"{there} is there already: give another name, or --overwrite.")
+    file = export_target(file, [ENDING], overwrite)
+    about = export_target(file.with_suffix(".json"), [".json"], overwrite)
     unknown = sorted(set(platforms) - set(PLATFORMS))
     if unknown or not platforms:
         raise UserError(f"there is no platform '{', '.join(unknown)}', only {', '.join(PLATFORMS)}.")
-    variables, info = read_model(source, ema=ema is not False)
-    if ema and info["weights"] != "ema":
-        raise UserError(f"{source} has no averaged weights: leave --ema out.")
+    variables, info = read_weights(source, ema)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     if size > _LARGEST:
         raise UserError(

@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.backbones import Variant
-from maxmap.layers.blocks import ConvNormAct, Residual
+from maxmap.layers.blocks import ConvNormAct, Residual, Stage
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     Block,
@@ -169,22 +169,6 @@ class Stem(nn.Module):
         x = self.first(name="in_conv")(x, train=train)
         for i, block in enumerate(self.blocks):
             x = block(name=f"res{i}")(x, train=train)
-        return x
-
-
-class Stage(nn.Module):
-    """Blocks one after another.
-
-    Attributes:
-      blocks: constructors of the blocks.
-    """
-
-    blocks: Sequence[Callable[..., nn.Module]]
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        for i, block in enumerate(self.blocks):
-            x = block(name=f"blocks_{i}")(x, train=train)
         return x
 
 

@@ -205,6 +205,37 @@ def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False, **
     return converted
 
 
+def export_target(file: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
+    """Returns the local file that an export is to write.
+
+    Raises:
+      UserError: it is in a bucket, has another ending, or is there and not to be replaced.
+    """
+    if storage.in_bucket(file):
+        raise UserError(f"{file} is in a bucket: export to a local file and copy that.")
+    file = Path(storage.expand(file))
+    storage.recover(file)
+    if file.suffix not in endings:
+        known = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise UserError(f"{file} has no known ending: give a name in {known}.")
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} is there already: give another name, or --overwrite.")
+    return file
+
+
+def read_weights(source: str | Path, ema: bool | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a checkpoint as `read_model` does; UserError if it has no averaged weights, and `ema` is True.
+
+    Args:
+      source: see `read_model`.
+      ema: True for the averaged weights, False for the raw ones; None for the averaged ones if there are any.
+    """
+    variables, info = read_model(source, ema=ema is not False)
+    if ema and info["weights"] != "ema":
+        raise UserError(f"{source} has no averaged weights: leave --ema out.")
+    return variables, info
+
+
 def export(
     source: str | Path,
     file: str | Path,
@@ -228,17 +259,8 @@ def export(
     Raises:
       UserError: there is no checkpoint, or the file exists or has another ending.
     """
-    if storage.in_bucket(file):
-        raise UserError(f"{file} is in a bucket: export to a local file and copy that.")
-    file = Path(storage.expand(file))
-    storage.recover(file)
-    if file.suffix not in (".safetensors", ".pth", ".bin"):
-        raise UserError(f"{file} has no known ending: give a name in .safetensors, .pth or .bin.")
-    if file.exists() and not overwrite:
-        raise UserError(f"{file} is there already: give another name, or --overwrite.")
-    variables, info = read_model(source, ema=ema is not False)
-    if ema and info["weights"] != "ema":
-        raise UserError(f"{source} has no averaged weights: leave --ema out.")
+    file = export_target(file, (".safetensors", ".pth", ".bin"), overwrite)
+    variables, info = read_weights(source, ema)
     model = create_model(**info["model"])
     state_dict = to_torch(variables, model, dialect)
     if dialect is None:  # timm and the authors have these names too, and torch makes the counters itself

@@ -323,6 +323,22 @@ class SqueezeExcite(nn.Module):
         return x * self.gate(spatial_mean(x))
 
 
+class Stage(nn.Module):
+    """Blocks one after another.
+
+    Attributes:
+      blocks: constructors of the blocks.
+    """
+
+    blocks: Sequence[Callable[..., nn.Module]]
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        for i, block in enumerate(self.blocks):
+            x = block(name=f"blocks_{i}")(x, train=train)
+        return x
+
+
 class ConvNeXtBlock(Block):
     """Depthwise 7x7 convolution, LayerNorm, MLP and layer scale on a residual branch (Liu et al. 2022).
 

@@ -11,6 +11,7 @@ from flax.core import FrozenDict
 
 from maxmap.backbones.maxxvit.attention import MultiAxisBlock, PartitionAttention, TransformerBlock, TransformerFields
 from maxmap.backbones.maxxvit.convolution import POOLS, ConvStem, MBConv, StridedConvNeXtBlock
+from maxmap.layers.blocks import Stage
 from maxmap.layers.primitives import ACTIVATIONS, drop_path_rates, pair, require_divisor, require_one_of
 from maxmap.operations import Array
 from maxmap.ranges import Count, DropRate, Pixels, check_fields
@@ -27,22 +28,6 @@ CHOICES: dict[str, Iterable[str]] = {
     "se_activation": ACTIVATIONS,
     "stride_mode": ("dw", "pool"),
 }
-
-
-class MaxxViTStage(nn.Module):
-    """Blocks one after another.
-
-    Attributes:
-      blocks: each makes a block, given its name.
-    """
-
-    blocks: Sequence[Callable[..., nn.Module]]
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
-        for i, block in enumerate(self.blocks):
-            x = block(name=f"blocks_{i}")(x, train=train)
-        return x
 
 
 class MaxxViT(nn.Module):
@@ -199,7 +184,7 @@ class MaxxViT(nn.Module):
                 self._make_block(kind, channels, self.strides[stage] if i == 0 else 1, next(rates))
                 for i, kind in enumerate(self._kinds(stage))
             ]
-            x = MaxxViTStage(blocks, name=f"stages_{stage}")(x, train=train)
+            x = Stage(blocks, name=f"stages_{stage}")(x, train=train)
             features.append(x)
         return features
 
