@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from maxmap.errors import UserError
-from maxmap.models import HEADS, create_model
+from maxmap.models import HEADS, PIXEL_HEADS, create_model
 
 # The fields of models, backbones and heads that only training sees: rates of dropping, initial values, remat.
 # An initial value of None is an exception: it stands for a network without those factors.
@@ -64,7 +64,7 @@ def _differences(there: nn.Module, here: nn.Module, prefix: str) -> list[str]:
 
 
 def _kind(module: nn.Module) -> str:
-    return next((name for name, head in HEADS.items() if type(module) is head), type(module).__name__)
+    return next((name for name, head in (HEADS | PIXEL_HEADS).items() if type(module) is head), type(module).__name__)
 
 
 def _as_tuples(value: Any) -> Any:

@@ -33,6 +33,7 @@ from maxmap.errors import UserError, nearest
 from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
+from maxmap.heads.upernet import UPerNetHead
 from maxmap.layers.images import channels_error, check_images, size_error
 from maxmap.layers.primitives import Block, pair
 from maxmap.operations import Array, kernels, upcast
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Mapping[str, Variant]] = {
 }
 BACKBONES = {name: variant for variants in FAMILIES.values() for name, variant in variants.items()}
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "map": MAPHead, "gramian": GramianHead}
+PIXEL_HEADS: dict[str, type[nn.Module]] = {"upernet": UPerNetHead}  # classify every pixel: semantic segmentation
 
 
 class Classifier(nn.Module):
@@ -79,13 +81,14 @@ class Classifier(nn.Module):
           train: uses batch statistics and dropout (needs the "dropout" RNG), and returns what only losses need.
 
         Returns:
-          'logits' `[G, B, K]` (G branches), 'embedding' `[B, D]` and, while training a head with self-distillation,
-          'distill' `[G, B, K]`.
+          'logits' `[G, B, K]` (G branches), or `[G, B, h, w, K]` of a head that classifies pixels, and 'embedding'
+          `[B, D]`. While training also what losses need: 'distill' `[G, B, K]` of a head that distils itself,
+          'auxiliary' `[G, B, h, w, K]` of one that classifies pixels.
         """
         features = self.features(images, train=train)
         with self._named_misfits(images):
             outputs = self.head(features, train=train)
-        if not isinstance(outputs, dict) or jnp.ndim(outputs.get("logits", 0)) != 3:
+        if not isinstance(outputs, dict) or jnp.ndim(outputs.get("logits", 0)) not in (3, 5):
             raise UserError(
                 f"the head {type(self.head).__name__} returns something else than a head does: let it return "
                 "{'logits': [branches, B, classes], 'embedding': [B, D]}."
@@ -377,9 +380,10 @@ def create_model(
     Args:
       name: one of `list_models()`: timm's names for timm's models, the papers' names for `map_*`. Or a backbone of
         one's own: a module with a field `image_size` that maps images, with a keyword `train`, to a list of NHWC maps.
-      head: "linear", "map" or "gramian" for any head on this backbone, or a mapping of the head's fields, with or
-        without 'name'; None for the model's own, or "linear". Or a head of one's own: a module that maps such a list,
-        with a keyword `train`, to 'logits' `[G, B, K]` and 'embedding' `[B, D]`.
+      head: "linear", "map" or "gramian" for any head on this backbone, "upernet" for one that classifies every pixel,
+        or a mapping of the head's fields, with or without 'name'; None for the model's own, or "linear". Or a head of
+        one's own: a module that maps such a list, with a keyword `train`, to 'logits' `[G, B, K]` and 'embedding'
+        `[B, D]`.
       num_classes: 1000 unless given; 0 for no classifier.
       image_size: pixels that windows and position tables are made for, one number or (height, width); None for the
         model's own.
@@ -414,7 +418,9 @@ def create_model(
             raise UserError(f"num_classes is a field of the named heads: give it to {type(head).__name__} itself.")
         return Classifier(backbone, head, remat)
     head_name, head_fields = _head_fields(model, head, num_classes)
-    built_head = _build(HEADS[head_name], {"num_classes": 1000} | head_fields, f"head '{head_name}'", "model.head")
+    built_head = _build(
+        (HEADS | PIXEL_HEADS)[head_name], {"num_classes": 1000} | head_fields, f"head '{head_name}'", "model.head"
+    )
     if isinstance(name, str):  # a head checks itself against the maps of another backbone when it gets them
         with _one_sentence(name):
             built_head.validate(backbone.num_features())
@@ -472,8 +478,8 @@ def _head_fields(
     if num_classes is not None:
         fields["num_classes"] = num_classes
     name = fields.pop("name")
-    if name not in HEADS:
-        raise UserError(f"there is no head '{name}', only {', '.join(HEADS)}.")
+    if name not in HEADS | PIXEL_HEADS:
+        raise UserError(f"there is no head '{name}', only {', '.join(HEADS | PIXEL_HEADS)}.")
     return name, fields
 
 

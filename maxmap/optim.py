@@ -41,8 +41,8 @@ NO_DECAY = (
     r"(^|/)pos_embed$",
     r"(^|/)cls_token$",
 )
-# The classifiers of the three heads, which adaptive clipping leaves alone.
-CLASSIFIER = r"^head/(fc|heads|self_dt_heads)(_\d+)?/"
+# The classifiers of all heads, which adaptive clipping leaves alone.
+CLASSIFIER = r"^head/((fc|heads|self_dt_heads)(_\d+)?|(decode|auxiliary)_head/conv_seg)/"
 FROZEN = (r"(^|/)random_matrix$",)  # RandFormer's token mixers: drawn once, never trained
 
 

@@ -58,6 +58,7 @@ Positive: TypeAlias = Annotated[float, Range(above=0)]
 NonNegative: TypeAlias = Annotated[float, Range(at_least=0)]
 Count: TypeAlias = Annotated[int, Range(at_least=1)]
 CountOrZero: TypeAlias = Annotated[int, Range(at_least=0)]
+Level: TypeAlias = Annotated[int, Range(at_least=-99, at_most=99)]  # number of a feature map, -1 the last
 Pixels: TypeAlias = Annotated[int, Range(at_least=1, at_most=8192)]  # side of an image
 
 

@@ -16,7 +16,7 @@ from maxmap.data.mix import mix
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError
 from maxmap.losses import total_loss
-from maxmap.models import BACKBONES, HEADS, create_model
+from maxmap.models import BACKBONES, HEADS, PIXEL_HEADS, create_model
 from maxmap.optim import make_optimizer
 from maxmap.ranges import Range, check, field_types, fits, type_text
 from maxmap.recipe import Evaluation, Logging, Saving
@@ -102,10 +102,11 @@ def test_every_key_of_the_config_has_a_range(path):
 
 MODULES = {type(create_model(name).backbone): name for name in BACKBONES}
 BLOCKS = {TransformerFields: "transformer", MBConv: "conv", StridedConvNeXtBlock: "conv"}
+EVERY_HEAD = {head: name for name, head in (HEADS | PIXEL_HEADS).items()}
 SET_BY_BACKBONE = ("channels", "stride", "drop_path", "init_scheme")
 
 
-@pytest.mark.parametrize("owner", [*MODULES, *HEADS.values(), *BLOCKS], ids=lambda owner: owner.__name__)
+@pytest.mark.parametrize("owner", [*MODULES, *EVERY_HEAD, *BLOCKS], ids=lambda owner: owner.__name__)
 def test_every_field_of_a_model_has_a_range(owner):
     for name, wanted in field_types(owner).items():
         if name in ("parent", "name", "scope") or (owner in BLOCKS and name in SET_BY_BACKBONE):
@@ -114,8 +115,8 @@ def test_every_field_of_a_model_has_a_range(owner):
         for value in outside(wanted):
             fields: dict[str, Any] = {name: value}
             model = MODULES.get(owner, "maxvit_mini_32")
-            if owner in HEADS.values():
-                fields = {"head": {"name": next(key for key, head in HEADS.items() if head is owner), **fields}}
+            if owner in EVERY_HEAD:
+                fields = {"head": {"name": EVERY_HEAD[owner], **fields}}
             if owner in BLOCKS:
                 model = "coatnext_nano_rw_224" if owner is StridedConvNeXtBlock else "maxvit_mini_32"
                 fields = {BLOCKS[owner]: fields}

@@ -47,6 +47,26 @@ def bilinear(x: Array, size: Sequence[int], *, align_corners: bool = False) -> A
     return _resample(x, size, weights)
 
 
+def nearest(x: Array, size: Sequence[int]) -> Array:
+    """Resizes maps `[B, H, W, C]` to `size`; output i is input floor(i n / m)."""
+    return _resample(x, size, lambda n_in, n_out: np.eye(n_in)[np.arange(n_out) * n_in // n_out])
+
+
+def select_levels(features: Sequence[Array], levels: Sequence[int], what: str) -> list[Array]:
+    """Returns some of the feature maps by their numbers; ValueError says that `what` reads more than there are."""
+    if max(max(levels) + 1, -min(levels)) > len(features):
+        raise ValueError(f"{what} reads the feature maps {tuple(levels)}, and there are {len(features)}: set levels")
+    return [features[level] for level in levels]
+
+
+def top_down(maps: Sequence[Array], resize: Callable[[Array, Sequence[int]], Array]) -> list[Array]:
+    """Adds to each map `[B, H_i, W_i, C]`, finest first, the sum of all coarser ones, resized from map to map."""
+    merged = [maps[-1]]
+    for x in reversed(maps[:-1]):
+        merged.append(x + resize(merged[-1], x.shape[1:3]))
+    return merged[::-1]
+
+
 def _resample(x: Array, size: Sequence[int], weights: Callable[[int, int], np.ndarray]) -> Array:
     """Applies the matrices `weights(n_in, n_out)` along height and width."""
     images_last = implementation("resize") == "images_last"
