@@ -38,7 +38,7 @@ FLOORS = (
     {"maxmap.layers"},
     {"maxmap.backbones", "maxmap.heads"},
     {"maxmap.models"},
-    {"maxmap.features", "maxmap.losses", "maxmap.optim", "maxmap.schedule"},
+    {"maxmap.features", "maxmap.losses", "maxmap.optim", "maxmap.schedule", "maxmap.segmentation"},
     {"maxmap.recipe"},
     {"maxmap.config"},
     {"maxmap.accelerators", "maxmap.convert"},
