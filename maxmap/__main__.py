@@ -57,6 +57,7 @@ COMMANDS = {
     "explain": Command(
         "maxmap.evaluation_commands:add_explain", "where a network looked, and what its branches add to a logit"
     ),
+    "serve": Command("maxmap.serve_command:add_serve", "answer over HTTP what images show, with a page for people"),
     "average": Command(
         "maxmap.checkpoint_commands:add_average", "average checkpoints; of a single one, keep the EMA weights alone"
     ),

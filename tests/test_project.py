@@ -47,7 +47,7 @@ FLOORS = (
     {"maxmap.inference"},
     {"maxmap.bulk", "maxmap.explanation", "maxmap.programs", "maxmap.validate"},
     {"maxmap.train"},
-    {"maxmap.benchmark", "maxmap.report"},
+    {"maxmap.benchmark", "maxmap.report", "maxmap.serve"},
     {"maxmap"},  # the public API: names of every room, used by none of them
     {"maxmap.arguments"},
     {
@@ -56,6 +56,7 @@ FLOORS = (
         "maxmap.model_commands",
         "maxmap.recipes_command",
         "maxmap.report_command",
+        "maxmap.serve_command",
         "maxmap.training_commands",
     },
     {"maxmap.checkpoint_commands"},
