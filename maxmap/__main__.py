@@ -52,7 +52,7 @@ COMMANDS = {
     "embed": Command("maxmap.evaluation_commands:add_embed", "the embeddings of many images, as a table"),
     "validate": Command("maxmap.evaluation_commands:add_validate", "accuracy of a checkpoint on labelled images"),
     "report": Command(
-        "maxmap.report_command:add_report", "a page about a checkpoint: how good it is, and where it errs"
+        "maxmap.report_command:add_report", "write a page about a checkpoint: how good it is, and where it errs"
     ),
     "explain": Command(
         "maxmap.evaluation_commands:add_explain", "where a network looked, and what its branches add to a logit"

@@ -119,7 +119,8 @@ def gather(
     except UserError as error:
         if images is not None:
             raise
-        if (found := _read(path, info)) and _is_current(*found, info, None):
+        source = None  # where it was opened, an evaluation may be of other images
+        if (found := _read(path, info)) and _is_current(*found, info, source):
             result, predictions = found
         missing["images" if result else "evaluation"] = sentence(error)
     of_wrong: list[Seen] = []

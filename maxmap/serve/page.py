@@ -16,7 +16,8 @@ label { display: block; padding: 2.5rem 1rem; border: 2px dashed var(--line); te
 label.over { border-color: var(--bar) }
 input { position: absolute; opacity: 0 } input:focus + span { outline: 2px solid }
 img[hidden] { display: none }
-#seen { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0 } #seen img { height: 16rem; object-fit: contain }
+#seen { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0 }
+#seen img { width: min(16rem, calc(50% - .5rem)); object-fit: contain }
 #classes div { margin: .3rem 0 } #said { min-height: 1.5rem }
 """
 
