@@ -39,7 +39,7 @@ td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; 
 img[src^="data:image/png"] { image-rendering: pixelated }
 .matrix td { min-width: 1.6rem; padding: .2rem .4rem } .matrix th { padding: .4rem; font-weight: normal }
 .matrix.long th:not(:first-child) { writing-mode: vertical-rl }
-td.bars { min-width: 7rem } pre { padding: .8rem; background: #8881; overflow-x: auto }
+pre { padding: .8rem; background: #8881; overflow-x: auto }
 .recipe :is(th, td) { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top }
 """
 
