@@ -1,5 +1,5 @@
 # make setup   a virtual environment with all that demo and test need
-# make demo    train the embedded default on handwritten digits, evaluate, draw its curves, name a few images
+# make demo    train the embedded default on handwritten digits, evaluate, name a few images, write a report
 # make test    the tests
 # make check   format, lint, types
 # make soak    runs that are killed, starved and lied to: a table of what survived; half an hour (tests/soak/__main__.py)
@@ -36,6 +36,7 @@ demo: $(VENV)/.run
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=$(DEMO)
 	$(BIN)/python -m maxmap samples configs/quickstart.py $(DEMO)/samples
 	$(BIN)/python -m maxmap predict $(DEMO) $(DEMO)/samples/*.png
+	$(BIN)/python -m maxmap report $(DEMO)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)

@@ -51,9 +51,13 @@ COMMANDS = {
     ),
     "embed": Command("maxmap.evaluation_commands:add_embed", "the embeddings of many images, as a table"),
     "validate": Command("maxmap.evaluation_commands:add_validate", "accuracy of a checkpoint on labelled images"),
+    "report": Command(
+        "maxmap.report_command:add_report", "write a page about a checkpoint: how good it is, and where it errs"
+    ),
     "explain": Command(
         "maxmap.evaluation_commands:add_explain", "where a network looked, and what its branches add to a logit"
     ),
+    "serve": Command("maxmap.serve_command:add_serve", "answer over HTTP what images show, with a page for people"),
     "average": Command(
         "maxmap.checkpoint_commands:add_average", "average checkpoints; of a single one, keep the EMA weights alone"
     ),

@@ -27,8 +27,8 @@ from maxmap.data.folders import is_image
 from maxmap.data.preprocessing import changed, cropped
 from maxmap.errors import UserError, printable, reason
 from maxmap.evaluate import check_image_size
-from maxmap.inference import load
-from maxmap.models import Classifier, average
+from maxmap.inference import load, probabilities
+from maxmap.models import Classifier
 from maxmap.operations import Array
 from maxmap.progress import Progress
 from maxmap.ranges import Count, Pixels, check_arguments
@@ -127,10 +127,10 @@ def predict_many(
     count = min(top, len(classes))
 
     def compute(variables: Any, images: Array) -> tuple[Array, Array]:
-        return jax.lax.top_k(jax.nn.softmax(average(model.apply(variables, images))), count)
+        return jax.lax.top_k(probabilities(model, variables, images), count)
 
-    def columns(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        ranked = enumerate(zip(probabilities, labels, strict=True), 1)
+    def columns(values: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        ranked = enumerate(zip(values, labels, strict=True), 1)
         return {
             key: value
             for rank, (probability, label) in ranked

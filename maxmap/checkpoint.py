@@ -143,6 +143,11 @@ def folder(workdir: str | Path) -> epath.Path:
     return storage.resolve(workdir) / FOLDER
 
 
+def is_workdir(path: str | Path) -> bool:
+    """Whether a path is a folder of checkpoints of ours, and not the name or the folder of a published one."""
+    return storage.in_bucket(path) or os.path.isdir(os.path.join(storage.expand(path), FOLDER))
+
+
 def finished_steps(workdir: str | Path) -> list[int]:
     """Returns the steps with a finished checkpoint, in order."""
     with storage.bucket_errors(workdir, "be read"):

@@ -168,6 +168,23 @@ def explain(values: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def departures(values: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns path, value and default of each key of a config that has no default, `REQUIRED`, or another value.
+
+    Args:
+      values: A complete config, also of an old checkpoint: a key that is unknown now counts as one without a default.
+    """
+    flat, keys = flatten(values), schema(values)
+    found = [(name, flat[name], keys[name].default) for name in keys if name in flat]
+    found += [(name, value, REQUIRED) for name, value in flat.items() if name not in keys]
+    return [row for row in found if _as_list(row[1]) != _as_list(row[2])]
+
+
+def _as_list(value: Any) -> Any:
+    """Returns a tuple as JSON holds it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 # ------------------------------------------------------------------------------------------------------- the schema
 
 

@@ -54,8 +54,9 @@ def make_eval_step(
 
     The step returns sums over the images: 'images', 'top1', 'top5', 'loss' (cross-entropy of the averaged logits) and
     'branch_top1' `[G]`. It also returns 'predictions': 'best' `[B, 5]`, the labels with the largest averaged logits;
-    'rank' `[B]`, the rank of the right label; 'branch' `[G, B]`, each branch's label; and 'branch_rank' `[G, B]`, the
-    rank of the right label in each branch.
+    'rank' `[B]`, the rank of the right label; 'probability' and 'label_probability' `[B]`, of the best label and of the
+    right one; 'branch' `[G, B]`, each branch's label; and 'branch_rank' `[G, B]`, the rank of the right label in each
+    branch.
 
     Args:
       model: Maps images to outputs with 'logits' `[G, B, K]`.
@@ -83,6 +84,8 @@ def make_eval_step(
         labels, mask = batch["label"], batch["mask"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         rank = rank_of(labels, logits)
+        best_logit, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+        total = jax.nn.logsumexp(logits, axis=-1)
         branch_rank = jax.vmap(rank_of, (None, 0))(labels, branches)
         return {
             "images": jnp.sum(mask),
@@ -91,8 +94,10 @@ def make_eval_step(
             "loss": jnp.sum(jnp.where(mask, loss, 0)),
             "branch_top1": jnp.sum(mask[None] & (branch_rank <= 1), axis=1),
             "predictions": {
-                "best": jax.lax.top_k(logits, min(5, logits.shape[-1]))[1],
+                "best": best,
                 "rank": rank,
+                "probability": jnp.exp(best_logit[:, 0] - total),
+                "label_probability": jnp.exp(-loss),
                 "branch": jnp.argmax(branches, axis=-1),
                 "branch_rank": branch_rank,
             },

@@ -17,7 +17,7 @@ from maxmap.explanation import explain_files
 from maxmap.inference import predict
 from maxmap.labels import LABEL_SETS
 from maxmap.validate import validate
-from maxmap.wordnet import words
+from maxmap.wordnet import readable, words
 
 _PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 
@@ -156,7 +156,7 @@ def predict_command(
         return
     results = predict(workdir, images, **options)
     for path, classes in zip(images, results, strict=True):
-        named = ", ".join(f"{_readable(name)} {100 * probability:.1f} %" for name, probability in classes)
+        named = ", ".join(f"{readable(name)} {100 * probability:.1f} %" for name, probability in classes)
         print(f"{printable(path)}: {named}")
     rows = [
         {"image": printable(path), "rank": rank, "class": name, "words": words(name), "probability": probability}
@@ -184,12 +184,6 @@ def _told(file: Path, counts: dict[str, int]) -> str:
     return f"{printable(file)}: {counts['images']:,} images{before}{errors}"
 
 
-def _readable(name: str) -> str:
-    """Returns the name of a class; of an id of WordNet's its first word, and the id."""
-    known = words(name)
-    return f"{known.split(', ')[0]} ({name})" if known else printable(name)
-
-
 def explain_command(checkpoint: str, images: list[Path], out: Path, class_name: str | None) -> None:
     """Prints what the logit of every image's class is made of, and writes pictures of where the network looked."""
     for row in explain_files(checkpoint, images, out, class_name=class_name):
@@ -198,7 +192,7 @@ def explain_command(checkpoint: str, images: list[Path], out: Path, class_name: 
             branches = (f"branch {g} {sum(tokens):+.2f}" for g, tokens in enumerate(row["shares"]))
             parts = f" = {', '.join(branches)}, bias {row['bias']:+.2f}"
         print(
-            f"{row['image']}: {_readable(row['class'])} {100 * row['probability']:.1f} %, logit {row['logit']:.2f}"
+            f"{row['image']}: {readable(row['class'])} {100 * row['probability']:.1f} %, logit {row['logit']:.2f}"
             f"{parts}; {printable(out / row['picture'])}"
         )
 

@@ -1,5 +1,6 @@
 """Loading a checkpoint, preparing images for it, and naming what they show."""
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from maxmap.data.augment import normalize
 from maxmap.data.preprocessing import changed, cropped
 from maxmap.evaluate import check_image_size
 from maxmap.models import Classifier, average, create_model
+from maxmap.operations import Array
 from maxmap.ranges import Count, Pixels, check_arguments
 
 AnyImage: TypeAlias = str | os.PathLike | Image.Image | np.ndarray
@@ -60,6 +62,11 @@ def preprocess(images: AnyImage | Sequence[AnyImage], info: Mapping[str, Any]) -
     return np.asarray(normalize(jnp.asarray(pixels), pre["mean"], pre["std"]))
 
 
+def probabilities(model: Classifier, variables: Any, images: Array) -> Array:
+    """Returns the probabilities of the classes, `[B, K]`, for normalised images, float `[B, H, W, 3]`."""
+    return jax.nn.softmax(average(model.apply(variables, images)), axis=-1)
+
+
 def predict(
     path: str | Path,
     images: Sequence[str | Path],
@@ -92,14 +99,16 @@ def predict(
         info = {**info, "preprocessing": changed(info["preprocessing"], image_size=image_size)}
         check_image_size(model, variables, image_size)
 
-    @jax.jit
-    def probabilities(variables: Any, batch: np.ndarray) -> jax.Array:
-        return jax.nn.softmax(average(model.apply(variables, batch)), axis=-1)
-
+    compute = jax.jit(functools.partial(probabilities, model))
     results = []
     for start in range(0, len(images), batch_size):
         batch = preprocess(images[start : start + batch_size], info)
-        for row in np.asarray(probabilities(variables, batch)):
-            best = np.argsort(-row, kind="stable")[:top]
-            results.append([(classes[i], float(row[i])) for i in best])
+        for row in np.asarray(compute(variables, batch)):
+            results.append(likeliest(row, classes, top))
     return results
+
+
+def likeliest(probabilities: np.ndarray, classes: Sequence[str], top: int) -> list[tuple[str, float]]:
+    """Returns the `top` classes of one image and their probabilities, `[K]`, the likeliest first."""
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return [(classes[i], float(probabilities[i])) for i in best]

@@ -1,6 +1,7 @@
 """The file of predictions, from which anyone can compute the accuracies again."""
 
 import csv
+import dataclasses
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from maxmap.errors import UserError, printable
+from maxmap.errors import UserError, printable, reason
 
 
 def accuracies(rows: Iterable[Mapping[str, Any]], right: Mapping[int, Sequence[int]] | None = None) -> dict[str, Any]:
@@ -60,8 +61,8 @@ def make_rows(
 
     Args:
       batch: 'index', 'label' and 'mask' (False for padding), each `[B]`.
-      found: 'best' `[B, 5]`, 'rank' `[B]`, 'branch' `[G, B]`, 'branch_rank' `[G, B]`; see
-        `maxmap.evaluate.make_eval_step`.
+      found: 'best' `[B, 5]`, 'rank', 'probability' and 'label_probability' `[B]`, 'branch' and 'branch_rank' `[G, B]`;
+        see `maxmap.evaluate.make_eval_step`.
       names: function from the index of an image to the name of its file.
     """
     rows = []
@@ -71,6 +72,7 @@ def make_rows(
         row |= {f"top{k}": int(label) for k, label in enumerate(found["best"][i], 1)}
         for g, (label, rank) in enumerate(zip(found["branch"][:, i], found["branch_rank"][:, i], strict=True)):
             row |= {f"branch{g}": int(label), f"branch{g}_rank": int(rank)}
+        row |= {key: float(f"{found[key][i]:.6g}") for key in ("probability", "label_probability")}
         rows.append(row)
     return rows
 
@@ -87,6 +89,7 @@ def to_csv(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     - `top1` to `top5`: the classes with the largest averaged logits.
     - `branchN`, `branchN_rank`: the class with the largest logit of a branch, and the rank of the label among its
       logits.
+    - `probability`, `label_probability`: of the class `top1` and of the label: softmax of the averaged logits.
 
     Args:
       rows: for each kind of weights what `make_rows` returns.
@@ -100,3 +103,48 @@ def to_csv(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 writer.writeheader()
             writer.writerow({"weights": weights, **row})
     return text.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What `predictions.csv` says of N images and one kind of weights; see `to_csv`.
+
+    Attributes:
+      index: of the images in their split, `[N]`.
+      name: their names.
+      label: `[N]`.
+      rank: of the label, `[N]`.
+      best: the class with the largest averaged logit, `[N]`.
+      probability: of `best`, `[N]`; a network that diverged gives NaN.
+      label_probability: of `label`, `[N]`.
+      branch: each branch's class, `[G, N]`.
+    """
+
+    index: np.ndarray
+    name: tuple[str, ...]
+    label: np.ndarray
+    rank: np.ndarray
+    best: np.ndarray
+    probability: np.ndarray
+    label_probability: np.ndarray
+    branch: np.ndarray
+
+
+def read_csv(content: str, weights: str) -> Predictions:
+    """Reads the predictions of one kind of weights from the text of `predictions.csv`.
+
+    Raises:
+      ValueError: it has none, or it lacks columns or values.
+    """
+    try:
+        rows = [row for row in csv.DictReader(io.StringIO(content)) if row["weights"] == weights]
+        if not rows:
+            raise ValueError(f"it has no predictions of {weights} weights")
+        columns = ("index", "label", "rank", "top1")
+        index, label, rank, best = (np.array([int(row[key]) for row in rows]) for key in columns)
+        given, right = (np.array([float(row[key]) for row in rows]) for key in ("probability", "label_probability"))
+        branches = [key for key in rows[0] if re.fullmatch(r"branch\d+", key)]
+        branch = np.array([[int(row[key]) for row in rows] for key in branches], int).reshape(len(branches), len(rows))
+        return Predictions(index, tuple(row["name"] for row in rows), label, rank, best, given, right, branch)
+    except (csv.Error, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"it is not what --mode=eval writes: {reason(error)}") from error

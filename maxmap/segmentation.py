@@ -111,7 +111,7 @@ def _starts(size: int, window: int, stride: int) -> list[int]:
     return [*range(0, size - window, stride), size - window]
 
 
-def confusion(predicted: Array, masks: Array, num_classes: int) -> np.ndarray:
+def confusion(predicted: Array | np.ndarray, masks: Array | np.ndarray, num_classes: int) -> np.ndarray:
     """Counts pixels by their class and the class that was predicted: int64 `[K, K]`, classes along the first axis.
 
     The counts of the batches of a data set add up to those of the whole, exactly.
@@ -121,9 +121,9 @@ def confusion(predicted: Array, masks: Array, num_classes: int) -> np.ndarray:
       masks: int, of the same shape; ignored pixels are left out.
       num_classes: K.
     """
-    predicted, masks = np.asarray(predicted), np.asarray(masks)
-    counts = masks != IGNORED
-    pairs = num_classes * masks[counts].astype(np.int64) + predicted[counts]
+    truth = np.asarray(masks)
+    counts = truth != IGNORED
+    pairs = num_classes * truth[counts].astype(np.int64) + np.asarray(predicted)[counts]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 

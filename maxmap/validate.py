@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from maxmap import checkpoint, storage
 from maxmap.classes import match
@@ -128,6 +129,11 @@ def open_images(images: str | Path, split: str | None, tfds: str | None, check: 
     return open_data(source, path, train_split=None, val_split=split, check=check)
 
 
+def result_folder(path: str | Path) -> epath.Path:
+    """Returns where the results of a checkpoint go: into its own folder, or the current one if it is none of ours."""
+    return storage.resolve(path if checkpoint.is_workdir(path) else ".")
+
+
 def _find_split(path: str, split: str | None) -> tuple[str, str, str]:
     """Returns the kind of source that a folder holds, and path and name of its split."""
     for name in [split] if split else SPLITS:
@@ -197,8 +203,7 @@ def _write(
     """Writes the files of a validation and prints its last line, on the first process alone."""
     if jax.process_index() > 0:
         return
-    own = storage.in_bucket(path) or os.path.isdir(os.path.join(storage.expand(path), checkpoint.FOLDER))
-    folder, ending = storage.resolve(path if own else "."), f"_{labels}" if labels else ""
+    folder, ending = result_folder(path), f"_{labels}" if labels else ""
     if json_file is None:
         json_file, csv_file = folder / f"eval{ending}.json", csv_file or folder / f"predictions{ending}.csv"
     files = {json_file: json.dumps(result, indent=2) + "\n"} | ({csv_file: predictions} if csv_file else {})

@@ -12,6 +12,8 @@ import gzip
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
+from maxmap.errors import printable
+
 TABLE = resources.files("maxmap") / "wordnet.tsv.gz"
 
 # By number of classes: ILSVRC 2012; timm's 12k, a part of the next one; the release of Fall 2011, which is the 22k of
@@ -30,6 +32,12 @@ def words(name: str) -> str | None:
     """Returns the words of a class, such as 'tench, Tinca tinca' for 'n01440764'; None for no id of ImageNet's."""
     found = _table().get(name)
     return found and found[1]
+
+
+def readable(name: str) -> str:
+    """Returns the name of a class on one line; of an id of ImageNet's its first words, and the id."""
+    known = words(name)
+    return f"{known.split(', ')[0]} ({name})" if known else printable(name)
 
 
 def classes(count: int) -> list[str] | None:

@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import itertools
+import json
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -127,3 +129,40 @@ def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images = (member for member in tar if member.isfile())
         tar.extractall(folder, itertools.islice(images, 32))
     return folder
+
+
+@pytest.fixture(scope="session")
+def odd_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A run of a small network with two branches and random weights, on classes and files with odd names.
+
+    Its folder has no evaluation yet, so whoever evaluates it takes a copy.
+    """
+    from maxmap import checkpoint, create_model
+    from maxmap.config import bind
+    from tests.test_grid import BACKBONES, HEAD_FIELDS
+    from tests.tiny import settings_for, write_image
+    from tests.zoo import filled
+
+    root, classes = tmp_path_factory.mktemp("odd"), ['<b>&"', "naïve", "two\nlines"]
+    for i in range(24):
+        split, name = ("train", "val")[i % 2], classes[i % 3]
+        write_image(root / "photos" / split / name / f"<i>{i:02}'é\n.png", i, i % 3, size=40)
+    name, fields = BACKBONES["convnext"]
+    given = {"name": name, **fields, "head": {"name": "map", **HEAD_FIELDS["map"], "branches": 2}}
+    config = settings_for(root / "photos", model=given, data__image_size=32, mesh__data=-1)
+    model = create_model(**given, num_classes=3)
+    variables = jax.tree.map(lambda leaf: leaf.astype("float32"), filled(model, (32, 32)))
+    info = {
+        "model": {**given, "num_classes": 3},
+        "classes": sorted(classes),
+        "preprocessing": bind(config).data().preprocessing,
+        "config": dict(bind(config).values),
+        "step": 6,
+        "weights": "raw",
+    }
+    checkpoint.write_variables(root / "run", variables, json.loads(json.dumps(info)))
+    rows = [{"kind": "train", "step": step, "epoch": step / 3, "loss": 2.0 / step} for step in (2, 4, 6)]
+    rows = [row | {"learning_rate": 0.01, "images_per_second": 120.0, "waiting_for_data": 0.25} for row in rows]
+    rows.append({"kind": "eval", "step": 6, "epoch": 2.0, "loss": 1.0, "top1": 50.0, "top5": 100.0})
+    (root / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SimpleNamespace(folder=root / "run", photos=root / "photos", classes=info["classes"])

@@ -171,7 +171,8 @@ def test_odd_names_are_printed_on_a_line_each(capsys, tmp_path, workdir):
     assert r"cannot read no\nsuch\xe9.png (No such file" in mistake(capsys, "predict", workdir, "no\nsuch\udce9.png")
     rows = make_rows(
         {"index": np.array([0]), "label": np.array([0]), "mask": np.array([True])},
-        {"best": np.array([[0]]), "rank": np.array([1]), "branch": np.array([[0]]), "branch_rank": np.array([[1]])},
+        {"best": np.array([[0]]), "branch": np.array([[0]]), "branch_rank": np.array([[1]])}
+        | {key: np.array([1]) for key in ("rank", "probability", "label_probability")},
         lambda index: names[1] + names[0],
     )
     storage.write_text(tmp_path / "predictions.csv", to_csv({"raw": rows}))

@@ -11,7 +11,7 @@ from maxmap import checkpoint
 from maxmap.__main__ import main
 from maxmap.errors import UserError
 from maxmap.labels import read_real, real_labels
-from maxmap.predictions import accuracies, make_rows, to_csv
+from maxmap.predictions import accuracies, make_rows, read_csv, to_csv
 from tests.tiny import create_tiny, preprocessing, write_image
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -28,6 +28,8 @@ BATCH = {
 FOUND = {
     "best": np.array([[1, 0, 2, 3, 4], [4, 1, 2, 0, 3], [0, 1, 2, 4, 5], [0, 0, 0, 0, 0]]),
     "rank": np.array([1, 3, 6, 1]),
+    "probability": np.array([0.5, 0.25, 0.123456789, 0.0]),
+    "label_probability": np.array([0.5, 0.125, 1.23456789e-9, 0.0]),
     "branch": np.array([[1, 2, 0, 0], [1, 4, 3, 0]]),
     "branch_rank": np.array([[1, 1, 4, 1], [1, 2, 1, 1]]),
 }
@@ -50,12 +52,26 @@ def test_several_labels_or_none():
         accuracies(ROWS, {7: [], 8: [], 9: []})
 
 
+def test_the_file_of_predictions_is_read_back():
+    found = read_csv(to_csv({"ema": ROWS, "raw": ROWS[:1]}), "ema")
+    assert found.name == ("image7", "image8", "image9") and found.index.tolist() == [7, 8, 9]
+    for key, wanted in {"label": BATCH["label"], "best": FOUND["best"][:, 0], "rank": FOUND["rank"]}.items():
+        assert getattr(found, key).tolist() == wanted[:3].tolist()
+    assert found.branch.tolist() == FOUND["branch"][:, :3].tolist()
+    np.testing.assert_allclose(found.probability, FOUND["probability"][:3], rtol=1e-5)
+    np.testing.assert_allclose(found.label_probability, FOUND["label_probability"][:3], rtol=1e-5)
+    for text in ("", "a,b\n1,2\n", to_csv({"ema": ROWS}), to_csv({"raw": ROWS}).replace("image8,2", "image8,two")):
+        with pytest.raises(ValueError):
+            read_csv(text, "raw")
+
+
 def test_the_file_of_predictions():
     lines = to_csv({"ema": ROWS[:1], "raw": ROWS[1:2]}).splitlines()
     assert lines == [
-        "weights,index,name,label,rank,top1,top2,top3,top4,top5,branch0,branch0_rank,branch1,branch1_rank",
-        "ema,7,image7,1,1,1,0,2,3,4,1,1,1,1",
-        "raw,8,image8,2,3,4,1,2,0,3,2,1,4,2",
+        "weights,index,name,label,rank,top1,top2,top3,top4,top5,branch0,branch0_rank,branch1,branch1_rank,"
+        "probability,label_probability",
+        "ema,7,image7,1,1,1,0,2,3,4,1,1,1,1,0.5,0.5",
+        "raw,8,image8,2,3,4,1,2,0,3,2,1,4,2,0.25,0.125",
     ]
 
 

@@ -29,7 +29,7 @@ FLOORS = (
         "maxmap.storage",
         "maxmap.wordnet",
     },
-    {"maxmap.pictures"},
+    {"maxmap.page", "maxmap.pictures"},
     {"maxmap.checkpoint", "maxmap.recipe_files"},
     {"maxmap.data"},
     {"maxmap.kernels"},
@@ -47,7 +47,7 @@ FLOORS = (
     {"maxmap.inference"},
     {"maxmap.bulk", "maxmap.explanation", "maxmap.programs", "maxmap.validate"},
     {"maxmap.train"},
-    {"maxmap.benchmark"},
+    {"maxmap.benchmark", "maxmap.report", "maxmap.serve"},
     {"maxmap"},  # the public API: names of every room, used by none of them
     {"maxmap.arguments"},
     {
@@ -55,6 +55,8 @@ FLOORS = (
         "maxmap.evaluation_commands",
         "maxmap.model_commands",
         "maxmap.recipes_command",
+        "maxmap.report_command",
+        "maxmap.serve_command",
         "maxmap.training_commands",
     },
     {"maxmap.checkpoint_commands"},

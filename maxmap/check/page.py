@@ -1,8 +1,5 @@
 """The page of `maxmap check --html`: one HTML file with thumbnails in it, which needs no other file and no script."""
 
-import base64
-import html
-import io
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -10,28 +7,20 @@ import numpy as np
 
 from maxmap.check.findings import Findings
 from maxmap.data.decode import decode
-from maxmap.errors import printable
+from maxmap.page import bar, document, escaped, more, picture, wide
 
 _SIDE = 112  # pixels of a thumbnail, at most
 _GROUPS, _MEMBERS, _SAMPLES, _CLASSES, _FILES = 40, 6, 6, 60, 60  # that are drawn, at most
 _SIDES = (32, 64, 128, 224, 448, 896, 1792)  # between the bars of the histogram
 
 _STYLE = """
-:root { color-scheme: light dark }
-:root { --line: #8884; --bar: #4a7fc1; --second: #d98a1f; --third: #7b6bb0; --bad: #c0392b; --good: #2e8b57 }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
 ul.verdict { list-style: none; padding: .7rem 1rem; border-left: 4px solid var(--bad); background: #8881 }
 ul.verdict.fine { border-color: var(--good) }
-table { border-collapse: collapse } th, td { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } tr + tr { border-top: 1px solid var(--line) }
-td.bars { width: 22rem } .bar { height: .55rem; background: var(--bar); margin: 1px 0 }
+td.bars { width: 22rem }
 .bar:nth-child(2) { background: var(--second) } .bar:nth-child(n + 3) { background: var(--third) }
 th.s1 { color: var(--bar) } th.s2 { color: var(--second) } th.s3 { color: var(--third) }
 p.group { margin: .6rem 0 0; padding-top: .4rem; border-top: 1px solid var(--line) }
-.row { display: flex; flex-wrap: wrap; gap: .6rem; padding: .3rem 0 .6rem }
-figure { margin: 0; width: 7.5rem } figcaption { font-size: .72rem; line-height: 1.25; overflow-wrap: anywhere }
-img { display: block; max-width: 100% } figure img { min-width: 4.5rem } .note { color: #888 }
+figure { width: 7.5rem } figure img { min-width: 4.5rem }
 td.thumbs { text-align: left; padding: .2rem 0 }
 td.thumbs img { display: inline-block; height: 3.2rem; margin-right: 3px }
 """
@@ -40,7 +29,6 @@ td.thumbs img { display: inline-block; height: 3.2rem; margin-right: 3px }
 def draw(findings: Findings) -> str:
     """Returns what was found as an HTML page."""
     contents = findings.contents
-    name = _text(contents.folder)
     sections = [
         ("Splits and classes", _classes(findings)),
         ("Sizes", _sizes(findings)),
@@ -49,20 +37,17 @@ def draw(findings: Findings) -> str:
         ("Other copies", _groups(findings, findings.ordinary_copies())),
         ("Broken files", _files(findings, findings.broken)),
         ("Tiny images", _row(findings, findings.tiny[:_FILES]) + _more(len(findings.tiny), _FILES, "images")),
-        ("Files that are ignored", _list(map(printable, contents.ignored), len(contents.ignored))),
+        ("Files that are ignored", _list(contents.ignored, len(contents.ignored))),
     ]
     body = "".join(f"<h2>{title}</h2>\n{text or '<p class=note>none</p>'}\n" for title, text in sections)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
-        f"<style>{_STYLE}</style></head>\n"
-        f"<body><h1>{name}</h1>\n<p>{len(contents.files):,} images in {len(contents.classes):,} class folders</p>\n"
-        f"{_verdict(findings)}\n{body}</body></html>\n"
-    )
+    counted = f"{len(contents.files):,} images in {len(contents.classes):,} class folders"
+    head = f"<h1>{escaped(contents.folder)}</h1>\n<p>{counted}</p>\n{_verdict(findings)}\n"
+    return document(contents.folder, head + body, _STYLE)
 
 
 def _verdict(findings: Findings) -> str:
     told = [*(findings.problems or ["Nothing hinders training."]), *findings.hints]
-    items = "".join(f"<li>{_text(text)}</li>" for text in told)
+    items = "".join(f"<li>{escaped(text)}</li>" for text in told)
     return f'<ul class="verdict{"" if findings.problems else " fine"}">{items}</ul>'
 
 
@@ -71,7 +56,7 @@ def _classes(findings: Findings) -> str:
     contents, counts = findings.contents, findings.counts
     names = [name or "all" for name in contents.splits]
     most, readable = max(1, counts.max(initial=0)), findings.readable()
-    heads = "".join(f"<th class=s{min(i, 3)}>{_text(name)}</th>" for i, name in enumerate(names, 1))
+    heads = "".join(f"<th class=s{min(i, 3)}>{escaped(name)}</th>" for i, name in enumerate(names, 1))
     rows = [
         f"<tr><th>class</th>{heads}<th></th><th></th></tr>",
         f"<tr><td>all</td>{_cells(counts.sum(axis=1))}<td></td><td></td></tr>",
@@ -79,13 +64,13 @@ def _classes(findings: Findings) -> str:
     for number, column in list(enumerate(counts.T))[:_CLASSES]:
         own = np.flatnonzero((contents.label == number) & readable)
         samples = own[np.unique(np.linspace(0, len(own) - 1, min(len(own), _SAMPLES)).astype(int))] if len(own) else own
-        bars = "".join(_bar(count / most) for count in column)
+        bars = "".join(bar(count / most) for count in column)
         thumbnails = "".join(_image(findings, int(index)) for index in samples)
         rows.append(
-            f"<tr><td>{_text(contents.classes[number])}</td>{_cells(column)}<td class=bars>{bars}</td>"
+            f"<tr><td>{escaped(contents.classes[number])}</td>{_cells(column)}<td class=bars>{bars}</td>"
             f"<td class=thumbs>{thumbnails}</td></tr>"
         )
-    return f"<table>{''.join(rows)}</table>{_more(len(contents.classes), _CLASSES, 'classes')}"
+    return wide("".join(rows)) + _more(len(contents.classes), _CLASSES, "classes")
 
 
 def _sizes(findings: Findings) -> str:
@@ -95,25 +80,16 @@ def _sizes(findings: Findings) -> str:
     labels = [f"under {_SIDES[0]}", *(f"{low} to {high - 1}" for low, high in itertools.pairwise(_SIDES))]
     labels.append(f"{_SIDES[-1]} and more")
     rows = "".join(
-        f"<tr><td>{label}</td>{_cells([count])}<td class=bars>{_bar(count / len(sides))}</td></tr>"
+        f"<tr><td>{label}</td>{_cells([count])}<td class=bars>{bar(count / len(sides))}</td></tr>"
         for label, count in zip(labels, counts, strict=True)
         if count
     )
-    kinds = ", ".join(f"{html.escape(kind)} {count:,}" for kind, count in findings.kinds.items())
-    return f"<table><tr><th>shorter side</th><th>images</th><th></th></tr>{rows}</table><p>{kinds}</p>" if sides else ""
+    kinds = ", ".join(f"{escaped(kind)} {count:,}" for kind, count in findings.kinds.items())
+    return f"{wide(f'<tr><th>shorter side</th><th>images</th><th></th></tr>{rows}')}<p>{kinds}</p>" if sides else ""
 
 
 def _cells(numbers: Iterable[int]) -> str:
     return "".join(f"<td>{number:,}</td>" for number in numbers)
-
-
-def _bar(share: float) -> str:
-    return f'<div class="bar" style="width:{100 * share:.1f}%"></div>'
-
-
-def _text(name: str) -> str:
-    """Returns a name or a sentence as HTML."""
-    return html.escape(printable(name))
 
 
 def _groups(findings: Findings, groups: Sequence[np.ndarray]) -> str:
@@ -126,20 +102,17 @@ def _groups(findings: Findings, groups: Sequence[np.ndarray]) -> str:
 
 
 def _files(findings: Findings, numbers: np.ndarray) -> str:
-    told = (
-        f"{printable(findings.contents.path(int(index)))}: {printable(str(findings.inspections[index].fault))}"
-        for index in numbers
-    )
+    told = (f"{findings.contents.path(int(index))}: {findings.inspections[index].fault}" for index in numbers)
     return _list(told, len(numbers))
 
 
 def _list(texts: Iterable[str], number: int) -> str:
-    items = "".join(f"<li>{html.escape(text)}</li>" for text, _ in zip(texts, range(_FILES), strict=False))
+    items = "".join(f"<li>{escaped(text)}</li>" for text, _ in zip(texts, range(_FILES), strict=False))
     return f"<ul>{items}</ul>{_more(number, _FILES, 'files')}" if items else ""
 
 
 def _more(number: int, shown: int, what: str) -> str:
-    return f"<p class=note>and {number - shown:,} more {what}; --json has all</p>" if number > shown else ""
+    return more(number, shown, what, "--json")
 
 
 def _row(findings: Findings, numbers: np.ndarray) -> str:
@@ -154,20 +127,16 @@ def _below(findings: Findings, index: int) -> str:
     """Returns the path of an image without the folder that was checked, and its size."""
     path = findings.contents.path(index).removeprefix(findings.contents.folder).lstrip("/")
     width, height = findings.inspections[index].size
-    return f"{_text(path)} {width}x{height}"
+    return f"{escaped(path)} {width}x{height}"
 
 
 def _image(findings: Findings, index: int) -> str:
     """Returns an image as a thumbnail that stands in the page itself."""
     path = findings.contents.path(index)
-    title = _text(path)
     try:
         with open(path, "rb") as file:
             image = decode(file.read(), exif=True, smallest=_SIDE)
     except OSError:  # it was read before, and is gone
-        return f"<span>{title}</span>"
+        return f"<span>{escaped(path)}</span>"
     image.thumbnail((_SIDE, _SIDE))
-    written = io.BytesIO()
-    image.save(written, "JPEG", quality=80)
-    data = base64.b64encode(written.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" title="{title}" alt="{title}">'
+    return picture(image, path)

@@ -46,6 +46,10 @@ TURNS = {
 }
 
 
+class TooManyPixels(OSError):
+    """An image is larger than the reader allows."""
+
+
 class OpenedImage(NamedTuple):
     """An image of which only the header is read.
 
@@ -96,7 +100,7 @@ def open_image(image: bytes | np.ndarray | Image.Image, *, exif: bool, max_pixel
       max_pixels: an image with more pixels is refused.
 
     Raises:
-      OSError: the image is broken, too large or of no format in `FORMATS`.
+      OSError: the image is broken or of no format in `FORMATS`; `TooManyPixels` if it is too large.
     """
     if isinstance(image, np.ndarray):
         grey = image.ndim == 3 and image.shape[-1] == 1
@@ -150,7 +154,7 @@ def _known_formats() -> tuple[str, ...]:
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
-        raise OSError(
+        raise TooManyPixels(
             f"the image has {size[0]} x {size[1]} pixels, more than the {max_pixels} of --config.data.max_pixels"
         )
 

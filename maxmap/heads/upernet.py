@@ -8,12 +8,12 @@ from flax.core import FrozenDict
 
 from maxmap.layers.blocks import ConvNormAct
 from maxmap.layers.pooling import adaptive_average, bilinear, select_levels, top_down
-from maxmap.layers.primitives import Conv, LayerNorm, he_fan_out
+from maxmap.layers.primitives import Conv, Initializer, LayerNorm, he_fan_out
 from maxmap.operations import Array
 from maxmap.ranges import Count, DropRate, Level, Positive
 
-_INITS = FrozenDict(kernel_init=he_fan_out())
-_CLASSIFIER_INITS = FrozenDict(kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros)
+_INITS: FrozenDict[str, Initializer] = FrozenDict(kernel_init=he_fan_out())
+_CLASSIFIER_INITS: FrozenDict[str, Initializer] = FrozenDict(kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros)
 
 
 def _conv(channels: int, kernel_size: int, name: str) -> ConvNormAct:

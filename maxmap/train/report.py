@@ -6,16 +6,20 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+from etils import epath
 from tqdm import tqdm
 
 from maxmap import storage
 from maxmap.errors import printable
 from maxmap.progress import clock
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _LARGEST_DRAWN = 1e30  # matplotlib computes differences and squares of what it draws
 LOGS = ("metrics.jsonl", "events.jsonl")  # a run that goes on adds lines to them
@@ -175,11 +179,11 @@ class Report:
 def drop_after(path: Path, step: int) -> None:
     """Removes the lines of later steps from a log, and those that are no lines of a log, as after a crash."""
     if path.exists():
-        kept = [line for line, row in _read_log(path) if row["step"] <= step]
+        kept = [line for line, row in read_log(path) if row["step"] <= step]
         storage.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_log(path: Path | epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each line of a log and its values; a line that is not JSON with a step is left out."""
     for line in path.read_bytes().split(b"\n"):
         try:
@@ -197,24 +201,33 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for _, row in _read_log(metrics)]
-    train = [row for row in rows if _has(row, "train", "epoch", "loss", "learning_rate")]
-    evals = [row for row in rows if _has(row, "eval", "epoch", "loss", "top1", "top5")]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, accuracy, rate = figure.subplots(1, 3)
+    plot_curves([row for _, row in read_log(metrics)], figure.subplots(1, 3))
+    figure.savefig(picture, dpi=110)
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], axes: Sequence["Axes"]) -> None:
+    """Plots losses, accuracies and learning rates.
+
+    Args:
+      rows: of a log; see `read_log`.
+      axes: matplotlib's, for each of the three.
+    """
+    train = [row for row in rows if has(row, "train", "epoch", "loss", "learning_rate")]
+    evals = [row for row in rows if has(row, "eval", "epoch", "loss", "top1", "top5")]
+    loss, accuracy, rate = axes
     loss.plot(_column(train, "epoch"), _column(train, "loss"), label="training objective")
     loss.plot(_column(evals, "epoch"), _column(evals, "loss"), label="evaluation, cross-entropy")
     accuracy.plot(_column(evals, "epoch"), _column(evals, "top1"), marker=".", label="top-1")
     accuracy.plot(_column(evals, "epoch"), _column(evals, "top5"), marker=".", label="top-5")
     rate.plot(_column(train, "epoch"), _column(train, "learning_rate"))
-    for axes, title in ((loss, "loss"), (accuracy, "accuracy, %"), (rate, "learning rate")):
-        axes.set_title(title)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-    for axes in (loss, accuracy):
-        axes.legend()
-    figure.savefig(picture, dpi=110)
+    for each, title in ((loss, "loss"), (accuracy, "accuracy, %"), (rate, "learning rate")):
+        each.set_title(title)
+        each.set_xlabel("epoch")
+        each.grid(alpha=0.3)
+    for each in (loss, accuracy):
+        each.legend()
 
 
 def _column(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
@@ -222,6 +235,6 @@ def _column(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
     return [float(row[key]) if abs(row[key]) < _LARGEST_DRAWN else math.nan for row in rows]
 
 
-def _has(row: Mapping[str, Any], kind: str, *numbers: str) -> bool:
+def has(row: Mapping[str, Any], kind: str, *numbers: str) -> bool:
     """Whether a line of the log is of a kind, and has all these numbers."""
     return row.get("kind") == kind and all(isinstance(row.get(key), int | float) for key in numbers)

@@ -19,6 +19,7 @@ OWN_FILES = {
     "maxmap.bulk": "its own unfinished table; images and archives are read by the readers of rows",
     "maxmap.checkpoint": "checkpoints that maxmap wrote, by orbax; SECURITY.md says what is not promised for them",
     "maxmap.recipe_files": "recipes of the package",
+    "maxmap.report.evidence": "what maxmap wrote into the folder of a checkpoint",
     "maxmap.runtime": "what the operating system says of memory",
     "maxmap.storage": "files that maxmap wrote, for their checksums",
     "maxmap.train.board": "it writes",

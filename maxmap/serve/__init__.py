@@ -1,0 +1,1 @@
+"""A checkpoint that answers over HTTP, in batches of what comes in together and with limits on every request."""
