@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maxmap import storage
+from maxmap import storage, tasks
 from maxmap.arguments import Number, local_path
 from maxmap.bulk import embed_many, predict_many
 from maxmap.data.decode import CROP_MODES, FILTERS
 from maxmap.data.preprocessing import changed
 from maxmap.errors import UserError, printable
 from maxmap.explanation import explain_files
-from maxmap.inference import predict
+from maxmap.inference import answers, load, predict
 from maxmap.labels import LABEL_SETS
 from maxmap.validate import validate
 from maxmap.wordnet import words
@@ -148,26 +148,29 @@ def predict_command(
     csv_file: str | None,
     **options: Any,
 ) -> None:
-    """Prints the likeliest classes of every image, and writes them into files; or writes a table of many images."""
+    """Prints what a checkpoint says of every image, and writes it into files; or writes a table of many images."""
     if to is not None:
         if json_file or csv_file:
             raise UserError("--to is a table of its own: leave out --json and --csv.")
         print(_told(to, predict_many(workdir, images, to, overwrite=overwrite, **options)))
         return
-    results = predict(workdir, images, **options)
-    for path, classes in zip(images, results, strict=True):
-        named = ", ".join(f"{_readable(name)} {100 * probability:.1f} %" for name, probability in classes)
-        print(f"{printable(path)}: {named}")
+    loaded = load(workdir, pad=options.pop("pad"))
+    task = tasks.of_checkpoint(loaded[2])
+    results = answers(*loaded, images, **options)
+    for path, named in zip(images, results, strict=True):
+        said = ", ".join(f"{_readable(name)} {task.shown(value)}" for name, value in named)
+        print(f"{printable(path)}: {said or 'none of the labels'}")
+    columns, records = task.records()
     rows = [
-        {"image": printable(path), "rank": rank, "class": name, "words": words(name), "probability": probability}
-        for path, classes in zip(images, results, strict=True)
-        for rank, (name, probability) in enumerate(classes, 1)
+        {"image": printable(path), **record}
+        for path, named in zip(images, results, strict=True)
+        for record in records(named)
     ]
     if json_file is not None:
         storage.write_named(json_file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     if csv_file is not None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, ["image", "rank", "class", "words", "probability"], lineterminator="\n")
+        writer = csv.DictWriter(text, ["image", *columns], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         storage.write_named(csv_file, text.getvalue())

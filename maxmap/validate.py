@@ -10,13 +10,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from maxmap import checkpoint, storage
+from maxmap import checkpoint, storage, tasks
 from maxmap.classes import match
 from maxmap.cost import count_parameters
 from maxmap.data.folders import holds_folders
 from maxmap.data.pipeline import Data, open_data
 from maxmap.data.preprocessing import changed, departures, in_words
 from maxmap.data.sources import tar_files
+from maxmap.data.tables import ENDING, split_names
 from maxmap.errors import UserError, printable
 from maxmap.evaluate import check_image_size, evaluate, make_eval_step, match_classes, report, summary, tell
 from maxmap.inference import load
@@ -25,8 +26,10 @@ from maxmap.predictions import accuracies, to_csv
 from maxmap.progress import Progress
 from maxmap.ranges import Count, CountOrZero, check_arguments
 from maxmap.sharding import make_mesh, replicated
+from maxmap.tasks.task import Task
 
-SPLITS = ("val", "validation")  # folders or archives that hold the evaluation split
+SPLITS = ("val", "validation")  # folders, archives or CSV files that hold the evaluation split
+_CSV_KEYS = ("task", "image_column", "label_columns", "split_column", "separator")  # of the section data
 
 
 def validate(
@@ -55,7 +58,8 @@ def validate(
     Args:
       path: of the checkpoint, as for `maxmap.load`.
       images: a folder with a folder of images per class, or one that has such a folder `val` or `validation`; a tar
-        archive, or a folder of them; with `tfds`, the folder of TFDS's data sets.
+        archive, or a folder of them; a CSV file, or a folder of them, with the columns that the checkpoint was trained
+        with; with `tfds`, the folder of TFDS's data sets.
       split: name of the split: a folder or the beginning of the archives' names in `images`; None: see `images`. Of
         TFDS, None is its split 'validation' or 'test'.
       tfds: name of a TFDS data set.
@@ -88,15 +92,18 @@ def validate(
         raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
     used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
     check_image_size(model, variables, used["image_size"])
-    data = dataclasses.replace(open_images(images, split, tfds, check), preprocessing=used)
+    task = tasks.of_checkpoint(info)
+    data = dataclasses.replace(open_images(images, split, tfds, check, info), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
         print(_describe(path, info, variables, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
-    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip)
+    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip, task=task)
     placed = jax.device_put(variables, replicated(mesh))
     rows: list[dict[str, Any]] = []
     progress = Progress(data.num_eval, shown=jax.process_index() == 0)
-    result = evaluate(eval_step, placed, data, batch_size, mesh, rows, progress=progress, device_batches=device_batches)
+    result = evaluate(
+        eval_step, placed, data, batch_size, mesh, rows, progress=progress, device_batches=device_batches, task=task
+    )
     for name in result["skipped"]:
         tell(f"left out, because it cannot be decoded: {name}")
     if right is not None:
@@ -106,12 +113,16 @@ def validate(
         result["classes"] = f"{present} of {len(info['classes'])}"
     about = ({} if labels is None else {"labels": labels}) | ({"flip": True} if flip else {})
     result = report({**about, **result}, variables["params"], {**info, "preprocessing": used})
-    _write(path, result, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
+    _write(path, result, task, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
     return result
 
 
-def open_images(images: str | Path, split: str | None, tfds: str | None, check: int) -> Data:
+def open_images(
+    images: str | Path, split: str | None, tfds: str | None, check: int, info: Mapping[str, Any] | None = None
+) -> Data:
     """Opens labelled images for evaluation alone; see `validate`.
+
+    `info` is what the checkpoint says of itself; a CSV file is read as that run's was.
 
     Raises:
       UserError: there are none, or they are malformed or broken.
@@ -121,16 +132,28 @@ def open_images(images: str | Path, split: str | None, tfds: str | None, check: 
         return open_data("tfds", path, name=tfds, train_split=None, val_split=split or "val", check=check)
     if os.path.isfile(path) and path.endswith(".tar"):
         source, path, split = "tar", os.path.dirname(path), os.path.basename(path)
-    elif os.path.isdir(path):
-        source, path, split = _find_split(path, split)
+    elif os.path.isdir(path) or (os.path.isfile(path) and path.endswith(ENDING)):
+        source, path, split = _find_split(path, split, _csv_options(info).get("split_column", "split"))
     else:
         raise UserError(f"there is no folder of images and no tar archive {printable(path)}: give another path.")
-    return open_data(source, path, train_split=None, val_split=split, check=check)
+    options = _csv_options(info) if source == "csv" else {}
+    return open_data(source, path, train_split=None, val_split=split, check=check, **options)
 
 
-def _find_split(path: str, split: str | None) -> tuple[str, str, str]:
-    """Returns the kind of source that a folder holds, and path and name of its split."""
+def _csv_options(info: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns how the run of a checkpoint read its CSV files; nothing for the usual columns and one class per image."""
+    data = (info or {}).get("config", {}).get("data", {})
+    return {key: data[key] for key in _CSV_KEYS} if data.get("source") == "csv" else {}
+
+
+def _find_split(path: str, split: str | None, column: str) -> tuple[str, str, str]:
+    """Returns the kind of source that a folder or a CSV file is, and path and name of its split."""
+    if os.path.isfile(path):
+        present = [] if split else split_names(path, column)
+        return "csv", path, split or next((name for name in SPLITS if name in present), "")
     for name in [split] if split else SPLITS:
+        if os.path.isfile(os.path.join(path, name + ENDING)):
+            return "csv", path, name
         if holds_folders(os.path.join(path, name)):
             return "folder", path, name
         if tar_files(path, name):
@@ -189,6 +212,7 @@ def _describe(
 def _write(
     path: str | Path,
     result: Mapping[str, Any],
+    task: Task,
     predictions: str,
     labels: str | None,
     json_file: str | Path | None,
@@ -202,7 +226,7 @@ def _write(
     if json_file is None:
         json_file, csv_file = folder / f"eval{ending}.json", csv_file or folder / f"predictions{ending}.csv"
     files = {json_file: json.dumps(result, indent=2) + "\n"} | ({csv_file: predictions} if csv_file else {})
-    print(f"{labels or ''} {summary(result)}".lstrip(), flush=True)  # first, because a disk may be full
+    print(f"{labels or ''} {summary(result, task)}".lstrip(), flush=True)  # first, because a disk may be full
     for file, text in files.items():
         storage.write_named(file, text)
     print(f"written to {' and '.join(map(printable, files))}")

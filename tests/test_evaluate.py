@@ -14,10 +14,11 @@ from maxmap import evaluate
 from maxmap.cost import count_parameters
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError
-from maxmap.evaluate import check_same_model, make_eval_step, rank_of, report, summary
+from maxmap.evaluate import check_same_model, make_eval_step, report, summary
 from maxmap.models import average
 from maxmap.progress import Progress
 from maxmap.sharding import make_mesh
+from maxmap.tasks.single_label import rank_of
 from tests.tiny import write_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

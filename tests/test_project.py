@@ -21,6 +21,7 @@ FLOORS = (
     {
         "maxmap.checksums",
         "maxmap.classes",
+        "maxmap.metrics",
         "maxmap.predictions",
         "maxmap.progress",
         "maxmap.protobuf",
@@ -39,6 +40,7 @@ FLOORS = (
     {"maxmap.backbones", "maxmap.heads"},
     {"maxmap.models"},
     {"maxmap.features", "maxmap.losses", "maxmap.optim", "maxmap.schedule"},
+    {"maxmap.tasks"},
     {"maxmap.recipe"},
     {"maxmap.config"},
     {"maxmap.accelerators", "maxmap.convert"},
@@ -75,6 +77,7 @@ STOREYS = (
         "maxmap.data.damage",
         "maxmap.data.images",
         "maxmap.data.folders",
+        "maxmap.data.tables",
         "maxmap.data.tfds_folders",
         "maxmap.data.sources",
         "maxmap.data.decode",
