@@ -1,10 +1,10 @@
-"""Aesthetic scores of photographs (AVA, Murray et al. 2012) with MaxViT-T, as in MaxViT's paper (Tu et al., ECCV 2022).
+"""Aesthetic scores of photographs, AVA, by MaxViT-T as in MaxViT's paper (Tu et al., ECCV 2022).
 
   python main.py --config=configs/aesthetics.py:tiny_224 --workdir=runs/aesthetics --config.data.path=AVA \\
     --config.init_from=timm/maxvit_tiny_tf_224.in1k
 
-AVA is a CSV file with a row for each photograph: the columns image, split (train or val) and 1 to 10, which count the
-people who gave that score. docs/labels.md makes it of AVA.txt.
+AVA (Murray, Marchesotti and Perronnin 2012) is a CSV file with a row for each photograph: the columns image, split
+(train or val) and 1 to 10, which count the people who gave that score. docs/labels.md makes it of AVA.txt.
 
 ======== =============== ===============
 recipe   published PLCC  published SRCC

@@ -48,6 +48,7 @@ def make_eval_step(
     among: Sequence[int] | None = None,
     kernels: str = "auto",
     flip: bool = False,
+    crop: int | None = None,
     task: Task = SINGLE_LABEL,
 ) -> EvalStep:
     """Builds the evaluation step: a jitted function of variables and a batch.
@@ -67,18 +68,30 @@ def make_eval_step(
       among: The only labels that are candidates; None for all.
       kernels: See `maxmap.operations.kernels`.
       flip: The logits are the mean of those of an image and of its mirror image.
+      crop: Side of five crops of an image, its corners and its centre, whose logits are averaged; None for the whole.
       task: What the model is asked for.
     """
 
     def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Any]:
         images = normalize(batch["image"], preprocessing["mean"], preprocessing["std"], dtype)
         params = gather(jax.tree.map(lambda p: p.astype(dtype), variables["params"]), mesh)
+
+        def branches_of(images: Array) -> Array:
+            logits = upcast(model.apply({**variables, "params": params}, images)["logits"])
+            if not flip:
+                return logits
+            return (logits + upcast(model.apply({**variables, "params": params}, images[:, :, ::-1])["logits"])) / 2
+
+        def branches_at(corner: Array) -> Array:
+            sizes = (images.shape[0], crop, crop, images.shape[3])
+            return branches_of(jax.lax.dynamic_slice(images, (0, corner[0], corner[1], 0), sizes))
+
         with traced_on(mesh), operations.kernels(kernels):
-            outputs = model.apply({**variables, "params": params}, images)
-            if flip:
-                mirrored = model.apply({**variables, "params": params}, images[:, :, ::-1])
-                outputs = {"logits": (upcast(outputs["logits"]) + upcast(mirrored["logits"])) / 2}
-        logits, branches = average(outputs), upcast(outputs["logits"])
+            if crop is None:
+                branches = branches_of(images)
+            else:
+                branches = jnp.mean(jax.lax.map(branches_at, _corners(images.shape[1] - crop)), axis=0)
+        logits = average({"logits": branches})
         if among is not None:
             candidate = jnp.zeros(logits.shape[-1], bool).at[jnp.array(among)].set(True)
             logits = jnp.where(candidate[None], logits, -jnp.inf)
@@ -87,6 +100,11 @@ def make_eval_step(
 
     # None keeps the variables' own sharding: training splits them, other callers have them on every device.
     return jax.jit(step, in_shardings=(None, split_batch(mesh)), out_shardings=replicated(mesh))
+
+
+def _corners(last: int) -> Array:
+    """Returns where five crops of a square start, which end at most `last` pixels further: int `[5, 2]`."""
+    return jnp.array([[0, 0], [0, last], [last, 0], [last, last], [last // 2, last // 2]])
 
 
 def evaluate(
@@ -175,12 +193,11 @@ def _delayed(items: Iterator[Any], count: int) -> Iterator[Any]:
 def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of `eval.json`: a result with the model, weights and preprocessing that it belongs to."""
     errors = {f"{key}_err": round(100 - result[key], 6) for key in ("top1", "top5") if key in result}
-    task = {"task": info["task"]["name"]} if "task" in info else {}
     return {
         "model": info["model"]["name"],
         "step": info["step"],
         "weights": info["weights"],
-        **task,
+        "task": tasks.of_checkpoint(info).name,
         **result,
         **errors,
         "param_count": count_parameters(params),
@@ -271,7 +288,8 @@ def open_for(recipe: Recipe, info: Mapping[str, Any], where: str | Path) -> tupl
     Raises:
       UserError: The data is missing, or has a class that the checkpoint does not have.
     """
-    no_split = recipe.data.keywords.get("val_split", "val") is None
+    # Without an evaluation split of its own the data says what is wrong, or takes it from the training split.
+    no_split = recipe.data.keywords.get("val_split", "val") is None or recipe.data.keywords.get("folds") is not None
     data = recipe.data() if no_split else recipe.data(train_split=None)
     # What the labels of an evaluation split without some of the classes mean, the training split says.
     if stored_names(info) is None and not no_split and len(data.classes) != len(info.get("classes", ())):

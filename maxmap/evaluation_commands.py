@@ -69,7 +69,9 @@ def add_validate(command: argparse.ArgumentParser) -> None:
         "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
     )
     command.add_argument(
-        "images", type=local_path, help="folder of class folders, tar archive, folder of these, or TFDS directory"
+        "images",
+        type=local_path,
+        help="folder of class folders, tar archive, CSV file, folder of these, or TFDS directory",
     )
     command.add_argument("--split", help="folder or archives in IMAGES, or split of TFDS (default: val, validation)")
     command.add_argument("--tfds", metavar="NAME", help="data set in the TFDS directory, for example imagenet2012")
@@ -87,6 +89,7 @@ def add_validate(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     command.add_argument("--flip", action="store_true", help="average the logits with those of the mirror image")
+    command.add_argument("--crops", action="store_true", help="average the logits of the corners and the centre")
     command.add_argument(
         "--check",
         type=Number(validate, "check"),

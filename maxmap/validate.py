@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,7 @@ def validate(
     check: CountOrZero = 2000,
     pad: bool = False,
     flip: bool = False,
+    crops: bool = False,
     json_file: str | Path | None = None,
     csv_file: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -72,6 +74,8 @@ def validate(
       check: images to decode before the start, where a broken one is an error; later ones are left out and named.
       pad: takes an image size that the model's windows do not divide, too; see `maxmap.create_model`.
       flip: averages the logits of each image with those of its mirror image.
+      crops: averages the logits of five crops of each image: the corners and the centre of the square that the resize
+        leaves, of which the usual crop is the centre.
       json_file: file for the result; None: `eval.json`, with the name of the label set, in the folder of the
         checkpoint, or in the current folder if it is no checkpoint of ours.
       csv_file: file for the predictions; None: `predictions.csv` beside an `eval.json`, nothing beside `json_file`.
@@ -97,7 +101,11 @@ def validate(
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
         print(_describe(path, info, variables, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
-    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip, task=task)
+    crop = None
+    if crops:
+        crop = used["image_size"]
+        data = dataclasses.replace(data, preprocessing=_whole_square(used))
+    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip, crop=crop, task=task)
     placed = jax.device_put(variables, replicated(mesh))
     rows: list[dict[str, Any]] = []
     progress = Progress(data.num_eval, shown=jax.process_index() == 0)
@@ -111,10 +119,23 @@ def validate(
         result |= accuracies(rows, {row["index"]: real_labels(right, row["name"]) for row in rows})
     if present < len(info["classes"]):
         result["classes"] = f"{present} of {len(info['classes'])}"
-    about = ({} if labels is None else {"labels": labels}) | ({"flip": True} if flip else {})
+    about = ({} if labels is None else {"labels": labels}) | {
+        name: True for name, on in {"flip": flip, "crops": crops}.items() if on
+    }
     result = report({**about, **result}, variables["params"], {**info, "preprocessing": used})
     _write(path, result, task, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
     return result
+
+
+def _whole_square(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a preprocessing that ends before the crop."""
+    side = math.floor(preprocessing["image_size"] / preprocessing["crop_pct"])
+    if side == preprocessing["image_size"]:
+        raise UserError(
+            f"--crops has nothing to crop with crop_pct {preprocessing['crop_pct']}: give a smaller one, such as "
+            "--crop-pct=0.875."
+        )
+    return {**preprocessing, "image_size": side, "crop_pct": 1.0}
 
 
 def open_images(
@@ -135,7 +156,9 @@ def open_images(
     elif os.path.isdir(path) or (os.path.isfile(path) and path.endswith(ENDING)):
         source, path, split = _find_split(path, split, _csv_options(info).get("split_column", "split"))
     else:
-        raise UserError(f"there is no folder of images and no tar archive {printable(path)}: give another path.")
+        raise UserError(
+            f"there is no folder of images and no tar archive or CSV file {printable(path)}: give another path."
+        )
     options = _csv_options(info) if source == "csv" else {}
     return open_data(source, path, train_split=None, val_split=split, check=check, **options)
 
@@ -177,6 +200,7 @@ def _match_labels(
       UserError: the data has a class that the checkpoint does not know, or the label set is not of its classes.
     """
     classes = info["classes"]
+    tasks.require_same(data, info, path)
     if labels is None:
         data, present = match_classes(data, info, path)
         if len(data.classes) != len(classes):

@@ -80,6 +80,7 @@ STOREYS = (
         "maxmap.data.tables",
         "maxmap.data.tfds_folders",
         "maxmap.data.sources",
+        "maxmap.data.views",
         "maxmap.data.decode",
         "maxmap.data.inspection",
         "maxmap.data.order",

@@ -254,8 +254,8 @@ def test_labels_that_no_image_has_do_not_count():
 
 def test_scores_have_the_values_of_their_names(table):
     assert of_data(opened(table, "distribution")) == Distribution((1.0, 2.0, 3.0))
-    assert tasks._score_values(("0", "0.5", "1")) == (0.0, 0.5, 1.0)
-    assert tasks._score_values(("bad", "fair", "good")) == (1.0, 2.0, 3.0)
+    assert of_data(opened(table, "distribution", label_columns=("3", "1"))) == Distribution((3.0, 1.0))
+    assert of_data(opened(table, "distribution", label_columns=("age", "size"))) == Distribution((1.0, 2.0))
     shares = np.array([0.5, 0.25, 0.25])
     named = dict(Distribution((1.0, 2.0, 3.0)).named(shares, "123", 5))
     assert named == pytest.approx({"mean_score": 1.75, "deviation": math.sqrt(0.6875)})

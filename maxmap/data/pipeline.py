@@ -21,8 +21,9 @@ from maxmap.data.order import Chunks, SampleOrder, epoch_length
 from maxmap.data.preprocessing import CropShare, Deviation, Mean, check_crop_mode
 from maxmap.data.randaugment import fill_color, parse_rand_augment
 from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop
-from maxmap.data.sources import ImageSource, LabelledImage, open_source
+from maxmap.data.sources import ImageSource, open_source
 from maxmap.data.tables import Columns
+from maxmap.data.views import Relabelled, divide
 from maxmap.errors import UserError
 from maxmap.ranges import CountOrZero, Fraction, Pixels, Positive, Range, Share, check_arguments
 
@@ -39,6 +40,9 @@ def open_data(
     eval_image_size: Pixels | None = None,
     train_split: str | None = "train",
     val_split: str | None = "val",
+    folds: Annotated[int, Range(at_least=2)] | None = None,
+    fold: CountOrZero = 0,
+    fold_seed: Annotated[int, Range(at_least=0, at_most=2**32 - 1)] = 0,
     classes: Sequence[str] | None = None,
     task: Literal["single_label", "multi_label", "distribution", "numbers"] = "single_label",
     image_column: str = "image",
@@ -77,6 +81,9 @@ def open_data(
       eval_image_size: side of the evaluation crop in pixels; None: image_size.
       train_split: name of the training split; None: evaluation only.
       val_split: name of the evaluation split; None: training only.
+      folds: into how many parts the training split is divided for cross-validation; None to read val_split.
+      fold: which of the folds is evaluated, from 0; the others are trained on.
+      fold_seed: seed of the draw of the folds.
       classes: class names in the order of the labels; None: those of the training split, else of the evaluation split.
       task: how a CSV file labels images: by one class, several labels, shares of ordered scores, or numbers.
       image_column: column of a CSV file with the path of each image, relative to the file.
@@ -118,13 +125,16 @@ def open_data(
         image_size, eval_image_size, crop_pct, crop_mode, eval_interpolation, mean, std, exif
     )
     columns = Columns(image_column, tuple(label_columns), split_column, separator)
-    train, val = _open_splits(
-        functools.partial(open_source, source, path, name=name, verify=verify, task=task, columns=columns),
-        train_split,
-        val_split,
-        classes,
-        functools.partial(decode.check_images, limit=check, max_pixels=max_pixels) if check else None,
-    )
+    open_split = functools.partial(open_source, source, path, name=name, verify=verify, task=task, columns=columns)
+    if folds is None:
+        train, val = _open_splits(open_split, train_split, val_split, classes)
+    elif train_split is None:
+        raise UserError("data.folds divides the training split: set --config.data.train_split.")
+    else:
+        train, val = divide(open_split(train_split, classes=classes), folds, fold, fold_seed)
+    for split in (train, val):
+        if check and split is not None:
+            decode.check_images(split, check, max_pixels)
     if balanced and train is not None and train.labels() is None:
         raise UserError("data.balanced needs the labels of all images in advance, which 'tfds' has not: leave it out.")
     if balanced and task != "single_label":
@@ -214,7 +224,7 @@ class Data:
         labels = match(self.classes, classes, "the data", whose)
 
         def relabel(source: ImageSource | None) -> ImageSource | None:
-            return None if source is None else _Relabelled(source, tuple(classes), labels)
+            return None if source is None else Relabelled(source, tuple(classes), labels)
 
         return dataclasses.replace(self, train=relabel(self.train), val=relabel(self.val))
 
@@ -327,50 +337,6 @@ class Data:
         return _closing(iter(data.batch(chunks.per_batch, drop_remainder=True, batch_fn=_concatenate)))
 
 
-@dataclasses.dataclass
-class _Relabelled:
-    """A source whose labels follow the order of other classes, which may be more.
-
-    Attributes:
-      source: The images.
-      classes: In the order of the new labels.
-      labels_of: For each label of the source the new one.
-    """
-
-    source: ImageSource
-    classes: tuple[str, ...]
-    labels_of: np.ndarray
-    numbered: bool = False
-
-    @property
-    def label_shape(self) -> tuple[int, ...]:
-        return (len(self.classes),) if self.source.label_shape else ()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> LabelledImage:
-        image, label = self.source[index]
-        return LabelledImage(
-            image, self._relabelled(np.asarray(label)) if self.label_shape else int(self.labels_of[label])
-        )
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def labels(self) -> np.ndarray | None:
-        own = self.source.labels()
-        if own is None:
-            return None
-        return self._relabelled(own) if self.label_shape else self.labels_of[own]
-
-    def _relabelled(self, own: np.ndarray) -> np.ndarray:
-        """Moves the columns of labels `[..., K]`; those of classes that the source does not have are 0."""
-        labels = np.zeros((*own.shape[:-1], len(self.classes)), own.dtype)
-        labels[..., self.labels_of] = own
-        return labels
-
-
 def _make_train_crop(
     size: int,
     scale: Sequence[float],
@@ -427,9 +393,8 @@ def _open_splits(
     train_split: str | None,
     val_split: str | None,
     classes: Sequence[str] | None,
-    check: Callable[[ImageSource], None] | None,
 ) -> tuple[ImageSource | None, ImageSource | None]:
-    """Opens both splits, with the classes of the training split for both, and checks some images of each."""
+    """Opens both splits, with the classes of the training split for both."""
     if train_split is None and val_split is None:
         raise UserError("neither --config.data.train_split nor --config.data.val_split is set: set at least one.")
     train = val = None
@@ -438,9 +403,6 @@ def _open_splits(
         classes = train.classes
     if val_split is not None:
         val = open_split(val_split, classes=classes)
-    for split in (train, val):
-        if check is not None and split is not None:
-            check(split)
     return train, val
 
 

@@ -37,8 +37,15 @@ class LabelledImage(NamedTuple):
 class ImageSource(Protocol):
     """Labelled images by index; picklable, and safe to read from several threads."""
 
-    classes: tuple[str, ...]
-    numbered: bool  # the classes have no names, only numbers
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, or of the K numbers."""
+        ...
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the classes have no names, only numbers."""
+        ...
 
     @property
     def label_shape(self) -> tuple[int, ...]:

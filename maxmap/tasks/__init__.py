@@ -11,6 +11,7 @@ A task is an object of one of four classes. Data says which one it is (`of_data`
 `of_checkpoint`), and no other room asks for its name: they all call the methods of `Task`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,10 +56,11 @@ def unfitted(name: str, outputs: int) -> Task:
 
 def _score_values(names: Sequence[str]) -> tuple[float, ...]:
     """Returns the numbers that the names of scores are, else 1 to K."""
-    try:
-        return tuple(float(name) for name in names)
-    except ValueError:
-        return tuple(float(k) for k in range(1, len(names) + 1))
+    with contextlib.suppress(ValueError):
+        values = tuple(float(name) for name in names)
+        if np.isfinite(values).all():
+            return values
+    return tuple(float(k) for k in range(1, len(names) + 1))
 
 
 def of_checkpoint(info: Mapping[str, Any]) -> Task:

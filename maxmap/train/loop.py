@@ -224,8 +224,9 @@ class Loop:
             self._best = self._best.after(self._result[self._parts.task.score], step)
             if self._best.out_of_patience(recipe.evaluate.patience) and not end:
                 saving = True
+                task = self._parts.task
                 self._report.tell(
-                    f"training ends early: no better {self._parts.task.score} in {self._best.since} evaluation(s) "
+                    f"training ends early: no better {task.curves[0][task.score]} in {self._best.since} evaluation(s) "
                     f"since step {self._best.step}, which had {self._best.score:.4g}"
                 )
         self._report.upload()

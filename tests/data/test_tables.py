@@ -245,3 +245,57 @@ def test_what_belongs_to_csv_files_or_classes_alone(photos):
         UserError, match=r"data.balanced needs one class for each image, and config.data.task is 'numbers'"
     ):
         opened(photos, "image,age\n<0>,1\n", balanced=True, **NUMBER)
+
+
+def fold(photos: Path, text: str, number: int, **options: Any) -> tuple[list[str], list[str]]:
+    """The names of the images that train, and of those that are evaluated."""
+    data = opened(photos, text, folds=3, fold=number, val_split="val", **options)
+    return tuple([each.name(i) for i in range(len(each))] for each in (data.train, data.val))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(14):
+        write_image(folder / "train" / "aab"[number % 3] / f"{number:02}.png", number, 0)
+    return folder
+
+
+@pytest.mark.parametrize("task", ["single_label", "numbers"])
+def test_folds_divide_the_training_split(many, task):
+    rows = [f"{path.relative_to(many)},{path.parent.name},{path.stem}" for path in sorted(many.rglob("*.png"))]
+    text = "image,label,age\n" + "\n".join(rows)
+    options = {"task": task, "label_columns": ["label" if task == "single_label" else "age"]}
+    found = [fold(many, text, number, **options) for number in range(3)]
+    everything = sorted(name for _, val in found for name in val)
+    assert everything == sorted(map(str, many.rglob("*.png")))
+    for train, val in found:
+        assert sorted(train + val) == everything and len(val) in (4, 5)
+        if task == "single_label":  # 10 of a, 4 of b
+            assert sum("/b/" in name for name in val) in (1, 2)
+    assert fold(many, text, 1, **options) == found[1] != fold(many, text, 1, fold_seed=1, **options)
+
+
+def test_folds_of_a_folder_are_those_of_its_csv_file(many):
+    rows = [f"{path.relative_to(many)},{path.parent.name}" for path in sorted(many.rglob("*.png"))]
+    found = fold(many, "image,label\n" + "\n".join(rows), 2)
+    data = open_data("folder", many, folds=3, fold=2, image_size=8)
+    for source, names in zip((data.train, data.val), found, strict=True):
+        assert source is not None and [source.name(i) for i in range(len(source))] == names
+        assert source.classes == ("a", "b") and source.labels().tolist() == [
+            "ab".index(n.split("/")[-2]) for n in names
+        ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"folds": 3, "fold": 3}, r"data.fold is 3: give one of the folds, from 0 to 2."),
+        ({"folds": 99}, r"there are 14 training images for data.folds=99: give fewer folds."),
+        ({"folds": 3, "train_split": None}, r"data.folds divides the training split: set --config.data.train_split."),
+        ({"folds": 1}, r"data.folds is 1: give a value of type int of at least 2 or None."),
+    ],
+)
+def test_folds_that_there_are_not(many, options, words):
+    with pytest.raises(UserError, match=words):
+        open_data("folder", many, image_size=8, **options)
