@@ -30,6 +30,8 @@ from maxmap.train.build import Images, make_loss
 from tests.test_evaluate import DIGITS, VARIABLES, Pixels
 from tests.tiny import settings_for, write_image
 
+pytestmark = pytest.mark.usefixtures("tiny_models")
+
 # How each task reads the columns of `write_table`, and the loss that it is trained with.
 READ: dict[str, tuple[dict[str, Any], str]] = {
     "multi_label": ({"label_columns": ("tags",)}, "bce"),
@@ -104,7 +106,6 @@ def figures_by_hand(task: str, labels: np.ndarray, logits: np.ndarray, training:
     }
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", READ)
 def test_figures_are_exact_on_any_number_of_devices_and_in_any_batches(table, name):
     data = opened(table, name)
@@ -127,7 +128,6 @@ def test_figures_are_exact_on_any_number_of_devices_and_in_any_batches(table, na
     assert task.score in results[0] and task.curves[0].keys() <= results[0].keys()
 
 
-@pytest.mark.usefixtures("tiny_models")
 @pytest.mark.parametrize("name", READ)
 def test_from_a_csv_file_to_predictions(table, tmp_path, name, capsys):
     """Training, evaluation alone, the file of predictions, `validate`, `predict` and its table agree."""
@@ -194,7 +194,6 @@ def test_from_a_csv_file_to_predictions(table, tmp_path, name, capsys):
         explain_files(workdir, images, tmp_path / "explained")
 
 
-@pytest.mark.usefixtures("tiny_models")
 def test_one_class_per_image_is_as_from_folders(table, tmp_path):
     """The same photographs in the same order have the same labels, and so the same run."""
     data = open_data("csv", table / "all.csv", **DIGITS)
@@ -315,7 +314,6 @@ def test_a_class_without_training_images_has_no_weight(table):
         ("distribution", {"loss": {"name": "emd"}}, "mix.smoothing is for one class per image"),
     ],
 )
-@pytest.mark.usefixtures("tiny_models")
 def test_what_does_not_fit_a_task_ends_a_run_before_it_starts(table, tmp_path, task, changes, words):
     settings = settings_for(table, **changes)
     settings["data"] |= {"source": "csv", "path": str(table / "all.csv"), "task": task, **READ[task][0]}
@@ -344,11 +342,11 @@ def test_a_step_with_self_distillation_has_gradients_of_every_branch(name):
     loss = make_loss(recipe, about)
     logits, students = jax.random.normal(jax.random.key(0), (2, 2, 4, 3))
     targets = jnp.full((4, 3), 1 / 3)
-    _, parts = loss({"logits": logits, "distill": students}, targets)
-    one = [loss({"logits": branch[None]}, targets)[0] for branch in logits]
-    np.testing.assert_allclose(parts["base"], sum(one), rtol=1e-6)
+    compute = jax.jit(jax.value_and_grad(lambda outputs: loss(outputs, targets), has_aux=True))
+    (_, parts), grads = compute({"logits": logits, "distill": students})
+    one = jax.jit(lambda branch: loss({"logits": branch[None]}, targets)[0])
+    np.testing.assert_allclose(parts["base"], sum(map(one, logits)), rtol=1e-6)
     assert parts["distillation"] > 0 and parts["decorrelation"] > 0
-    grads = jax.grad(lambda x: loss(x, targets)[0])({"logits": logits, "distill": students})
     assert all(np.abs(branch).max() > 0 for tree in grads.values() for branch in tree)
-    equal = {"logits": jnp.stack([logits[0]] * 2), "distill": jnp.stack([logits[0]] * 2)}
-    np.testing.assert_allclose(loss(equal, targets)[1]["distillation"], 0, atol=1e-7)
+    equal = jnp.stack([logits[0]] * 2)
+    np.testing.assert_allclose(compute({"logits": equal, "distill": equal})[0][1]["distillation"], 0, atol=1e-7)
