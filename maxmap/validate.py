@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from maxmap import checkpoint, storage, tasks
 from maxmap.classes import match
 from maxmap.cost import count_parameters
+from maxmap.data.archives import tar_files
 from maxmap.data.folders import holds_folders
 from maxmap.data.pipeline import Data, open_data
 from maxmap.data.preprocessing import changed, departures, in_words
-from maxmap.data.sources import tar_files
 from maxmap.data.tables import ENDING, split_names
 from maxmap.errors import UserError, printable
 from maxmap.evaluate import check_image_size, evaluate, make_eval_step, match_classes, report, summary, tell

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("tiny_models")
 
 # How each task reads the columns of `write_table`, and the loss that it is trained with.
 READ: dict[str, tuple[dict[str, Any], str]] = {
-    "multi_label": ({"label_columns": ("tags",)}, "bce"),
+    "multi_label": ({"label_columns": "tags"}, "bce"),
     "distribution": ({"label_columns": ("1", "2", "3")}, "emd"),
     "numbers": ({"label_columns": ("age", "size")}, "huber"),
 }

@@ -22,7 +22,7 @@ from maxmap.data.preprocessing import CropShare, Deviation, Mean, check_crop_mod
 from maxmap.data.randaugment import fill_color, parse_rand_augment
 from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop
 from maxmap.data.sources import ImageSource, open_source
-from maxmap.data.tables import Columns
+from maxmap.data.tables import Columns, column_names
 from maxmap.data.views import Relabelled, divide
 from maxmap.errors import UserError
 from maxmap.ranges import CountOrZero, Fraction, Pixels, Positive, Range, Share, check_arguments
@@ -46,7 +46,7 @@ def open_data(
     classes: Sequence[str] | None = None,
     task: Literal["single_label", "multi_label", "distribution", "numbers"] = "single_label",
     image_column: str = "image",
-    label_columns: Sequence[str] = ("label",),
+    label_columns: str | Sequence[str] = "label",
     split_column: str = "split",
     separator: str = "|",
     thresholds: Share | Sequence[tuple[str, Share]] = 0.5,
@@ -87,7 +87,7 @@ def open_data(
       classes: class names in the order of the labels; None: those of the training split, else of the evaluation split.
       task: how a CSV file labels images: by one class, several labels, shares of ordered scores, or numbers.
       image_column: column of a CSV file with the path of each image, relative to the file.
-      label_columns: columns of a CSV file with the labels: one for 'single_label', one or more for the others.
+      label_columns: column of a CSV file with the labels, or several in order, for all but 'single_label'.
       split_column: column of a CSV file with the split of each image; a folder has a file for each split.
       separator: what stands between the labels of an image for 'multi_label' in one column.
       thresholds: from which probability on an image counts as having a label, for 'multi_label': a number for all, or
@@ -124,7 +124,7 @@ def open_data(
     preprocessing = _make_preprocessing(
         image_size, eval_image_size, crop_pct, crop_mode, eval_interpolation, mean, std, exif
     )
-    columns = Columns(image_column, tuple(label_columns), split_column, separator)
+    columns = Columns(image_column, column_names(label_columns), split_column, separator)
     open_split = functools.partial(open_source, source, path, name=name, verify=verify, task=task, columns=columns)
     if folds is None:
         train, val = _open_splits(open_split, train_split, val_split, classes)

@@ -5,7 +5,6 @@ TensorFlow. All but CSV files give each image one class.
 """
 
 import contextlib
-import glob
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from maxmap.classes import match, read_names
-from maxmap.data.archives import TarMember, TFRecords, read_at, tar_members
-from maxmap.data.folders import HOW_TO_GIVE_IMAGES, class_folders, image_files, is_image, split_folder
+from maxmap.data.archives import TarMember, TFRecords, read_at, require_tar_files, tar_members
+from maxmap.data.folders import class_folders, image_files, is_image, split_folder
 from maxmap.data.images import IMAGE_ENDINGS
 from maxmap.data.tables import TASKS, Columns, read_table
 from maxmap.data.tfds_folders import check_prepared, damaged_is_user_error, open_builder, resolve_split
@@ -218,7 +217,7 @@ class TarSource:
     label_shape: tuple[int, ...] = ()
 
     def __init__(self, path: str | os.PathLike | None, split: str, classes: Sequence[str] | None = None):
-        self._tars = _require_tar_files(path, split)
+        self._tars = require_tar_files(path, split)
         members = [(number, member) for number, tar in enumerate(self._tars) for member in tar_members(tar)]
         members = [(number, m) for number, m in members if not os.path.basename(m.name).startswith(".")]
         images = [(number, m) for number, m in members if is_image(m.name)]
@@ -440,31 +439,6 @@ def _tell_left_out(root: str, names: Sequence[str]) -> None:
     print(
         f"maxmap: {len(names)} entries of {root} are no images and left out: {', '.join(names[:3])}{more}.",
         file=sys.stderr,
-    )
-
-
-def tar_files(path: str | os.PathLike, split: str) -> list[str]:
-    """Returns the tar archives of a split in a folder: `<split>*.tar`, `<split>/*.tar`, or the archive of this name.
-
-    All archives have the split ''.
-    """
-    folder, name = glob.escape(os.path.expanduser(os.fspath(path))), glob.escape(split)
-    patterns = [name if split.endswith(".tar") else f"{name}*.tar", f"*-{name}-*.tar", os.path.join(name, "*.tar")]
-    found = (sorted(glob.glob(os.path.join(folder, pattern))) for pattern in patterns)
-    return next(filter(None, found), [])
-
-
-def _require_tar_files(path: str | os.PathLike | None, split: str) -> list[str]:
-    if path is None:
-        raise UserError(f"no path to the images is set: {HOW_TO_GIVE_IMAGES}")
-    if files := tar_files(path, split):
-        return files
-    folder = glob.escape(os.path.expanduser(os.fspath(path)))
-    present = sorted(os.path.basename(file) for file in glob.glob(os.path.join(folder, "*.tar*")))
-    lie = f"{', '.join(present[:5])} lie there" if present else "there are none"
-    raise UserError(
-        f"no tar archives of the split {split!r} in {path}, which should be {split}*.tar or {split}/*.tar: {lie}; "
-        "rename them, or name the splits with --config.data.train_split and --config.data.val_split."
     )
 
 

@@ -55,6 +55,11 @@ class Table(NamedTuple):
     classes: tuple[str, ...]
 
 
+def column_names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of columns, of which a config may give one alone."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def find_table(path: str | os.PathLike | None, split: str) -> str:
     """Returns the file that holds a split: the path itself, or `<path>/<split>.csv`.
 
