@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxmap import evaluate, metrics, tasks
+from maxmap import checkpoint, evaluate, metrics, tasks
 from maxmap.__main__ import main
 from maxmap.config import bind
 from maxmap.data.pipeline import Data, open_data
@@ -327,6 +327,15 @@ def test_other_columns_than_a_checkpoint_has(table):
     info = {"classes": ["age", "size"], "task": describe(Numbers((0.0, 0.0), (1.0, 1.0)))}
     with pytest.raises(UserError, match=r"answers with age, size \(2\), and the images are labelled by age \(1\)"):
         evaluate.match_classes(data, info, "run")
+
+
+def test_checkpoints_for_numbers_of_other_scales_are_not_averaged(tmp_path):
+    for name, mean in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        info = {"model": {"name": "tiny"}, "classes": ["age"], "step": 1, "task": describe(Numbers((mean,), (1.0,)))}
+        checkpoint.write_variables(tmp_path / name, {"params": {"w": np.full(2, mean, np.float32)}}, info)
+    assert checkpoint.average_checkpoints([tmp_path / "a", tmp_path / "b"])[0]["params"]["w"].tolist() == [1, 1]
+    with pytest.raises(UserError, match="were trained on numbers of other means and deviations"):
+        checkpoint.average_checkpoints([tmp_path / "a", tmp_path / "c"])
 
 
 def test_captions_of_numbers_are_in_their_units():
