@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxmap import storage
+from maxmap import storage, tasks
 from maxmap.data.archives import read_at, tar_members
 from maxmap.data.augment import normalize
 from maxmap.data.folders import is_image
 from maxmap.data.preprocessing import changed, cropped
 from maxmap.errors import UserError, printable, reason
 from maxmap.evaluate import check_image_size
-from maxmap.inference import load, probabilities
+from maxmap.inference import decoded, load
 from maxmap.models import Classifier
 from maxmap.operations import Array
 from maxmap.progress import Progress
@@ -103,6 +103,8 @@ def predict_many(
 ) -> dict[str, int]:
     """Writes the likeliest classes of many images: 'image', then 'class1', 'probability1' and so on, and 'error'.
 
+    In other tasks there is a column for each label, score or number; see `Task.table`.
+
     Args:
       checkpoint: as for `maxmap.load`.
       paths: see `find_images`.
@@ -125,22 +127,12 @@ def predict_many(
     if not classes:
         raise UserError(f"the checkpoint {checkpoint} has no classifier, so it names no classes: take embed.")
     count = min(top, len(classes))
+    task = tasks.of_checkpoint(info)
+    names, columns = task.table(classes, count)
 
-    def compute(variables: Any, images: Array) -> tuple[Array, Array]:
-        return jax.lax.top_k(probabilities(model, variables, images), count)
+    def compute(variables: Any, images: Array) -> tuple[Array]:
+        return (decoded(model, task, variables, images),)
 
-    def columns(values: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        ranked = enumerate(zip(values, labels, strict=True), 1)
-        return {
-            key: value
-            for rank, (probability, label) in ranked
-            for key, value in (
-                (f"class{rank}", printable(classes[label])),
-                (f"probability{rank}", round(float(probability), 6)),
-            )
-        }
-
-    names = [f"{kind}{rank}" for rank in range(1, count + 1) for kind in ("class", "probability")]
     settings = {"kind": "predict", "top": count}
     return _write(checkpoint, info, variables, paths, file, compute, columns, names, settings, batch_size, overwrite)
 
@@ -294,11 +286,15 @@ class _Table:
         )
 
     def _header(self) -> str:
-        return "" if self._target.suffix == ".jsonl" else ",".join(self._columns) + "\n"
+        if self._target.suffix == ".jsonl":
+            return ""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(self._columns)
+        return text.getvalue()
 
     def _keep_whole_rows(self) -> None:
         """Cuts off what a stopped call left of its last row, and counts the others."""
-        whole = len(self._header())
+        whole = len(self._header().encode())
         with self._part.open("rb") as file:
             file.seek(whole)
             for line in file:

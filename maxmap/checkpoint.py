@@ -292,11 +292,21 @@ def average_checkpoints(
             if info["model"] != first["model"] or info["weights"] != first["weights"]:
                 raise UserError(f"{workdir} and {workdirs[0]} hold different models: only the same can be averaged.")
             _require_same_classes(stored_names(first), stored_names(info), workdirs[0], workdir)
+            if _scale(info) != _scale(first):
+                raise UserError(
+                    f"{workdir} and {workdirs[0]} were trained on numbers of other means and deviations: only "
+                    "checkpoints of the same training images can be averaged."
+                )
             upcast = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
             total = upcast if total is None else jax.tree.map(np.add, total, upcast)
             averaged.append([os.fspath(workdir), step])
     mean = jax.tree.map(lambda sum, like: (sum / len(averaged)).astype(like.dtype), total, variables)
     return mean, {**first, "averaged": averaged}
+
+
+def _scale(info: Mapping[str, Any]) -> list[Any]:
+    """Returns by what a checkpoint for numbers scales its outputs; see `maxmap.tasks.rows.Numbers`."""
+    return [info.get("task", {}).get(key) for key in ("mean", "deviation")]
 
 
 def _require_same_classes(

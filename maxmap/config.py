@@ -63,7 +63,7 @@ SECTIONS: dict[str, Section] = {
     "erase": Section(augment.erase, ("key", "images")),
     "optim": Section(make_optimizer, ("learning_rate", "blocks")),
     "schedule": Section(make_schedule, ("steps_per_epoch", "epochs")),
-    "loss": Section(total_loss, ("outputs", "targets")),
+    "loss": Section(total_loss, ("outputs", "targets", "weights", "divergence")),
     "evaluate": Section(Evaluation),
     "checkpoint": Section(Saving),
     "log": Section(Logging),

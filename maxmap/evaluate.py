@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from maxmap import checkpoint, operations, storage
+from maxmap import checkpoint, operations, storage, tasks
 from maxmap.classes import stored_names
 from maxmap.comparison import differences
 from maxmap.convert.load import read_model
@@ -33,6 +32,8 @@ from maxmap.predictions import make_rows, to_csv
 from maxmap.progress import Progress
 from maxmap.recipe import Recipe
 from maxmap.sharding import gather, gather_processes, replicated, split_batch, to_devices, traced_on
+from maxmap.tasks import SINGLE_LABEL
+from maxmap.tasks.task import Task
 
 _LARGEST_STRIDE = 64  # of any model: larger images need no check of theirs
 
@@ -47,6 +48,8 @@ def make_eval_step(
     among: Sequence[int] | None = None,
     kernels: str = "auto",
     flip: bool = False,
+    crop: int | None = None,
+    task: Task = SINGLE_LABEL,
 ) -> EvalStep:
     """Builds the evaluation step: a jitted function of variables and a batch.
 
@@ -56,7 +59,7 @@ def make_eval_step(
     'branch_top1' `[G]`. It also returns 'predictions': 'best' `[B, 5]`, the labels with the largest averaged logits;
     'rank' `[B]`, the rank of the right label; 'probability' and 'label_probability' `[B]`, of the best label and of the
     right one; 'branch' `[G, B]`, each branch's label; and 'branch_rank' `[G, B]`, the rank of the right label in each
-    branch.
+    branch. Other tasks have labels and results of their own; see `Task.measure`.
 
     Args:
       model: Maps images to outputs with 'logits' `[G, B, K]`.
@@ -66,61 +69,43 @@ def make_eval_step(
       among: The only labels that are candidates; None for all.
       kernels: See `maxmap.operations.kernels`.
       flip: The logits are the mean of those of an image and of its mirror image.
+      crop: Side of five crops of an image, its corners and its centre, whose logits are averaged; None for the whole.
+      task: What the model is asked for.
     """
 
     def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Any]:
         images = normalize(batch["image"], preprocessing["mean"], preprocessing["std"], dtype)
         params = gather(jax.tree.map(lambda p: p.astype(dtype), variables["params"]), mesh)
+
+        def branches_of(images: Array) -> Array:
+            logits = upcast(model.apply({**variables, "params": params}, images)["logits"])
+            if not flip:
+                return logits
+            return (logits + upcast(model.apply({**variables, "params": params}, images[:, :, ::-1])["logits"])) / 2
+
+        def branches_at(corner: Array) -> Array:
+            sizes = (images.shape[0], crop, crop, images.shape[3])
+            return branches_of(jax.lax.dynamic_slice(images, (0, corner[0], corner[1], 0), sizes))
+
         with traced_on(mesh), operations.kernels(kernels):
-            outputs = model.apply({**variables, "params": params}, images)
-            if flip:
-                mirrored = model.apply({**variables, "params": params}, images[:, :, ::-1])
-                outputs = {"logits": (upcast(outputs["logits"]) + upcast(mirrored["logits"])) / 2}
-        logits, branches = average(outputs), upcast(outputs["logits"])
+            if crop is None:
+                branches = branches_of(images)
+            else:
+                branches = jnp.mean(jax.lax.map(branches_at, _corners(images.shape[1] - crop)), axis=0)
+        logits = average({"logits": branches})
         if among is not None:
             candidate = jnp.zeros(logits.shape[-1], bool).at[jnp.array(among)].set(True)
             logits = jnp.where(candidate[None], logits, -jnp.inf)
             branches = jnp.where(candidate[None, None], branches, -jnp.inf)
-        labels, mask = batch["label"], batch["mask"]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        rank = rank_of(labels, logits)
-        best_logit, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        total = jax.nn.logsumexp(logits, axis=-1)
-        branch_rank = jax.vmap(rank_of, (None, 0))(labels, branches)
-        return {
-            "images": jnp.sum(mask),
-            "top1": jnp.sum(mask & (rank <= 1)),
-            "top5": jnp.sum(mask & (rank <= 5)),
-            "loss": jnp.sum(jnp.where(mask, loss, 0)),
-            "branch_top1": jnp.sum(mask[None] & (branch_rank <= 1), axis=1),
-            "predictions": {
-                "best": best,
-                "rank": rank,
-                "probability": jnp.exp(best_logit[:, 0] - total),
-                "label_probability": jnp.exp(-loss),
-                "branch": jnp.argmax(branches, axis=-1),
-                "branch_rank": branch_rank,
-            },
-        }
+        return task.measure(logits, branches, batch["label"], batch["mask"])
 
     # None keeps the variables' own sharding: training splits them, other callers have them on every device.
     return jax.jit(step, in_shardings=(None, split_batch(mesh)), out_shardings=replicated(mesh))
 
 
-def rank_of(labels: Array, logits: Array) -> Array:
-    """Returns the rank of the right class among the logits, 1 for the best.
-
-    Ties and NaN count against the right class, so that constant logits and a diverged network get no credit.
-
-    Args:
-      labels: int `[B]`.
-      logits: `[B, K]`.
-
-    Returns:
-      int `[B]`.
-    """
-    target = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    return jnp.sum(~(logits < target), axis=1)
+def _corners(last: int) -> Array:
+    """Returns where five crops of a square start, which end at most `last` pixels further: int `[5, 2]`."""
+    return jnp.array([[0, 0], [0, last], [last, 0], [last, last], [last // 2, last // 2]])
 
 
 def evaluate(
@@ -133,6 +118,7 @@ def evaluate(
     *,
     progress: Progress | None = None,
     device_batches: int | None = None,
+    task: Task = SINGLE_LABEL,
 ) -> dict[str, Any]:
     """Evaluates variables on the whole evaluation split.
 
@@ -146,10 +132,11 @@ def evaluate(
       progress: Shows how far it is; closed at the end.
       device_batches: Batches that are on the devices at a time; None for 1 on a CPU, else 2. With 2, a batch is
         computed while the host reads the figures of the one before.
+      task: What the model is asked for; that of `eval_step`.
 
     Returns:
-      'top1' and 'top5' (percent), 'branch_top1' (percent, for each branch), 'loss' (mean), 'images' (how many count)
-      and 'skipped' (names of files that cannot be decoded, which do not count).
+      The figures of the task, such as 'top1' and 'top5' (percent), 'branch_top1' (percent, for each branch) and 'loss'
+      (mean); 'images' (how many count) and 'skipped' (names of files that cannot be decoded, which do not count).
     """
     if data.val is None:
         raise UserError("there is no evaluation data: set --config.data.val_split.")
@@ -157,6 +144,8 @@ def evaluate(
     batch_size = -(-batch_size // devices) * devices
     ahead = device_batches or (1 if jax.default_backend() == "cpu" else 2)
     totals: dict[str, Any] = {}
+    parts: dict[str, list[np.ndarray]] = {"label": [], "outputs": [], "branch": []}
+    columns = functools.partial(task.columns, names=data.classes)
     skipped = []
 
     def computed() -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, Any]]]:
@@ -171,26 +160,25 @@ def evaluate(
             left_out = gather_processes(batch["skipped"])
             skipped += [printable(data.val.name(int(index))) for index in left_out[left_out >= 0]]
             predictions = sums.pop("predictions")
-            if rows is not None:
+            if rows is not None or task.keeps_outputs:
                 about = {key: gather_processes(batch[key]) for key in ("index", "label", "mask")}
-                rows += make_rows(about, jax.device_get(predictions), data.val.name)
+                predictions = jax.device_get(predictions)
+            if rows is not None:
+                rows += make_rows(about, predictions, data.val.name, columns)
+            if task.keeps_outputs:
+                parts["label"].append(about["label"][about["mask"]])
+                parts["outputs"].append(predictions["outputs"][about["mask"]])
+                parts["branch"].append(predictions["branch"][:, about["mask"]])
             for key, value in jax.device_get(sums).items():
                 # float64 on the host: float32 cannot count beyond 2^24 images.
                 totals[key] = totals.get(key, 0) + np.asarray(value, np.float64)
             if progress and totals["images"]:
-                top1, top5 = (100 * float(totals[key]) / float(totals["images"]) for key in ("top1", "top5"))
-                progress.update(int(totals["images"]) + len(skipped), f"top-1 {top1:.2f} %, top-5 {top5:.2f} %")
+                progress.update(int(totals["images"]) + len(skipped), task.running(totals))
     images = int(totals["images"])
     if images == 0:
         raise UserError("no image of the evaluation split could be decoded, so there is nothing to evaluate.")
-    return {
-        "top1": 100 * float(totals["top1"]) / images,
-        "top5": 100 * float(totals["top5"]) / images,
-        "branch_top1": [100 * float(correct) / images for correct in totals["branch_top1"]],
-        "loss": float(totals["loss"]) / images,
-        "images": images,
-        "skipped": skipped,
-    }
+    kept = {key: np.concatenate(arrays, axis=-2) for key, arrays in parts.items() if arrays}
+    return {**task.figures(totals, kept, data.classes), "images": images, "skipped": skipped}
 
 
 def _delayed(items: Iterator[Any], count: int) -> Iterator[Any]:
@@ -205,11 +193,12 @@ def _delayed(items: Iterator[Any], count: int) -> Iterator[Any]:
 
 def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of `eval.json`: a result with the model, weights and preprocessing that it belongs to."""
-    errors = {f"{key}_err": round(100 - result[key], 6) for key in ("top1", "top5")}
+    errors = {f"{key}_err": round(100 - result[key], 6) for key in ("top1", "top5") if key in result}
     return {
         "model": info["model"]["name"],
         "step": info["step"],
         "weights": info["weights"],
+        "task": tasks.of_checkpoint(info).name,
         **result,
         **errors,
         "param_count": count_parameters(params),
@@ -217,11 +206,10 @@ def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> d
     }
 
 
-def summary(result: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any], task: Task = SINGLE_LABEL) -> str:
     """Returns the content of `eval.json` as one line, as timm's validate.py ends, with what the figures belong to."""
-    top1, top5 = (f"{result[key]:.3f} ({result[f'{key}_err']:.3f})" for key in ("top1", "top5"))
     return (
-        f"* Acc@1 {top1} Acc@5 {top5}, {result['images']:,} images, {result['param_count']:,} parameters, "
+        f"* {task.summary(result)}, {result['images']:,} images, {result['param_count']:,} parameters, "
         f"{result['image_size']} px, crop {result['crop_pct']} {result['crop_mode']}, {result['interpolation']}"
     )
 
@@ -257,14 +245,17 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     model = recipe.model(num_classes=len(data.classes))
     check_image_size(model, variables, data.preprocessing["image_size"])
     dtype = jnp.dtype(recipe.dtype)
-    eval_step = make_eval_step(model, data.preprocessing, mesh, dtype, kernels=recipe.kernels)
+    task = tasks.of_data(data).fitted(tasks.of_checkpoint(info))
+    info = {**info, "task": tasks.describe(task)}
+    eval_step = make_eval_step(model, data.preprocessing, mesh, dtype, kernels=recipe.kernels, task=task)
     rows: dict[str, list[dict[str, Any]]] = {}
 
     def figures(variables: Any, weights: str) -> dict[str, Any]:
         rows[weights] = []
         placed = jax.device_put(variables, replicated(mesh))
         progress = Progress(data.num_eval, shown=jax.process_index() == 0)
-        return evaluate(eval_step, placed, data, recipe.evaluate.batch_size, mesh, rows[weights], progress=progress)
+        batch_size = recipe.evaluate.batch_size
+        return evaluate(eval_step, placed, data, batch_size, mesh, rows[weights], progress=progress, task=task)
 
     result = figures(variables, info["weights"])
     if present < len(data.classes):
@@ -272,7 +263,7 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     result = report(result, variables["params"], {**info, "preprocessing": data.preprocessing})
     if info["weights"] == "ema" and (raw := checkpoint.read_variables(path, ema=False))[1]["weights"] == "raw":
         raw_figures = figures(raw[0], "raw")
-        result["raw"] = {key: raw_figures[key] for key in ("top1", "top5", "branch_top1", "loss")}
+        result["raw"] = {key: value for key, value in raw_figures.items() if key not in ("images", "skipped")}
     if not storage.in_bucket(workdir):
         Path(workdir).mkdir(parents=True, exist_ok=True)
     write(result, workdir)
@@ -298,7 +289,8 @@ def open_for(recipe: Recipe, info: Mapping[str, Any], where: str | Path) -> tupl
     Raises:
       UserError: The data is missing, or has a class that the checkpoint does not have.
     """
-    no_split = recipe.data.keywords.get("val_split", "val") is None
+    # Without an evaluation split of its own the data says what is wrong, or takes it from the training split.
+    no_split = recipe.data.keywords.get("val_split", "val") is None or recipe.data.keywords.get("folds") is not None
     data = recipe.data() if no_split else recipe.data(train_split=None)
     # What the labels of an evaluation split without some of the classes mean, the training split says.
     if stored_names(info) is None and not no_split and len(data.classes) != len(info.get("classes", ())):
@@ -311,6 +303,7 @@ def match_classes(data: Data, info: Mapping[str, Any], where: str | Path) -> tup
     known, stored = stored_names(info), info.get("classes", ())
     names = list(data.classes)
     same_count = len(names) == len(stored)
+    tasks.require_same(data, info, where)
     if (data.numbered and same_count) or (known is None and not set(names) <= set(stored)):
         if same_count and names != list(stored):
             unnamed = "the data" if data.numbered else where

@@ -7,17 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maxmap import storage
+from maxmap import storage, tasks
 from maxmap.arguments import Number, local_path
 from maxmap.bulk import embed_many, predict_many
 from maxmap.data.decode import CROP_MODES, FILTERS
 from maxmap.data.preprocessing import changed
 from maxmap.errors import UserError, printable
 from maxmap.explanation import explain_files
-from maxmap.inference import predict
+from maxmap.inference import answers, load, predict
 from maxmap.labels import LABEL_SETS
 from maxmap.validate import validate
-from maxmap.wordnet import readable, words
+from maxmap.wordnet import readable
 
 _PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 
@@ -69,7 +69,9 @@ def add_validate(command: argparse.ArgumentParser) -> None:
         "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
     )
     command.add_argument(
-        "images", type=local_path, help="folder of class folders, tar archive, folder of these, or TFDS directory"
+        "images",
+        type=local_path,
+        help="folder of class folders, tar archive, CSV file, folder of these, or TFDS directory",
     )
     command.add_argument("--split", help="folder or archives in IMAGES, or split of TFDS (default: val, validation)")
     command.add_argument("--tfds", metavar="NAME", help="data set in the TFDS directory, for example imagenet2012")
@@ -87,6 +89,7 @@ def add_validate(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     command.add_argument("--flip", action="store_true", help="average the logits with those of the mirror image")
+    command.add_argument("--crops", action="store_true", help="average the logits of the corners and the centre")
     command.add_argument(
         "--check",
         type=Number(validate, "check"),
@@ -148,26 +151,29 @@ def predict_command(
     csv_file: str | None,
     **options: Any,
 ) -> None:
-    """Prints the likeliest classes of every image, and writes them into files; or writes a table of many images."""
+    """Prints what a checkpoint says of every image, and writes it into files; or writes a table of many images."""
     if to is not None:
         if json_file or csv_file:
             raise UserError("--to is a table of its own: leave out --json and --csv.")
         print(_told(to, predict_many(workdir, images, to, overwrite=overwrite, **options)))
         return
-    results = predict(workdir, images, **options)
-    for path, classes in zip(images, results, strict=True):
-        named = ", ".join(f"{readable(name)} {100 * probability:.1f} %" for name, probability in classes)
-        print(f"{printable(path)}: {named}")
+    loaded = load(workdir, pad=options.pop("pad"))
+    task = tasks.of_checkpoint(loaded[2])
+    results = answers(*loaded, images, **options)
+    for path, named in zip(images, results, strict=True):
+        said = ", ".join(f"{readable(name)} {task.shown(value)}" for name, value in named)
+        print(f"{printable(path)}: {said or 'none of the labels'}")
+    columns, records = task.records()
     rows = [
-        {"image": printable(path), "rank": rank, "class": name, "words": words(name), "probability": probability}
-        for path, classes in zip(images, results, strict=True)
-        for rank, (name, probability) in enumerate(classes, 1)
+        {"image": printable(path), **record}
+        for path, named in zip(images, results, strict=True)
+        for record in records(named)
     ]
     if json_file is not None:
         storage.write_named(json_file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     if csv_file is not None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, ["image", "rank", "class", "words", "probability"], lineterminator="\n")
+        writer = csv.DictWriter(text, ["image", *columns], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         storage.write_named(csv_file, text.getvalue())

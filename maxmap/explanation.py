@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from maxmap import storage
+from maxmap import storage, tasks
 from maxmap.data.augment import normalize
 from maxmap.data.preprocessing import cropped
 from maxmap.errors import UserError, nearest, printable, reason
@@ -156,6 +156,7 @@ def explain_files(
     names, pre = info["classes"], info["preprocessing"]
     if not names:
         raise UserError(f"the checkpoint {path} has no classifier, so there is no logit to explain: give one that has.")
+    tasks.require_classes(info, "explain", path)
     if class_name is not None and class_name not in names:
         raise UserError(f"the checkpoint has no class '{class_name}'; the nearest are {nearest(class_name, names)}.")
     try:

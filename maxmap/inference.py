@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from maxmap import tasks
 from maxmap.convert.load import read_model
 from maxmap.data.augment import normalize
 from maxmap.data.preprocessing import changed, cropped
@@ -18,6 +19,7 @@ from maxmap.evaluate import check_image_size
 from maxmap.models import Classifier, average, create_model
 from maxmap.operations import Array
 from maxmap.ranges import Count, Pixels, check_arguments
+from maxmap.tasks.task import Named, Task
 
 AnyImage: TypeAlias = str | os.PathLike | Image.Image | np.ndarray
 
@@ -62,9 +64,9 @@ def preprocess(images: AnyImage | Sequence[AnyImage], info: Mapping[str, Any]) -
     return np.asarray(normalize(jnp.asarray(pixels), pre["mean"], pre["std"]))
 
 
-def probabilities(model: Classifier, variables: Any, images: Array) -> Array:
-    """Returns the probabilities of the classes, `[B, K]`, for normalised images, float `[B, H, W, 3]`."""
-    return jax.nn.softmax(average(model.apply(variables, images)), axis=-1)
+def decoded(model: Classifier, task: Task, variables: Any, images: Array) -> Array:
+    """Returns what a model says of normalised images `[B, H, W, 3]`: probabilities, shares or numbers, `[B, K]`."""
+    return task.decode(average(model.apply(variables, images)))
 
 
 def predict(
@@ -75,7 +77,7 @@ def predict(
     batch_size: Count = 32,
     image_size: Pixels | None = None,
     pad: bool = False,
-) -> list[list[tuple[str, float]]]:
+) -> list[Named]:
     """Classifies image files with a checkpoint and the preprocessing that it carries.
 
     Args:
@@ -87,28 +89,37 @@ def predict(
       pad: takes sizes that the model's windows do not divide, too; see `maxmap.create_model`.
 
     Returns:
-      For each image its `top` classes and their probabilities, the likeliest first.
+      For each image its `top` classes and their probabilities, the likeliest first; in other tasks what `Task.named`
+      returns: all labels above their thresholds, a mean score and its deviation, or numbers.
 
     Raises:
       UserError: there is no checkpoint, a file is no image, or the model does not take images of that size.
     """
     check_arguments(predict, "", locals())
-    model, variables, info = load(path, pad=pad)
-    classes = info["classes"]
+    loaded = load(path, pad=pad)
+    return answers(*loaded, images, top=top, batch_size=batch_size, image_size=image_size)
+
+
+def answers(
+    model: Classifier,
+    variables: Any,
+    info: Mapping[str, Any],
+    images: Sequence[str | Path],
+    *,
+    top: Count = 5,
+    batch_size: Count = 32,
+    image_size: Pixels | None = None,
+) -> list[Named]:
+    """Does what `predict` does, with a checkpoint that `load` has loaded."""
+    check_arguments(answers, "", locals())
+    task, names = tasks.of_checkpoint(info), info["classes"]
     if image_size is not None:
         info = {**info, "preprocessing": changed(info["preprocessing"], image_size=image_size)}
         check_image_size(model, variables, image_size)
 
-    compute = jax.jit(functools.partial(probabilities, model))
+    compute = jax.jit(functools.partial(decoded, model, task))
     results = []
     for start in range(0, len(images), batch_size):
         batch = preprocess(images[start : start + batch_size], info)
-        for row in np.asarray(compute(variables, batch)):
-            results.append(likeliest(row, classes, top))
+        results += [task.named(row, names, top) for row in np.asarray(compute(variables, batch))]
     return results
-
-
-def likeliest(probabilities: np.ndarray, classes: Sequence[str], top: int) -> list[tuple[str, float]]:
-    """Returns the `top` classes of one image and their probabilities, `[K]`, the likeliest first."""
-    best = np.argsort(-probabilities, kind="stable")[:top]
-    return [(classes[i], float(probabilities[i])) for i in best]

@@ -4,6 +4,7 @@ adamw      Decay is decoupled and times the rate, as in torch (Loshchilov and Hu
 lamb       optax's: every tensor gets a trust ratio (You et al. 2020).
 lamb_timm  timm's, see `_lamb_timm`; its `max_grad_norm` clips after `clip_norm`, inf turns it off.
 sgd        Nesterov momentum. Decay is added to the gradient, as in torch.
+momentum   The same with plain momentum; both names are timm's.
 lion       Decoupled decay (Chen et al. 2023).
 adafactor  Factored moments; the update is clipped at an RMS of 1 and scaled by the RMS of the parameter (Shazeer and
            Stern 2018). Decay is times the rate, as for all the others, unlike in `optax.adafactor`.
@@ -142,7 +143,7 @@ def make_optimizer(
 
     Args:
       learning_rate: A float or a schedule of the step.
-      name: adamw, lamb, lamb_timm, sgd, lion, adafactor or muon.
+      name: adamw, lamb, lamb_timm, sgd, momentum, lion, adafactor or muon.
       weight_decay: Of the parameters that `decay_mask` marks.
       clip_norm: Clips the global norm of the gradients in front of the optimizer; None for no clip.
       clip_value: Clips every element of the gradients to this size instead.
@@ -151,7 +152,7 @@ def make_optimizer(
       b1: Decay of the first moment; None for the optimizer's own default, as for the four below.
       b2: Decay of the second moment (lion: of the momentum).
       eps: Added to the root of the second moment (adafactor: to the squared gradient).
-      momentum: Of sgd and muon.
+      momentum: Of sgd, momentum and muon.
       max_grad_norm: Second clip of the global norm, of lamb_timm alone; inf for no clip.
       no_decay: Regexes of the paths of parameters that do not decay.
       freeze: Regexes of the paths of parameters that are not trained, such as '^backbone/' to train the head alone;
@@ -207,9 +208,11 @@ def _lamb_timm(
     return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
 
 
-def _sgd(learning_rate: Rate, weight_decay: float, mask: Mask, momentum: float = 0.9) -> Transformation:
+def _sgd(
+    learning_rate: Rate, weight_decay: float, mask: Mask, momentum: float = 0.9, *, nesterov: bool = True
+) -> Transformation:
     decayed = optax.add_decayed_weights(weight_decay, mask)
-    return optax.chain(decayed, optax.sgd(learning_rate, momentum=momentum, nesterov=True))
+    return optax.chain(decayed, optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov))
 
 
 def _adafactor(learning_rate: Rate, weight_decay: float, mask: Mask, eps: float = 1e-30) -> Transformation:
@@ -277,6 +280,7 @@ OPTIMIZERS: dict[str, Callable[..., Transformation]] = {
     "lamb": optax.lamb,
     "lamb_timm": _lamb_timm,
     "sgd": _sgd,
+    "momentum": functools.partial(_sgd, nesterov=False),
     "lion": optax.lion,
     "adafactor": _adafactor,
     "muon": _muon,

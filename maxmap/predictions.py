@@ -54,26 +54,40 @@ def accuracies(rows: Iterable[Mapping[str, Any]], right: Mapping[int, Sequence[i
     }
 
 
+def class_columns(label: int, found: Mapping[str, np.ndarray], row: int) -> dict[str, Any]:
+    """Returns the columns of an image that has one class.
+
+    Args:
+      label: the number of its class.
+      found: of the batch: 'best' `[B, 5]`, 'rank', 'probability' and 'label_probability' `[B]`, 'branch' and
+        'branch_rank' `[G, B]`; see `maxmap.evaluate.make_eval_step`.
+      row: of the image in the batch.
+    """
+    columns = {"label": int(label), "rank": int(found["rank"][row])}
+    columns |= {f"top{k}": int(best) for k, best in enumerate(found["best"][row], 1)}
+    for g, (best, rank) in enumerate(zip(found["branch"][:, row], found["branch_rank"][:, row], strict=True)):
+        columns |= {f"branch{g}": int(best), f"branch{g}_rank": int(rank)}
+    return columns | {key: float(f"{found[key][row]:.6g}") for key in ("probability", "label_probability")}
+
+
 def make_rows(
-    batch: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], names: Callable[[int], str]
+    batch: Mapping[str, np.ndarray],
+    found: Mapping[str, np.ndarray],
+    names: Callable[[int], str],
+    columns: Callable[[Any, Mapping[str, np.ndarray], int], dict[str, Any]] = class_columns,
 ) -> list[dict[str, Any]]:
     """Returns a row for each image of a batch that is not padding.
 
     Args:
-      batch: 'index', 'label' and 'mask' (False for padding), each `[B]`.
-      found: 'best' `[B, 5]`, 'rank', 'probability' and 'label_probability' `[B]`, 'branch' and 'branch_rank' `[G, B]`;
-        see `maxmap.evaluate.make_eval_step`.
+      batch: 'index', 'label' and 'mask' (False for padding), each `[B]` or, for the label, `[B, K]`.
+      found: predictions of the batch, which `columns` takes.
       names: function from the index of an image to the name of its file.
+      columns: function from the label of an image, `found` and its row to the columns behind its name.
     """
     rows = []
     for i in np.flatnonzero(batch["mask"]):
-        row: dict[str, Any] = {"index": int(batch["index"][i]), "name": printable(names(int(batch["index"][i])))}
-        row |= {"label": int(batch["label"][i]), "rank": int(found["rank"][i])}
-        row |= {f"top{k}": int(label) for k, label in enumerate(found["best"][i], 1)}
-        for g, (label, rank) in enumerate(zip(found["branch"][:, i], found["branch_rank"][:, i], strict=True)):
-            row |= {f"branch{g}": int(label), f"branch{g}_rank": int(rank)}
-        row |= {key: float(f"{found[key][i]:.6g}") for key in ("probability", "label_probability")}
-        rows.append(row)
+        index = int(batch["index"][i])
+        rows.append({"index": index, "name": printable(names(index)), **columns(batch["label"][i], found, int(i))})
     return rows
 
 
@@ -83,13 +97,20 @@ def to_csv(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     Its columns:
 
     - `weights`: "ema" or "raw".
-    - `index`, `name`, `label`: the image's index, its file (see `maxmap.errors.printable`) and its label.
+    - `index`, `name`: the image's index and its file (see `maxmap.errors.printable`).
+
+    Then, where an image has one class:
+
+    - `label`: its number.
     - `rank`: rank of the label among the logits, averaged over the branches. Ties count against it. The top-k accuracy
       is the share of ranks up to k.
     - `top1` to `top5`: the classes with the largest averaged logits.
     - `branchN`, `branchN_rank`: the class with the largest logit of a branch, and the rank of the label among its
       logits.
     - `probability`, `label_probability`: of the class `top1` and of the label: softmax of the averaged logits.
+
+    In other tasks a column for each label or number and for what the network says of it: `label NAME`, then
+    `probability NAME`, `share NAME` or `number NAME`, and of each branch of several `branchN probability NAME`.
 
     Args:
       rows: for each kind of weights what `make_rows` returns.

@@ -9,7 +9,7 @@ import jax
 import jax.export  # not a part of `import jax`
 import jax.numpy as jnp
 
-from maxmap import storage
+from maxmap import storage, tasks
 from maxmap.convert.load import export_target, read_weights
 from maxmap.cost import count_parameters
 from maxmap.data.augment import normalize
@@ -79,6 +79,7 @@ def export_program(
         "platforms": list(platforms),
         "jax": jax.__version__,
         "classes": info["classes"],
+        "task": tasks.describe(tasks.of_checkpoint(info)),
         "preprocessing": info["preprocessing"],
     }
     storage.write_named(about, json.dumps(described, indent=2) + "\n")

@@ -23,7 +23,8 @@ class Evaluation:
     Attributes:
       batch_size: Images at a time, over all devices.
       every_epochs: Epochs between two evaluations of a training run.
-      patience: Evaluations in a row without a better top-1 accuracy, after which training ends early; None for never.
+      patience: Evaluations in a row without a better top-1 accuracy (in another task: mAP, SRCC or R2), after which
+        training ends early; None for never.
     """
 
     batch_size: Annotated[int, Range(at_least=1, at_most=2**20)] = 1024
@@ -40,7 +41,7 @@ class Saving:
 
     Attributes:
       every: Steps between two checkpoints; None for an epoch.
-      keep: Newest checkpoints to keep, beside the one with the best top-1 accuracy.
+      keep: Newest checkpoints to keep, beside the one with the best top-1 accuracy (in another task: mAP, SRCC or R2).
     """
 
     every: Count | None = None
@@ -108,7 +109,7 @@ class Recipe:
     erase: Callable[..., Array]
     optim: functools.partial[optax.GradientTransformation]
     schedule: Callable[..., Schedule]
-    loss: Callable[..., tuple[Array, dict[str, Array]]]
+    loss: functools.partial[tuple[Array, dict[str, Array]]]
     evaluate: Evaluation
     checkpoint: Saving
     log: Logging

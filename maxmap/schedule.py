@@ -9,6 +9,7 @@ The clock t counts epochs or steps (`per`). W, E and D are the lengths of warm-u
     linear  shape = left,                     D = E
     wsd     shape = left,                     D as given    (warm-up, stable, decay: Hu et al. 2024)
     constant  the rate stays at lr; min_lr is not used
+    step    the rate is lr * decay_rate ** floor(t / D), D as given; min_lr is not used
 
 As in timm, the warm-up lies inside the E epochs: t is not shifted by W, so the rate at t = W is already below `lr`.
 With `warmup_prefix` the warm-up comes before them: the decay starts at t = W, and the run is W longer.
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from maxmap.errors import UserError
-from maxmap.ranges import Count, CountOrZero, NonNegative, Positive, Share, check_arguments
+from maxmap.ranges import Count, CountOrZero, Fraction, NonNegative, Positive, Share, check_arguments
 
 # The height of the rate, 1 to 0, by the remaining share of the decay, 1 to 0.
 SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -71,13 +72,14 @@ def make_schedule(
     steps_per_epoch: Count,
     epochs: Count,
     lr: Positive,
-    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine",
+    name: Literal["cosine", "linear", "wsd", "constant", "step"] = "cosine",
     warmup_epochs: NonNegative = 0,
     warmup_steps: CountOrZero | None = None,
     warmup_max_share: Share | None = None,
     warmup_lr: NonNegative = 1e-6,
     min_lr: NonNegative = 1e-6,
     decay_epochs: Positive | None = None,
+    decay_rate: Fraction | None = None,
     cooldown_epochs: CountOrZero = 0,
     warmup_prefix: bool = False,
     per: Literal["epoch", "step"] = "epoch",
@@ -94,7 +96,8 @@ def make_schedule(
       warmup_max_share: Part of the epochs to which a longer warm-up is cut; None to refuse one that does not fit.
       warmup_lr: Rate at the start of the warm-up.
       min_lr: Rate at the end of the decay.
-      decay_epochs: How long before the end of the epochs the decay of 'wsd' starts; for 'wsd' only.
+      decay_epochs: How long before the end of the epochs the decay of 'wsd' starts; for 'step' how long the rate stays.
+      decay_rate: By what 'step' multiplies the rate every decay_epochs; for 'step' only.
       cooldown_epochs: Epochs at the last rate after the decay.
       warmup_prefix: Whether the warm-up comes before the epochs instead of inside them.
       per: 'epoch' keeps the rate over each epoch, as all published recipes do; 'step' changes it every step.
@@ -103,7 +106,7 @@ def make_schedule(
       UserError: A value is out of range, or the values make no schedule.
     """
     check_arguments(make_schedule, "schedule", locals())
-    _check_combination(name, lr, min_lr, decay_epochs)
+    _check_combination(name, lr, min_lr, decay_epochs, decay_rate)
     ticks_per_epoch = 1 if per == "epoch" else steps_per_epoch
     span = epochs * ticks_per_epoch
     warmup = _warmup_ticks(warmup_epochs, warmup_steps, ticks_per_epoch, per)
@@ -114,12 +117,17 @@ def make_schedule(
     decay = span if decay_epochs is None else _ticks("decay_epochs", decay_epochs, ticks_per_epoch, per)
     if name == "wsd" and not 1 <= decay <= (span if warmup_prefix else span - warmup):
         raise UserError(f"schedule.decay_epochs is {decay_epochs!r}: warm-up and decay must fit into {epochs} epochs.")
+    if name == "step" and decay < 1:
+        raise UserError(f"schedule.decay_epochs is {decay_epochs!r}: give a step of the run or more.")
     end = span + warmup if warmup_prefix else span
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step)
         tick = step // steps_per_epoch if per == "epoch" else step
         warming = warmup_lr + (lr - warmup_lr) * (tick.astype(float) / max(warmup, 1))
+        if decay_rate is not None:
+            steps = (jnp.clip(tick - (end - span), 0, span - 1) // decay).astype(float)
+            return jnp.where(tick < warmup, warming, lr * decay_rate**steps)
         height = SHAPES[name](jnp.clip(end - tick, 0, decay).astype(float) / decay)
         # Exact at both ends, where min_lr + (lr - min_lr) * height is not.
         return jnp.where(tick < warmup, warming, lr * height + min_lr * (1 - height))
@@ -128,11 +136,17 @@ def make_schedule(
     return Schedule(rate, steps_per_epoch, total_epochs)
 
 
-def _check_combination(name: str, lr: float, min_lr: float, decay_epochs: float | None) -> None:
-    if name != "constant" and min_lr > lr:
+def _check_combination(
+    name: str, lr: float, min_lr: float, decay_epochs: float | None, decay_rate: float | None
+) -> None:
+    if name not in ("constant", "step") and min_lr > lr:
         raise UserError(f"schedule.min_lr is {min_lr!r}: give a rate from 0 to lr = {lr!r}.")
-    if (name == "wsd") != (decay_epochs is not None):
-        raise UserError("schedule.decay_epochs goes with name='wsd': give it there, in epochs, and nowhere else.")
+    if (name in ("wsd", "step")) != (decay_epochs is not None):
+        raise UserError(
+            "schedule.decay_epochs goes with name='wsd' and 'step': give it there, in epochs, and nowhere else."
+        )
+    if (name == "step") != (decay_rate is not None):
+        raise UserError("schedule.decay_rate goes with name='step': give it there, such as 0.1, and nowhere else.")
 
 
 def _refuse_warmup(key: str, warmup: int, span: int, per: str) -> NoReturn:

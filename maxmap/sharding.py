@@ -216,7 +216,8 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 
 
 def gather_processes(column: np.ndarray) -> np.ndarray:
-    """Returns the rows of all processes, one process after another, of whole numbers `[B]`."""
+    """Returns the rows of all processes, one process after another, of numbers or truths `[B, ...]`."""
     if jax.process_count() == 1:
         return column
-    return np.asarray(multihost_utils.process_allgather(column.astype(np.int32), tiled=True))
+    sent = column if column.dtype == np.float32 else column.astype(np.int32)  # what JAX sends as it is
+    return np.asarray(multihost_utils.process_allgather(sent, tiled=True)).astype(column.dtype)

@@ -151,9 +151,10 @@ def samples_command(config: str, overrides: Sequence[str], folder: Path, count: 
     for index in np.linspace(0, len(data.val) - 1, min(count, len(data.val))).astype(int):
         image, label = data.val[int(index)]
         # What other systems do not take in a file's name goes, the separator of folders first.
-        name = re.sub(r"[^\w .+-]", "_", data.classes[label])[:_LONGEST_NAME]
+        class_name = f"_{data.classes[label]}" if isinstance(label, int) else ""
+        name = re.sub(r"[^\w .+-]", "_", class_name)[: _LONGEST_NAME + 1]
         suffix = (Path(data.val.name(int(index))).suffix or ".jpg") if isinstance(image, bytes) else ".png"
-        path = folder / f"{index:05}_{name}{suffix}"
+        path = folder / f"{index:05}{name}{suffix}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if isinstance(image, bytes):

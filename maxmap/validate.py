@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from maxmap import checkpoint, storage
+from maxmap import checkpoint, storage, tasks
 from maxmap.classes import match
 from maxmap.cost import count_parameters
+from maxmap.data.archives import tar_files
 from maxmap.data.folders import holds_folders
 from maxmap.data.pipeline import Data, open_data
 from maxmap.data.preprocessing import changed, departures, in_words
-from maxmap.data.sources import tar_files
+from maxmap.data.tables import ENDING, split_names
 from maxmap.errors import UserError, printable
 from maxmap.evaluate import check_image_size, evaluate, make_eval_step, match_classes, report, summary, tell
 from maxmap.inference import load
@@ -26,8 +28,10 @@ from maxmap.predictions import accuracies, to_csv
 from maxmap.progress import Progress
 from maxmap.ranges import Count, CountOrZero, check_arguments
 from maxmap.sharding import make_mesh, replicated
+from maxmap.tasks.task import Task
 
-SPLITS = ("val", "validation")  # folders or archives that hold the evaluation split
+SPLITS = ("val", "validation")  # folders, archives or CSV files that hold the evaluation split
+_CSV_KEYS = ("task", "image_column", "label_columns", "split_column", "separator")  # of the section data
 
 
 def validate(
@@ -45,6 +49,7 @@ def validate(
     check: CountOrZero = 2000,
     pad: bool = False,
     flip: bool = False,
+    crops: bool = False,
     json_file: str | Path | None = None,
     csv_file: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -56,7 +61,8 @@ def validate(
     Args:
       path: of the checkpoint, as for `maxmap.load`.
       images: a folder with a folder of images per class, or one that has such a folder `val` or `validation`; a tar
-        archive, or a folder of them; with `tfds`, the folder of TFDS's data sets.
+        archive, or a folder of them; a CSV file, or a folder of them, with the columns that the checkpoint was trained
+        with; with `tfds`, the folder of TFDS's data sets.
       split: name of the split: a folder or the beginning of the archives' names in `images`; None: see `images`. Of
         TFDS, None is its split 'validation' or 'test'.
       tfds: name of a TFDS data set.
@@ -69,6 +75,8 @@ def validate(
       check: images to decode before the start, where a broken one is an error; later ones are left out and named.
       pad: takes an image size that the model's windows do not divide, too; see `maxmap.create_model`.
       flip: averages the logits of each image with those of its mirror image.
+      crops: averages the logits of five crops of each image: the corners and the centre of the square that the resize
+        leaves, of which the usual crop is the centre.
       json_file: file for the result; None: `eval.json`, with the name of the label set, in the folder of the
         checkpoint, or in the current folder if it is no checkpoint of ours.
       csv_file: file for the predictions; None: `predictions.csv` beside an `eval.json`, nothing beside `json_file`.
@@ -89,15 +97,22 @@ def validate(
         raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
     used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
     check_image_size(model, variables, used["image_size"])
-    data = dataclasses.replace(open_images(images, split, tfds, check), preprocessing=used)
+    task = tasks.of_checkpoint(info)
+    data = dataclasses.replace(open_images(images, split, tfds, check, info), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
         print(_describe(path, info, variables, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
-    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip)
+    crop = None
+    if crops:
+        crop = used["image_size"]
+        data = dataclasses.replace(data, preprocessing=_whole_square(used))
+    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip, crop=crop, task=task)
     placed = jax.device_put(variables, replicated(mesh))
     rows: list[dict[str, Any]] = []
     progress = Progress(data.num_eval, shown=jax.process_index() == 0)
-    result = evaluate(eval_step, placed, data, batch_size, mesh, rows, progress=progress, device_batches=device_batches)
+    result = evaluate(
+        eval_step, placed, data, batch_size, mesh, rows, progress=progress, device_batches=device_batches, task=task
+    )
     for name in result["skipped"]:
         tell(f"left out, because it cannot be decoded: {name}")
     if right is not None:
@@ -105,14 +120,31 @@ def validate(
         result |= accuracies(rows, {row["index"]: real_labels(right, row["name"]) for row in rows})
     if present < len(info["classes"]):
         result["classes"] = f"{present} of {len(info['classes'])}"
-    about = ({} if labels is None else {"labels": labels}) | ({"flip": True} if flip else {})
+    about = ({} if labels is None else {"labels": labels}) | {
+        name: True for name, on in {"flip": flip, "crops": crops}.items() if on
+    }
     result = report({**about, **result}, variables["params"], {**info, "preprocessing": used})
-    _write(path, result, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
+    _write(path, result, task, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
     return result
 
 
-def open_images(images: str | Path, split: str | None, tfds: str | None, check: int) -> Data:
+def _whole_square(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a preprocessing that ends before the crop."""
+    side = math.floor(preprocessing["image_size"] / preprocessing["crop_pct"])
+    if side == preprocessing["image_size"]:
+        raise UserError(
+            f"--crops has nothing to crop with crop_pct {preprocessing['crop_pct']}: give a smaller one, such as "
+            "--crop-pct=0.875."
+        )
+    return {**preprocessing, "image_size": side, "crop_pct": 1.0}
+
+
+def open_images(
+    images: str | Path, split: str | None, tfds: str | None, check: int, info: Mapping[str, Any] | None = None
+) -> Data:
     """Opens labelled images for evaluation alone; see `validate`.
+
+    `info` is what the checkpoint says of itself; a CSV file is read as that run's was.
 
     Raises:
       UserError: there are none, or they are malformed or broken.
@@ -122,11 +154,14 @@ def open_images(images: str | Path, split: str | None, tfds: str | None, check: 
         return open_data("tfds", path, name=tfds, train_split=None, val_split=split or "val", check=check)
     if os.path.isfile(path) and path.endswith(".tar"):
         source, path, split = "tar", os.path.dirname(path), os.path.basename(path)
-    elif os.path.isdir(path):
-        source, path, split = _find_split(path, split)
+    elif os.path.isdir(path) or (os.path.isfile(path) and path.endswith(ENDING)):
+        source, path, split = _find_split(path, split, _csv_options(info).get("split_column", "split"))
     else:
-        raise UserError(f"there is no folder of images and no tar archive {printable(path)}: give another path.")
-    return open_data(source, path, train_split=None, val_split=split, check=check)
+        raise UserError(
+            f"there is no folder of images and no tar archive or CSV file {printable(path)}: give another path."
+        )
+    options = _csv_options(info) if source == "csv" else {}
+    return open_data(source, path, train_split=None, val_split=split, check=check, **options)
 
 
 def result_folder(path: str | Path) -> epath.Path:
@@ -134,9 +169,20 @@ def result_folder(path: str | Path) -> epath.Path:
     return storage.resolve(path if checkpoint.is_workdir(path) else ".")
 
 
-def _find_split(path: str, split: str | None) -> tuple[str, str, str]:
-    """Returns the kind of source that a folder holds, and path and name of its split."""
+def _csv_options(info: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns how the run of a checkpoint read its CSV files; nothing for the usual columns and one class per image."""
+    data = (info or {}).get("config", {}).get("data", {})
+    return {key: data[key] for key in _CSV_KEYS} if data.get("source") == "csv" else {}
+
+
+def _find_split(path: str, split: str | None, column: str) -> tuple[str, str, str]:
+    """Returns the kind of source that a folder or a CSV file is, and path and name of its split."""
+    if os.path.isfile(path):
+        present = [] if split else split_names(path, column)
+        return "csv", path, split or next((name for name in SPLITS if name in present), "")
     for name in [split] if split else SPLITS:
+        if os.path.isfile(os.path.join(path, name + ENDING)):
+            return "csv", path, name
         if holds_folders(os.path.join(path, name)):
             return "folder", path, name
         if tar_files(path, name):
@@ -160,6 +206,7 @@ def _match_labels(
       UserError: the data has a class that the checkpoint does not know, or the label set is not of its classes.
     """
     classes = info["classes"]
+    tasks.require_same(data, info, path)
     if labels is None:
         data, present = match_classes(data, info, path)
         if len(data.classes) != len(classes):
@@ -195,6 +242,7 @@ def _describe(
 def _write(
     path: str | Path,
     result: Mapping[str, Any],
+    task: Task,
     predictions: str,
     labels: str | None,
     json_file: str | Path | None,
@@ -207,7 +255,7 @@ def _write(
     if json_file is None:
         json_file, csv_file = folder / f"eval{ending}.json", csv_file or folder / f"predictions{ending}.csv"
     files = {json_file: json.dumps(result, indent=2) + "\n"} | ({csv_file: predictions} if csv_file else {})
-    print(f"{labels or ''} {summary(result)}".lstrip(), flush=True)  # first, because a disk may be full
+    print(f"{labels or ''} {summary(result, task)}".lstrip(), flush=True)  # first, because a disk may be full
     for file, text in files.items():
         storage.write_named(file, text)
     print(f"written to {' and '.join(map(printable, files))}")

@@ -23,7 +23,7 @@ from maxmap.errors import UserError
 from maxmap.inference import predict
 from maxmap.models import create_model
 from maxmap.predictions import make_rows, to_csv
-from maxmap.train.preview import caption
+from maxmap.tasks.task import caption
 from tests.test_ranges import numbers as ranges_in
 from tests.test_ranges import outside
 from tests.tiny import CLASSES, ROOT, copied, create_tiny, preprocessing, use_models, write_folder, write_image
@@ -359,7 +359,7 @@ def test_show_batch_draws_what_a_step_trains_on(capsys, tmp_path, monkeypatch):
 
 def test_the_picture_of_a_batch_has_a_cell_for_every_image():
     from maxmap.pictures import CAPTION, draw_grid
-    from maxmap.train.preview import caption
+    from maxmap.tasks.task import caption
 
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.full((1, 40, 80, 3), 50, np.uint8)
     picture = np.asarray(draw_grid(images, ["90 % a\n5 % b"] * 5))

@@ -14,10 +14,11 @@ from maxmap import evaluate
 from maxmap.cost import count_parameters
 from maxmap.data.pipeline import open_data
 from maxmap.errors import UserError
-from maxmap.evaluate import check_same_model, make_eval_step, rank_of, report, summary
+from maxmap.evaluate import check_same_model, make_eval_step, report, summary
 from maxmap.models import average
 from maxmap.progress import Progress
 from maxmap.sharding import make_mesh
+from maxmap.tasks.single_label import rank_of
 from tests.tiny import write_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -104,6 +105,17 @@ def test_flipped_images_count_as_their_mirror_images():
     jax.tree.map(np.testing.assert_array_equal, found["predictions"], mirrored["predictions"])
 
 
+def test_five_crops_count_as_the_mean_of_their_logits():
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (3, 11, 11, 3), np.uint8), np.arange(3, dtype=np.int32)
+    step = make_eval_step(Pixels(10), DIGITS, make_mesh(data=1), jnp.float32, crop=8)
+    found = step(VARIABLES, {"image": images, "label": labels, "mask": np.ones(3, bool)})
+    crops = [images[:, i : i + 8, j : j + 8] for i, j in ((0, 0), (0, 3), (3, 0), (3, 3), (1, 1))]
+    logits = sum(average(Pixels(10).apply(VARIABLES, crop / np.float32(255))) for crop in crops) / 5
+    wanted = optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+    np.testing.assert_allclose(found["loss"], wanted, rtol=1e-5)
+
+
 def test_fewer_classes_than_five(tmp_path):
     data = open_data("folder", write_folder(tmp_path), **DIGITS)
     mesh = make_mesh(data=1)
@@ -167,6 +179,7 @@ def test_report_says_what_the_figures_belong_to():
         "model": "tiny",
         "step": 4,
         "weights": "ema",
+        "task": "single_label",
         "top1": 73.43,
         "top1_err": 26.57,
         "top5": 91.364,

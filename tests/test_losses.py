@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from maxmap.errors import UserError
-from maxmap.losses import binary_cross_entropy, softmax_cross_entropy, total_loss
+from maxmap.losses import binary_cross_entropy, earth_movers_distance, softmax_cross_entropy, total_loss
 
 GOLDENS = np.load(pathlib.Path(__file__).parent / "goldens" / "map_loss.npz")
 KEPT_CLASSES = 24
@@ -245,3 +245,53 @@ def test_wrong_options_are_named(options, words):
 def test_shapes_must_fit(logits, targets):
     with pytest.raises(ValueError, match="targets"):
         total_loss({"logits": jnp.zeros(logits)}, jnp.zeros(targets))
+
+
+def test_class_weights_multiply_the_right_answers(x64):
+    weights = np.array([2.0, 1.0, 0.5])
+    softmax = -np.sum(weights * TARGETS * log_softmax(LOGITS), -1).mean()
+    right, wrong = -np.log1p(np.exp(-LOGITS)), -np.log1p(np.exp(LOGITS))
+    bce = -np.mean(weights * TARGETS * right + (1 - TARGETS) * wrong)
+    for name, wanted in {"softmax": softmax, "bce": bce}.items():
+        loss, _ = total_loss({"logits": LOGITS[None]}, jnp.asarray(TARGETS), name=name, weights=jnp.asarray(weights))
+        np.testing.assert_allclose(loss, wanted, rtol=1e-14)
+        ones, _ = total_loss({"logits": LOGITS[None]}, jnp.asarray(TARGETS), name=name, weights=jnp.ones(3))
+        np.testing.assert_allclose(ones, total_loss({"logits": LOGITS[None]}, jnp.asarray(TARGETS), name=name)[0])
+    with pytest.raises(UserError, match=r"data.class_weights belongs to"):
+        total_loss({"logits": LOGITS[None]}, jnp.asarray(TARGETS), name="emd", weights=jnp.asarray(weights))
+
+
+def test_the_earth_movers_distance_by_hand(x64):
+    """Shares 1/2 1/4 1/4 beside 0 1/2 1/2: the cumulative shares differ by 1/2, 1/4 and 0."""
+    shares, targets = np.array([[2, 1, 1], [1, 1, 2]]) / 4, np.array([[0, 2, 2], [1, 1, 2]]) / 4
+    wanted = np.array([np.sqrt((1 / 4 + 1 / 16) / 3), 0])
+    value, gradient = jax.value_and_grad(earth_movers_distance)(jnp.log(shares), jnp.asarray(targets))
+    np.testing.assert_allclose(value, wanted.mean(), rtol=1e-14)
+    assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0.01
+    np.testing.assert_allclose(gradient[1], 0, atol=1e-8)
+    branches = jnp.log(np.stack([shares, shares[::-1]]))
+    both = total_loss({"logits": branches}, jnp.asarray(targets), name="emd")[0]
+    np.testing.assert_allclose(both, sum(earth_movers_distance(branch, jnp.asarray(targets)) for branch in branches))
+
+
+def test_losses_of_numbers_by_hand(x64):
+    values, targets = np.array([[0.5, -1, 3], [0, 0, 1]]), np.array([[0, 1, 3], [0.2, 0, -1]])
+    squares = [0.25, 4, 0, 0.04, 0, 4]
+    outputs = {"logits": jnp.asarray(values)[None]}
+    np.testing.assert_allclose(total_loss(outputs, jnp.asarray(targets), name="mse")[0], sum(squares) / 6)
+    huber = [0.125, 1.5, 0, 0.02, 0, 1.5]
+    np.testing.assert_allclose(total_loss(outputs, jnp.asarray(targets), name="huber")[0], sum(huber) / 6)
+
+
+@pytest.mark.parametrize("name", ["binary", "normal"])
+def test_divergences_of_labels_and_numbers_by_hand(name, x64):
+    teacher, student = np.stack([LOGITS, LOGITS * 2]), np.stack([LOGITS + 1, -LOGITS])
+    p, q = 1 / (1 + np.exp(-teacher)), 1 / (1 + np.exp(-student))
+    terms = {
+        "binary": p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)),
+        "normal": (teacher - student) ** 2 / 2,
+    }[name]
+    outputs = {"logits": jnp.asarray(teacher), "distill": jnp.asarray(student)}
+    for reduction, divisor in (("batch_mean", 2), ("batch_class_mean", 6)):
+        _, parts = total_loss(outputs, jnp.asarray(TARGETS), divergence=name, term_reduction=reduction, name="bce")
+        np.testing.assert_allclose(parts["distillation"], terms.sum() / divisor, rtol=1e-13)

@@ -225,6 +225,7 @@ TIMM = {  # our name: timm's name and options, ours
     "adamw": ("adamw", {}, {}),
     "adamw betas": ("adamw", {"betas": (0.8, 0.99), "eps": 1e-3}, {"b1": 0.8, "b2": 0.99, "eps": 1e-3}),
     "sgd": ("sgd", {"momentum": 0.8}, {"momentum": 0.8}),
+    "momentum": ("momentum", {"momentum": 0.8}, {"momentum": 0.8}),
     "lion": ("lion", {}, {}),
 }
 
@@ -380,7 +381,7 @@ def test_blocks_of_every_family_are_numbered_in_order(name, blocks, order):
 # Every optimizer joins the tests below.
 
 # adafactor's rate is relative to the parameters, muon's update has an RMS of 0.2 where Adam's has one of 1 here.
-RATES = {"adafactor": 1e-1, "muon": 1e-1, "sgd": 1e-2}
+RATES = {"adafactor": 1e-1, "muon": 1e-1, "sgd": 1e-2, "momentum": 1e-2}
 
 
 def quadratic(params):

@@ -260,3 +260,23 @@ def test_maxvits_warm_up_is_ten_thousand_steps(x64):
     schedule = bind(config).schedule(steps_per_epoch=312, epochs=config["epochs"])
     assert [float(schedule(step)) for step in (0, 5000, 9999)] == pytest.approx([0, 1.5e-3, 2.9997e-3], rel=1e-12)
     assert float(schedule(312 * 300 - 1)) == pytest.approx(1e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("pixels", [224, 384, 512])
+def test_aesthetics(pixels):
+    """The values that MaxViT's paper states."""
+    recipe = bind(load(f"configs/aesthetics.py:tiny_{pixels}"))
+    model = recipe.model(num_classes=10)
+    assert (model.backbone.image_size, recipe.data.keywords["image_size"]) == (pixels, pixels)
+    assert (model.head.dropout, model.backbone.drop_path) == (0.75, 0.5)
+    schedule = recipe.schedule(steps_per_epoch=5, epochs=recipe.epochs)
+    wanted = [1e-3 * 0.9 ** (epoch // 10) for epoch in range(schedule.total_epochs)]
+    np.testing.assert_allclose([schedule(5 * epoch) for epoch in range(schedule.total_epochs)], wanted, rtol=1e-6)
+    optimizer = recipe.optim(0.1)
+    params = {"head": {"kernel": np.ones((2, 2), np.float32)}}
+    state, updates = optimizer.init(params), []
+    for _ in range(2):
+        update, state = optimizer.update(params, state, params)
+        updates.append(update["head"]["kernel"][0, 0])
+    np.testing.assert_allclose(updates, [-0.1, -0.19], rtol=1e-6)  # momentum of 0.9, which Nesterov's would not be
+    assert recipe.loss.keywords["name"] == "emd" and recipe.data.keywords["task"] == "distribution"

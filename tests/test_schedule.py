@@ -98,6 +98,15 @@ def test_constant_warms_up_and_stays(x64):
     )
 
 
+def test_step_by_hand(x64):
+    options = {"name": "step", "epochs": 7, "decay_epochs": 3, "decay_rate": 0.5}
+    rates = rates_of(**options, cooldown_epochs=2)
+    np.testing.assert_allclose(rates, [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25], rtol=1e-14)
+    np.testing.assert_allclose(rates_of(**options, warmup_epochs=2)[:4], [0.2, 0.6, 1, 0.5], rtol=1e-14)
+    prefixed = rates_of(**options, warmup_epochs=2, warmup_prefix=True)
+    np.testing.assert_allclose(prefixed, [0.2, 0.6, *rates[:7]], rtol=1e-14)
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 def test_warmup_prefix_shifts_the_decay(name, x64):
     prefixed = rates_of(name=name, epochs=6, warmup_epochs=3, cooldown_epochs=2, warmup_prefix=True)
@@ -187,6 +196,10 @@ def test_optax_takes_it_as_a_schedule():
         ),
         ({"name": "wsd"}, "schedule.decay_epochs"),
         ({"decay_epochs": 3}, "name='wsd'"),
+        ({"name": "step", "decay_epochs": 3}, "schedule.decay_rate"),
+        ({"name": "step", "decay_rate": 0.1}, "schedule.decay_epochs"),
+        ({"decay_rate": 0.1}, "name='step'"),
+        ({"name": "step", "decay_rate": 0.1, "decay_epochs": 0.1, "per": "step"}, "give a step of the run or more"),
         ({"name": "wsd", "decay_epochs": 0}, "schedule.decay_epochs"),
         ({"name": "wsd", "decay_epochs": 6, "warmup_epochs": 5}, "schedule.decay_epochs"),
     ],

@@ -342,3 +342,18 @@ def test_batch_norms_of_each_device_are_those_of_eight_separate_trainers(mode, a
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), state.model_state["batch_stats"], kept
     )
     assert not np.allclose(chains[0]["norm"]["mean"], chains[7]["norm"]["mean"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("column", [np.arange(3), np.array([True, False]), np.float32([[0.25, 1], [2, -3]])])
+def test_what_processes_gather_keeps_its_type_and_shape(column, monkeypatch):
+    """JAX sends neither 64 bits nor truths as they are."""
+
+    def sent(rows, tiled):
+        assert tiled and rows.dtype in (np.int32, np.float32)
+        return jnp.concatenate([rows, rows])
+
+    monkeypatch.setattr(sharding.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", sent)
+    gathered = sharding.gather_processes(column)
+    assert gathered.dtype == column.dtype
+    np.testing.assert_array_equal(gathered, np.concatenate([column, column]))

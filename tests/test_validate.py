@@ -122,6 +122,11 @@ def test_what_a_validation_prints_and_writes(tmp_path, images, workdir, capsys):
     assert main([*argv, "--flip", *files]) == 0
     flipped = json.loads((tmp_path / "a.json").read_text())
     assert flipped["flip"] is True and flipped["loss"] != pytest.approx(result["loss"], rel=1e-6)
+    assert main([*argv, "--crops", "--crop-pct=0.7", *files]) == 0
+    cropped = json.loads((tmp_path / "a.json").read_text())
+    assert cropped["crops"] is True and cropped["crop_pct"] == 0.7 and cropped["image_size"] == 8
+    assert main([*argv, "--crops"]) == 2
+    assert "--crops has nothing to crop with crop_pct 1.0: give a smaller one" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_models")

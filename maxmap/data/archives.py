@@ -4,6 +4,7 @@ Both are made for reading from front to back. Here the headers are read once, an
 lies, so that any order costs the same.
 """
 
+import glob
 import io
 import os
 import struct
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maxmap.checksums import masked_crc32c
+from maxmap.data.folders import HOW_TO_GIVE_IMAGES
 from maxmap.data.images import IMAGE_ENDINGS
 from maxmap.errors import UserError, reason
 from maxmap.protobuf import Message
@@ -25,6 +27,32 @@ class TarMember(NamedTuple):
     name: str
     offset: int
     size: int
+
+
+def tar_files(path: str | os.PathLike, split: str) -> list[str]:
+    """Returns the tar archives of a split in a folder: `<split>*.tar`, `<split>/*.tar`, or the archive of this name.
+
+    All archives have the split ''.
+    """
+    folder, name = glob.escape(os.path.expanduser(os.fspath(path))), glob.escape(split)
+    patterns = [name if split.endswith(".tar") else f"{name}*.tar", f"*-{name}-*.tar", os.path.join(name, "*.tar")]
+    found = (sorted(glob.glob(os.path.join(folder, pattern))) for pattern in patterns)
+    return next(filter(None, found), [])
+
+
+def require_tar_files(path: str | os.PathLike | None, split: str) -> list[str]:
+    """Returns the tar archives of a split; UserError says what there is where there are none."""
+    if path is None:
+        raise UserError(f"no path to the images is set: {HOW_TO_GIVE_IMAGES}")
+    if files := tar_files(path, split):
+        return files
+    folder = glob.escape(os.path.expanduser(os.fspath(path)))
+    present = sorted(os.path.basename(file) for file in glob.glob(os.path.join(folder, "*.tar*")))
+    lie = f"{', '.join(present[:5])} lie there" if present else "there are none"
+    raise UserError(
+        f"no tar archives of the split {split!r} in {path}, which should be {split}*.tar or {split}/*.tar: {lie}; "
+        "rename them, or name the splits with --config.data.train_split and --config.data.val_split."
+    )
 
 
 class _BoundedFile(io.FileIO):

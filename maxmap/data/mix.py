@@ -12,6 +12,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
+from maxmap.errors import UserError
 from maxmap.ranges import Count, NonNegative, Range, Share, check_arguments
 
 
@@ -34,21 +35,26 @@ def mix(
     Args:
       key: PRNG key.
       images: uint8 [B, H, W, C]; the middle image of an odd batch is its own partner.
-      labels: int [B]; a label outside 0..num_classes-1 gets a target without a peak.
+      labels: int [B]; a label outside 0..num_classes-1 gets a target without a peak. Or targets float [B, K].
       num_classes: number of classes, K.
       mixup: parameter of the Beta distribution for mixup (https://arxiv.org/abs/1710.09412); 0 is off.
       cutmix: parameter of the Beta distribution for CutMix (https://arxiv.org/abs/1905.04899); 0 is off.
       prob: probability that a batch is mixed at all.
       switch_prob: probability of CutMix instead of mixup where both are on.
-      smoothing: label smoothing, applied to both partners before they are mixed.
+      smoothing: label smoothing of classes, applied to both partners before they are mixed.
 
     Returns:
-      Images uint8 [B, H, W, C] and targets float32 [B, K], whose rows sum to 1.
+      Images uint8 [B, H, W, C] and targets float32 [B, K], whose rows sum to 1 for classes.
 
     Raises:
       UserError: a value is out of range.
     """
     check_arguments(mix, "mix", locals())
+    if smoothing and labels.ndim > 1:
+        raise UserError(
+            "mix.smoothing is for one class per image, which config.data.task does not give: set "
+            "--config.mix.smoothing=0."
+        )
     if not (mixup or cutmix):
         return images, mix_targets(labels, 1.0, num_classes=num_classes, smoothing=smoothing)
     _, height, width, _ = images.shape
@@ -114,11 +120,13 @@ def cutmix_box(center: jax.Array, lam: jax.Array, height: int, width: int) -> tu
 
 
 def mix_targets(labels: jax.Array, lam: jax.Array | float, *, num_classes: int, smoothing: float) -> jax.Array:
-    """Returns lam * targets + (1 - lam) * partners' targets, float32 [B, K], of labels int [B].
+    """Returns lam * targets + (1 - lam) * partners' targets, float32 [B, K], of labels int [B] or targets [B, K].
 
-    Before mixing, a target is smoothing / K everywhere, plus 1 - smoothing at the label.
+    Before mixing, the target of a label is smoothing / K everywhere, plus 1 - smoothing at the label.
     """
-    targets = smoothing / num_classes + (1 - smoothing) * jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    targets = labels.astype(jnp.float32)
+    if labels.ndim == 1:
+        targets = smoothing / num_classes + (1 - smoothing) * jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     return lam * targets + (1 - lam) * targets[::-1]
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import grain
 import numpy as np
@@ -21,9 +21,11 @@ from maxmap.data.order import Chunks, SampleOrder, epoch_length
 from maxmap.data.preprocessing import CropShare, Deviation, Mean, check_crop_mode
 from maxmap.data.randaugment import fill_color, parse_rand_augment
 from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop
-from maxmap.data.sources import ImageSource, LabelledImage, open_source
+from maxmap.data.sources import ImageSource, open_source
+from maxmap.data.tables import Columns, column_names
+from maxmap.data.views import Relabelled, divide
 from maxmap.errors import UserError
-from maxmap.ranges import CountOrZero, Fraction, Pixels, Positive, Range, check_arguments
+from maxmap.ranges import CountOrZero, Fraction, Pixels, Positive, Range, Share, check_arguments
 
 _PREFETCH = 2  # batches that are made ahead
 _MOST_THREADS = 1024  # of a process, and of worker processes
@@ -38,7 +40,17 @@ def open_data(
     eval_image_size: Pixels | None = None,
     train_split: str | None = "train",
     val_split: str | None = "val",
+    folds: Annotated[int, Range(at_least=2)] | None = None,
+    fold: CountOrZero = 0,
+    fold_seed: Annotated[int, Range(at_least=0, at_most=2**32 - 1)] = 0,
     classes: Sequence[str] | None = None,
+    task: Literal["single_label", "multi_label", "distribution", "numbers"] = "single_label",
+    image_column: str = "image",
+    label_columns: str | Sequence[str] = "label",
+    split_column: str = "split",
+    separator: str = "|",
+    thresholds: Share | Sequence[tuple[str, Share]] = 0.5,
+    class_weights: Literal["inverse"] | Sequence[tuple[str, Positive]] | None = None,
     scale: tuple[Fraction, Fraction] = (0.08, 1.0),
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3),
     interpolation: str = "random",
@@ -61,14 +73,27 @@ def open_data(
     """Opens the training and the evaluation split of a data set, and checks some of their images.
 
     Args:
-      source: kind of data set: 'folder', 'tar', 'tfds' or 'digits'.
-      path: folder of the images or archives; for 'tfds' the data_dir, where None is TFDS's own.
+      source: kind of data set: 'folder', 'tar', 'csv', 'tfds' or 'digits'.
+      path: folder of the images, archives or CSV files, or a CSV file; for 'tfds' the data_dir, where None is TFDS's
+        own.
       name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
       image_size: side of the training crop in pixels.
       eval_image_size: side of the evaluation crop in pixels; None: image_size.
       train_split: name of the training split; None: evaluation only.
       val_split: name of the evaluation split; None: training only.
+      folds: into how many parts the training split is divided for cross-validation; None to read val_split.
+      fold: which of the folds is evaluated, from 0; the others are trained on.
+      fold_seed: seed of the draw of the folds.
       classes: class names in the order of the labels; None: those of the training split, else of the evaluation split.
+      task: how a CSV file labels images: by one class, several labels, shares of ordered scores, or numbers.
+      image_column: column of a CSV file with the path of each image, relative to the file.
+      label_columns: column of a CSV file with the labels, or several in order, for all but 'single_label'.
+      split_column: column of a CSV file with the split of each image; a folder has a file for each split.
+      separator: what stands between the labels of an image for 'multi_label' in one column.
+      thresholds: from which probability on an image counts as having a label, for 'multi_label': a number for all, or
+        pairs of a label and its number.
+      class_weights: what each class counts in the loss: pairs of a class and its weight, 1 for the others; 'inverse'
+        for the inverse of its frequency in the training split.
       scale: range of a random crop's area, as a fraction of the image's.
       ratio: range of a random crop's width / height.
       interpolation: filter of the training resize; 'random' draws bilinear or bicubic for each image.
@@ -99,17 +124,38 @@ def open_data(
     preprocessing = _make_preprocessing(
         image_size, eval_image_size, crop_pct, crop_mode, eval_interpolation, mean, std, exif
     )
-    train, val = _open_splits(
-        functools.partial(open_source, source, path, name=name, verify=verify),
-        train_split,
-        val_split,
-        classes,
-        functools.partial(decode.check_images, limit=check, max_pixels=max_pixels) if check else None,
-    )
+    columns = Columns(image_column, column_names(label_columns), split_column, separator)
+    open_split = functools.partial(open_source, source, path, name=name, verify=verify, task=task, columns=columns)
+    if folds is None:
+        train, val = _open_splits(open_split, train_split, val_split, classes)
+    elif train_split is None:
+        raise UserError("data.folds divides the training split: set --config.data.train_split.")
+    else:
+        train, val = divide(open_split(train_split, classes=classes), folds, fold, fold_seed)
+    for split in (train, val):
+        if check and split is not None:
+            decode.check_images(split, check, max_pixels)
     if balanced and train is not None and train.labels() is None:
         raise UserError("data.balanced needs the labels of all images in advance, which 'tfds' has not: leave it out.")
-    threads = threads or os.cpu_count() or 1
-    return Data(train, val, image_size, train_crop, preprocessing, repeats, threads, workers, max_pixels, balanced)
+    if balanced and task != "single_label":
+        raise UserError(
+            f"data.balanced needs one class for each image, and config.data.task is {task!r}: leave it out."
+        )
+    return Data(
+        train,
+        val,
+        image_size,
+        train_crop,
+        preprocessing,
+        repeats,
+        threads or os.cpu_count() or 1,
+        workers,
+        max_pixels,
+        balanced,
+        task,
+        thresholds,
+        class_weights,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +177,9 @@ class Data:
       workers: decoding processes beside this one.
       max_pixels: an evaluation image with more pixels counts as broken; `train_crop` has the same bound.
       balanced: whether a training epoch has as many samples of one class as of another.
+      task: how the images are labelled, which `maxmap.tasks.of_data` reads, as it does the next two.
+      thresholds: see `open_data`.
+      class_weights: see `open_data`.
     """
 
     train: ImageSource | None
@@ -143,6 +192,9 @@ class Data:
     workers: int
     max_pixels: int
     balanced: bool = False
+    task: str = "single_label"
+    thresholds: float | Sequence[tuple[str, float]] = 0.5
+    class_weights: str | Sequence[tuple[str, float]] | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -172,7 +224,7 @@ class Data:
         labels = match(self.classes, classes, "the data", whose)
 
         def relabel(source: ImageSource | None) -> ImageSource | None:
-            return None if source is None else _Relabelled(source, tuple(classes), labels)
+            return None if source is None else Relabelled(source, tuple(classes), labels)
 
         return dataclasses.replace(self, train=relabel(self.train), val=relabel(self.val))
 
@@ -222,8 +274,8 @@ class Data:
 
         Returns:
           A generator, to be closed (`close()`) where it is left early, of dicts: image uint8 [b, H, W, 3], label int32
-          [b], index int64 [b] (in the training split), skipped int64 [b] (the index of the broken image that this row
-          replaces, else -1).
+          [b] or float32 [b, K], index int64 [b] (in the training split), skipped int64 [b] (the index of the broken
+          image that this row replaces, else -1).
 
         Raises:
           UserError: the batch size does not fit the epoch or the processes, or the seed is negative; while iterating:
@@ -252,8 +304,8 @@ class Data:
 
         Returns:
           A generator, to be closed (`close()`) where it is left early, of dicts: image uint8 [b, H, W, 3], label int32
-          [b], mask bool [b], index int64 [b] (in the evaluation split; -1: no image), skipped int64 [b] (the index
-          where the image is broken, else -1).
+          [b] or float32 [b, K], mask bool [b], index int64 [b] (in the evaluation split; -1: no image), skipped int64
+          [b] (the index where the image is broken, else -1).
 
         Raises:
           UserError: there is no evaluation split, or the batch size is below 1.
@@ -283,36 +335,6 @@ class Data:
                 grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=-(-ahead // self.workers))
             )
         return _closing(iter(data.batch(chunks.per_batch, drop_remainder=True, batch_fn=_concatenate)))
-
-
-@dataclasses.dataclass
-class _Relabelled:
-    """A source whose labels follow the order of other classes.
-
-    Attributes:
-      source: The images.
-      classes: In the order of the new labels.
-      labels_of: For each label of the source the new one.
-    """
-
-    source: ImageSource
-    classes: tuple[str, ...]
-    labels_of: np.ndarray
-    numbered: bool = False
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> LabelledImage:
-        image, label = self.source[index]
-        return LabelledImage(image, int(self.labels_of[label]))
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def labels(self) -> np.ndarray | None:
-        own = self.source.labels()
-        return None if own is None else self.labels_of[own]
 
 
 def _make_train_crop(
@@ -371,9 +393,8 @@ def _open_splits(
     train_split: str | None,
     val_split: str | None,
     classes: Sequence[str] | None,
-    check: Callable[[ImageSource], None] | None,
 ) -> tuple[ImageSource | None, ImageSource | None]:
-    """Opens both splits, with the classes of the training split for both, and checks some images of each."""
+    """Opens both splits, with the classes of the training split for both."""
     if train_split is None and val_split is None:
         raise UserError("neither --config.data.train_split nor --config.data.val_split is set: set at least one.")
     train = val = None
@@ -382,9 +403,6 @@ def _open_splits(
         classes = train.classes
     if val_split is not None:
         val = open_split(val_split, classes=classes)
-    for split in (train, val):
-        if check is not None and split is not None:
-            check(split)
     return train, val
 
 

@@ -40,7 +40,7 @@ class TrainRows:
     order: SampleOrder
 
     def __call__(self, positions: range) -> Batch:
-        rows = _empty_rows(len(positions), self.image_size)
+        rows = _empty_rows(len(positions), self.image_size, self.source.label_shape)
         for row, position in enumerate(positions):
             image, label, index, skipped = self._sample(position)
             rows["image"][row] = image
@@ -49,7 +49,7 @@ class TrainRows:
             rows["skipped"][row] = skipped
         return rows
 
-    def _sample(self, position: int) -> tuple[np.ndarray, int, int, int]:
+    def _sample(self, position: int) -> tuple[np.ndarray, int | np.ndarray, int, int]:
         """Returns crop, label and index of the sample, and the index of a broken image that it replaces, else -1."""
         skipped = -1
         for offset in range(_MOST_BROKEN):
@@ -80,7 +80,7 @@ class EvalRows:
     max_pixels: int
 
     def __call__(self, indices: range) -> Batch:
-        rows = _empty_rows(len(indices), self.preprocessing["image_size"])
+        rows = _empty_rows(len(indices), self.preprocessing["image_size"], self.source.label_shape)
         rows["mask"] = np.zeros(len(indices), bool)
         for row, index in enumerate(indices):
             if index >= len(self.source):
@@ -124,10 +124,10 @@ def augmented_crop(
     return np.asarray(rand_augment_image(Image.fromarray(crop(image, rng)), rng, policy, fill))
 
 
-def _empty_rows(num: int, size: int) -> Batch:
+def _empty_rows(num: int, size: int, label_shape: tuple[int, ...]) -> Batch:
     return {
         "image": np.zeros((num, size, size, 3), np.uint8),
-        "label": np.zeros(num, np.int32),
+        "label": np.zeros((num, *label_shape), np.float32 if label_shape else np.int32),
         "index": np.full(num, -1, np.int64),
         "skipped": np.full(num, -1, np.int64),
     }

@@ -1,10 +1,10 @@
-"""Labelled images by index, of four kinds of data set.
+"""Labelled images by index, of five kinds of data set.
 
-They are a folder for each class, tar archives, scikit-learn's digits, and TFDS's data sets, read without TensorFlow.
+They are a folder for each class, tar archives, CSV files, scikit-learn's digits, and TFDS's data sets, read without
+TensorFlow. All but CSV files give each image one class.
 """
 
 import contextlib
-import glob
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,30 +13,43 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from maxmap.classes import match, read_names
-from maxmap.data.archives import TarMember, TFRecords, read_at, tar_members
-from maxmap.data.folders import HOW_TO_GIVE_IMAGES, class_folders, image_files, is_image, split_folder
+from maxmap.data.archives import TarMember, TFRecords, read_at, require_tar_files, tar_members
+from maxmap.data.folders import class_folders, image_files, is_image, split_folder
 from maxmap.data.images import IMAGE_ENDINGS
-from maxmap.data.tfds_folders import damaged_is_user_error, open_builder
+from maxmap.data.tables import TASKS, Columns, read_table
+from maxmap.data.tfds_folders import check_prepared, damaged_is_user_error, open_builder, resolve_split
 from maxmap.errors import UserError, nearest, reason, shortened
 
-SOURCES = ("digits", "folder", "tar", "tfds")
+SOURCES = ("csv", "digits", "folder", "tar", "tfds")
 
 # So many classes have no names of their own: a .cls that states more is damaged, and one that is longer too.
 _MOST_UNNAMED_CLASSES, _LONGEST_LABEL = 1_000_000, 32
 
 
 class LabelledImage(NamedTuple):
-    """The bytes of an image file or a uint8 array [H, W, C], and the number of its class."""
+    """The bytes of an image file or a uint8 array [H, W, C], and the number of its class or a row of K numbers."""
 
     image: bytes | np.ndarray
-    label: int
+    label: int | np.ndarray
 
 
 class ImageSource(Protocol):
     """Labelled images by index; picklable, and safe to read from several threads."""
 
-    classes: tuple[str, ...]
-    numbered: bool  # the classes have no names, only numbers
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, or of the K numbers."""
+        ...
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the classes have no names, only numbers."""
+        ...
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """() where a label is the number of a class, (K,) where it is a row of numbers."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -47,7 +60,7 @@ class ImageSource(Protocol):
         ...
 
     def labels(self) -> np.ndarray | None:
-        """Returns the labels of all images, int `[N]`; None if each image has to be read for its own."""
+        """Returns the labels of all images, int `[N]` or float `[N, K]`; None if each has to be read for its own."""
         ...
 
 
@@ -59,21 +72,34 @@ def open_source(
     name: str | None = None,
     classes: Sequence[str] | None = None,
     verify: bool = True,
+    task: str = TASKS[0],
+    columns: Columns | None = None,
 ) -> ImageSource:
     """Opens one split of a data set.
 
     Args:
-      source: kind of data set: 'folder', 'tar', 'tfds' or 'digits'.
-      path: folder that holds `<split>/<class>/*.jpg` ('folder') or `<split>*.tar` ('tar'); the data_dir of 'tfds',
-        where None is TFDS's own.
+      source: kind of data set: 'folder', 'tar', 'csv', 'tfds' or 'digits'.
+      path: folder that holds `<split>/<class>/*.jpg` ('folder'), `<split>*.tar` ('tar') or `<split>.csv` ('csv'); for
+        'csv' also a file with a column that names splits; the data_dir of 'tfds', where None is TFDS's own.
       split: name of the split; for 'tfds' also a slice such as 'train[:10%]', for 'tar' also a single archive.
       name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
       classes: class names in the order of the labels; None: those of this split, in the source's order.
       verify: whether to check the checksums of TFRecord files.
+      task: how the images are labelled, one of `maxmap.data.tables.TASKS`; all but the first are for 'csv' only.
+      columns: of a CSV file.
 
     Raises:
       UserError: the source is unknown, or the split is missing, empty or malformed.
     """
+    if source == "csv":
+        if columns is None:
+            raise UserError("data source 'csv' needs the names of its columns: give columns.")
+        return CsvSource(path, split, task, columns, classes)
+    if task != TASKS[0] and source in SOURCES:
+        raise UserError(
+            f"data source {source!r} gives each image one class, and config.data.task is {task!r}: label the images in "
+            "a CSV file, --config.data.source=csv."
+        )
     if source == "folder":
         return FolderSource(path, split, classes)
     if source == "tar":
@@ -108,6 +134,8 @@ class _Names:
 class FolderSource:
     """Image files in one folder per class, `<path>/<split>/<class>/**/<file>`; classes are sorted by name."""
 
+    label_shape: tuple[int, ...] = ()
+
     def __init__(self, path: str | os.PathLike | None, split: str, classes: Sequence[str] | None = None):
         self._root = split_folder(path, split)
         own_classes = class_folders(self._root)
@@ -140,6 +168,42 @@ class FolderSource:
         return os.path.join(self._root, self._names[index])
 
 
+class CsvSource:
+    """Image files that a CSV file lists and labels, in its order; see `maxmap.data.tables`."""
+
+    numbered = False
+
+    def __init__(
+        self,
+        path: str | os.PathLike | None,
+        split: str,
+        task: str,
+        columns: Columns,
+        classes: Sequence[str] | None = None,
+    ):
+        table = read_table(path, split, task, columns, classes)
+        if classes is not None and table.classes != tuple(classes):
+            raise UserError("data.classes is set, and data.label_columns names the outputs already: leave it out.")
+        self.classes, self._labels = table.classes, table.labels
+        self.label_shape = self._labels.shape[1:]
+        self._folder, self._names = table.folder, _Names(table.names)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
+    def __getitem__(self, index: int) -> LabelledImage:
+        label = self._labels[index]
+        with open(self.name(index), "rb") as file:
+            return LabelledImage(file.read(), label if self.label_shape else int(label))
+
+    def name(self, index: int) -> str:
+        """Returns the path of the file."""
+        return os.path.join(self._folder, self._names[index])
+
+
 class TarSource:
     """Image files in uncompressed tar archives, `<path>/<split>*.tar` or `<path>/<split>/*.tar`, of one of two kinds.
 
@@ -150,8 +214,10 @@ class TarSource:
     The headers are read once, at a few seconds for a million files; the images keep the order of the archives.
     """
 
+    label_shape: tuple[int, ...] = ()
+
     def __init__(self, path: str | os.PathLike | None, split: str, classes: Sequence[str] | None = None):
-        self._tars = _require_tar_files(path, split)
+        self._tars = require_tar_files(path, split)
         members = [(number, member) for number, tar in enumerate(self._tars) for member in tar_members(tar)]
         members = [(number, m) for number, m in members if not os.path.basename(m.name).startswith(".")]
         images = [(number, m) for number, m in members if is_image(m.name)]
@@ -229,6 +295,8 @@ class TarSource:
 class DigitsSource:
     """scikit-learn's 1797 handwritten digits, 8x8 px as RGB; a fixed fifth of them is 'val'."""
 
+    label_shape: tuple[int, ...] = ()
+
     def __init__(self, split: str, classes: Sequence[str] | None = None):
         from sklearn.datasets import load_digits  # a second to import, and only the demo needs it
 
@@ -268,6 +336,8 @@ class TfdsSource:
     thread decodes them. A data set without a split 'val' gives its split 'validation' or 'test' under that name.
     """
 
+    label_shape: tuple[int, ...] = ()
+
     def __init__(
         self,
         name: str | None,
@@ -288,7 +358,7 @@ class TfdsSource:
         data_dir = None if path is None else os.path.expanduser(path)
         with damaged_is_user_error(name):
             builder = open_builder(name, data_dir)
-            _check_prepared(builder, name, data_dir)
+            check_prepared(builder, name, data_dir)
             features = dict(builder.info.features.items())
             if not (
                 isinstance(features.get("image"), tfds.features.Image)
@@ -298,7 +368,7 @@ class TfdsSource:
                     f"TFDS data set {name!r} is no image-classification set: it needs features 'image' and 'label', "
                     f"and has {shortened(', '.join(sorted(features)))}."
                 )
-            self._split = _resolve_tfds_split(split, list(builder.info.splits))
+            self._split = resolve_split(split, list(builder.info.splits))
             self._data = self._open(builder, name, split, verify)
             own_classes = tuple(features["label"].names)
             self.numbered = False
@@ -372,31 +442,6 @@ def _tell_left_out(root: str, names: Sequence[str]) -> None:
     )
 
 
-def tar_files(path: str | os.PathLike, split: str) -> list[str]:
-    """Returns the tar archives of a split in a folder: `<split>*.tar`, `<split>/*.tar`, or the archive of this name.
-
-    All archives have the split ''.
-    """
-    folder, name = glob.escape(os.path.expanduser(os.fspath(path))), glob.escape(split)
-    patterns = [name if split.endswith(".tar") else f"{name}*.tar", f"*-{name}-*.tar", os.path.join(name, "*.tar")]
-    found = (sorted(glob.glob(os.path.join(folder, pattern))) for pattern in patterns)
-    return next(filter(None, found), [])
-
-
-def _require_tar_files(path: str | os.PathLike | None, split: str) -> list[str]:
-    if path is None:
-        raise UserError(f"no path to the images is set: {HOW_TO_GIVE_IMAGES}")
-    if files := tar_files(path, split):
-        return files
-    folder = glob.escape(os.path.expanduser(os.fspath(path)))
-    present = sorted(os.path.basename(file) for file in glob.glob(os.path.join(folder, "*.tar*")))
-    lie = f"{', '.join(present[:5])} lie there" if present else "there are none"
-    raise UserError(
-        f"no tar archives of the split {split!r} in {path}, which should be {split}*.tar or {split}/*.tar: {lie}; "
-        "rename them, or name the splits with --config.data.train_split and --config.data.val_split."
-    )
-
-
 def _sample_key(name: str) -> str:
     """Returns WebDataset's key of a file, which the files of a sample share: its name up to the first dot."""
     folder, file = os.path.split(name)
@@ -407,24 +452,3 @@ def _read_class_names(path: str | os.PathLike | None) -> list[str] | None:
     """Returns the class names in `<path>/classes.txt`; None if there is no such file."""
     file = os.path.join(os.path.expanduser(os.fspath(path or "")), "classes.txt")
     return read_names(file) if os.path.exists(file) else None
-
-
-def _resolve_tfds_split(split: str, present: Sequence[str]) -> str:
-    if split != "val" or "val" in present:
-        return split
-    return next((name for name in ("validation", "test") if name in present), split)
-
-
-def _check_prepared(builder, name: str, data_dir: str | None) -> None:
-    where = f" --data_dir={data_dir}" if data_dir else ""
-    command = f"`tfds build {name} --file_format=array_record{where}` (this, unlike reading it, needs TensorFlow)"
-    if not builder.info.splits:
-        raise UserError(
-            f"TFDS data set {name!r} is not prepared in {builder.data_dir}: prepare it with {command}, "
-            "or name the folder that holds it with --config.data.path."
-        )
-    if builder.info.file_format.value not in ("array_record", "parquet", "tfrecord"):
-        raise UserError(
-            f"TFDS data set {name!r} is prepared in {builder.data_dir} as {builder.info.file_format.value}, which "
-            f"cannot be read by index: prepare it in another --data_dir with {command}."
-        )

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +86,26 @@ def _check_names(value: Any, file: Path, depth: int) -> None:
     elif isinstance(value, list):
         for part in value:
             _check_names(part, file, depth + 1)
+
+
+def resolve_split(split: str, present: Sequence[str]) -> str:
+    """Returns the name of a split, among those present; 'val' may be 'validation' or 'test'."""
+    if split != "val" or "val" in present:
+        return split
+    return next((name for name in ("validation", "test") if name in present), split)
+
+
+def check_prepared(builder: Any, name: str, data_dir: str | None) -> None:
+    """Raises UserError unless a data set is prepared in a form that can be read by index."""
+    where = f" --data_dir={data_dir}" if data_dir else ""
+    command = f"`tfds build {name} --file_format=array_record{where}` (this, unlike reading it, needs TensorFlow)"
+    if not builder.info.splits:
+        raise UserError(
+            f"TFDS data set {name!r} is not prepared in {builder.data_dir}: prepare it with {command}, "
+            "or name the folder that holds it with --config.data.path."
+        )
+    if builder.info.file_format.value not in ("array_record", "parquet", "tfrecord"):
+        raise UserError(
+            f"TFDS data set {name!r} is prepared in {builder.data_dir} as {builder.info.file_format.value}, which "
+            f"cannot be read by index: prepare it in another --data_dir with {command}."
+        )

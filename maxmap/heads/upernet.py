@@ -13,7 +13,9 @@ from maxmap.operations import Array
 from maxmap.ranges import Count, DropRate, Level, Positive
 
 _INITS: FrozenDict[str, Initializer] = FrozenDict(kernel_init=he_fan_out())
-_CLASSIFIER_INITS: FrozenDict[str, Initializer] = FrozenDict(kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros)
+_CLASSIFIER_INITS: FrozenDict[str, Initializer] = FrozenDict(
+    kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros
+)
 
 
 def _conv(channels: int, kernel_size: int, name: str) -> ConvNormAct:

@@ -26,6 +26,7 @@ from maxmap.pictures import overlay
 from maxmap.predictions import Predictions, read_csv
 from maxmap.ranges import CountOrZero, check_arguments
 from maxmap.report.figures import least_certain, most_wrong
+from maxmap.tasks import require_classes
 from maxmap.train.report import read_log
 from maxmap.validate import open_images, result_folder, validate
 
@@ -97,13 +98,14 @@ def gather(
       explained: whether to compute where the network looked in the most wrong ones.
 
     Raises:
-      UserError: there is no checkpoint, it has no classifier, or `images` are missing or do not fit. That data of a
+      UserError: there is no checkpoint, it has no classifier or another task than one class per image, or `images` are missing or do not fit. That data of a
         recipe is gone is no error: its sentence stands in `missing`.
     """
     check_arguments(gather, "", locals())
     model, variables, info = load(path)
     if not info["classes"]:
         raise UserError(f"the checkpoint {path} has no classifier, so there is nothing to report: give one that has.")
+    require_classes(info, "report", path)
     missing: dict[str, str] = {}
     log, settings = _log(path), _settings(info, missing)
     if not log:
@@ -113,7 +115,7 @@ def gather(
         if images is None:
             source, compute = _of_recipe(path, info)
         else:
-            source = open_images(images, split, tfds, 0).val
+            source = open_images(images, split, tfds, 0, info).val
             compute = functools.partial(validate, path, images, split=split, tfds=tfds)
         result, predictions = _evaluation(path, info, source, compute)
     except UserError as error:

@@ -19,11 +19,11 @@ from starlette.routing import Route
 from maxmap.data.images import TooManyPixels
 from maxmap.data.rows import preprocessed_crop
 from maxmap.errors import nearest, printable, reason, shortened
-from maxmap.inference import likeliest
 from maxmap.serve.batching import Batcher
 from maxmap.serve.limits import Limits
 from maxmap.serve.network import Network
 from maxmap.serve.page import POLICY, draw
+from maxmap.tasks import SINGLE_LABEL
 from maxmap.wordnet import words
 
 _MOST_HELD = 1 << 29  # bytes of all images that have arrived and are not decoded yet
@@ -87,7 +87,7 @@ class _Service:
             raise HTTPException(400, f"top is {shortened(text, 20)!r}: give a number of at least 1.")
         with self._admitted():
             row = await self._batcher.submit(await self._image(request))
-        best = likeliest(row, classes, int(text))
+        best = SINGLE_LABEL.named(row, classes, int(text))
         return JSONResponse(
             {"classes": [{"class": name, "words": words(name), "probability": value} for name, value in best]}
         )

@@ -11,10 +11,11 @@ import numpy as np
 from maxmap.data.augment import normalize
 from maxmap.errors import UserError
 from maxmap.explanation import explain
-from maxmap.inference import load, probabilities
+from maxmap.inference import decoded, load
 from maxmap.operations import Array
 from maxmap.pictures import overlay
 from maxmap.ranges import Count
+from maxmap.tasks import SINGLE_LABEL, require_classes
 
 
 class Network:
@@ -29,18 +30,19 @@ class Network:
       largest: of the batch sizes.
 
     Raises:
-      UserError: there is no checkpoint, or it has no classifier.
+      UserError: there is no checkpoint, it has no classifier, or its task is another than one class per image.
     """
 
     def __init__(self, path: str | Path, batch_sizes: tuple[Count, ...]):
         self._model, variables, self.info = load(path)
         if not self.info["classes"]:
             raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
+        require_classes(self.info, "serve", path)
         self._variables = jax.device_put(variables)
         self._sizes, self.largest = sorted(batch_sizes), max(batch_sizes)
 
         def compute(variables: Mapping[str, Any], pixels: Array) -> Array:
-            return probabilities(self._model, variables, self._normalised(pixels))
+            return decoded(self._model, SINGLE_LABEL, variables, self._normalised(pixels))
 
         self._compute = jax.jit(compute)
 

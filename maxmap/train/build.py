@@ -1,8 +1,9 @@
 """What a training run is built of: model, optimizer, state, steps; tried out by tracing before anything is written."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import optax
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
+from maxmap import tasks
 from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
@@ -21,22 +23,29 @@ from maxmap.optim import check_frozen
 from maxmap.recipe import Recipe
 from maxmap.schedule import Schedule
 from maxmap.sharding import check_batch, replicated, split_batch
+from maxmap.tasks import SINGLE_LABEL
+from maxmap.tasks.task import Task
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import Loss, Prepare, make_diagnosis, make_train_step
 
 
 class Images(NamedTuple):
-    """What a training step knows of its images: side in pixels, number of classes, mean and deviation of colours."""
+    """What a training step knows of its images: side in pixels, number of classes, mean and deviation of colours, what
+    they are labelled for, and what each class counts in the loss (None for 1)."""
 
     size: int
     num_classes: int
     mean: Sequence[float]
     std: Sequence[float]
+    task: Task = SINGLE_LABEL
+    class_weights: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, data: Data) -> "Images":
-        """Returns what it knows of a data set."""
-        return cls(data.image_size, len(data.classes), data.preprocessing["mean"], data.preprocessing["std"])
+    def of(cls, data: Data, task: Task | None = None) -> "Images":
+        """Returns what it knows of a data set; `task` is that of a run that goes on."""
+        task = task or tasks.of_data(data)
+        colours = data.preprocessing["mean"], data.preprocessing["std"]
+        return cls(data.image_size, len(data.classes), *colours, task, tasks.class_weights(data, task))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Step:
       model: The network.
       schedule: The learning rate by step.
       prepare: What the step does to its batch on the device.
+      loss: Of outputs and targets.
       create_state: Function of a key that makes a fresh state.
       like: Shapes, types and shardings of a state.
       function: Jitted function of state, batch and key; see `maxmap.train.step.make_train_step`.
@@ -56,6 +66,7 @@ class Step:
     model: Classifier
     schedule: Schedule
     prepare: Prepare
+    loss: Loss
     create_state: Callable[[Array], TrainState]
     like: TrainState
     function: jax.stages.Wrapped
@@ -74,6 +85,7 @@ class Parts:
       recipe: That the parts are built from.
       mesh: Of the state and of the batches.
       data: Training and evaluation split.
+      task: What the network is asked for.
       model: The network.
       schedule: The learning rate by step.
       steps_per_epoch: Steps of an epoch.
@@ -89,6 +101,7 @@ class Parts:
     recipe: Recipe
     mesh: Mesh
     data: Data
+    task: Task
     model: Classifier
     schedule: Schedule
     steps_per_epoch: int
@@ -118,7 +131,7 @@ def open_data(recipe: Recipe) -> Data:
         raise UserError("there is no training data: set --config.data.train_split.")
     if data.val is None:
         raise UserError("there is no evaluation data: set --config.data.val_split.")
-    if len(data.classes) == 1:
+    if len(data.classes) < tasks.of_data(data).fewest:
         raise UserError(
             f"the training data has one class alone, {data.classes[0]!r}, with {data.train.name(0)}: give images of "
             "two classes or more, each in a folder of its own directly in the split's folder."
@@ -126,19 +139,23 @@ def open_data(recipe: Recipe) -> Data:
     return data
 
 
-def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
+def build(recipe: Recipe, mesh: Mesh, data: Data, found: Mapping[str, Any] | None = None) -> Parts:
     """Builds the parts of a run.
 
     Args:
       recipe: What the run is.
       mesh: Of all devices of the run.
       data: With both splits.
+      found: Info of the checkpoint that the run goes on from, whose task it keeps; None for none.
 
     Raises:
       UserError: Batch, mesh, model and images do not fit each other.
     """
     steps_per_epoch = data.steps_per_epoch(recipe.batch_size)
-    step = make_step(recipe, mesh, Images.of(data), steps_per_epoch)
+    task = tasks.of_data(data)
+    if found is not None:
+        task = task.fitted(tasks.of_checkpoint(found))
+    step = make_step(recipe, mesh, Images.of(data, task), steps_per_epoch)
     if data.preprocessing["image_size"] != data.image_size:
         check_image_size(step.model, step.like.variables(), data.preprocessing["image_size"])
     dtype, schedule = jnp.dtype(recipe.dtype), step.schedule
@@ -146,6 +163,7 @@ def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
         recipe=recipe,
         mesh=mesh,
         data=data,
+        task=task,
         model=step.model,
         schedule=schedule,
         steps_per_epoch=steps_per_epoch,
@@ -153,9 +171,9 @@ def build(recipe: Recipe, mesh: Mesh, data: Data) -> Parts:
         create_state=step.create_state,
         like=step.like,
         train_step=step.function,
-        diagnose=jax.jit(make_diagnosis(step.model, recipe.loss, step.prepare, mesh=mesh, dtype=dtype)),
-        eval_step=make_eval_step(step.model, data.preprocessing, mesh, dtype, kernels=recipe.kernels),
-        info=_info(recipe, mesh, data),
+        diagnose=jax.jit(make_diagnosis(step.model, step.loss, step.prepare, mesh=mesh, dtype=dtype)),
+        eval_step=make_eval_step(step.model, data.preprocessing, mesh, dtype, kernels=recipe.kernels, task=task),
+        info=_info(recipe, mesh, data, task),
     )
 
 
@@ -175,13 +193,14 @@ def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int) 
     check_batch(recipe.batch_size // recipe.accumulate, mesh, "config.batch_size / config.accumulate =")
     schedule = recipe.schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
     optimizer = make_optimizer(recipe, model, schedule)
-    prepare = make_prepare(recipe, images)
+    prepare, loss = make_prepare(recipe, images), make_loss(recipe, images)
     same, split = replicated(mesh), split_batch(mesh)
+    label = images.task.label_like(recipe.batch_size, images.num_classes)
     batch = {
         "image": jax.ShapeDtypeStruct((recipe.batch_size, images.size, images.size, 3), jnp.uint8, sharding=split),
-        "label": jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32, sharding=split),
+        "label": jax.ShapeDtypeStruct(label.shape, label.dtype, sharding=split),
     }
-    _trace_once(prepare, recipe.loss, batch, images.num_classes)
+    _trace_once(prepare, loss, batch, images.num_classes)
 
     def create_state(key: Array) -> TrainState:
         one = jax.ShapeDtypeStruct((1, images.size, images.size, 3), jnp.float32)
@@ -194,19 +213,20 @@ def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int) 
     options = {key: getattr(recipe, key) for key in ("ema_decay", "accumulate", "batch_norm", "kernels")}
     dtype = jnp.dtype(recipe.dtype)
     function = jax.jit(
-        make_train_step(model, optimizer, recipe.loss, prepare, mesh=mesh, dtype=dtype, freeze=freeze, **options),
+        make_train_step(model, optimizer, loss, prepare, mesh=mesh, dtype=dtype, freeze=freeze, **options),
         in_shardings=(state_sharding, {"image": split, "label": split}, same),
         out_shardings=(state_sharding, same),
         donate_argnums=0,
     )
-    return Step(model, schedule, prepare, create_state, like, function, batch)
+    return Step(model, schedule, prepare, loss, create_state, like, function, batch)
 
 
-def _info(recipe: Recipe, mesh: Mesh, data: Data) -> dict[str, Any]:
+def _info(recipe: Recipe, mesh: Mesh, data: Data, task: Task) -> dict[str, Any]:
     """Returns what a checkpoint says of itself, as JSON holds it."""
     return {
         "model": recipe.describe_model(len(data.classes)),
         "classes": list(data.classes),
+        "task": tasks.describe(task),
         "preprocessing": data.preprocessing,
         "devices": mesh.size,
         "config": json.loads(json.dumps(recipe.values)),
@@ -235,10 +255,21 @@ def make_prepare(recipe: Recipe, about: Images) -> Prepare:
     def prepare(key: Array, images: Array, labels: Array) -> tuple[Array, Array]:
         augment_key, mix_key, erase_key = jax.random.split(key, 3)
         images = recipe.augment(augment_key, images, mean=about.mean)
-        images, targets = recipe.mix(mix_key, images, labels, num_classes=about.num_classes)
+        images, targets = recipe.mix(mix_key, images, about.task.encode(labels), num_classes=about.num_classes)
         return recipe.erase(erase_key, normalize(images, about.mean, about.std)), targets
 
     return prepare
+
+
+def make_loss(recipe: Recipe, about: Images) -> Loss:
+    """Returns the loss of a recipe for what the images are labelled for.
+
+    Raises:
+      UserError: The recipe names a loss that does not fit.
+    """
+    tasks.check_loss(about.task, recipe.loss.keywords["name"])
+    weights = None if about.class_weights is None else jnp.array(about.class_weights, jnp.float32)
+    return functools.partial(recipe.loss, weights=weights, divergence=about.task.divergence)
 
 
 def _trace_once(prepare: Prepare, loss: Loss, batch: dict[str, jax.ShapeDtypeStruct], num_classes: int) -> None:

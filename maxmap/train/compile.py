@@ -5,8 +5,10 @@ from typing import Any
 
 from maxmap.accelerators import program, topology
 from maxmap.accelerators.hardware import HARDWARE, slice_of
+from maxmap.data.tables import column_names
 from maxmap.errors import UserError, printable
 from maxmap.recipe import Recipe
+from maxmap.tasks import TASKS, unfitted
 from maxmap.train.build import Images, make_step
 from maxmap.train.plan import Devices, plan
 
@@ -34,8 +36,9 @@ def compile_step(recipe: Recipe, devices: Devices, hardware: str, save: str | Pa
     planned = plan(recipe, devices, hardware, 1.0)
     mesh = recipe.mesh(available)
     data = recipe.data.keywords
-    classes = recipe.model.keywords.get("num_classes", 1000)
-    images = Images(data["image_size"], classes, data["mean"], data["std"])
+    name, columns = data["task"], column_names(data["label_columns"])
+    classes = len(columns) if TASKS[name].complete else recipe.model.keywords.get("num_classes", 1000)
+    images = Images(data["image_size"], classes, data["mean"], data["std"], unfitted(name, classes))
     step = make_step(recipe, mesh, images, max(1, IMAGENET // recipe.batch_size))
     found, text = program.compile_for(hardware, step.function, *step.arguments())
     if save is not None:

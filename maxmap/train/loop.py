@@ -46,7 +46,7 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
     mesh = recipe.mesh()
     data = open_data(recipe)
     found, changes, data = find_checkpoint(recipe, workdir, data, mesh, allow_changes=allow_changes)
-    parts = build(recipe, mesh, data)
+    parts = build(recipe, mesh, data, found)
     state, adapted = first_state(parts, workdir, found)
     start = 0 if found is None else found["step"]
     _make_folder(workdir)
@@ -73,7 +73,7 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
             report.tell(f"changed since the checkpoint: {change}")
         if adapted:
             report.tell(f"from {recipe.init_from}: {adapted}")
-        best = Best(**(found or {}).get("best", {}))
+        best = Best.of(found)
         loop = Loop(parts, workdir, report, check_ownership, state, start, best)
         over = start == parts.total_steps or best.out_of_patience(recipe.evaluate.patience)
         return loop.evaluate() if over else loop.train()
@@ -93,18 +93,28 @@ class Best:
     """The best evaluation of a run, which its checkpoints keep, so that an ended run stays ended.
 
     Attributes:
-      top1: Its accuracy; -1 before any evaluation.
+      score: Its figure that `Task.score` names; None before any evaluation.
       step: At which it was.
       since: Evaluations since then.
     """
 
-    top1: float = -1.0
+    score: float | None = None
     step: int = 0
     since: int = 0
 
-    def after(self, top1: float, step: int) -> "Best":
+    @classmethod
+    def of(cls, info: Mapping[str, Any] | None) -> "Best":
+        """Returns the best evaluation up to a checkpoint; older ones call the score 'top1', and -1 is none."""
+        kept = dict((info or {}).get("best", {}))
+        if "top1" in kept:
+            top1 = kept.pop("top1")
+            kept["score"] = top1 if top1 >= 0 else None
+        return cls(**kept)
+
+    def after(self, score: float, step: int) -> "Best":
         """Returns the best evaluation after one more."""
-        return Best(top1, step) if top1 > self.top1 else dataclasses.replace(self, since=self.since + 1)
+        better = self.score is None or score > self.score
+        return Best(score, step) if better else dataclasses.replace(self, since=self.since + 1)
 
     def out_of_patience(self, patience: int | None) -> bool:
         """Tells whether training ends now; see `maxmap.recipe.Evaluation`."""
@@ -188,8 +198,9 @@ class Loop:
         """Evaluates the averaged weights where there are any, and writes `eval.json`; returns its content."""
         parts, state, step = self._parts, self._state, self._step
         variables, weights = (state.variables(), "raw") if state.ema is None else (state.ema, "ema")
-        result = evaluate.evaluate(parts.eval_step, variables, parts.data, parts.recipe.evaluate.batch_size, parts.mesh)
-        self._report.evaluation(step, step / parts.steps_per_epoch, result)
+        batch_size = parts.recipe.evaluate.batch_size
+        result = evaluate.evaluate(parts.eval_step, variables, parts.data, batch_size, parts.mesh, task=parts.task)
+        self._report.evaluation(step, step / parts.steps_per_epoch, result, parts.task)
         for name in result["skipped"]:
             self._report.tell(f"skipped, cannot be decoded: {name}")
         result = evaluate.report(result, state.params, {**parts.info, "step": step, "weights": weights})
@@ -210,17 +221,18 @@ class Loop:
         if evaluating:
             self._dog.enter(f"step {step} is evaluated")
             self._result = self.evaluate()
-            self._best = self._best.after(self._result["top1"], step)
+            self._best = self._best.after(self._result[self._parts.task.score], step)
             if self._best.out_of_patience(recipe.evaluate.patience) and not end:
                 saving = True
+                task = self._parts.task
                 self._report.tell(
-                    f"training ends early: no better top-1 in {self._best.since} evaluation(s) since step "
-                    f"{self._best.step}, which had {self._best.top1:.2f} %"
+                    f"training ends early: no better {task.curves[0][task.score]} in {self._best.since} evaluation(s) "
+                    f"since step {self._best.step}, which had {self._best.score:.4g}"
                 )
         self._report.upload()
         if saving:
             self._dog.enter(f"step {step} is saved")
-            score = self._result["top1"] if evaluating else None
+            score = self._result[self._parts.task.score] if evaluating else None
             info = {**self._parts.info, "best": dataclasses.asdict(self._best)}
             checkpoints.save(step, self._state.items(), info, score)
         self._report.left_out(time.perf_counter() - began)

@@ -1,13 +1,11 @@
 """A picture of a training batch as the network sees it: look at it before training."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import jax
 import numpy as np
 
-from maxmap.errors import printable
 from maxmap.pictures import draw_grid, save_picture
 from maxmap.ranges import Count, Range, check_arguments
 from maxmap.recipe import Recipe
@@ -33,7 +31,8 @@ def show_batch(recipe: Recipe, path: str | Path, *, step: Step = 0, count: Count
     """
     check_arguments(show_batch, "", locals())
     data = recipe.data()
-    prepare = make_prepare(recipe, Images.of(data))
+    about = Images.of(data)
+    prepare = make_prepare(recipe, about)
     key = jax.random.fold_in(jax.random.split(jax.random.key(recipe.seed))[1], step)
     accumulate = recipe.accumulate
     if accumulate > 1:
@@ -45,12 +44,5 @@ def show_batch(recipe: Recipe, path: str | Path, *, step: Step = 0, count: Count
     prepared, targets = jax.jit(prepare)(jax.random.split(key)[0], images, labels)
     mean, std = (np.asarray(data.preprocessing[name], np.float32) for name in ("mean", "std"))
     pixels = np.clip(np.rint(255 * (np.asarray(prepared[:count]) * std + mean)), 0, 255).astype(np.uint8)
-    captions = [caption(target, data.classes) for target in np.asarray(targets[:count])]
+    captions = [about.task.caption(target, data.classes) for target in np.asarray(targets[:count])]
     save_picture(draw_grid(pixels, captions), path)
-
-
-def caption(target: np.ndarray, classes: Sequence[str]) -> str:
-    """The two likeliest classes of a target `[K]`, a line each; the second only where mixing gave it weight."""
-    order = np.argsort(-target, kind="stable")
-    shown = [index for index in order[:2] if target[index] > np.min(target) + 0.005 or index == order[0]]
-    return "\n".join(f"{100 * target[index]:.0f} % {printable(classes[index])}" for index in shown)

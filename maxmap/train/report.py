@@ -17,6 +17,8 @@ from tqdm import tqdm
 from maxmap import storage
 from maxmap.errors import printable
 from maxmap.progress import clock
+from maxmap.tasks import SINGLE_LABEL, TASKS
+from maxmap.tasks.task import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,15 +125,12 @@ class Report:
             self._told_input_bound = True
             self.tell(f"input-bound: the step waits for data {waiting.split()[0]} % of the time; raise data.workers.")
 
-    def evaluation(self, step: int, epoch: float, result: Mapping[str, Any]) -> None:
+    def evaluation(self, step: int, epoch: float, result: Mapping[str, Any], task: Task = SINGLE_LABEL) -> None:
         """Reports an evaluation."""
         numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
         if step > self._first:
             self._write("eval", step, {"epoch": epoch, **numbers})
-        self.tell(
-            f"epoch {epoch:.0f}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} "
-            f"({result['images']} images)"
-        )
+        self.tell(f"epoch {epoch:.0f}: {task.words(result)} ({result['images']} images)")
 
     def left_out(self, seconds: float) -> None:
         """Leaves seconds of evaluating or saving out of the training speed."""
@@ -196,7 +195,7 @@ def read_log(path: Path | epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draws the losses, accuracies and learning rates of a `metrics.jsonl` into a PNG file."""
+    """Draws the losses, the figures of the task and the learning rates of a `metrics.jsonl` into a PNG file."""
     # Without pyplot, which would look for a display and keep the figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -208,25 +207,27 @@ def draw_curves(metrics: Path, picture: Path) -> None:
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], axes: Sequence["Axes"]) -> None:
-    """Plots losses, accuracies and learning rates.
+    """Plots losses, the figures of the task and learning rates.
 
     Args:
       rows: of a log; see `read_log`.
       axes: matplotlib's, for each of the three.
     """
     train = [row for row in rows if has(row, "train", "epoch", "loss", "learning_rate")]
-    evals = [row for row in rows if has(row, "eval", "epoch", "loss", "top1", "top5")]
-    loss, accuracy, rate = axes
+    found = {name: [row for row in rows if has(row, "eval", "epoch", "loss", *TASKS[name].curves[0])] for name in TASKS}
+    task = max(found, key=lambda name: len(found[name]))  # the first one where there are none
+    evals, (curves, figures_title) = found[task], TASKS[task].curves
+    loss, figures, rate = axes
     loss.plot(_column(train, "epoch"), _column(train, "loss"), label="training objective")
-    loss.plot(_column(evals, "epoch"), _column(evals, "loss"), label="evaluation, cross-entropy")
-    accuracy.plot(_column(evals, "epoch"), _column(evals, "top1"), marker=".", label="top-1")
-    accuracy.plot(_column(evals, "epoch"), _column(evals, "top5"), marker=".", label="top-5")
+    loss.plot(_column(evals, "epoch"), _column(evals, "loss"), label="evaluation")
+    for key, name in curves.items():
+        figures.plot(_column(evals, "epoch"), _column(evals, key), marker=".", label=name)
     rate.plot(_column(train, "epoch"), _column(train, "learning_rate"))
-    for each, title in ((loss, "loss"), (accuracy, "accuracy, %"), (rate, "learning rate")):
+    for each, title in ((loss, "loss"), (figures, figures_title), (rate, "learning rate")):
         each.set_title(title)
         each.set_xlabel("epoch")
         each.grid(alpha=0.3)
-    for each in (loss, accuracy):
+    for each in (loss, figures):
         each.legend()
 
 

@@ -22,7 +22,7 @@ LOCK = "lock"
 # other devices add numbers in another order. Only configs of older versions have data.prefetch.
 CHANGEABLE = (
     *("log.", "checkpoint.", "evaluate.", "mesh.", "steps", "init_from", "model.remat", "kernels"),
-    *("data.path", "data.threads", "data.workers", "data.prefetch", "data.check"),
+    *("data.path", "data.threads", "data.workers", "data.prefetch", "data.check", "data.thresholds"),
 )
 
 

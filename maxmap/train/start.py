@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from maxmap import checkpoint, wordnet
+from maxmap import checkpoint, tasks, wordnet
 from maxmap.checkpoint import Checkpoints
 from maxmap.classes import listed, match, stored_names
 from maxmap.config import with_defaults
@@ -42,6 +42,7 @@ def find_checkpoint(
     found = checkpoint.read_info(workdir)
     if found is None:
         return None, [], data
+    tasks.require_same(data, found, workdir)
     matched = _match_classes(data, found, workdir)
     check_same_model(recipe.describe_model(len(data.classes)), found["model"], workdir)
     before, now = with_defaults(found.get("config", recipe.values)), dict(recipe.values)

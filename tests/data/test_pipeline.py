@@ -325,6 +325,7 @@ class Faulty:
     """A source with a fault in its code, which is no broken image."""
 
     classes = ("a",)
+    label_shape = ()
 
     def __len__(self) -> int:
         return 50

@@ -16,6 +16,7 @@ from tensorflow_datasets.core.utils.shard_utils import FileInstruction, get_file
 from maxmap.data.archives import TFRecords, parse_example, record_positions
 from maxmap.data.pipeline import open_data
 from maxmap.data.sources import SOURCES, FolderSource, LabelledImage, open_source
+from maxmap.data.tfds_folders import check_prepared
 from maxmap.errors import UserError
 from maxmap.validate import open_images
 from tests.fuzz.archive_rows import made
@@ -301,10 +302,8 @@ def test_tfds_prepared_in_a_format_that_cannot_be_read(tmp_path):
         info = type("Info", (), {"splits": {"train": 1}, "file_format": tfds.core.FileFormat.RIEGELI})
         data_dir = str(tmp_path)
 
-    from maxmap.data.sources import _check_prepared
-
     with pytest.raises(UserError, match=r"as riegeli, which cannot be read by index.*--file_format=array_record"):
-        _check_prepared(Elsewhere, "maxmap_tiny", None)
+        check_prepared(Elsewhere, "maxmap_tiny", None)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Texts: names of classes, class maps, ReaL's labels, and the log of a run."""
+"""Texts: names of classes, class maps, ReaL's labels, tables of labels, and the log of a run."""
 
 import json
 import random
@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from maxmap.classes import match, read_names, read_numbers
+from maxmap.data.tables import Columns, read_table, split_names
 from maxmap.labels import read_real
 from maxmap.train.report import draw_curves, drop_after
 from tests.fuzz.changes import spoil, spoil_json, spoil_one
 from tests.fuzz.rows import Files, Row
 
-NAMES, MAP, REAL, LOG = "classes.txt", "map.txt", "real.json", "metrics.jsonl"
+NAMES, MAP, REAL, LOG, TABLE = "classes.txt", "map.txt", "real.json", "metrics.jsonl", "labels.csv"
 _KNOWN = ("ant", "bee", "cat", "dog", "Zürich")
 
 
@@ -66,6 +67,92 @@ def _read_labels(folder: Path) -> Any:
         read_numbers(folder / MAP),
         read_real(folder / REAL),
     )
+
+
+_READ = {
+    "single_label": ("label",),
+    "multi_label": ("tags",),
+    "distribution": ("1", "2", "3"),
+    "numbers": ("age", "1"),
+}
+_HEADER = b"image,split,label,tags,1,2,3,age\n"
+
+
+def _table(*rows: bytes) -> Files:
+    photos = {f"photos/{k}.png": b"" for k in range(4)}
+    first = (b"photos/0.png,val,ant,bee|cat,1,2,3,1e3\n", b'"photos/1.png",val," bee, cat",,0.5,.5,0,-1.5\n')
+    return {TABLE: _HEADER + b"".join((*first, *rows)), **photos}
+
+
+def _spoil_table(files: Files, rng: random.Random) -> Files:
+    if rng.random() < 0.3:
+        return {**files, TABLE: spoil(files[TABLE], rng)}
+    lines = [line.split(b",") for line in files[TABLE].split(b"\n")]
+    others = (
+        b"",
+        b" ",
+        b"nan",
+        b"-1",
+        b"1e999",
+        b"9" * 5000,
+        b"1_0",
+        "٣".encode(),
+        b"\0",
+        b"\xff",
+        b"|",
+        b'"',
+        b"a|",
+        b",",
+    )
+    others += (
+        b"../photos/2.png",
+        b"/photos/2.png",
+        b"photos/2.png",
+        b"photos",
+        b".",
+        b"\x1b[2J",
+        b"x" * 150_000,
+        b"\r",
+    )
+    for _ in range(rng.choice((1, 1, 3))):
+        line = rng.choice(lines)
+        line[rng.randrange(len(line))] = rng.choice(others)
+    return {**files, TABLE: b"\n".join(map(b",".join, lines))}
+
+
+def _hostile_tables() -> dict[str, Files]:
+    texts = {
+        "nothing": b"",
+        "blank lines": b"\n" * 1_000_000,
+        "a megabyte without a comma": b"x" * 1_000_000,
+        "200,000 columns": b",".join(b"%d" % k for k in range(200_000)) + b"\n",
+        "two columns of one name": b"image,image,label\n",
+        "a quote that never ends": _HEADER + b'"' + b"x" * 1_000_000,
+        "10 MB of commas": _HEADER + b"," * 10_000_000,
+        "a number of 5,000 digits": _HEADER + b"photos/0.png,val,a,a,1,2,3," + b"9" * 5000 + b"\n",
+        "no UTF-8": _HEADER + b"\xff",
+    }
+    return {name: {**_table(), TABLE: text} for name, text in texts.items()} | {
+        "an image twice": _table(b"photos/0.png,val,ant,,1,2,3,4\n"),
+        "an image that is none": _table(b"photos/9.png,val,ant,,1,2,3,4\n"),
+    }
+
+
+def _odd_tables() -> dict[str, Files]:
+    return {
+        "200,000 rows of another split": _table(b"x,train,ant,,1,2,3,4\n" * 200_000),
+        "100,000 labels of an image": _table(b"photos/2.png,val,ant," + b"|".join([b"a"] * 60_000) + b",1,2,3,4\n"),
+        "the smallest share": _table(b"photos/2.png,val,ant,,5e-324,0,0,4\n"),
+        "the largest shares": _table(b"photos/2.png,val,ant,,3e38,3e38,3e38,4\n"),
+    }
+
+
+def _read_table(folder: Path) -> Any:
+    found: list[Any] = [split_names(folder / TABLE, "split")]
+    for task, labels in _READ.items():
+        table = read_table(folder / TABLE, "val", task, Columns("image", labels, "split", "|"))
+        found.append((table.names, table.labels, table.classes))
+    return found
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -133,6 +220,16 @@ ROWS = (
         _spoil_labels,
         _read_labels,
         _hostile_labels,
+    ),
+    Row(
+        "tables of labels",
+        ("maxmap.data.tables",),
+        1000,
+        lambda: [_table(), _table(b"photos/3.png,train,ant,bee,1,2,3,4\n")],
+        _spoil_table,
+        _read_table,
+        _hostile_tables,
+        _odd_tables,
     ),
     Row(
         "metrics.jsonl",

@@ -92,6 +92,7 @@ def test_eval_json_says_what_the_figures_belong_to(finished):
         "model": "tiny",
         "step": 9,
         "weights": "ema",
+        "task": "single_label",
         "images": 11,
         "skipped": [],
         # convolution, norm, mlp, two heads
@@ -543,7 +544,7 @@ def test_training_ends_early_and_stays_ended(images, tmp_path, capsys, monkeypat
     result, saved = run(settings, tmp_path / "whole")
     assert result["top1"] == 50.0 and max(saved) == 12 and steps == [3, 6, 9, 12]
     assert (
-        "training ends early: no better top-1 in 2 evaluation(s) since step 6, which had 60.00 %"
+        "training ends early: no better top-1 in 2 evaluation(s) since step 6, which had 60\n"
         in capsys.readouterr().err
     )
     assert loop.run(bind(settings), tmp_path / "whole")["top1"] == 50.0  # evaluated once more, and not trained
