@@ -211,7 +211,8 @@ def numbers() -> list[tuple[list[str], str, int, Number]]:
                 needed += [f"{options[0]}={some}"] if options else [some]
         for action in parser._actions:
             if isinstance(action.type, Number):
-                found.append((needed, action.option_strings[0], action.nargs or 1, action.type))
+                values = action.nargs if isinstance(action.nargs, int) else 1  # "+" takes one as well
+                found.append((needed, action.option_strings[0], values, action.type))
             else:
                 # Everything else is a path, a text or one of a list.
                 assert action.type in (None, storage.expand, local_path), (name, action.dest)

@@ -98,8 +98,8 @@ def gather(
       explained: whether to compute where the network looked in the most wrong ones.
 
     Raises:
-      UserError: there is no checkpoint, it has no classifier or another task than one class per image, or `images` are missing or do not fit. That data of a
-        recipe is gone is no error: its sentence stands in `missing`.
+      UserError: there is no checkpoint, it has no classifier or another task than one class per image, or `images` are
+        missing or do not fit. That data of a recipe is gone is no error: its sentence stands in `missing`.
     """
     check_arguments(gather, "", locals())
     model, variables, info = load(path)
