@@ -62,7 +62,7 @@ COMMANDS = {
         "turn a checkpoint of PyTorch, TensorFlow, TFLite or ONNX into one of ours",
     ),
     "export": Command(
-        "maxmap.checkpoint_commands:add_export", "write a checkpoint for PyTorch, or as a program (StableHLO)"
+        "maxmap.checkpoint_commands:add_export", "write a checkpoint for PyTorch, or as a program (ONNX, StableHLO)"
     ),
     "verify": Command(
         "maxmap.checkpoint_commands:add_verify", "compare a converted checkpoint with its source, both running"
