@@ -24,7 +24,7 @@ import numpy as np
 from maxmap import checkpoint, create_model
 from maxmap.cost import count_parameters
 from maxmap.models import FAMILIES, MODELS
-from maxmap.onnx.session import Session
+from maxmap.onnx.session import Network
 from tests.tiny import preprocessing
 
 ALONE = 0.4e9  # bytes of a process that has imported JAX and onnxruntime
@@ -70,10 +70,10 @@ def measure(example: str, folder: Path) -> str:
     if status:
         return f"| {example} | failed | | | | | | |"
     nodes, error = re.search(r"([\d,]+) nodes, within (\S+) by", told).groups()  # type: ignore[union-attr]
-    session, side = Session(file), int(re.search(r"\[B, (\d+),", told)[1])  # type: ignore[index]
+    network, side = Network(file), int(re.search(r"\[B, (\d+),", told)[1])  # type: ignore[index]
     images = np.random.default_rng(1).standard_normal((8, side, side, 3), np.float32)
-    one_by_one = np.concatenate([session.run(image[None]) for image in images])
-    eight = np.abs(session.run(images) - one_by_one).max() / np.abs(one_by_one).max()
+    one_by_one = np.concatenate([network.run(image[None]) for image in images])
+    eight = np.abs(network.run(images) - one_by_one).max() / np.abs(one_by_one).max()
     memory = (1024 * usage.ru_maxrss - ALONE) / (4 * count)
     family = next(family for family, variants in FAMILIES.items() if MODELS[name].backbone in variants)
     return (

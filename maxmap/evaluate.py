@@ -75,31 +75,36 @@ def make_eval_step(
             if flip:
                 mirrored = model.apply({**variables, "params": params}, images[:, :, ::-1])
                 outputs = {"logits": (upcast(outputs["logits"]) + upcast(mirrored["logits"])) / 2}
-        logits, branches = average(outputs), upcast(outputs["logits"])
-        if among is not None:
-            candidate = jnp.zeros(logits.shape[-1], bool).at[jnp.array(among)].set(True)
-            logits = jnp.where(candidate[None], logits, -jnp.inf)
-            branches = jnp.where(candidate[None, None], branches, -jnp.inf)
-        labels, mask = batch["label"], batch["mask"]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        rank = rank_of(labels, logits)
-        branch_rank = jax.vmap(rank_of, (None, 0))(labels, branches)
-        return {
-            "images": jnp.sum(mask),
-            "top1": jnp.sum(mask & (rank <= 1)),
-            "top5": jnp.sum(mask & (rank <= 5)),
-            "loss": jnp.sum(jnp.where(mask, loss, 0)),
-            "branch_top1": jnp.sum(mask[None] & (branch_rank <= 1), axis=1),
-            "predictions": {
-                "best": jax.lax.top_k(logits, min(5, logits.shape[-1]))[1],
-                "rank": rank,
-                "branch": jnp.argmax(branches, axis=-1),
-                "branch_rank": branch_rank,
-            },
-        }
+        return score(outputs["logits"], batch, among)
 
     # None keeps the variables' own sharding: training splits them, other callers have them on every device.
     return jax.jit(step, in_shardings=(None, split_batch(mesh)), out_shardings=replicated(mesh))
+
+
+def score(logits: Array, batch: Mapping[str, Array], among: Sequence[int] | None = None) -> dict[str, Any]:
+    """Returns what an evaluation step does, see `make_eval_step`, given the branches' logits `[G, B, K]`."""
+    logits, branches = average({"logits": logits}), upcast(logits)
+    if among is not None:
+        candidate = jnp.zeros(logits.shape[-1], bool).at[jnp.array(among)].set(True)
+        logits = jnp.where(candidate[None], logits, -jnp.inf)
+        branches = jnp.where(candidate[None, None], branches, -jnp.inf)
+    labels, mask = batch["label"], batch["mask"]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    rank = rank_of(labels, logits)
+    branch_rank = jax.vmap(rank_of, (None, 0))(labels, branches)
+    return {
+        "images": jnp.sum(mask),
+        "top1": jnp.sum(mask & (rank <= 1)),
+        "top5": jnp.sum(mask & (rank <= 5)),
+        "loss": jnp.sum(jnp.where(mask, loss, 0)),
+        "branch_top1": jnp.sum(mask[None] & (branch_rank <= 1), axis=1),
+        "predictions": {
+            "best": jax.lax.top_k(logits, min(5, logits.shape[-1]))[1],
+            "rank": rank,
+            "branch": jnp.argmax(branches, axis=-1),
+            "branch_rank": branch_rank,
+        },
+    }
 
 
 def rank_of(labels: Array, logits: Array) -> Array:
@@ -198,7 +203,7 @@ def _delayed(items: Iterator[Any], count: int) -> Iterator[Any]:
     yield from waiting
 
 
-def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> dict[str, Any]:
+def report(result: Mapping[str, Any], parameters: int, info: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of `eval.json`: a result with the model, weights and preprocessing that it belongs to."""
     errors = {f"{key}_err": round(100 - result[key], 6) for key in ("top1", "top5")}
     return {
@@ -207,7 +212,7 @@ def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> d
         "weights": info["weights"],
         **result,
         **errors,
-        "param_count": count_parameters(params),
+        "param_count": parameters,
         **info["preprocessing"],
     }
 
@@ -264,7 +269,7 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     result = figures(variables, info["weights"])
     if present < len(data.classes):
         result["classes"] = f"{present} of {len(data.classes)}"
-    result = report(result, variables["params"], {**info, "preprocessing": data.preprocessing})
+    result = report(result, count_parameters(variables["params"]), {**info, "preprocessing": data.preprocessing})
     if info["weights"] == "ema" and (raw := checkpoint.read_variables(path, ema=False))[1]["weights"] == "raw":
         raw_figures = figures(raw[0], "raw")
         result["raw"] = {key: raw_figures[key] for key in ("top1", "top5", "branch_top1", "loss")}

@@ -15,6 +15,7 @@ from maxmap.data.augment import normalize
 from maxmap.data.preprocessing import changed, cropped
 from maxmap.evaluate import check_image_size
 from maxmap.models import Classifier, average, create_model
+from maxmap.onnx.session import Network, is_graph
 from maxmap.ranges import Count, Pixels, check_arguments
 
 AnyImage: TypeAlias = str | os.PathLike | Image.Image | np.ndarray
@@ -72,7 +73,7 @@ def predict(
     """Classifies image files with a checkpoint and the preprocessing that it carries.
 
     Args:
-      path: of the checkpoint, as for `load`.
+      path: of the checkpoint, as for `load`; or an .onnx file of `maxmap export`, which onnxruntime runs.
       images: paths of image files.
       top: classes per image.
       batch_size: images at a time.
@@ -86,20 +87,30 @@ def predict(
       UserError: there is no checkpoint, a file is no image, or the model does not take images of that size.
     """
     check_arguments(predict, "", locals())
-    model, variables, info = load(path, pad=pad)
-    classes = info["classes"]
-    if image_size is not None:
-        info = {**info, "preprocessing": changed(info["preprocessing"], image_size=image_size)}
+    network = Network(path) if is_graph(path) else None
+    if network:
+        info = network.info
+    else:
+        model, variables, info = load(path, pad=pad)
+    preprocessing = changed(info["preprocessing"], image_size=image_size)
+    if network:
+        network.check(preprocessing, pad=pad)
+    elif image_size is not None:
         check_image_size(model, variables, image_size)
 
     @jax.jit
-    def probabilities(variables: Any, batch: np.ndarray) -> jax.Array:
-        return jax.nn.softmax(average(model.apply(variables, batch)), axis=-1)
+    def logits(variables: Any, batch: np.ndarray) -> jax.Array:
+        return average(model.apply(variables, batch))
 
     results = []
     for start in range(0, len(images), batch_size):
-        batch = preprocess(images[start : start + batch_size], info)
-        for row in np.asarray(probabilities(variables, batch)):
+        files = images[start : start + batch_size]
+        if network:
+            pixels = np.stack([cropped(image, preprocessing) for image in files])
+            found = network.logits(pixels, preprocessing)
+        else:
+            found = logits(variables, preprocess(files, {**info, "preprocessing": preprocessing}))
+        for row in np.asarray(jax.nn.softmax(found, axis=-1)):
             best = np.argsort(-row, kind="stable")[:top]
-            results.append([(classes[i], float(row[i])) for i in best])
+            results.append([(info["classes"][i], float(row[i])) for i in best])
     return results

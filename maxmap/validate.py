@@ -1,14 +1,16 @@
 """Validation: what a checkpoint reaches on labelled images, with its own preprocessing unless told otherwise."""
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maxmap import checkpoint, storage
 from maxmap.classes import match
@@ -18,9 +20,19 @@ from maxmap.data.pipeline import Data, open_data
 from maxmap.data.preprocessing import changed, departures, in_words
 from maxmap.data.sources import tar_files
 from maxmap.errors import UserError, printable
-from maxmap.evaluate import check_image_size, evaluate, make_eval_step, match_classes, report, summary, tell
+from maxmap.evaluate import (
+    EvalStep,
+    evaluate,
+    make_eval_step,
+    match_classes,
+    report,
+    score,
+    summary,
+    tell,
+)
 from maxmap.inference import load
 from maxmap.labels import LABEL_SETS, read_real, real_labels
+from maxmap.onnx.session import Network, is_graph
 from maxmap.predictions import accuracies, to_csv
 from maxmap.progress import Progress
 from maxmap.ranges import Count, CountOrZero, check_arguments
@@ -53,7 +65,7 @@ def validate(
     the checkpoint without images stay candidates.
 
     Args:
-      path: of the checkpoint, as for `maxmap.load`.
+      path: of the checkpoint, as for `maxmap.load`; or an .onnx file of `maxmap export`, which onnxruntime runs.
       images: a folder with a folder of images per class, or one that has such a folder `val` or `validation`; a tar
         archive, or a folder of them; with `tfds`, the folder of TFDS's data sets.
       split: name of the split: a folder or the beginning of the archives' names in `images`; None: see `images`. Of
@@ -83,16 +95,24 @@ def validate(
         raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
     right = None if real is None else read_real(Path(storage.expand(real)))
     mesh = make_mesh()
-    model, variables, info = load(path, pad=pad)
+    network = Network(path) if is_graph(path) else None
+    if network:
+        variables: dict[str, Any] = {}
+        info, parameters = network.info, network.info["parameters"]
+    else:
+        model, variables, info = load(path, pad=pad)
+        parameters = count_parameters(variables["params"])
     if not info["classes"]:
         raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
     used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
-    check_image_size(model, variables, used["image_size"])
     data = dataclasses.replace(open_images(images, split, tfds, check), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
-        print(_describe(path, info, variables, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
-    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip)
+        print(_describe(path, info, parameters, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
+    if network:
+        eval_step = _graph_step(network, used, among, flip)
+    else:
+        eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip)
     placed = jax.device_put(variables, replicated(mesh))
     rows: list[dict[str, Any]] = []
     progress = Progress(data.num_eval, shown=jax.process_index() == 0)
@@ -105,9 +125,25 @@ def validate(
     if present < len(info["classes"]):
         result["classes"] = f"{present} of {len(info['classes'])}"
     about = ({} if labels is None else {"labels": labels}) | ({"flip": True} if flip else {})
-    result = report({**about, **result}, variables["params"], {**info, "preprocessing": used})
+    result = report({**about, **result}, parameters, {**info, "preprocessing": used})
     _write(path, result, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
     return result
+
+
+def _graph_step(
+    network: Network, preprocessing: Mapping[str, Any], among: Sequence[int] | None, flip: bool
+) -> EvalStep:
+    """Builds the evaluation step of an .onnx file, which returns what that of `make_eval_step` does for one branch."""
+    count = jax.jit(functools.partial(score, among=None if among is None else tuple(among)))
+
+    def step(_: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        pixels = np.asarray(batch["image"])
+        logits = network.logits(pixels, preprocessing)
+        if flip:
+            logits = (logits + network.logits(pixels[:, :, ::-1], preprocessing)) / 2
+        return count(logits[None], {key: np.asarray(batch[key]) for key in ("label", "mask")})
+
+    return step
 
 
 def open_images(images: str | Path, split: str | None, tfds: str | None, check: int) -> Data:
@@ -171,12 +207,10 @@ def _match_labels(
     return data.with_classes(names, whose), sorted(own.tolist()) if kind["among"] else None, len(own)
 
 
-def _describe(
-    path: str | Path, info: Mapping[str, Any], variables: Mapping[str, Any], images: str, used: Mapping[str, Any]
-) -> str:
+def _describe(path: str | Path, info: Mapping[str, Any], parameters: int, images: str, used: Mapping[str, Any]) -> str:
     """Returns what is evaluated, on what and after what preprocessing, as lines of text."""
     lines = [
-        f"{info['model']['name']}, {count_parameters(variables['params']):,} parameters, {len(info['classes']):,} "
+        f"{info['model']['name']}, {parameters:,} parameters, {len(info['classes']):,} "
         f"classes: {info['weights']} weights of {path}, step {info['step']}",
         images,
         f"preprocessing: {in_words(used)}",

@@ -12,13 +12,12 @@ import numpy as np
 from maxmap import storage
 from maxmap.convert.load import export_target, read_weights
 from maxmap.cost import count_parameters
-from maxmap.errors import UserError, reason
+from maxmap.errors import UserError
 from maxmap.onnx.graph import INPUT, Graph
 from maxmap.onnx.lower import OPSET, OUTPUT, lower
-from maxmap.onnx.session import Session, has_runtime
+from maxmap.onnx.session import ENDING, Network, has_runtime
 from maxmap.programs import check_bytes, describe, forward, one_image
 
-ENDING = ".onnx"
 TOLERANCE = 1e-4  # of a logit, relative to the largest one
 _BATCHES = (1, 3)  # on which a file is checked
 
@@ -59,7 +58,7 @@ def export_onnx(
     parameters, checks = count_parameters(variables["params"]), _references(run, variables, image)
     graph, count = lower(run, variables, image)
     del variables  # the graph has them in another order of axes
-    about = {**describe(info, image, count), "weights": info["weights"], "parameters": parameters}
+    about = describe(info, image, count) | {key: info[key] for key in ("weights", "step")} | {"parameters": parameters}
     nodes = len(graph.nodes)
     with storage.atomic_target(file, overwrite=overwrite) as unfinished:
         unfinished.write_bytes(to_proto(onnx, graph, image, count, about).SerializeToString())
@@ -139,11 +138,8 @@ def check(file: Path, references: list[tuple[np.ndarray, np.ndarray]]) -> float 
     """
     if not references:
         return None
-    try:
-        session = Session(file)
-        errors = [np.abs(session.run(batch) - wanted).max() / np.abs(wanted).max() for batch, wanted in references]
-    except Exception as error:  # of its own kinds
-        raise UserError(f"onnxruntime does not run the graph ({reason(error)}): export a .stablehlo program.") from None
+    network = Network(file)
+    errors = [np.abs(network.run(batch) - wanted).max() / np.abs(wanted).max() for batch, wanted in references]
     if not max(errors) <= TOLERANCE:
         raise UserError(
             f"onnxruntime's logits differ by {max(errors):.1e} of the largest one, more than {TOLERANCE:.0e}: the file "

@@ -18,6 +18,7 @@ OWN_FILES = {
     "maxmap.accelerators.bundles": "what a compiler on this machine writes",
     "maxmap.bulk": "its own unfinished table; images and archives are read by the readers of rows",
     "maxmap.checkpoint": "checkpoints that maxmap wrote, by orbax; SECURITY.md says what is not promised for them",
+    "maxmap.onnx.session": "files that maxmap exported, by onnxruntime; SECURITY.md says what is not promised for them",
     "maxmap.recipe_files": "recipes of the package",
     "maxmap.runtime": "what the operating system says of memory",
     "maxmap.storage": "files that maxmap wrote, for their checksums",

@@ -1,6 +1,7 @@
 """Networks as ONNX graphs: the logits of every family with every head; what a file says, and what is refused."""
 
 import json
+import re
 import sys
 
 import jax
@@ -15,9 +16,10 @@ from maxmap.models import FAMILIES, HEADS, average, create_model
 from maxmap.onnx import export
 from maxmap.onnx import lower as lowering
 from maxmap.onnx.lower import lower
-from maxmap.onnx.session import Session
+from maxmap.onnx.session import Network
+from tests.test_commands import mistake
 from tests.test_grid import BACKBONES, small
-from tests.tiny import CLASSES, preprocessing
+from tests.tiny import CLASSES, preprocessing, write_folder
 from tests.zoo import quick
 
 onnx = pytest.importorskip("onnx")
@@ -30,7 +32,8 @@ def written(path, function, variables, size, count):
     """Writes the graph of a function and checks it by ONNX's own rules; returns the model."""
     image = jax.ShapeDtypeStruct((size, size, 3), jnp.float32)
     graph, _ = lower(function, variables, image)
-    path.write_bytes(export.to_proto(onnx, graph, image, count, {}).SerializeToString())
+    about = dict.fromkeys(("model", "classes", "preprocessing", "weights", "parameters", "input"), "0")
+    path.write_bytes(export.to_proto(onnx, graph, image, count, about).SerializeToString())
     onnx.checker.check_model(path, full_check=True)
     return onnx.load(path)
 
@@ -65,11 +68,11 @@ def test_every_head_on(family, tmp_path, plain_convolutions):
 
     wanted = np.asarray(quick(run, variables, images))
     model = written(tmp_path / "all.onnx", run, variables, size, wanted.shape[1])
-    session = Session(tmp_path / "all.onnx")
+    network = Network(tmp_path / "all.onnx")
     heads = np.split(wanted, len(models), axis=1)
     assert all(head.std(0).max() > 1e-3 * head.std() for head in heads)  # the images make a difference
     for count in BATCHES:
-        found = np.split(session.run(images[:count]), len(models), axis=1)
+        found = np.split(network.run(images[:count]), len(models), axis=1)
         for kind, mine, own in zip(models, found, heads, strict=True):
             assert np.abs(mine - own[:count]).max() < 2e-5 * own.std(), (kind, count)
     kinds = {node.op_type for node in model.graph.node}
@@ -100,7 +103,7 @@ def test_a_file_says_what_it_is_and_takes_pixels(checkpoint_folder, tmp_path, ca
         assert main(["export", str(folder), str(file), *options]) == 0
         model = onnx.load(file)
         assert f"{len(model.graph.node)} nodes, within" in capsys.readouterr().out
-        np.testing.assert_allclose(Session(file).run(inputs), wanted(images), rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(Network(file).run(inputs), wanted(images), rtol=2e-5, atol=2e-5)
         about = {entry.key: entry.value for entry in model.metadata_props}
         assert json.loads(about["classes"]) == list(CLASSES)
         assert json.loads(about["preprocessing"]) == info["preprocessing"]
@@ -131,3 +134,35 @@ def test_mistakes_are_one_sentence(checkpoint_folder, tmp_path, capsys, monkeypa
     monkeypatch.delitem(lowering.RULES, "max")
     assert "has the operation 'max', which the export to ONNX does not know" in says()
     assert not list(tmp_path.iterdir())
+
+
+def test_predict_and_validate_take_the_file(checkpoint_folder, tmp_path, capsys, quick_compilation):
+    """Classes, figures and rows are those of the checkpoint, whether the file normalises or not."""
+    folder, _, _ = checkpoint_folder
+    photos = write_folder(tmp_path, train=0, val=9) / "val"
+    images = sorted(map(str, photos.glob("*/*.png")))
+    validate = ("validate", "{}", str(photos), f"--json={tmp_path}/result.json", f"--csv={tmp_path}/rows.csv", "--flip")
+    told = {}
+    for name, options in {"made": [], "normalised.onnx": [], "pixels.onnx": ["--pixels"]}.items():
+        path = folder if name == "made" else tmp_path / name
+        if name != "made":
+            assert main(["export", str(folder), str(path), *options]) == 0
+        capsys.readouterr()
+        assert main(["predict", str(path), *images]) == 0
+        named = re.sub(r"\.\d %", " %", capsys.readouterr().out)
+        assert main([part.format(path) for part in validate]) == 0
+        result = json.loads((tmp_path / "result.json").read_text())
+        result["loss"] = pytest.approx(result["loss"], rel=1e-5)
+        told[name] = named, result, (tmp_path / "rows.csv").read_text()
+    assert told["made"] == told["normalised.onnx"] == told["pixels.onnx"]
+    capsys.readouterr()
+    assert "takes images of its own size, 16 pixels" in mistake(capsys, "predict", path, images[0], "--image-size=32")
+    assert "normalises by its own mean" in mistake(
+        capsys, *(part.format(path) for part in validate), "--std=1", "1", "1"
+    )
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    assert "does not say its model, classes" in mistake(capsys, "predict", path, images[0])
+    path.write_bytes(path.read_bytes()[:999])
+    assert "onnxruntime cannot run" in mistake(capsys, "predict", path, images[0])
