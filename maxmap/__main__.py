@@ -64,6 +64,7 @@ COMMANDS = {
     "export": Command(
         "maxmap.checkpoint_commands:add_export", "write a checkpoint for PyTorch, or as a program (ONNX, StableHLO)"
     ),
+    "push": Command("maxmap.checkpoint_commands:add_push", "write a checkpoint to the Hugging Face hub"),
     "verify": Command(
         "maxmap.checkpoint_commands:add_verify", "compare a converted checkpoint with its source, both running"
     ),

@@ -1,4 +1,4 @@
-"""The commands that turn one checkpoint into another or compare two: average, convert, export and verify."""
+"""The commands that turn one checkpoint into another or compare two: average, convert, export, push and verify."""
 
 import argparse
 import time
@@ -10,6 +10,7 @@ from maxmap.arguments import Number, local_path
 from maxmap.classes import read_names, read_numbers
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export, read_foreign
+from maxmap.convert.push import push
 from maxmap.convert.resize import RESIZES
 from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.cost import count_parameters
@@ -99,6 +100,15 @@ def add_export(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=export_command)
 
 
+def add_push(command: argparse.ArgumentParser) -> None:
+    """Fills the parser of `push`."""
+    command.add_argument("source", type=storage.expand, help="folder of a run or of a converted checkpoint")
+    command.add_argument("repository", metavar="OWNER/NAME", help="on the Hugging Face hub; it is made if it is new")
+    command.add_argument("--private", action="store_true", help="show a new repository to its owner alone")
+    _add_ema(command)
+    command.set_defaults(run=push_command)
+
+
 def add_verify(command: argparse.ArgumentParser) -> None:
     """Fills the parser of `verify`."""
     command.add_argument("path", type=storage.expand, help="folder of the checkpoint")
@@ -177,6 +187,11 @@ def export_command(
         print(printable(export_onnx(source, file, pixels=pixels, **options)))
         return
     print(printable(export(source, file, dialect=dialect, **options)))
+
+
+def push_command(source: str, repository: str, **options: Any) -> None:
+    """Writes a checkpoint to the Hugging Face hub."""
+    print(printable(push(source, repository, **options)))
 
 
 def verify_command(path: str, against: str, **options: Any) -> int:

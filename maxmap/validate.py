@@ -22,6 +22,7 @@ from maxmap.data.sources import tar_files
 from maxmap.errors import UserError, printable
 from maxmap.evaluate import (
     EvalStep,
+    check_image_size,
     evaluate,
     make_eval_step,
     match_classes,
@@ -105,6 +106,12 @@ def validate(
     if not info["classes"]:
         raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
     used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
+    if network:
+        network.check(used, pad=pad)
+        if dtype != "float32" or jax.process_count() > 1:
+            raise UserError("an .onnx file computes in float32, in one process: leave out --dtype and other hosts.")
+    else:
+        check_image_size(model, variables, used["image_size"])
     data = dataclasses.replace(open_images(images, split, tfds, check), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:

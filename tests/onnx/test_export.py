@@ -157,9 +157,8 @@ def test_predict_and_validate_take_the_file(checkpoint_folder, tmp_path, capsys,
     assert told["made"] == told["normalised.onnx"] == told["pixels.onnx"]
     capsys.readouterr()
     assert "takes images of its own size, 16 pixels" in mistake(capsys, "predict", path, images[0], "--image-size=32")
-    assert "normalises by its own mean" in mistake(
-        capsys, *(part.format(path) for part in validate), "--std=1", "1", "1"
-    )
+    given = (*(part.format(path) for part in validate), "--std", "1", "1", "1")
+    assert "normalises by its own mean" in mistake(capsys, *given)
     model = onnx.load(path)
     del model.metadata_props[:]
     onnx.save(model, path)
