@@ -1,12 +1,11 @@
-"""What `maxmap export FILE.onnx` writes: operators, size, difference from our own logits, memory and time.
+"""What `maxmap export FILE.onnx` writes: operators, size, difference from our own logits, and processor time.
 
     python -m benchmarks.onnx_files                                    the models of docs/export.md
     python -m benchmarks.onnx_files maxvit_tiny_tf_224:384 map_pit_s   these; a size behind a name is that of the images
 
 A model gets random weights and is exported by the command, in a process of its own. The difference is that of the
 command's check, for batches of 1 and 3, relative to the largest logit. "batch 8" is how far the logits of eight images
-together are from those of one image at a time. Memory is the peak of the process; most of it is XLA's, which compiles
-our own network for the check. `tests/onnx/` compares every head on every family, in small.
+together are from those of one image at a time. `tests/onnx/` compares every head on every family, in small.
 """
 
 import argparse
@@ -74,10 +73,9 @@ def measure(example: str, folder: Path) -> str:
     one_by_one = np.concatenate([network.run(image[None]) for image in images])
     eight = np.abs(network.run(images) - one_by_one).max() / np.abs(one_by_one).max()
     family = next(family for family, variants in FAMILIES.items() if MODELS[name].backbone in variants)
-    memory, seconds = 1.024e-6 * usage.ru_maxrss, usage.ru_utime
     return (
         f"| {family} | {MODELS[name].head['name']} | {name} | {side} | {nodes} | {error} | {eight:.0e} | "
-        f"{count / 1e6:.1f} M | {file.stat().st_size / 1e6:.1f} MB | {memory:.1f} GB | {seconds:.0f} s |"
+        f"{count / 1e6:.1f} M | {file.stat().st_size / 1e6:.1f} MB | {usage.ru_utime:.0f} s |"
     )
 
 
@@ -86,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=EXAMPLES, help="(default: those of docs/export.md)")
     header = (
-        *("family", "head", "model", "pixels", "nodes", "error", "batch 8", "parameters", "file", "memory"),
+        *("family", "head", "model", "pixels", "nodes", "error", "batch 8", "parameters", "file"),
         "processor time",
     )
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")

@@ -134,7 +134,7 @@ logits = maxmap.average(model.apply(variables, maxmap.preprocess("photo.jpg", in
 
 
 def _figures(source: str | Path, info: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Returns the content of the checkpoint's eval.json, None if there is none or it is of other weights."""
+    """Returns the content of the checkpoint's eval.json, None if there is none for these weights and preprocessing."""
     file = storage.resolve(source) / "eval.json"
     if not file.exists():
         return None
@@ -142,5 +142,7 @@ def _figures(source: str | Path, info: Mapping[str, Any]) -> Mapping[str, Any] |
         found = json.loads(file.read_text())
     except ValueError:
         raise UserError(f"{file} is damaged: evaluate the checkpoint again, or remove it.") from None
-    same = all(found.get(key) == value for key, value in (("step", info["step"]), ("weights", info["weights"])))
-    return found if same and all(key in found for key in _FIGURES) else None
+    wanted = {"step": info["step"], "weights": info["weights"]}
+    seen = {key: found.get(key, value) for key, value in info["preprocessing"].items()}  # by the images
+    same = all(found.get(key) == value for key, value in wanted.items()) and seen == info["preprocessing"]
+    return found if same and "flip" not in found and all(key in found for key in _FIGURES) else None

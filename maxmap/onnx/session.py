@@ -15,7 +15,7 @@ from maxmap.data.augment import normalize
 from maxmap.errors import UserError, reason
 
 ENDING = ".onnx"
-_FIELDS = ("model", "classes", "preprocessing", "weights", "parameters", "input")
+_FIELDS = ("model", "classes", "preprocessing", "weights", "step", "parameters", "input")
 
 
 def has_runtime() -> bool:
@@ -61,9 +61,12 @@ class Network:
                 f"{file} does not say its {', '.join(missing)}, as a file of `maxmap export` does: export it again, or "
                 "`maxmap convert` it."
             )
-        plain = ("weights", "input")
-        self.info: dict[str, Any] = {key: said[key] if key in plain else json.loads(said[key]) for key in _FIELDS}
-        self.info["step"] = json.loads(said.get("step", "0"))
+        try:
+            self.info: dict[str, Any] = {
+                key: said[key] if key in ("weights", "input") else json.loads(said[key]) for key in _FIELDS
+            }
+        except ValueError:
+            raise UserError(f"what {file} says of itself is damaged: export it again.") from None
         (self._input,) = self._session.get_inputs()
 
     def run(self, images: np.ndarray) -> np.ndarray:

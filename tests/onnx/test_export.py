@@ -32,7 +32,7 @@ def written(path, function, variables, size, count):
     """Writes the graph of a function and checks it by ONNX's own rules; returns the model."""
     image = jax.ShapeDtypeStruct((size, size, 3), jnp.float32)
     graph, _ = lower(function, variables, image)
-    about = dict.fromkeys(("model", "classes", "preprocessing", "weights", "parameters", "input"), "0")
+    about = dict.fromkeys(("model", "classes", "preprocessing", "weights", "step", "parameters", "input"), "0")
     path.write_bytes(export.to_proto(onnx, graph, image, count, about).SerializeToString())
     onnx.checker.check_model(path, full_check=True)
     return onnx.load(path)
@@ -131,6 +131,10 @@ def test_mistakes_are_one_sentence(checkpoint_folder, tmp_path, capsys, monkeypa
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert "install the extra 'onnx'" in says()
     monkeypatch.delitem(sys.modules, "onnx")
+    monkeypatch.setattr(export, "has_runtime", lambda: False)
+    assert main(["export", str(checkpoint_folder[0]), str(tmp_path / "unseen.onnx")]) == 0
+    assert "not run, as onnxruntime is not installed" in capsys.readouterr().out
+    (tmp_path / "unseen.onnx").unlink()
     monkeypatch.delitem(lowering.RULES, "max")
     assert "has the operation 'max', which the export to ONNX does not know" in says()
     assert not list(tmp_path.iterdir())
