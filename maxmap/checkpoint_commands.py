@@ -10,7 +10,6 @@ from maxmap.arguments import Number, local_path
 from maxmap.classes import read_names, read_numbers
 from maxmap.convert.dialects import DIALECTS
 from maxmap.convert.load import convert, export, read_foreign
-from maxmap.convert.push import push
 from maxmap.convert.resize import RESIZES
 from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.cost import count_parameters
@@ -20,6 +19,7 @@ from maxmap.onnx.export import ENDING as ONNX
 from maxmap.onnx.export import export_onnx
 from maxmap.programs import ENDING as STABLEHLO
 from maxmap.programs import PLATFORMS, export_program
+from maxmap.push import push
 
 
 def add_average(command: argparse.ArgumentParser) -> None:

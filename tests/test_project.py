@@ -43,7 +43,7 @@ FLOORS = (
     {"maxmap.config"},
     {"maxmap.accelerators", "maxmap.convert"},
     {"maxmap.comparison", "maxmap.cost"},
-    {"maxmap.check", "maxmap.evaluate", "maxmap.labels", "maxmap.programs"},
+    {"maxmap.check", "maxmap.evaluate", "maxmap.labels", "maxmap.programs", "maxmap.push"},
     {"maxmap.onnx"},
     {"maxmap.inference"},
     {"maxmap.bulk", "maxmap.explanation", "maxmap.validate"},

@@ -316,7 +316,7 @@ def _check_name(name: str) -> None:
 
 
 def _own_fields(found: ForeignCheckpoint, source: str | Path) -> Mapping[str, Any] | None:
-    """Returns what the config.json of a repository says that `maxmap.convert.push` wrote; None for others."""
+    """Returns what the config.json of a repository says that `maxmap.push` wrote; None for others."""
     own = found.config.get("maxmap")
     if own is None:
         return None

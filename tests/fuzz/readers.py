@@ -14,7 +14,7 @@ ROWS: tuple[Row, ...] = (
 )
 
 OWN_FILES = {
-    "maxmap.convert.push": "the eval.json of a run of its own",
+    "maxmap.push": "the eval.json of a run of its own",
     "maxmap.model_commands": "a table of the package",
     "maxmap.accelerators.bundles": "what a compiler on this machine writes",
     "maxmap.bulk": "its own unfinished table; images and archives are read by the readers of rows",
