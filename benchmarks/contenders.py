@@ -128,6 +128,54 @@ def _random(shape: tuple[int, ...], dtype: Any = "float32") -> Any:
     return leaf.astype(dtype)
 
 
+def exported(model: str, task: str, batch: int, dtype: str, runtime: str) -> Work:
+    """Our forward pass as an ONNX graph, run by onnxruntime or OpenVINO on the CPU, by their own choice of threads."""
+    import tempfile
+
+    import jax
+    import numpy as np
+    import onnx
+
+    from maxmap.models import average, create_model
+    from maxmap.onnx.export import to_proto
+    from maxmap.onnx.lower import lower
+
+    if (task, dtype) != ("forward", "float32"):
+        raise ValueError("an ONNX graph has the forward pass in float32 alone")
+    built = create_model(model)
+    size = built.backbone.image_size
+    image = jax.ShapeDtypeStruct((*((size, size) if isinstance(size, int) else size), 3), np.float32)
+    shapes = jax.eval_shape(built.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image.shape), np.float32))
+    variables = jax.tree.map(lambda leaf: _random(leaf.shape), shapes)
+    graph, count = lower(lambda variables, images: average(built.apply(variables, images)), variables, image)
+    images = np.random.default_rng(0).standard_normal((batch, *image.shape), np.float32)
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(to_proto(onnx, graph, image, count, {}).SerializeToString())
+        file.flush()
+        if runtime == "onnxruntime":
+            import onnxruntime
+
+            session = onnxruntime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
+
+            def once() -> Any:
+                return session.run(None, {"images": images})
+        else:
+            import openvino
+
+            compiled = openvino.Core().compile_model(file.name, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+
+            def once() -> Any:
+                return compiled([images])
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            once()
+
+    run(1)
+    facts = {"version": f"{runtime} {importlib.metadata.version(runtime)}", "device": f"{len(_cores())} threads"}
+    return run, host_peak, facts
+
+
 def timm(model: str, task: str, batch: int, dtype: str, compile: str | None) -> Work:
     """timm's model, channels last: in half precision for the forward pass, with autocast in training."""
     import torch
@@ -295,6 +343,8 @@ def main() -> None:
         work = maxmap(**job, way=contender.removeprefix("maxmap").strip())
     elif contender == "flaim":
         work = flaim(**job)
+    elif contender in ("onnxruntime", "openvino"):
+        work = exported(**job, runtime=contender)
     else:
         mode = {"timm": None, "timm compiled": "default", "timm max-autotune": "max-autotune-no-cudagraphs"}[contender]
         work = timm(**job, compile=mode)

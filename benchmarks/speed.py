@@ -20,7 +20,8 @@ of a second process is beside it, which finds the programs of the first one, as 
 flaim (`pip install --no-deps flaim`) has some of the models; it was written for an older JAX and is given the one name
 that it misses. By default it is left out on a CPU, and so is timm with torch.compile: for the forward pass of MaxViT-T
 alone that compiles more than a hundred C++ files, some minutes on two cores; max-autotune tries out variants of them
-besides. All can be asked for.
+besides. "onnxruntime" and "openvino" (`pip install openvino`) run what `maxmap export FILE.onnx` writes: forward passes
+in float32 on a CPU. All can be asked for.
 """
 
 import argparse
@@ -45,11 +46,14 @@ MODELS = (
     *("maxvit_tiny_tf_224", "map_maxvit_tiny_tf_224", "maxvit_base_tf_224", "coatnet_1_rw_224", "caformer_s18"),
     *("convnext_tiny", "map_convnext_tiny", "map_resnet50", "ga_convnext_tiny_688"),
 )
-CONTENDERS = ("maxmap", "maxmap plain", "maxmap pallas", "timm", "timm compiled", "timm max-autotune", "flaim")
+CONTENDERS = (
+    *("maxmap", "maxmap plain", "maxmap pallas", "timm", "timm compiled", "timm max-autotune", "flaim"),
+    *("onnxruntime", "openvino"),
+)
 # What is compared where nothing else is asked for: contenders and batches.
 DEFAULTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cpu": (("maxmap", "timm"), ("1", "8")),
-    "gpu": (CONTENDERS, ("1", "256")),
+    "gpu": (CONTENDERS[:-2], ("1", "256")),
 }
 LARGEST_BATCH = 4096  # at which the search for the best one ends
 GAIN = 1.03  # in images per second, below which it ends too
@@ -225,7 +229,7 @@ def relate(rows: list[dict[str, Any]], limits: dict[str, float], gflops: Mapping
         if "rounds" in of.get("timm", {}):
             ratios = [ours / theirs for ours, theirs in zip(row["rounds"], of["timm"]["rounds"], strict=True)]
             row |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-        if plain and not name.startswith("maxmap"):
+        if plain and name.startswith(("timm", "flaim")):
             row["note"] = f"{plain}, without this head"
             continue
         if model in gflops:  # the backward pass has two products for each of the forward pass

@@ -66,8 +66,9 @@ COMMANDS = {
         "turn a checkpoint of PyTorch, TensorFlow, TFLite or ONNX into one of ours",
     ),
     "export": Command(
-        "maxmap.checkpoint_commands:add_export", "write a checkpoint for PyTorch, or as a program (StableHLO)"
+        "maxmap.checkpoint_commands:add_export", "write a checkpoint for PyTorch, or as a program (ONNX, StableHLO)"
     ),
+    "push": Command("maxmap.checkpoint_commands:add_push", "write a checkpoint to the Hugging Face hub"),
     "verify": Command(
         "maxmap.checkpoint_commands:add_verify", "compare a converted checkpoint with its source, both running"
     ),

@@ -1,4 +1,4 @@
-"""The commands that turn one checkpoint into another or compare two: average, convert, export and verify."""
+"""The commands that turn one checkpoint into another or compare two: average, convert, export, push and verify."""
 
 import argparse
 import time
@@ -15,7 +15,11 @@ from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.cost import count_parameters
 from maxmap.data.preprocessing import in_words
 from maxmap.errors import UserError, printable
-from maxmap.programs import ENDING, PLATFORMS, export_program
+from maxmap.onnx.export import ENDING as ONNX
+from maxmap.onnx.export import export_onnx
+from maxmap.programs import ENDING as STABLEHLO
+from maxmap.programs import PLATFORMS, export_program
+from maxmap.push import push
 
 
 def add_average(command: argparse.ArgumentParser) -> None:
@@ -79,16 +83,30 @@ def add_export(command: argparse.ArgumentParser) -> None:
     """Fills the parser of `export`."""
     command.add_argument("source", type=storage.expand, help="folder of a run or of a converted checkpoint")
     command.add_argument(
-        "file", type=local_path, help=f".safetensors or .pth to write; {ENDING} for a program that runs without maxmap"
+        "file",
+        type=local_path,
+        help=f".safetensors or .pth to write; {STABLEHLO} or {ONNX} for a program that runs without maxmap",
     )
     command.add_argument("--dialect", choices=DIALECTS, help="whose names (default: timm's or the author's)")
     command.add_argument(
-        "--platforms", nargs="+", choices=PLATFORMS, help=f"where a program is to run (default: {', '.join(PLATFORMS)})"
+        "--platforms",
+        nargs="+",
+        choices=PLATFORMS,
+        help=f"where a {STABLEHLO} program is to run (default: {', '.join(PLATFORMS)})",
     )
     command.add_argument("--pixels", action="store_true", help="the program takes pixels from 0 to 255")
     _add_ema(command)
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.set_defaults(run=export_command)
+
+
+def add_push(command: argparse.ArgumentParser) -> None:
+    """Fills the parser of `push`."""
+    command.add_argument("source", type=storage.expand, help="folder of a run or of a converted checkpoint")
+    command.add_argument("repository", metavar="OWNER/NAME", help="on the Hugging Face hub; it is made if it is new")
+    command.add_argument("--private", action="store_true", help="show a new repository to its owner alone")
+    _add_ema(command)
+    command.set_defaults(run=push_command)
 
 
 def add_verify(command: argparse.ArgumentParser) -> None:
@@ -155,14 +173,25 @@ def export_command(
     source: str, file: Path, dialect: str | None, platforms: list[str] | None, pixels: bool, **options: Any
 ) -> None:
     """Writes a checkpoint of ours for others."""
-    if file.suffix == ENDING:
-        if dialect is not None:
-            raise UserError("a program has no names of parameters: leave out --dialect.")
+    program = file.suffix in (STABLEHLO, ONNX)
+    if program and dialect is not None:
+        raise UserError("a program has no names of parameters: leave out --dialect.")
+    if platforms and file.suffix != STABLEHLO:
+        raise UserError(f"--platforms belongs to a program of JAX: give a name in {STABLEHLO}, or leave it out.")
+    if pixels and not program:
+        raise UserError(f"--pixels belongs to a program: give a name in {STABLEHLO} or {ONNX}, or leave it out.")
+    if file.suffix == STABLEHLO:
         print(printable(export_program(source, file, platforms=platforms or PLATFORMS, pixels=pixels, **options)))
         return
-    if platforms or pixels:
-        raise UserError(f"--platforms and --pixels belong to a program: give a name in {ENDING}, or leave them out.")
+    if file.suffix == ONNX:
+        print(printable(export_onnx(source, file, pixels=pixels, **options)))
+        return
     print(printable(export(source, file, dialect=dialect, **options)))
+
+
+def push_command(source: str, repository: str, **options: Any) -> None:
+    """Writes a checkpoint to the Hugging Face hub."""
+    print(printable(push(source, repository, **options)))
 
 
 def verify_command(path: str, against: str, **options: Any) -> int:

@@ -91,21 +91,28 @@ def make_eval_step(
             if crop is None:
                 branches = branches_of(images)
             else:
-                branches = jnp.mean(jax.lax.map(branches_at, _corners(images.shape[1] - crop)), axis=0)
-        logits = average({"logits": branches})
-        if among is not None:
-            candidate = jnp.zeros(logits.shape[-1], bool).at[jnp.array(among)].set(True)
-            logits = jnp.where(candidate[None], logits, -jnp.inf)
-            branches = jnp.where(candidate[None, None], branches, -jnp.inf)
-        return task.measure(logits, branches, batch["label"], batch["mask"])
+                branches = jnp.mean(jax.lax.map(branches_at, jnp.array(corners(images.shape[1] - crop))), axis=0)
+        return score(branches, batch, among, task)
 
     # None keeps the variables' own sharding: training splits them, other callers have them on every device.
     return jax.jit(step, in_shardings=(None, split_batch(mesh)), out_shardings=replicated(mesh))
 
 
-def _corners(last: int) -> Array:
-    """Returns where five crops of a square start, which end at most `last` pixels further: int `[5, 2]`."""
-    return jnp.array([[0, 0], [0, last], [last, 0], [last, last], [last // 2, last // 2]])
+def corners(last: int) -> list[tuple[int, int]]:
+    """Returns where five crops of a square start, which end at most `last` pixels further."""
+    return [(0, 0), (0, last), (last, 0), (last, last), (last // 2, last // 2)]
+
+
+def score(
+    branches: Array, batch: Mapping[str, Array], among: Sequence[int] | None = None, task: Task = SINGLE_LABEL
+) -> dict[str, Any]:
+    """Returns what an evaluation step does, see `make_eval_step`, given the branches' logits `[G, B, K]`."""
+    logits = average({"logits": branches})
+    if among is not None:
+        candidate = jnp.zeros(logits.shape[-1], bool).at[jnp.array(among)].set(True)
+        logits = jnp.where(candidate[None], logits, -jnp.inf)
+        branches = jnp.where(candidate[None, None], branches, -jnp.inf)
+    return task.measure(logits, branches, batch["label"], batch["mask"])
 
 
 def evaluate(
@@ -191,7 +198,7 @@ def _delayed(items: Iterator[Any], count: int) -> Iterator[Any]:
     yield from waiting
 
 
-def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> dict[str, Any]:
+def report(result: Mapping[str, Any], parameters: int, info: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of `eval.json`: a result with the model, weights and preprocessing that it belongs to."""
     errors = {f"{key}_err": round(100 - result[key], 6) for key in ("top1", "top5") if key in result}
     return {
@@ -201,7 +208,7 @@ def report(result: Mapping[str, Any], params: Any, info: Mapping[str, Any]) -> d
         "task": tasks.of_checkpoint(info).name,
         **result,
         **errors,
-        "param_count": count_parameters(params),
+        "param_count": parameters,
         **info["preprocessing"],
     }
 
@@ -260,7 +267,7 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
     result = figures(variables, info["weights"])
     if present < len(data.classes):
         result["classes"] = f"{present} of {len(data.classes)}"
-    result = report(result, variables["params"], {**info, "preprocessing": data.preprocessing})
+    result = report(result, count_parameters(variables["params"]), {**info, "preprocessing": data.preprocessing})
     if info["weights"] == "ema" and (raw := checkpoint.read_variables(path, ema=False))[1]["weights"] == "raw":
         raw_figures = figures(raw[0], "raw")
         result["raw"] = {key: value for key, value in raw_figures.items() if key not in ("images", "skipped")}

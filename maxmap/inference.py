@@ -17,6 +17,7 @@ from maxmap.data.augment import normalize
 from maxmap.data.preprocessing import changed, cropped
 from maxmap.evaluate import check_image_size
 from maxmap.models import Classifier, average, create_model
+from maxmap.onnx.session import Network, is_graph
 from maxmap.operations import Array
 from maxmap.ranges import Count, Pixels, check_arguments
 from maxmap.tasks.task import Named, Task
@@ -81,7 +82,7 @@ def predict(
     """Classifies image files with a checkpoint and the preprocessing that it carries.
 
     Args:
-      path: of the checkpoint, as for `load`.
+      path: of the checkpoint, as for `load`; or an .onnx file of `maxmap export`, which onnxruntime runs.
       images: paths of image files.
       top: classes per image.
       batch_size: images at a time.
@@ -96,30 +97,46 @@ def predict(
       UserError: there is no checkpoint, a file is no image, or the model does not take images of that size.
     """
     check_arguments(predict, "", locals())
-    loaded = load(path, pad=pad)
-    return answers(*loaded, images, top=top, batch_size=batch_size, image_size=image_size)
+    return answers(path, images, top=top, batch_size=batch_size, image_size=image_size, pad=pad)[1]
 
 
 def answers(
-    model: Classifier,
-    variables: Any,
-    info: Mapping[str, Any],
+    path: str | Path,
     images: Sequence[str | Path],
     *,
     top: Count = 5,
     batch_size: Count = 32,
     image_size: Pixels | None = None,
-) -> list[Named]:
-    """Does what `predict` does, with a checkpoint that `load` has loaded."""
+    pad: bool = False,
+) -> tuple[Task, list[Named]]:
+    """Does what `predict` does, and returns the checkpoint's task with the predictions."""
     check_arguments(answers, "", locals())
+    network = Network(path) if is_graph(path) else None
+    if network:
+        info = network.info
+    else:
+        model, variables, info = load(path, pad=pad)
     task, names = tasks.of_checkpoint(info), info["classes"]
-    if image_size is not None:
-        info = {**info, "preprocessing": changed(info["preprocessing"], image_size=image_size)}
+    info = {**info, "preprocessing": changed(info["preprocessing"], image_size=image_size)}
+    if network:
+        network.check(info["preprocessing"], pad=pad)
+    elif image_size is not None:
         check_image_size(model, variables, image_size)
 
-    compute = jax.jit(functools.partial(decoded, model, task))
+    if network:
+
+        def outputs(files: Sequence[str | Path]) -> Array:
+            pixels = np.stack([cropped(image, info["preprocessing"]) for image in files])
+            return task.decode(jnp.asarray(network.logits(pixels, info["preprocessing"])))
+
+    else:
+        compute = jax.jit(functools.partial(decoded, model, task))
+
+        def outputs(files: Sequence[str | Path]) -> Array:
+            return compute(variables, preprocess(files, info))
+
     results = []
     for start in range(0, len(images), batch_size):
-        batch = preprocess(images[start : start + batch_size], info)
-        results += [task.named(row, names, top) for row in np.asarray(compute(variables, batch))]
-    return results
+        rows = np.asarray(outputs(images[start : start + batch_size]))
+        results += [task.named(row, names, top) for row in rows]
+    return task, results

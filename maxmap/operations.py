@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,7 @@ IMPLEMENTATIONS = {
         "bottleneck": "plain",
     },
 }
+IMPLEMENTATIONS["onnx"] = IMPLEMENTATIONS["plain"]  # a program to write as a graph; see `one_call`
 IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {
     "depthwise": "pallas",
     "expand": "pallas",
@@ -157,8 +159,19 @@ def kernels_of(traced: jax.stages.Traced) -> str:
     return ", ".join(f"{count} x {name}" for name, count in sorted(counts.items())) or "none"
 
 
+def one_call(name: str, function: Callable[..., Array], *operands: Array | None, **attributes: Any) -> Array:
+    """Calls a function. In a program for ONNX, which has operators for some functions, the call keeps its name."""
+    if platform() == "onnx":
+        function = lax.composite(function, name=name)
+    return function(*operands, **attributes)
+
+
 def softmax(logits: Array) -> Array:
     """Softmax over the last axis, computed in float32 or wider, returned in the type of `logits`."""
+    return one_call("softmax", _softmax, logits)
+
+
+def _softmax(logits: Array) -> Array:
     return nn.softmax(upcast(logits), axis=-1).astype(logits.dtype)
 
 
@@ -215,6 +228,10 @@ def attend(logits: Array, values: Array, dropout: Callable[[Array], Array] | Non
     Returns:
       `[..., queries, D]`, in the type of `values`; the softmax is computed in float32 or wider.
     """
+    return one_call("attend", _attend, logits, values) if dropout is None else _attend(logits, values, dropout)
+
+
+def _attend(logits: Array, values: Array, dropout: Callable[[Array], Array] | None = None) -> Array:
     logits = upcast(logits)
     weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -260,6 +277,10 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
 
     The variance is computed in two passes, because the one-pass form cancels in float32.
     """
+    return one_call("layer_norm", _layer_norm, x, scale, bias, epsilon=epsilon)
+
+
+def _layer_norm(x: Array, scale: Array, bias: Array, *, epsilon: float) -> Array:
     rows, scale, bias = upcast(x).reshape(-1, x.shape[-1]), upcast(scale), upcast(bias)
     if implementation("sum") == "matmul":
         return cpu.layer_norm(rows, scale, bias, epsilon).reshape(x.shape).astype(x.dtype)
@@ -319,7 +340,7 @@ def activate(x: Array, function: Callable[[Array], Array], derivative: Callable[
     """
     if implementation("activation") == "recompute":
         return _recomputed(x, function, derivative)
-    return function(upcast(x)).astype(x.dtype)
+    return one_call(function.__name__.lstrip("_"), function, upcast(x)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -364,6 +385,10 @@ def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
 
 def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
     """Linear map of the last axis. All other axes become one, because XLA's CPU backend takes longer with several."""
+    return one_call("linear", _linear, x, kernel, bias)
+
+
+def _linear(x: Array, kernel: Array, bias: Array | None) -> Array:
     y = x.reshape(-1, x.shape[-1]) @ kernel
     if bias is not None:
         y = y + broadcast(bias, y.shape)

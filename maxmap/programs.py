@@ -1,7 +1,8 @@
 """A checkpoint as a program that runs without maxmap: StableHLO, as `jax.export` writes it."""
 
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from maxmap.operations import Array, kernels
 
 ENDING = ".stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
-_LARGEST = 2**31 - 2**27  # bytes of weights: the format counts bytes in 31 bits, and the program needs some, too
+_LARGEST = 2**31 - 2**27  # bytes of weights: the formats count bytes in 31 bits, and the program needs some, too
 
 
 def export_program(
@@ -58,29 +59,18 @@ def export_program(
     if unknown or not platforms:
         raise UserError(f"there is no platform '{', '.join(unknown)}', only {', '.join(PLATFORMS)}.")
     variables, info = read_weights(source, ema)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-    if size > _LARGEST:
-        raise UserError(
-            f"the weights of {source} take {size / 1e9:.1f} GB, and a program holds at most {_LARGEST / 1e9:.1f}: "
-            "export a smaller network, or .safetensors."
-        )
-    side, run = info["preprocessing"]["image_size"], _forward(info, variables, pixels)
-    shape = (*jax.export.symbolic_shape("b"), side, side, 3)
-    inputs = jax.ShapeDtypeStruct(shape, jnp.uint8 if pixels else jnp.float32)
+    check_bytes(variables, source)
+    image, run = one_image(info, pixels), functools.partial(forward(info, pixels), variables)
+    inputs = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), *image.shape), image.dtype)
     target = {"cuda": "gpu"}.get(platforms[0], platforms[0]) if len(platforms) == 1 else "plain"
     with compiled_for(target), kernels("plain"):
         program = jax.export.export(jax.jit(run), platforms=list(platforms))(inputs)
     with storage.atomic_target(file, overwrite=overwrite) as unfinished:
         Path(unfinished).write_bytes(program.serialize())
     described = {
-        "model": info["model"],
-        "input": f"{inputs.dtype} [B, {side}, {side}, 3], " + ("pixels from 0 to 255" if pixels else "normalised"),
-        "output": f"float32 [B, {program.out_avals[0].shape[-1]}], logits",
+        **describe(info, image, program.out_avals[0].shape[-1]),
         "platforms": list(platforms),
         "jax": jax.__version__,
-        "classes": info["classes"],
-        "task": tasks.describe(tasks.of_checkpoint(info)),
-        "preprocessing": info["preprocessing"],
     }
     storage.write_named(about, json.dumps(described, indent=2) + "\n")
     return (
@@ -89,13 +79,43 @@ def export_program(
     )
 
 
-def _forward(info: dict[str, Any], variables: Any, pixels: bool) -> Callable[[Array], Array]:
-    """Returns the function that is exported; the weights are constants of it."""
+def check_bytes(variables: Any, source: str | Path) -> None:
+    """Raises UserError if a program that holds these weights would be too large for its format."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    if size > _LARGEST:
+        raise UserError(
+            f"the weights of {source} take {size / 1e9:.1f} GB, and a program holds at most {_LARGEST / 1e9:.1f}: "
+            "export a smaller network, or .safetensors."
+        )
+
+
+def one_image(info: Mapping[str, Any], pixels: bool) -> jax.ShapeDtypeStruct:
+    """Returns the shape and the type of an image that a program takes."""
+    side = info["preprocessing"]["image_size"]
+    return jax.ShapeDtypeStruct((side, side, 3), jnp.uint8 if pixels else jnp.float32)
+
+
+def forward(info: Mapping[str, Any], pixels: bool) -> Callable[[Any, Array], Array]:
+    """Returns the function that is exported, of variables and images to logits `[B, K]`."""
     model, preprocessing = create_model(**info["model"]), info["preprocessing"]
 
-    def run(images: Array) -> Array:
+    def run(variables: Any, images: Array) -> Array:
         if pixels:
             images = normalize(images, preprocessing["mean"], preprocessing["std"])
         return average(model.apply(variables, images))
 
     return run
+
+
+def describe(info: Mapping[str, Any], image: jax.ShapeDtypeStruct, count: int) -> dict[str, Any]:
+    """Returns what a program says of itself, given the logits of an image."""
+    pixels = image.dtype == jnp.uint8
+    return {
+        "model": info["model"],
+        "input": f"{image.dtype} {list(('B', *image.shape))}".replace("'", "")
+        + (", pixels from 0 to 255" if pixels else ", normalised"),
+        "output": f"float32 [B, {count}], logits",
+        "classes": info["classes"],
+        "task": tasks.describe(tasks.of_checkpoint(info)),
+        "preprocessing": info["preprocessing"],
+    }

@@ -1,15 +1,17 @@
 """Validation: what a checkpoint reaches on labelled images, with its own preprocessing unless told otherwise."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from maxmap import checkpoint, storage, tasks
@@ -21,9 +23,21 @@ from maxmap.data.pipeline import Data, open_data
 from maxmap.data.preprocessing import changed, departures, in_words
 from maxmap.data.tables import ENDING, split_names
 from maxmap.errors import UserError, printable
-from maxmap.evaluate import check_image_size, evaluate, make_eval_step, match_classes, report, summary, tell
+from maxmap.evaluate import (
+    EvalStep,
+    check_image_size,
+    corners,
+    evaluate,
+    make_eval_step,
+    match_classes,
+    report,
+    score,
+    summary,
+    tell,
+)
 from maxmap.inference import load
 from maxmap.labels import LABEL_SETS, read_real, real_labels
+from maxmap.onnx.session import Network, is_graph
 from maxmap.predictions import accuracies, to_csv
 from maxmap.progress import Progress
 from maxmap.ranges import Count, CountOrZero, check_arguments
@@ -59,7 +73,7 @@ def validate(
     the checkpoint without images stay candidates.
 
     Args:
-      path: of the checkpoint, as for `maxmap.load`.
+      path: of the checkpoint, as for `maxmap.load`; or an .onnx file of `maxmap export`, which onnxruntime runs.
       images: a folder with a folder of images per class, or one that has such a folder `val` or `validation`; a tar
         archive, or a folder of them; a CSV file, or a folder of them, with the columns that the checkpoint was trained
         with; with `tfds`, the folder of TFDS's data sets.
@@ -92,21 +106,35 @@ def validate(
         raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
     right = None if real is None else read_real(Path(storage.expand(real)))
     mesh = make_mesh()
-    model, variables, info = load(path, pad=pad)
+    network = Network(path) if is_graph(path) else None
+    if network:
+        variables: dict[str, Any] = {}
+        info, parameters = network.info, network.info["parameters"]
+    else:
+        model, variables, info = load(path, pad=pad)
+        parameters = count_parameters(variables["params"])
     if not info["classes"]:
         raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
     used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
-    check_image_size(model, variables, used["image_size"])
     task = tasks.of_checkpoint(info)
+    if network:
+        network.check(used, pad=pad)
+        if dtype != "float32" or jax.process_count() > 1:
+            raise UserError("an .onnx file computes in float32, in one process: leave out --dtype and other hosts.")
+    else:
+        check_image_size(model, variables, used["image_size"])
     data = dataclasses.replace(open_images(images, split, tfds, check, info), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
-        print(_describe(path, info, variables, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
+        print(_describe(path, info, parameters, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
     crop = None
     if crops:
         crop = used["image_size"]
         data = dataclasses.replace(data, preprocessing=_whole_square(used))
-    eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip, crop=crop, task=task)
+    if network:
+        eval_step = _graph_step(network, used, among, flip, crop, task)
+    else:
+        eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip, crop=crop, task=task)
     placed = jax.device_put(variables, replicated(mesh))
     rows: list[dict[str, Any]] = []
     progress = Progress(data.num_eval, shown=jax.process_index() == 0)
@@ -123,9 +151,33 @@ def validate(
     about = ({} if labels is None else {"labels": labels}) | {
         name: True for name, on in {"flip": flip, "crops": crops}.items() if on
     }
-    result = report({**about, **result}, variables["params"], {**info, "preprocessing": used})
+    result = report({**about, **result}, parameters, {**info, "preprocessing": used})
     _write(path, result, task, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
     return result
+
+
+def _graph_step(
+    network: Network,
+    preprocessing: Mapping[str, Any],
+    among: Sequence[int] | None,
+    flip: bool,
+    crop: int | None,
+    task: Task,
+) -> EvalStep:
+    """Builds the evaluation step of an .onnx file, which returns what that of `make_eval_step` does for one branch."""
+    count = jax.jit(functools.partial(score, among=None if among is None else tuple(among), task=task))
+
+    def step(_: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        pixels = np.asarray(batch["image"])
+        views = [pixels]
+        if crop is not None:
+            views = [pixels[:, y : y + crop, x : x + crop] for y, x in corners(pixels.shape[1] - crop)]
+        if flip:
+            views += [view[:, :, ::-1] for view in views]
+        logits = np.mean([network.logits(view, preprocessing) for view in views], axis=0)
+        return count(logits[None], {key: np.asarray(batch[key]) for key in ("label", "mask")})
+
+    return step
 
 
 def _whole_square(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,12 +276,10 @@ def _match_labels(
     return data.with_classes(names, whose), sorted(own.tolist()) if kind["among"] else None, len(own)
 
 
-def _describe(
-    path: str | Path, info: Mapping[str, Any], variables: Mapping[str, Any], images: str, used: Mapping[str, Any]
-) -> str:
+def _describe(path: str | Path, info: Mapping[str, Any], parameters: int, images: str, used: Mapping[str, Any]) -> str:
     """Returns what is evaluated, on what and after what preprocessing, as lines of text."""
     lines = [
-        f"{info['model']['name']}, {count_parameters(variables['params']):,} parameters, {len(info['classes']):,} "
+        f"{info['model']['name']}, {parameters:,} parameters, {len(info['classes']):,} "
         f"classes: {info['weights']} weights of {path}, step {info['step']}",
         images,
         f"preprocessing: {in_words(used)}",

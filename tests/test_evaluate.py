@@ -175,7 +175,7 @@ def test_report_says_what_the_figures_belong_to():
     }
     params = {"a": {"kernel": np.zeros((3, 4)), "bias": np.zeros(4)}, "scale": np.zeros(())}
     assert count_parameters(params) == 17
-    assert report({"top1": 73.43, "top5": 91.364}, params, info) == {
+    assert report({"top1": 73.43, "top5": 91.364}, 17, info) == {
         "model": "tiny",
         "step": 4,
         "weights": "ema",

@@ -84,6 +84,6 @@ def test_mistakes_are_one_sentence(made, capsys):
 
     assert "is there already: give another name, or --overwrite" in says(there)
     assert "leave out --dialect" in says(folder / "a.stablehlo", "--dialect=timm")
-    assert "belong to a program: give a name in .stablehlo" in says(folder / "a.safetensors", "--pixels")
+    assert "belongs to a program: give a name in .stablehlo or .onnx" in says(folder / "a.safetensors", "--pixels")
     assert "has no averaged weights" in says(folder / "a.stablehlo", "--ema")
     assert not (folder / "a.stablehlo").exists()

@@ -45,9 +45,10 @@ FLOORS = (
     {"maxmap.config"},
     {"maxmap.accelerators", "maxmap.convert"},
     {"maxmap.comparison", "maxmap.cost"},
-    {"maxmap.check", "maxmap.evaluate", "maxmap.labels"},
+    {"maxmap.check", "maxmap.evaluate", "maxmap.labels", "maxmap.programs", "maxmap.push"},
+    {"maxmap.onnx"},
     {"maxmap.inference"},
-    {"maxmap.bulk", "maxmap.explanation", "maxmap.programs", "maxmap.validate"},
+    {"maxmap.bulk", "maxmap.explanation", "maxmap.validate"},
     {"maxmap.train"},
     {"maxmap.benchmark", "maxmap.report", "maxmap.serve"},
     {"maxmap"},  # the public API: names of every room, used by none of them
@@ -98,6 +99,7 @@ STOREYS = (
         "maxmap.accelerators.bundles",
         "maxmap.accelerators.program",
     ),
+    ("maxmap.onnx.graph", "maxmap.onnx.lower", "maxmap.onnx.export"),
     ("maxmap.losses", "maxmap.train.step", "maxmap.train.loop"),
 )
 ALOOF = ("maxmap.backbones", "maxmap.heads")  # their files do not import each other

@@ -42,7 +42,7 @@ _UNLISTED: dict[str, dict[str, Any]] = {
     "mobilenet_v1_025_leaky": {"interpolation": "bilinear"},
 }
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_PREFIXES = ("timm/", "hf-hub:", "hf_hub:", "hf://")
+_PREFIXES = ("timm/", "hub:", "hf-hub:", "hf_hub:", "hf://")
 _ENDINGS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt", ".tar", ".npz", ".tflite", ".onnx")
 _PATIENCE = 10  # seconds until a server has to answer
 _LARGEST_IMAGE = 10_000  # pixels of a side
@@ -127,7 +127,7 @@ def download(name: str) -> Path:
     HF_TOKEN and HF_ENDPOINT. A hub that does not answer is asked once; then only the cache is searched.
 
     Args:
-      name: a key of `published`, with or without "timm/", or hf://<owner>/<repository> on the Hugging Face hub.
+      name: a key of `published`, with or without "timm/", or hub:<owner>/<repository> on the Hugging Face hub.
 
     Returns:
       The file, or the folder of a repository.
@@ -148,7 +148,7 @@ def download(name: str) -> Path:
             return _download_url(url)
         owner, repository, *file = (url or f"hf://{name}/").removeprefix("hf://").split("/", 2)
         repository, wanted = f"{owner}/{repository}", [part for part in file if part]
-        with _quiet():
+        with quiet():
             fault = _hub_fault(repository, (wanted or ["config.json"])[0])
             if wanted:
                 return Path(_download_from_hub(repository, wanted[0], cached_only=fault is not None))
@@ -161,22 +161,23 @@ def download(name: str) -> Path:
         raise UserError(f"the hub has no repository {name}, or does not show it to your token (HF_TOKEN).") from None
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{name} is not in the cache and the hub cannot be reached ({fault or _one_line(error)}): download it "
+            f"{name} is not in the cache and the hub cannot be reached ({fault or one_line(error)}): download it "
             "where there is a network, or give a file."
         ) from None
     except UserError:
         raise
     except Exception as error:  # the hub's library lets errors of its network libraries through
-        raise UserError(f"{name} cannot be downloaded ({_one_line(error)}): try again, or give a file.") from None
+        raise UserError(f"{name} cannot be downloaded ({one_line(error)}): try again, or give a file.") from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Returns what an exception of the hub's library says, on one line and cut."""
     text = shortened(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text}" if str(error) else type(error).__name__
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the hub's library from printing warnings of its own."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
@@ -201,7 +202,7 @@ def _hub_fault(repository: str, file: str) -> str | None:
     except OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set"
     except Exception as error:  # of the network library
-        return _one_line(error)
+        return one_line(error)
     return None
 
 
@@ -314,7 +315,8 @@ def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
     sizes = get("input_size", None, _are_sizes, f"a list of channels, height and width, up to {_LARGEST_IMAGE} pixels")
     share = get("crop_pct", 0.875, lambda v: _is_number(v) and 0.1 <= v <= 2, "a number from 0.1 to 2")
-    return {
+    exif = get("exif", None, lambda v: v is None or isinstance(v, bool), "true or false")
+    return ({} if exif is None else {"exif": exif}) | {
         "image_size": sizes[-1],
         "crop_pct": float(share),
         "crop_mode": get("crop_mode", "center", lambda v: v in list(CROP_MODES), f"one of {', '.join(CROP_MODES)}"),

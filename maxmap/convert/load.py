@@ -115,8 +115,11 @@ def read_foreign(
     name = name or row.get("model") or found.architecture or _architecture(found, source)
     said = hub.preprocessing_of(found.config) if _has_preprocessing(found) else row.get("preprocessing", {})
     given = changed({}, **(preprocessing or {}))
+    own = _own_fields(found, source)
     fields = _sized(name, image_size or said.get("image_size") or found.image_size)
-    model = create_model(**fields, num_classes=1)
+    if own and own["model"]["name"] == name:
+        fields = {**own["model"], **({"image_size": image_size} if image_size else {})}
+    model = create_model(**fields | {"num_classes": 1})
     shapes, of_classes = trace_shapes(model)
     tensors = leave_out(found.tensors, ignore)
     variances = identity_variances(tensors, model)
@@ -145,7 +148,7 @@ def read_foreign(
         "model": fields,
         "classes": names,
         "preprocessing": usual | ({"image_size": image_size} if image_size else {}) | given,
-        "weights": found.weights,
+        "weights": own["weights"] if own else found.weights,
         "source": {"path": str(source), "kind": found.kind, "dialect": match.naming.dialect},
     }
     assumed = {key: value for key, value in usual.items() if not said and key not in {"image_size", *given}}
@@ -310,6 +313,20 @@ def _check_name(name: str) -> None:
         named = [full for full in hub.published() if full.partition("/")[2].partition(".")[0] == name]
         there = f"write {' or '.join(named)}" if named else "give the folder of a run or of a converted checkpoint"
         raise UserError(f"{name} is neither a folder nor the name of a published checkpoint: {there}.")
+
+
+def _own_fields(found: ForeignCheckpoint, source: str | Path) -> Mapping[str, Any] | None:
+    """Returns what the config.json of a repository says that `maxmap.push` wrote; None for others."""
+    own = found.config.get("maxmap")
+    if own is None:
+        return None
+    known = isinstance(own, Mapping) and isinstance(own.get("model"), Mapping) and own.get("weights") in ("ema", "raw")
+    if not known or not isinstance(own["model"].get("name"), str) or not all(type(key) is str for key in own["model"]):
+        raise UserError(f"'maxmap' in the config.json of {source} does not describe a model: get the file again.")
+    depths = own["model"].get("depths", [])
+    if not isinstance(depths, list) or sum(n for n in depths if type(n) is int) > len(found.tensors):
+        raise UserError(f"the config.json of {source} names more blocks than the weights have: get the files again.")
+    return own
 
 
 def _has_preprocessing(found: ForeignCheckpoint) -> bool:

@@ -37,7 +37,8 @@ def compiled_for(platform: str) -> AbstractContextManager[None]:
     programs are traced for JAX's default backend.
 
     Args:
-      platform: "cpu", "gpu" or "tpu".
+      platform: "cpu", "gpu" or "tpu"; "plain" and "onnx" are forms of a program that no platform runs, see
+        `maxmap.operations.IMPLEMENTATIONS`.
 
     Returns:
       The context.

@@ -66,8 +66,12 @@ def _score_values(names: Sequence[str]) -> tuple[float, ...]:
 def of_checkpoint(info: Mapping[str, Any]) -> Task:
     """Returns the task of a checkpoint, by what it says of itself; one without a word of it tells classes."""
     described = dict(info.get("task", {"name": SingleLabel.name}))
-    task = TASKS[described.pop("name")]
-    return task(**{key: _frozen(value) for key, value in described.items()})
+    name = described.pop("name", None)
+    if name not in TASKS:
+        raise UserError(
+            f"the checkpoint is for the task {name!r}, which this version of maxmap does not have: update it."
+        )
+    return TASKS[name](**{key: _frozen(value) for key, value in described.items()})
 
 
 def describe(task: Task) -> dict[str, Any]:

@@ -203,7 +203,9 @@ class Loop:
         self._report.evaluation(step, step / parts.steps_per_epoch, result, parts.task)
         for name in result["skipped"]:
             self._report.tell(f"skipped, cannot be decoded: {name}")
-        result = evaluate.report(result, state.params, {**parts.info, "step": step, "weights": weights})
+        result = evaluate.report(
+            result, count_parameters(state.params), {**parts.info, "step": step, "weights": weights}
+        )
         evaluate.write(result, self._workdir)
         return result
 

@@ -14,10 +14,12 @@ ROWS: tuple[Row, ...] = (
 )
 
 OWN_FILES = {
+    "maxmap.push": "the eval.json of a run of its own",
     "maxmap.model_commands": "a table of the package",
     "maxmap.accelerators.bundles": "what a compiler on this machine writes",
     "maxmap.bulk": "its own unfinished table; images and archives are read by the readers of rows",
     "maxmap.checkpoint": "checkpoints that maxmap wrote, by orbax; SECURITY.md says what is not promised for them",
+    "maxmap.onnx.session": "files that maxmap exported, by onnxruntime; SECURITY.md says what is not promised for them",
     "maxmap.recipe_files": "recipes of the package",
     "maxmap.report.evidence": "what maxmap wrote into the folder of a checkpoint",
     "maxmap.runtime": "what the operating system says of memory",
