@@ -15,7 +15,16 @@ from maxmap.data.augment import normalize
 from maxmap.errors import UserError, reason
 
 ENDING = ".onnx"
-_FIELDS = ("model", "classes", "task", "preprocessing", "weights", "step", "parameters", "input")
+SAID = (
+    "model",
+    "classes",
+    "task",
+    "preprocessing",
+    "weights",
+    "step",
+    "parameters",
+    "input",
+)  # in the metadata of a file
 
 
 def has_runtime() -> bool:
@@ -35,8 +44,8 @@ class Network:
       file: that `maxmap export` wrote.
 
     Attributes:
-      info: 'model', 'classes', 'preprocessing', 'weights' and 'step' as `maxmap.load` returns them; 'parameters' (their
-        number) and 'input' (in words).
+      info: 'model', 'classes', 'task', 'preprocessing', 'weights' and 'step' as `maxmap.load` returns them; 'parameters'
+        (their number) and 'input' (in words).
 
     Raises:
       UserError: the file cannot be run, is not maxmap's, or onnxruntime is not installed.
@@ -56,14 +65,14 @@ class Network:
         except Exception as error:  # of its own kinds
             raise UserError(f"onnxruntime cannot run {file} ({reason(error)}): export it again.") from None
         said = self._session.get_modelmeta().custom_metadata_map
-        if missing := [field for field in _FIELDS if field not in said]:
+        if missing := [field for field in SAID if field not in said]:
             raise UserError(
                 f"{file} does not say its {', '.join(missing)}, as a file of `maxmap export` does: export it again, or "
                 "`maxmap convert` it."
             )
         try:
             self.info: dict[str, Any] = {
-                key: said[key] if key in ("weights", "input") else json.loads(said[key]) for key in _FIELDS
+                key: said[key] if key in ("weights", "input") else json.loads(said[key]) for key in SAID
             }
         except ValueError:
             raise UserError(f"what {file} says of itself is damaged: export it again.") from None

@@ -16,7 +16,7 @@ from maxmap.models import FAMILIES, HEADS, average, create_model
 from maxmap.onnx import export
 from maxmap.onnx import lower as lowering
 from maxmap.onnx.lower import lower
-from maxmap.onnx.session import Network
+from maxmap.onnx.session import SAID, Network
 from tests.test_commands import mistake
 from tests.test_grid import BACKBONES, small
 from tests.tiny import CLASSES, preprocessing, write_folder
@@ -32,7 +32,7 @@ def written(path, function, variables, size, count):
     """Writes the graph of a function and checks it by ONNX's own rules; returns the model."""
     image = jax.ShapeDtypeStruct((size, size, 3), jnp.float32)
     graph, _ = lower(function, variables, image)
-    about = dict.fromkeys(("model", "classes", "preprocessing", "weights", "step", "parameters", "input"), "0")
+    about = dict.fromkeys(SAID, "0")
     path.write_bytes(export.to_proto(onnx, graph, image, count, about).SerializeToString())
     onnx.checker.check_model(path, full_check=True)
     return onnx.load(path)
