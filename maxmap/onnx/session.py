@@ -44,8 +44,8 @@ class Network:
       file: that `maxmap export` wrote.
 
     Attributes:
-      info: 'model', 'classes', 'task', 'preprocessing', 'weights' and 'step' as `maxmap.load` returns them; 'parameters'
-        (their number) and 'input' (in words).
+      info: 'model', 'classes', 'task', 'preprocessing', 'weights' and 'step' as `maxmap.load` returns them; the number
+        of 'parameters', and the 'input' in words.
 
     Raises:
       UserError: the file cannot be run, is not maxmap's, or onnxruntime is not installed.
