@@ -14,7 +14,7 @@ from maxmap.data.decode import CROP_MODES, FILTERS
 from maxmap.data.preprocessing import changed
 from maxmap.errors import UserError, printable
 from maxmap.explanation import explain_files
-from maxmap.inference import answers, load, predict
+from maxmap.inference import answers, load_classifier, predict
 from maxmap.labels import LABEL_SETS
 from maxmap.validate import validate
 from maxmap.wordnet import readable
@@ -157,7 +157,7 @@ def predict_command(
             raise UserError("--to is a table of its own: leave out --json and --csv.")
         print(_told(to, predict_many(workdir, images, to, overwrite=overwrite, **options)))
         return
-    loaded = load(workdir, pad=options.pop("pad"))
+    loaded = load_classifier(workdir, pad=options.pop("pad"))
     task = tasks.of_checkpoint(loaded[2])
     results = answers(*loaded, images, **options)
     for path, named in zip(images, results, strict=True):

@@ -22,7 +22,7 @@ from maxmap.data.preprocessing import changed, departures, in_words
 from maxmap.data.tables import ENDING, split_names
 from maxmap.errors import UserError, printable
 from maxmap.evaluate import check_image_size, evaluate, make_eval_step, match_classes, report, summary, tell
-from maxmap.inference import load
+from maxmap.inference import load_classifier
 from maxmap.labels import LABEL_SETS, read_real, real_labels
 from maxmap.predictions import accuracies, to_csv
 from maxmap.progress import Progress
@@ -31,6 +31,7 @@ from maxmap.sharding import make_mesh, replicated
 from maxmap.tasks.task import Task
 
 SPLITS = ("val", "validation")  # folders, archives or CSV files that hold the evaluation split
+COUNTED = ("labels", "flip", "crops")  # options that a result names, because they count in another way than a run does
 _CSV_KEYS = ("task", "image_column", "label_columns", "split_column", "separator")  # of the section data
 
 
@@ -92,16 +93,15 @@ def validate(
         raise UserError("--labels=real needs --file=real.json, and no other label set has a file.")
     right = None if real is None else read_real(Path(storage.expand(real)))
     mesh = make_mesh()
-    model, variables, info = load(path, pad=pad)
-    if not info["classes"]:
-        raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
+    model, variables, info = load_classifier(path, pad=pad)
     used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
     check_image_size(model, variables, used["image_size"])
     task = tasks.of_checkpoint(info)
     data = dataclasses.replace(open_images(images, split, tfds, check, info), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
-        print(_describe(path, info, variables, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
+        what = f"{data.num_eval:,} images of {present:,} {task.outputs} in {images}"
+        print(_describe(path, info, variables, task, what, used))
     crop = None
     if crops:
         crop = used["image_size"]
@@ -120,9 +120,7 @@ def validate(
         result |= accuracies(rows, {row["index"]: real_labels(right, row["name"]) for row in rows})
     if present < len(info["classes"]):
         result["classes"] = f"{present} of {len(info['classes'])}"
-    about = ({} if labels is None else {"labels": labels}) | {
-        name: True for name, on in {"flip": flip, "crops": crops}.items() if on
-    }
+    about = {name: given for name, given in zip(COUNTED, (labels, flip, crops), strict=True) if given}
     result = report({**about, **result}, variables["params"], {**info, "preprocessing": used})
     _write(path, result, task, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
     return result
@@ -225,12 +223,17 @@ def _match_labels(
 
 
 def _describe(
-    path: str | Path, info: Mapping[str, Any], variables: Mapping[str, Any], images: str, used: Mapping[str, Any]
+    path: str | Path,
+    info: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    task: Task,
+    images: str,
+    used: Mapping[str, Any],
 ) -> str:
     """Returns what is evaluated, on what and after what preprocessing, as lines of text."""
     lines = [
         f"{info['model']['name']}, {count_parameters(variables['params']):,} parameters, {len(info['classes']):,} "
-        f"classes: {info['weights']} weights of {path}, step {info['step']}",
+        f"{task.outputs}: {info['weights']} weights of {path}, step {info['step']}",
         images,
         f"preprocessing: {in_words(used)}",
     ]
