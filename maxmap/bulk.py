@@ -27,7 +27,7 @@ from maxmap.data.folders import is_image
 from maxmap.data.preprocessing import changed, cropped
 from maxmap.errors import UserError, printable, reason
 from maxmap.evaluate import check_image_size
-from maxmap.inference import decoded, load
+from maxmap.inference import decoded, load, load_classifier
 from maxmap.models import Classifier
 from maxmap.operations import Array
 from maxmap.progress import Progress
@@ -122,10 +122,8 @@ def predict_many(
       UserError: there is no checkpoint, there are no images, or the file cannot be written.
     """
     check_arguments(predict_many, "", locals())
-    model, variables, info = _load(checkpoint, image_size, pad)
+    model, variables, info = _resized(*load_classifier(checkpoint, pad=pad), image_size)
     classes = info["classes"]
-    if not classes:
-        raise UserError(f"the checkpoint {checkpoint} has no classifier, so it names no classes: take embed.")
     count = min(top, len(classes))
     task = tasks.of_checkpoint(info)
     names, columns = task.table(classes, count)
@@ -152,7 +150,7 @@ def embed_many(
     The arguments are those of `predict_many`.
     """
     check_arguments(embed_many, "", locals())
-    model, variables, info = _load(checkpoint, image_size, pad)
+    model, variables, info = _resized(*load(checkpoint, pad=pad), image_size)
     side = info["preprocessing"]["image_size"]
     shape = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     width = jax.eval_shape(lambda x: model.apply(variables, x, method="embed"), shape).shape[-1]
@@ -171,8 +169,10 @@ def embed_many(
     )
 
 
-def _load(path: str | Path, image_size: int | None, pad: bool) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
-    model, variables, info = load(path, pad=pad)
+def _resized(
+    model: Classifier, variables: dict[str, Any], info: dict[str, Any], image_size: int | None
+) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
+    """Returns a loaded checkpoint for images of another size, or of its own for None."""
     info = {**info, "preprocessing": changed(info["preprocessing"], image_size=image_size)}
     check_image_size(model, variables, info["preprocessing"]["image_size"])
     return model, variables, info

@@ -18,7 +18,7 @@ from maxmap.data.augment import normalize
 from maxmap.data.preprocessing import cropped
 from maxmap.errors import UserError, nearest, printable, reason
 from maxmap.features import intermediates
-from maxmap.inference import load
+from maxmap.inference import load_classifier
 from maxmap.models import Classifier, average, block_paths
 from maxmap.operations import Array, kernels
 from maxmap.pictures import draw_grid, overlay, save_picture
@@ -88,7 +88,7 @@ def _explain(model: Classifier, variables: Mapping[str, Any], images: Array, cla
         found["bias"] = jnp.sum(biases, axis=0) / branches
         attention = jnp.moveaxis(model.head.attention_of(sown["intermediates"]), 0, 1)
         found["attention"] = attention.reshape(*attention.shape[:3], *model.head.attended_size(features))
-    if features[-1].shape[1:3] == (1, 1) and len(features) > 1:
+    if getattr(model.backbone, "class_token", False):  # which is the last map, of one pixel
         found["saliency"] = _of_tokens(model, variables, images, classes, features[-2].shape[1:3])
     else:
         found["saliency"] = _of_map(model, of_head, features, classes)
@@ -152,10 +152,8 @@ def explain_files(
     Raises:
       UserError: there is no checkpoint, no such class, a file is no image, or `out` cannot be written.
     """
-    model, variables, info = load(path)
+    model, variables, info = load_classifier(path)
     names, pre = info["classes"], info["preprocessing"]
-    if not names:
-        raise UserError(f"the checkpoint {path} has no classifier, so there is no logit to explain: give one that has.")
     tasks.require_classes(info, "explain", path)
     if class_name is not None and class_name not in names:
         raise UserError(f"the checkpoint has no class '{class_name}'; the nearest are {nearest(class_name, names)}.")

@@ -15,8 +15,9 @@ from maxmap import tasks
 from maxmap.convert.load import read_model
 from maxmap.data.augment import normalize
 from maxmap.data.preprocessing import changed, cropped
+from maxmap.errors import UserError
 from maxmap.evaluate import check_image_size
-from maxmap.models import Classifier, average, create_model
+from maxmap.models import Classifier, average, create_model, require_image_head
 from maxmap.onnx.session import Network, is_graph
 from maxmap.operations import Array
 from maxmap.ranges import Count, Pixels, check_arguments
@@ -42,6 +43,19 @@ def load(path: str | Path, *, pad: bool = False) -> tuple[Classifier, dict[str, 
     """
     variables, info = read_model(path)
     return create_model(**info["model"] | ({"pad": True} if pad else {})), variables, info
+
+
+def load_classifier(path: str | Path, *, pad: bool = False) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
+    """Does what `load` does, for a checkpoint that is asked what images show.
+
+    Raises:
+      UserError: there is no checkpoint, it has no classifier, or one of pixels.
+    """
+    model, variables, info = load(path, pad=pad)
+    if not info["classes"]:
+        raise UserError(f"the checkpoint {path} has no classifier: give one that has, or take maxmap embed.")
+    require_image_head(model, f"the checkpoint {path}")
+    return model, variables, info
 
 
 def preprocess(images: AnyImage | Sequence[AnyImage], info: Mapping[str, Any]) -> np.ndarray:
@@ -115,7 +129,7 @@ def answers(
     if network:
         info = network.info
     else:
-        model, variables, info = load(path, pad=pad)
+        model, variables, info = load_classifier(path, pad=pad)
     task, names = tasks.of_checkpoint(info), info["classes"]
     info = {**info, "preprocessing": changed(info["preprocessing"], image_size=image_size)}
     if network:

@@ -59,6 +59,15 @@ HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "map": MAPHead, "gram
 PIXEL_HEADS: dict[str, type[nn.Module]] = {"upernet": UPerNetHead}  # classify every pixel: semantic segmentation
 
 
+def require_image_head(model: nn.Module, whose: str) -> None:
+    """Raises UserError if a model classifies pixels where images are to be classified; `whose` begins the sentence."""
+    if isinstance(getattr(model, "head", None), tuple(PIXEL_HEADS.values())):
+        raise UserError(
+            f"{whose} has a head that classifies pixels, not images: maxmap.segmentation takes it, in Python alone "
+            "(docs/segmentation.md)."
+        )
+
+
 class Classifier(nn.Module):
     """A backbone and a head.
 

@@ -35,7 +35,7 @@ from maxmap.evaluate import (
     summary,
     tell,
 )
-from maxmap.inference import load
+from maxmap.inference import load_classifier
 from maxmap.labels import LABEL_SETS, read_real, real_labels
 from maxmap.onnx.session import Network, is_graph
 from maxmap.predictions import accuracies, to_csv
@@ -45,6 +45,7 @@ from maxmap.sharding import make_mesh, replicated
 from maxmap.tasks.task import Task
 
 SPLITS = ("val", "validation")  # folders, archives or CSV files that hold the evaluation split
+COUNTED = ("labels", "flip", "crops")  # options that a result names, because they count in another way than a run does
 _CSV_KEYS = ("task", "image_column", "label_columns", "split_column", "separator")  # of the section data
 
 
@@ -111,10 +112,8 @@ def validate(
         variables: dict[str, Any] = {}
         info, parameters = network.info, network.info["parameters"]
     else:
-        model, variables, info = load(path, pad=pad)
+        model, variables, info = load_classifier(path, pad=pad)
         parameters = count_parameters(variables["params"])
-    if not info["classes"]:
-        raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
     used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
     task = tasks.of_checkpoint(info)
     if network:
@@ -126,7 +125,8 @@ def validate(
     data = dataclasses.replace(open_images(images, split, tfds, check, info), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
-        print(_describe(path, info, parameters, f"{data.num_eval:,} images of {present:,} classes in {images}", used))
+        what = f"{data.num_eval:,} images of {present:,} {task.outputs} in {images}"
+        print(_describe(path, info, parameters, task, what, used))
     crop = None
     if crops:
         crop = used["image_size"]
@@ -148,9 +148,7 @@ def validate(
         result |= accuracies(rows, {row["index"]: real_labels(right, row["name"]) for row in rows})
     if present < len(info["classes"]):
         result["classes"] = f"{present} of {len(info['classes'])}"
-    about = ({} if labels is None else {"labels": labels}) | {
-        name: True for name, on in {"flip": flip, "crops": crops}.items() if on
-    }
+    about = {name: given for name, given in zip(COUNTED, (labels, flip, crops), strict=True) if given}
     result = report({**about, **result}, parameters, {**info, "preprocessing": used})
     _write(path, result, task, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
     return result
@@ -276,11 +274,18 @@ def _match_labels(
     return data.with_classes(names, whose), sorted(own.tolist()) if kind["among"] else None, len(own)
 
 
-def _describe(path: str | Path, info: Mapping[str, Any], parameters: int, images: str, used: Mapping[str, Any]) -> str:
+def _describe(
+    path: str | Path,
+    info: Mapping[str, Any],
+    parameters: int,
+    task: Task,
+    images: str,
+    used: Mapping[str, Any],
+) -> str:
     """Returns what is evaluated, on what and after what preprocessing, as lines of text."""
     lines = [
         f"{info['model']['name']}, {parameters:,} parameters, {len(info['classes']):,} "
-        f"classes: {info['weights']} weights of {path}, step {info['step']}",
+        f"{task.outputs}: {info['weights']} weights of {path}, step {info['step']}",
         images,
         f"preprocessing: {in_words(used)}",
     ]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import maxmap
@@ -83,6 +84,24 @@ def test_grad_cam_of_a_mean_is_the_class_activation_map(x64, plain_convolutions)
     wanted = np.maximum(np.einsum("bhwc,bc->bhw", features, weights), 0)
     np.testing.assert_allclose(found.saliency, wanted, rtol=1e-9, atol=1e-12)
     assert found.shares is found.bias is found.attention is None
+
+
+class Shrinking(nn.Module):
+    """A backbone whose last map has one pixel, as a ResNet's of 32 pixels."""
+
+    image_size: int = 4
+
+    def __call__(self, x, *, train=False):
+        return [x, jnp.mean(x, axis=(1, 2), keepdims=True)]
+
+
+def test_a_last_map_of_one_pixel_is_no_class_token(x64):
+    model = maxmap.create_model(Shrinking(), head={"name": "linear", "norm": "none"}, num_classes=2)
+    images = np.random.default_rng(0).uniform(size=(2, 4, 4, 3))
+    variables = {"params": {"head": {"fc": {"kernel": np.array([[1.0, 0], [0.5, -1], [0, 0]]), "bias": np.zeros(2)}}}}
+    wanted = np.maximum(images.mean((1, 2)) @ variables["params"]["head"]["fc"]["kernel"], 0)[range(2), [0, 1]]
+    np.testing.assert_allclose(maxmap.explain(model, variables, images, [0, 1]).saliency[:, 0, 0], wanted, rtol=1e-9)
+    assert wanted[0] > 0 == wanted[1]
 
 
 @pytest.mark.parametrize(("family", "side"), [("vit", 4), ("pit", 3)])

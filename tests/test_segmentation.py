@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from maxmap import checkpoint
+from maxmap.__main__ import main
 from maxmap.errors import UserError
 from maxmap.models import create_model
 from maxmap.segmentation import IGNORED, confusion, figures, segment, segmentation_loss
 from tests.test_features import BLOCK
-from tests.tiny import ROOT
+from tests.tiny import ROOT, preprocessing, write_folder
 
 
 def test_loss_is_the_mean_over_the_pixels_that_count(x64):
@@ -98,6 +100,25 @@ def run_document(name: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(block["text"], names)
     return names
+
+
+def test_a_command_about_whole_images_refuses_a_network_of_pixels(tmp_path, capsys):
+    head, fields = {"name": "upernet", "channels": 4}, {"embed_dim": (4, 4, 4, 4), "depths": (1, 1, 1, 1)}
+    model = {"name": "resnet50", "head": head, "num_classes": 2, "image_size": 32, **fields}
+    like = jax.eval_shape(create_model(**model).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+    info = {"model": model, "classes": ["a", "b"], "preprocessing": preprocessing(), "weights": "raw", "step": 1}
+    checkpoint.write_variables(tmp_path / "pixels", zeros, info)
+    images, written = write_folder(tmp_path / "images", 0, 2, ("a", "b")), str(tmp_path / "pixels")
+    photo, to = str(images / "val" / "a" / "000.png"), f"--to={tmp_path / 'table.csv'}"
+    for command in (
+        *(["predict", written, photo], ["predict", written, photo, to], ["explain", written, photo]),
+        *(["validate", written, str(images)], ["report", written, str(images)], ["serve", written, "--port=0"]),
+        ["train", "--config=quickstart", f"--workdir={tmp_path / 'run'}", "--config.model.head.name=upernet"],
+    ):
+        assert main(command) == 2, command
+        assert "has a head that classifies pixels, not images" in capsys.readouterr().err, command
+    assert not (tmp_path / "table.csv").exists() and not list(tmp_path.glob("pixels/*.json"))
 
 
 def test_the_network_of_the_document_learns_what_it_draws(quick_compilation, plain_convolutions):

@@ -151,7 +151,10 @@ def test_from_a_csv_file_to_predictions(table, tmp_path, name, capsys):
     assert {key: json.loads((tmp_path / "a.json").read_text())[key] for key in numbers} == pytest.approx(
         numbers, rel=1e-5
     )
-    assert f"* {task.summary(result)}, 11 images" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"* {task.summary(result)}, 11 images" in told
+    outputs_of = {"multi_label": "3 labels", "distribution": "3 scores", "numbers": "2 numbers"}[name]
+    assert f"11 images of {outputs_of} in {table}" in told and f"{outputs_of}: raw weights of {workdir}" in told
 
     rows = list(csv.DictReader((workdir / "predictions.csv").read_text().splitlines()))
     names = load(workdir)[2]["classes"]
@@ -190,7 +193,7 @@ def test_from_a_csv_file_to_predictions(table, tmp_path, name, capsys):
         UserError, match=f"was trained for the task '{name}', and the images are labelled for 'single_l"
     ):
         evaluate.open_for(bind(settings_for(tmp_path / "folders")), load(workdir)[2], workdir)
-    with pytest.raises(UserError, match="explain is for one class per image"):
+    with pytest.raises(UserError, match=r"explain is for one class per image.*: give another one, or see what predict"):
         explain_files(workdir, images, tmp_path / "explained")
 
 

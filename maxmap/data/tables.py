@@ -180,7 +180,7 @@ class _Reader:
             raise UserError(f"{printable(self.path)} has its columns between {other!r}: save it with commas.")
         raise UserError(
             f"{printable(self.path)} has no column {quoted(column)} ({key}); the nearest are "
-            f"{nearest(column, self.header)}: name it in the file, or set --config.{key}."
+            f"{nearest(column, self.header)}: rename one in the file, or train with another --config.{key}."
         )
 
     def refuse(self, line: int, column: str, what: str, mend: str) -> NoReturn:

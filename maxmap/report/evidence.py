@@ -20,7 +20,7 @@ from maxmap.data.preprocessing import cropped
 from maxmap.data.sources import ImageSource
 from maxmap.errors import UserError, printable, sentence
 from maxmap.explanation import explain
-from maxmap.inference import load
+from maxmap.inference import load_classifier
 from maxmap.models import Classifier
 from maxmap.pictures import overlay
 from maxmap.predictions import Predictions, read_csv
@@ -28,7 +28,7 @@ from maxmap.ranges import CountOrZero, check_arguments
 from maxmap.report.figures import least_certain, most_wrong
 from maxmap.tasks import require_classes
 from maxmap.train.report import read_log
-from maxmap.validate import open_images, result_folder, validate
+from maxmap.validate import COUNTED, open_images, result_folder, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,7 @@ def gather(
         missing or do not fit. That data of a recipe is gone is no error: its sentence stands in `missing`.
     """
     check_arguments(gather, "", locals())
-    model, variables, info = load(path)
-    if not info["classes"]:
-        raise UserError(f"the checkpoint {path} has no classifier, so there is nothing to report: give one that has.")
+    model, variables, info = load_classifier(path)
     require_classes(info, "report", path)
     missing: dict[str, str] = {}
     log, settings = _log(path), _settings(info, missing)
@@ -212,7 +210,7 @@ def _is_current(result: Any, predictions: Predictions, info: Mapping[str, Any], 
     wanted = {"model": info["model"]["name"], "step": info["step"], "weights": info["weights"], **info["preprocessing"]}
     if not isinstance(result, dict) or any(result.get(key) != value for key, value in wanted.items()):
         return False
-    if result.keys() & {"labels", "flip"}:  # counted in another way
+    if not result.keys().isdisjoint(COUNTED):
         return False
     if not _same_figures(result, predictions):
         return False

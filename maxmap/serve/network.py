@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxmap.data.augment import normalize
-from maxmap.errors import UserError
 from maxmap.explanation import explain
-from maxmap.inference import decoded, load
+from maxmap.inference import decoded, load_classifier
 from maxmap.operations import Array
 from maxmap.pictures import overlay
 from maxmap.ranges import Count
@@ -34,9 +33,7 @@ class Network:
     """
 
     def __init__(self, path: str | Path, batch_sizes: tuple[Count, ...]):
-        self._model, variables, self.info = load(path)
-        if not self.info["classes"]:
-            raise UserError(f"the checkpoint {path} has no classifier, so it names no classes: give one that has.")
+        self._model, variables, self.info = load_classifier(path)
         require_classes(self.info, "serve", path)
         self._variables = jax.device_put(variables)
         self._sizes, self.largest = sorted(batch_sizes), max(batch_sizes)

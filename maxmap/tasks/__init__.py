@@ -122,7 +122,10 @@ def check_loss(task: Task, name: str) -> None:
 def require_classes(info: Mapping[str, Any], what: str, where: Any) -> None:
     """Raises UserError unless a checkpoint tells one class per image, which `what` needs."""
     if (task := of_checkpoint(info)) != SINGLE_LABEL:
-        raise UserError(f"{what} is for one class per image, and the checkpoint {where} is for the task {task.name!r}.")
+        raise UserError(
+            f"{what} is for one class per image, and the checkpoint {where} is for the task {task.name!r}: give "
+            "another one, or see what predict and validate say of it."
+        )
 
 
 def require_same(data: Data, info: Mapping[str, Any], where: Any) -> Task:

@@ -115,6 +115,7 @@ class MultiLabel(Rows):
     curves: ClassVar[tuple[dict[str, str], str]] = ({"map": "mAP", "f1": "F1, mean of the labels"}, "mAP and F1, %")
     fewest: ClassVar[int] = 1
     complete: ClassVar[bool] = False
+    outputs: ClassVar[str] = "labels"
     value: ClassVar[str] = "probability"
 
     thresholds: float | tuple[tuple[str, float], ...] = 0.5
@@ -219,6 +220,7 @@ class Distribution(Rows):
     curves: ClassVar[tuple[dict[str, str], str]] = ({"plcc": "PLCC", "srcc": "SRCC"}, "correlation")
     fewest: ClassVar[int] = 2
     complete: ClassVar[bool] = True
+    outputs: ClassVar[str] = "scores"
     value: ClassVar[str] = "share"
 
     scores: tuple[float, ...]
@@ -286,6 +288,7 @@ class Numbers(Rows):
     curves: ClassVar[tuple[dict[str, str], str]] = ({"r2": "R2"}, "R2")
     fewest: ClassVar[int] = 1
     complete: ClassVar[bool] = True
+    outputs: ClassVar[str] = "numbers"
     value: ClassVar[str] = "number"
 
     mean: tuple[float, ...]

@@ -26,6 +26,7 @@ class SingleLabel:
     curves: ClassVar[tuple[dict[str, str], str]] = ({"top1": "top-1", "top5": "top-5"}, "accuracy, %")
     fewest: ClassVar[int] = 2
     complete: ClassVar[bool] = False
+    outputs: ClassVar[str] = "classes"
     value: ClassVar[str] = "probability"
     keeps_outputs: ClassVar[bool] = False
 

@@ -25,6 +25,7 @@ class Task(Protocol):
       curves: the figures that `curves.png` draws, with their names, and the title above them.
       fewest: outputs that a network has at least.
       complete: whether data has to label all outputs of a checkpoint; classes without images are no mistake.
+      outputs: what the outputs are called, in the plural.
       value: what stands beside a name in a prediction: 'probability', 'share' or 'number'.
       keeps_outputs: whether `figures` needs the outputs for every image.
     """
@@ -36,6 +37,7 @@ class Task(Protocol):
     curves: ClassVar[tuple[dict[str, str], str]]
     fewest: ClassVar[int]
     complete: ClassVar[bool]
+    outputs: ClassVar[str]
     value: ClassVar[str]
     keeps_outputs: ClassVar[bool]
 

@@ -17,7 +17,7 @@ from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.evaluate import EvalStep, check_image_size, make_eval_step
-from maxmap.models import Classifier, block_paths
+from maxmap.models import Classifier, block_paths, require_image_head
 from maxmap.operations import Array
 from maxmap.optim import check_frozen
 from maxmap.recipe import Recipe
@@ -190,6 +190,7 @@ def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int) 
       UserError: Batch, mesh, model and images do not fit each other.
     """
     model = recipe.model(num_classes=images.num_classes)
+    require_image_head(model, "config.model")
     check_batch(recipe.batch_size // recipe.accumulate, mesh, "config.batch_size / config.accumulate =")
     schedule = recipe.schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
     optimizer = make_optimizer(recipe, model, schedule)

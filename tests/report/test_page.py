@@ -134,7 +134,8 @@ def test_an_evaluation_counts_while_it_is_of_this_checkpoint(reported, monkeypat
     result, table = json.loads(before["eval.json"]), before["predictions.csv"]
     spoiled = {
         "eval.json": [
-            json.dumps(result | change) for change in ({"step": 5}, {"crop_pct": 0.5}, {"flip": True}, {"loss": 9})
+            json.dumps(result | change)
+            for change in ({"step": 5}, {"crop_pct": 0.5}, {"flip": True}, {"crops": True}, {"loss": 9})
         ],
         "predictions.csv": [
             table.replace("/val/", "/other/"),
