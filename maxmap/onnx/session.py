@@ -90,7 +90,7 @@ class Network:
         return self.run(np.asarray(normalize(jnp.asarray(pixels), preprocessing["mean"], preprocessing["std"])))
 
     def check(self, preprocessing: Mapping[str, Any], *, pad: bool = False) -> None:
-        """Raises UserError unless the file names classes of images as asked: of its size and, with pixels, its colours."""
+        """Raises UserError unless the file classifies images as asked: of its size and, with pixels, its colours."""
         own, side = self.info["preprocessing"], self._input.shape[1]
         if not self.info["classes"]:
             raise UserError("this .onnx file has no classifier, so it names no classes: export a checkpoint that has.")
