@@ -16,7 +16,7 @@ from maxmap.errors import UserError
 from maxmap.layers.primitives import BatchNorm
 from maxmap.models import FAMILIES, HEADS, create_model
 from tests.reference import fill
-from tests.zoo import QUICK, run
+from tests.zoo import QUICK, run, traced_once
 
 # A small member of every family, of two stages where it can be; every map has several pixels, for attention to weigh.
 BACKBONES = {
@@ -303,7 +303,10 @@ def shaped(model, channels=3, method=None):
     """What a model returns and its parameters, as shapes, for one image of the size that it is made for."""
     size = model.backbone.image_size
     images = jnp.zeros((1, size, size, channels))
-    outputs, variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=method), images)
+    with nn.intercept_methods(traced_once):
+        outputs, variables = jax.eval_shape(
+            lambda x: model.init_with_output(jax.random.key(0), x, method=method), images
+        )
     outputs = jax.tree.map(lambda leaf: leaf.shape, outputs, is_leaf=lambda leaf: hasattr(leaf, "shape"))
     return outputs, {
         path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()

@@ -55,12 +55,44 @@ def pyramid(size: int, strides: Sequence[int], channels: Sequence[int]) -> list[
     return [(1, size // stride, size // stride, c) for stride, c in zip(strides, channels, strict=True)]
 
 
+# By a module without its name and the shapes of its arguments: shapes of its results and of its variables.
+_TRACED: dict[Any, tuple[Any, Any]] = {}
+
+
+def traced_once(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    """A Flax interceptor for shapes alone: modules that are equal, on arguments of equal shapes, are traced once."""
+
+    def shape(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
+
+    module = context.module
+    if context.method_name != "__call__":
+        return call(*args, **kwargs)
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    key = (module.clone(parent=None, name=None), structure, *map(shape, leaves))
+    try:
+        hash(key)
+    except TypeError:  # a field holds a module that is bound to where it was made
+        return call(*args, **kwargs)
+    if key not in _TRACED:
+        results = call(*args, **kwargs)
+        _TRACED[key] = jax.tree.map(shape, (results, dict(module.variables)))
+        return results
+    results, variables = _TRACED[key]
+    for collection, values in variables.items():
+        for name, value in values.items():
+            zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), value)
+            module.put_variable(collection, name, zeros)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), results)
+
+
 def traced(model: nn.Module) -> tuple[dict[tuple[str, ...], int], list[tuple[int, ...]]]:
     """Sizes of a model's variables, by path, and shapes of its features at its own image size; computes nothing."""
     images = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32)
-    (features, _), variables = jax.eval_shape(
-        lambda images: model.init_with_output(jax.random.key(0), images, method=run), images
-    )
+    with nn.intercept_methods(traced_once):
+        (features, _), variables = jax.eval_shape(
+            lambda images: model.init_with_output(jax.random.key(0), images, method=run), images
+        )
     sizes = {path: leaf.size for path, leaf in traverse_util.flatten_dict(variables).items()}
     return sizes, [feature.shape for feature in features]
 

@@ -16,8 +16,9 @@ from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.layers.primitives import drop_path_rates
 from maxmap.models import create_model
+from tests import zoo
 from tests.reference import fill, fill_state_dict
-from tests.zoo import QUICK, assert_drops_in_training_only, idle_parameters, named, traced
+from tests.zoo import assert_drops_in_training_only, idle_parameters, named, quick, traced
 
 # Parameters with 1000 classes, image size, channels of the patch embedding.
 ROWS = {
@@ -51,21 +52,13 @@ def test_every_variant_has_a_row():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_parameters_and_features(name):
-    """All blocks of a level are alike: one of each is traced, and counts for the rest."""
+def test_parameters_and_features(name, plain_convolutions):
     params, image_size, channels = ROWS[name]
-    model = create_model(name)
-    depths = model.backbone.depths
-    sizes, shapes = traced(model.clone(backbone=model.backbone.clone(depths=(1, 1, 1, 1))))
-    repeats = {("params", "backbone", f"levels_{i}", "blocks_0"): depth for i, depth in enumerate(depths)}
-    assert sum(size * repeats.get(path[:4], 1) for path, size in sizes.items() if path[0] == "params") == params
-    n = image_size // 4
-    maps = [(1, n >> i, n >> i, channels << i) for i in range(4)]
-    assert shapes == [*maps, maps[-1]]
-    assert model.backbone.num_features() == len(shapes)
+    maps = zoo.pyramid(image_size, (4, 8, 16, 32), [channels << i for i in range(4)])
+    zoo.assert_size(create_model(name), params, [*maps, maps[-1]])
 
 
-def test_goldens(goldens, x64):
+def test_goldens(goldens, x64, plain_convolutions):
     """The reference's `faster_vit_0_224`; with the second name of one tensor, and with the buffers left out."""
     manifest = json.loads((goldens / "faster_vit_0_224.json").read_text())
     state_dict = {key: value.astype(np.float64) for key, value in fill_state_dict(manifest["state_dict"]).items()}
@@ -82,7 +75,7 @@ def test_goldens(goldens, x64):
         return [feature.mean((1, 2)) for feature in features], model.head(features)["logits"][0]
 
     x = np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32).transpose(0, 2, 3, 1)
-    features, logits = jax.jit(lambda v, x: model.apply(v, x, method=run))(variables, x.astype(np.float64))
+    features, logits = quick(lambda v, x: model.apply(v, x, method=run), variables, x.astype(np.float64), level=1)
     with np.load(goldens / "faster_vit_0_224.npz") as wanted:
         # The reference's table of offsets is in float32: another rounding of it would show as 1e-8.
         assert np.abs(logits - wanted["logits_f64"]).max() < 1e-7 * wanted["logits_f64"].std()
@@ -208,7 +201,7 @@ def test_level_with_carriers_and_propagation(x64):
     x = np.random.default_rng(0).standard_normal((2, 6, 6, 4))
     shapes = jax.eval_shape(functools.partial(level.init, train=False), jax.random.key(0), x)
     variables = randomised(shapes)
-    ours = jax.jit(functools.partial(level.apply, train=False))(variables, x)
+    ours = quick(functools.partial(level.apply, train=False), variables, x)
     slow = SlowLevel(variables["params"], windows=2, carriers=2, heads=2)
     wanted = np.stack([slow(image, blocks=2) for image in x])
     assert ours.shape == wanted.shape == (2, 3, 3, 8)
@@ -226,20 +219,20 @@ def test_carriers_are_the_means_of_overlapping_squares():
     np.testing.assert_allclose(tokens[0, 6], x[0, 3:8, 6:11].mean((0, 1)), atol=1e-6)
 
 
-def test_gradients_reach_every_parameter(x64):
+def test_gradients_reach_every_parameter(x64, plain_convolutions):
     """While training; but what moves a whole channel in front of a batch norm moves nothing."""
     convolutions = {f"levels.{i}.blocks.0.conv{j}.bias" for i in (0, 1) for j in (1, 2)}
     idle = idle_parameters(create_model("faster_vit_3_224", **TINY), (64, 64), batch=4, least=1e-12)
     assert idle == convolutions | {"levels.3.blocks.1.mlp.fc2.bias"}
 
 
-def test_stochastic_depth_acts_in_training_only(x64):
+def test_stochastic_depth_acts_in_training_only(x64, plain_convolutions):
     assert_drops_in_training_only(create_model("faster_vit_0_224", **TINY, drop_path=0.5), (64, 64))
     assert drop_path_rates(0.5, 6)[0] == 0
     assert drop_path_rates(0.5, 6)[-1] == 0.5
 
 
-def test_initialisation():
+def test_initialisation(plain_convolutions):
     """Linear maps 0.02 wide without biases, convolutions as PyTorch's, layer scales 1e-5; so the MAP head too."""
     head = {
         "name": "map",
@@ -254,8 +247,7 @@ def test_initialisation():
     model = create_model(
         "faster_vit_3_224", **TINY | {"embed_dim": 16, "depths": (1, 1, 1, 1)}, head=head | {"init_scheme": scheme}
     )
-    init = jax.jit(model.init, compiler_options=QUICK)
-    variables = init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     params = traverse_util.flatten_dict(variables["params"])
     for path, leaf in params.items():
         name, kind = "/".join(path), path[-1]
@@ -274,7 +266,7 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("name", ["faster_vit_0_224", "faster_vit_3_224"])
-def test_parameters_do_not_depend_on_the_image_size(name):
+def test_parameters_do_not_depend_on_the_image_size(name, plain_convolutions):
     shapes = [traced(create_model(name, **TINY | {"image_size": size}))[0] for size in (64, 128)]
     assert shapes[0] == shapes[1]
 

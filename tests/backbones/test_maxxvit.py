@@ -15,6 +15,7 @@ from maxmap.convert.torch import from_torch, to_torch
 from maxmap.convert.wrappers import DERIVED
 from maxmap.layers.primitives import DropPath
 from maxmap.models import create_model
+from tests import zoo
 from tests.reference import import_timm
 from tests.zoo import assert_same_moments, named, numbers, quick, randomised
 
@@ -186,35 +187,6 @@ def largest(x):
     return np.abs(x).max()
 
 
-def trace(model):
-    """Shapes of the variables and of the feature maps, without computing anything."""
-
-    def run(model, images):
-        features = model.backbone(images)
-        model.head(features)
-        return features
-
-    size = model.backbone.image_size
-    images = jax.ShapeDtypeStruct((1, *((size, size) if isinstance(size, int) else size), 3), jnp.float32)
-    features, variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, method=run), images)
-    return {path: leaf.size for path, leaf in traverse_util.flatten_dict(variables["params"]).items()}, features
-
-
-def count(model):
-    """Parameters and feature maps of a model.
-
-    All blocks of a stage after its first are alike: two are traced, and the second counts for the rest.
-    """
-    depths = model.backbone.depths
-    shallow = model.backbone.clone(depths=tuple(min(depth, 2) for depth in depths))
-    sizes, features = trace(model.clone(backbone=shallow))
-
-    def repeats(path):
-        return depths[int(path[1][-1])] - 1 if path[2:3] == ("blocks_1",) else 1
-
-    return sum(size * repeats(path) for path, size in sizes.items()), features
-
-
 def test_every_variant_has_a_row():
     assert set(ROWS) == named("maxxvit")
 
@@ -223,17 +195,16 @@ def test_every_variant_has_a_row():
 def test_parameters_and_features(name, plain_convolutions):
     params, image_size, channels = ROWS[name]
     model = create_model(name)
-    total, features = count(model)
     assert model.backbone.image_size == image_size
-    assert total == params
-    sizes = [(1, image_size // 2**i, image_size // 2**i, c) for i, c in enumerate(channels, start=1)]
-    assert [feature.shape for feature in features] == sizes
+    zoo.assert_size(model, params, zoo.pyramid(image_size, [2**i for i in range(1, len(channels) + 1)], channels))
 
 
-@pytest.mark.parametrize("name", ["coatnet_nano_cc_224", "maxvit_tiny_pm_256", "map_maxvit_tiny_tf_224"])
-def test_later_blocks_are_alike(name, plain_convolutions):
-    sizes, _ = trace(create_model(name))
-    assert sum(sizes.values()) == ROWS[name][0]
+def test_equal_modules_have_equal_variables(plain_convolutions):
+    """The parameters above, of modules that are traced once where they are equal, are those of a plain trace."""
+    model = create_model("test_maxvit")
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 160, 160, 3)))
+    flat = traverse_util.flatten_dict(variables)
+    assert zoo.traced(model)[0] == {path: leaf.size for path, leaf in flat.items()}
 
 
 def test_every_configuration_is_compared():
@@ -355,8 +326,9 @@ def test_drop_path_rates_equal_timm(config, plain_convolutions):
             rates.append(context.module.rate)
         return call(*args, **kwargs)
 
+    images = jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32)
     with nn.intercept_methods(record):
-        trace(shrunken(config, drop_path=0.4))
+        jax.eval_shape(shrunken(config, drop_path=0.4).init, jax.random.key(0), images)
     reference = timm_model(timm_config(config), drop_path_rate=0.4)
     wanted = [module.drop_prob for module in reference.modules() if hasattr(module, "drop_prob")]
     assert max(wanted) == pytest.approx(0.4)
@@ -366,7 +338,7 @@ def test_drop_path_rates_equal_timm(config, plain_convolutions):
 @pytest.mark.parametrize(
     "config", ["maxvit_tiny_tf", "coatnet_0_rw", "coatnext_nano_rw", "maxxvit_rmlp_nano_rw", "maxxvit_rmlp_tiny_rw"]
 )
-def test_initialisation_follows_timm(config):
+def test_initialisation_follows_timm(config, plain_convolutions):
     """Sum and sum of squares of every kind of leaf, within five standard errors; two stages have all kinds."""
     import torch
 

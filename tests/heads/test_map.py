@@ -1,5 +1,6 @@
 """The MAP head: against its description written out in NumPy, and the published network's numbers."""
 
+import functools
 import json
 import math
 
@@ -14,7 +15,7 @@ from maxmap.convert.torch import from_torch
 from maxmap.heads.map import MAPHead, resize_to
 from maxmap.models import create_model
 from tests.reference import fill_state_dict
-from tests.zoo import QUICK, numbers
+from tests.zoo import QUICK, numbers, quick
 
 
 def tensor(x):
@@ -225,11 +226,10 @@ class Expected:
 
 
 def apply(head, variables, features, train=False):
-    function = jax.jit(
-        lambda variables, features: head.apply(variables, features, train=train, mutable=["batch_stats"])[0],
-        compiler_options=QUICK,
-    )
-    return function(variables, features)
+    def run(variables, features):
+        return head.apply(variables, features, train=train, mutable=["batch_stats"])[0]
+
+    return quick(run, variables, features)
 
 
 def assert_close(ours, wanted):
@@ -275,7 +275,7 @@ def test_every_parameter_learns(light, classifier, x64):
         outputs, _ = head.apply({**variables, "params": params}, FEATURES, train=True, mutable=["batch_stats"])
         return jnp.sum(outputs["logits"] * direction[0]) + jnp.sum(outputs["distill"] * direction[1])
 
-    gradients = jax.jit(jax.grad(loss), compiler_options=QUICK)(variables["params"])
+    gradients = quick(jax.grad(loss), variables["params"])
     for path, gradient in traverse_util.flatten_dict(gradients).items():
         frozen = light and path[0].startswith("heads_")
         nothing = np.abs(gradient).max() < 1e-10
@@ -288,7 +288,8 @@ def test_training_differs_by_batch_statistics_and_dropout_alone(x64):
     head = small(interactive=True)
     variables = randomised(head)
     count = {"multi_scale": 4 * 6 * 5, "ch_reduction_1": 4 * 6 * 5, "bp_reduction_1": 4}  # values per channel
-    trained, new = head.apply(variables, FEATURES, train=True, mutable=["batch_stats"])
+    train = functools.partial(head.apply, train=True, mutable=["batch_stats"])
+    trained, new = quick(train, variables, FEATURES)
 
     def of_the_batch(path, old, after):
         moved = (after - 0.9 * old) / 0.1
@@ -299,7 +300,7 @@ def test_training_differs_by_batch_statistics_and_dropout_alone(x64):
 
     before, after = (traverse_util.flatten_dict(v["batch_stats"]) for v in (variables, new))
     stats = {path: of_the_batch(path, before[path], after[path]) for path in before}
-    evaluated = head.apply({**variables, "batch_stats": traverse_util.unflatten_dict(stats)}, FEATURES)
+    evaluated = apply(head, {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}, FEATURES)
     assert np.abs(evaluated["logits"] - trained["logits"]).max() < 1e-9
 
 
@@ -309,7 +310,7 @@ def test_dropout_only_while_training(field):
     variables = jax.tree.map(lambda leaf: leaf.astype(np.float32), randomised(head))
     features = [feature.astype(np.float32) for feature in FEATURES]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def logits(variables, features, key):
         rngs = {"dropout": key}
         return head.apply(variables, features, train=True, mutable=["batch_stats"], rngs=rngs)[0]["logits"]
@@ -398,7 +399,6 @@ def test_map_maxvit_equals_the_published_network(goldens, x64):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == manifest["params_total"] == 49_958_408
     light = create_model(name, head={"light": True})  # predicts with the self-distillation classifiers
 
-    @jax.jit
     def run(variables, images):
         features = model.apply(variables, images, method="features")
         of_the_head = {collection: variables[collection]["head"] for collection in ("params", "batch_stats")}
@@ -406,7 +406,7 @@ def test_map_maxvit_equals_the_published_network(goldens, x64):
         return [feature.mean((1, 2)) for feature in features], *both
 
     images = np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32).astype(np.float64)
-    features, logits, distill = run(variables, images.transpose(0, 2, 3, 1))
+    features, logits, distill = quick(run, variables, images.transpose(0, 2, 3, 1), level=1)
     for i, feature in enumerate(features):
         wanted = arrays[f"feature_{i}_f64"]
         assert np.abs(feature - wanted).max() < 1e-9 * np.abs(wanted).max()
