@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 import maxmap
 from maxmap import checkpoint
@@ -94,9 +95,12 @@ def server(monkeypatch, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.files, server.asked, server.status = {}, [], 0
         threading.Thread(target=server.serve_forever).start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        for name in ("HUGGINGFACE_CO_URL_TEMPLATE", "ENDPOINT"):  # the library reads the variable when it is imported
+            monkeypatch.setattr(constants, name, getattr(constants, name).replace(constants.ENDPOINT, address))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         yield server
         server.shutdown()
 

@@ -150,7 +150,11 @@ EACH = {"task": "multi_label", "label_columns": ["cat", "dog"]}
         ("image,label,label\n", {}, "has two columns 'label'"),
         ("image,label\n", {}, "a.csv has no rows: add some"),
         ("image;label\n<0>;cat\n", {}, "has its columns between ';': save it with commas."),
-        ("file,label\n<0>,cat\n", {}, "no column 'image' (data.image_column); the nearest are file, label: name it in"),
+        (
+            "file,label\n<0>,cat\n",
+            {},
+            "no column 'image' (data.image_column); the nearest are file, label: rename one in the file, or train with",
+        ),
         ("image,lable\n<0>,cat\n", {}, "no column 'label' (data.label_columns); the nearest are lable, image: "),
         (LABEL, {"label_columns": ["age", "size"]}, "no column 'age'"),
         ("image,label\n<0>,cat\n\n<1>,dog\n", {}, "line 3 of "),
