@@ -65,6 +65,13 @@ def local_path(text: str) -> Path:
     return Path(storage.expand(text))
 
 
+def add_checkpoint(command: argparse.ArgumentParser) -> None:
+    """Adds the argument for a checkpoint, as `maxmap.load` takes it."""
+    command.add_argument(
+        "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
+    )
+
+
 def add_config(command: argparse.ArgumentParser, name: str = "--config") -> None:
     """Adds the argument for a config; the command's function takes it, and the `overrides` of `split_overrides`."""
     required: dict[str, Any] = {"required": True} if name.startswith("-") else {}

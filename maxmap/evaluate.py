@@ -37,6 +37,9 @@ from maxmap.tasks.task import Task
 
 _LARGEST_STRIDE = 64  # of any model: larger images need no check of theirs
 
+# Options of an evaluation that its result names, because they count in another way than a run does.
+COUNTED = ("labels", "flip", "crops")
+
 EvalStep = Callable[[Any, Mapping[str, Array]], dict[str, Any]]
 
 

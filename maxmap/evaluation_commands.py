@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maxmap import storage
-from maxmap.arguments import Number, local_path
+from maxmap.arguments import Number, add_checkpoint, local_path
 from maxmap.bulk import embed_many, predict_many
 from maxmap.data.decode import CROP_MODES, FILTERS
 from maxmap.data.preprocessing import changed
@@ -38,9 +38,7 @@ def add_predict(command: argparse.ArgumentParser) -> None:
 
 def add_embed(command: argparse.ArgumentParser) -> None:
     """Fills the parser of `embed`."""
-    command.add_argument(
-        "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
-    )
+    add_checkpoint(command)
     command.add_argument(
         "images", type=local_path, nargs="+", help="image files, folders, tar archives and patterns such as 'a/*.jpg'"
     )
@@ -65,9 +63,7 @@ def _add_table(command: argparse.ArgumentParser, *, required: bool) -> None:
 
 def add_validate(command: argparse.ArgumentParser) -> None:
     """Fills the parser of `validate`."""
-    command.add_argument(
-        "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
-    )
+    add_checkpoint(command)
     command.add_argument(
         "images",
         type=local_path,
@@ -107,9 +103,7 @@ def add_validate(command: argparse.ArgumentParser) -> None:
 
 def add_explain(command: argparse.ArgumentParser) -> None:
     """Fills the parser of `explain`."""
-    command.add_argument(
-        "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
-    )
+    add_checkpoint(command)
     command.add_argument("images", type=local_path, nargs="+", help="image files")
     command.add_argument(
         "--out", type=local_path, default=Path("explained"), help="folder for pictures and numbers (default: explained)"

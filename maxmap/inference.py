@@ -110,7 +110,6 @@ def predict(
     Raises:
       UserError: there is no checkpoint, a file is no image, or the model does not take images of that size.
     """
-    check_arguments(predict, "", locals())
     return answers(path, images, top=top, batch_size=batch_size, image_size=image_size, pad=pad)[1]
 
 
@@ -134,16 +133,14 @@ def answers(
     info = {**info, "preprocessing": changed(info["preprocessing"], image_size=image_size)}
     if network:
         network.check(info["preprocessing"], pad=pad)
-    elif image_size is not None:
-        check_image_size(model, variables, image_size)
-
-    if network:
 
         def outputs(files: Sequence[str | Path]) -> Array:
             pixels = np.stack([cropped(image, info["preprocessing"]) for image in files])
             return task.decode(jnp.asarray(network.logits(pixels, info["preprocessing"])))
 
     else:
+        if image_size is not None:
+            check_image_size(model, variables, image_size)
         compute = jax.jit(functools.partial(decoded, model, task))
 
         def outputs(files: Sequence[str | Path]) -> Array:

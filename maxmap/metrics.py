@@ -36,6 +36,18 @@ def _ranked(scores: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(scores), -1.0, np.asarray(scores, np.float64))
 
 
+def confusion_matrix(truth: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
+    """Counts pairs of the right class, the rows, and the one that was found: int64 `[K, K]` of ints `[N]`."""
+    pairs = classes * truth.astype(np.int64) + found
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def ratio(part: np.ndarray, whole: np.ndarray, empty: float) -> np.ndarray:
+    """Returns part / whole in float64, `empty` where the whole is 0."""
+    part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
+    return np.divide(part, whole, out=np.full_like(part, empty), where=whole > 0)
+
+
 def precision_recall_f1(right: np.ndarray, given: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, ...]:
     """Returns precision, recall and F1; each is 0 where its denominator is.
 
@@ -44,11 +56,7 @@ def precision_recall_f1(right: np.ndarray, given: np.ndarray, found: np.ndarray)
       given: number of answers.
       found: number of answers that there should be.
     """
-    right, given, found = (np.asarray(x, np.float64) for x in (right, given, found))
-    return tuple(
-        np.divide(top, below, out=np.zeros_like(top), where=below > 0)
-        for top, below in ((right, given), (right, found), (2 * right, given + found))
-    )
+    return ratio(right, given, 0.0), ratio(right, found, 0.0), ratio(2 * right, given + found, 0.0)
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from maxmap.convert.load import export, read_weights
 from maxmap.cost import count_parameters
 from maxmap.data.preprocessing import in_words
 from maxmap.errors import UserError, printable
+from maxmap.evaluate import COUNTED
 from maxmap.tasks import require_classes
 
 _FIGURES = ("top1", "top5", "images")  # of an eval.json, which the card names
@@ -148,5 +149,4 @@ def _figures(source: str | Path, info: Mapping[str, Any]) -> Mapping[str, Any] |
     wanted = {"step": info["step"], "weights": info["weights"]}
     seen = {key: found.get(key, value) for key, value in info["preprocessing"].items()}  # by the images
     same = all(found.get(key) == value for key, value in wanted.items()) and seen == info["preprocessing"]
-    plain = "flip" not in found and "crops" not in found
-    return found if same and plain and all(key in found for key in _FIGURES) else None
+    return found if same and found.keys().isdisjoint(COUNTED) and all(key in found for key in _FIGURES) else None

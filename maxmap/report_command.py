@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from maxmap import storage
-from maxmap.arguments import Number, local_path
+from maxmap.arguments import Number, add_checkpoint, local_path
 from maxmap.errors import printable
 from maxmap.report.evidence import gather
 from maxmap.report.page import draw
@@ -13,9 +13,7 @@ from maxmap.validate import result_folder
 
 def add_report(command: argparse.ArgumentParser) -> None:
     """Fills the parser of `report`."""
-    command.add_argument(
-        "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
-    )
+    add_checkpoint(command)
     command.add_argument(
         "images",
         type=local_path,

@@ -14,6 +14,7 @@ import numpy as np
 from maxmap.errors import UserError
 from maxmap.layers.pooling import bilinear
 from maxmap.layers.primitives import pair
+from maxmap.metrics import confusion_matrix
 from maxmap.models import Classifier, average
 from maxmap.operations import Array, upcast
 
@@ -123,8 +124,7 @@ def confusion(predicted: Array | np.ndarray, masks: Array | np.ndarray, num_clas
     """
     truth = np.asarray(masks)
     counts = truth != IGNORED
-    pairs = num_classes * truth[counts].astype(np.int64) + np.asarray(predicted)[counts]
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    return confusion_matrix(truth[counts], np.asarray(predicted)[counts], num_classes)
 
 
 def figures(counts: np.ndarray) -> dict[str, Any]:

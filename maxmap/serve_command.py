@@ -5,8 +5,7 @@ import importlib.util
 import sys
 from typing import Annotated
 
-from maxmap import storage
-from maxmap.arguments import Number
+from maxmap.arguments import Number, add_checkpoint
 from maxmap.errors import UserError, printable
 from maxmap.ranges import Range
 from maxmap.serve.limits import Limits
@@ -17,9 +16,7 @@ _PACKAGES = ("starlette", "uvicorn")
 
 def add_serve(command: argparse.ArgumentParser) -> None:
     """Fills the parser of `serve`."""
-    command.add_argument(
-        "checkpoint", type=storage.expand, help="folder of a run or of a converted checkpoint, or a published name"
-    )
+    add_checkpoint(command)
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all of this machine (default: 127.0.0.1)"
     )

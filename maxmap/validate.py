@@ -24,6 +24,7 @@ from maxmap.data.preprocessing import changed, departures, in_words
 from maxmap.data.tables import ENDING, split_names
 from maxmap.errors import UserError, printable
 from maxmap.evaluate import (
+    COUNTED,
     EvalStep,
     check_image_size,
     corners,
@@ -45,7 +46,6 @@ from maxmap.sharding import make_mesh, replicated
 from maxmap.tasks.task import Task
 
 SPLITS = ("val", "validation")  # folders, archives or CSV files that hold the evaluation split
-COUNTED = ("labels", "flip", "crops")  # options that a result names, because they count in another way than a run does
 _CSV_KEYS = ("task", "image_column", "label_columns", "split_column", "separator")  # of the section data
 
 

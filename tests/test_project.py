@@ -45,10 +45,10 @@ FLOORS = (
     {"maxmap.config"},
     {"maxmap.accelerators", "maxmap.convert"},
     {"maxmap.comparison", "maxmap.cost"},
-    {"maxmap.check", "maxmap.evaluate", "maxmap.labels", "maxmap.programs", "maxmap.push"},
+    {"maxmap.check", "maxmap.evaluate", "maxmap.labels", "maxmap.programs"},
     {"maxmap.onnx"},
     {"maxmap.inference"},
-    {"maxmap.bulk", "maxmap.explanation", "maxmap.validate"},
+    {"maxmap.bulk", "maxmap.explanation", "maxmap.push", "maxmap.validate"},
     {"maxmap.train"},
     {"maxmap.benchmark", "maxmap.report", "maxmap.serve"},
     {"maxmap"},  # the public API: names of every room, used by none of them

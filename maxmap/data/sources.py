@@ -16,7 +16,7 @@ from maxmap.classes import match, read_names
 from maxmap.data.archives import TarMember, TFRecords, read_at, require_tar_files, tar_members
 from maxmap.data.folders import class_folders, image_files, is_image, split_folder
 from maxmap.data.images import IMAGE_ENDINGS
-from maxmap.data.tables import TASKS, Columns, read_table
+from maxmap.data.tables import Columns, read_table
 from maxmap.data.tfds_folders import check_prepared, damaged_is_user_error, open_builder, resolve_split
 from maxmap.errors import UserError, nearest, reason, shortened
 
@@ -72,7 +72,7 @@ def open_source(
     name: str | None = None,
     classes: Sequence[str] | None = None,
     verify: bool = True,
-    task: str = TASKS[0],
+    task: str = "single_label",
     columns: Columns | None = None,
 ) -> ImageSource:
     """Opens one split of a data set.
@@ -85,7 +85,7 @@ def open_source(
       name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
       classes: class names in the order of the labels; None: those of this split, in the source's order.
       verify: whether to check the checksums of TFRecord files.
-      task: how the images are labelled, one of `maxmap.data.tables.TASKS`; all but the first are for 'csv' only.
+      task: how the images are labelled, a key of `maxmap.tasks.TASKS`; all but 'single_label' are for 'csv' only.
       columns: of a CSV file.
 
     Raises:
@@ -95,7 +95,7 @@ def open_source(
         if columns is None:
             raise UserError("data source 'csv' needs the names of its columns: give columns.")
         return CsvSource(path, split, task, columns, classes)
-    if task != TASKS[0] and source in SOURCES:
+    if task != "single_label" and source in SOURCES:
         raise UserError(
             f"data source {source!r} gives each image one class, and config.data.task is {task!r}: label the images in "
             "a CSV file, --config.data.source=csv."

@@ -15,8 +15,6 @@ import numpy as np
 from maxmap.classes import require_distinct
 from maxmap.errors import UserError, nearest, printable, quoted, reason, shortened
 
-# How a CSV labels images; the names are those of `maxmap.tasks.TASKS`.
-TASKS = ("single_label", "multi_label", "distribution", "numbers")
 ENDING = ".csv"
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -101,7 +99,7 @@ def read_table(
     Args:
       path: a CSV file with a column that names splits, or a folder with `<split>.csv`.
       split: its name; '' for all rows of a file.
-      task: one of `TASKS`.
+      task: how the rows label images, a key of `maxmap.tasks.TASKS`.
       columns: see `Columns`.
       classes: names that the labels may have, in order; None for those of these rows, sorted.
 
@@ -116,7 +114,7 @@ def read_table(
     in_split = _in_split(
         reader, split, columns.split, whole=path is not None and os.path.isdir(os.path.expanduser(path))
     )
-    parse = _CELLS[task](reader, columns, classes)
+    parse = CELLS[task](reader, columns, classes)
     folder, names, cells, lines = os.path.dirname(os.path.abspath(file)), [], [], dict[str, int]()
     exists = _Listing(folder)
     for line, row in reader.rows():
@@ -335,7 +333,8 @@ class _Shares(_Numbers):
         return [count / sum(counts) for count in counts]
 
 
-_CELLS: dict[str, Callable[[_Reader, Columns, Sequence[str] | None], Any]] = {
+# By the name of a task in `maxmap.tasks.TASKS`.
+CELLS: dict[str, Callable[[_Reader, Columns, Sequence[str] | None], Any]] = {
     "single_label": _Single,
     "multi_label": _Several,
     "distribution": _Shares,

@@ -34,12 +34,11 @@ class FeaturePyramid(nn.Module):
     epsilon: Positive = 1e-6
 
     @nn.compact
-    def __call__(self, features: Sequence[Array], *, train: bool = False) -> list[Array]:
+    def __call__(self, features: Sequence[Array]) -> list[Array]:
         """Returns maps `[B, H_i, W_i, channels]`, finest first: one of each level's size, then the extra ones.
 
         Args:
           features: `[B, H, W, C]`, finer ones first, as `model.apply(variables, images, method="features")` returns.
-          train: changes nothing; every head has it.
         """
         maps = select_levels(features, self.levels, "the feature pyramid")
         if self.norm:

@@ -107,9 +107,8 @@ def to_proto(
         opset_imports=[helper.make_opsetid("", OPSET)],
         producer_name="maxmap",
     )
-    model.ir_version = helper.find_min_ir_version_for(
-        model.opset_import
-    )  # for runtimes that are older than the library
+    # For runtimes that are older than the library.
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
     for name in list(graph.constants):
         array = graph.constants.pop(name)
         tensor = model.graph.initializer.add(name=name, dims=array.shape, data_type=kind(array.dtype))

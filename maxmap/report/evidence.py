@@ -28,7 +28,7 @@ from maxmap.ranges import CountOrZero, check_arguments
 from maxmap.report.figures import least_certain, most_wrong
 from maxmap.tasks import require_classes
 from maxmap.train.report import read_log
-from maxmap.validate import COUNTED, open_images, result_folder, validate
+from maxmap.validate import open_images, result_folder, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _is_current(result: Any, predictions: Predictions, info: Mapping[str, Any], 
     wanted = {"model": info["model"]["name"], "step": info["step"], "weights": info["weights"], **info["preprocessing"]}
     if not isinstance(result, dict) or any(result.get(key) != value for key, value in wanted.items()):
         return False
-    if not result.keys().isdisjoint(COUNTED):
+    if not result.keys().isdisjoint(evaluate.COUNTED):
         return False
     if not _same_figures(result, predictions):
         return False

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maxmap.metrics import ratio
+
 _95_PERCENT = 1.959963984540054  # standard deviations of a normal distribution on each side
 
 
@@ -77,12 +79,7 @@ def per_class(label: np.ndarray, best: np.ndarray, classes: int) -> PerClass:
     """Returns support, precision and recall; `label` and `best` are int `[N]`."""
     support, named = (np.bincount(x, minlength=classes) for x in (label, best))
     right = np.bincount(label[label == best], minlength=classes)
-    return PerClass(support, _ratio(right, named), _ratio(right, support))
-
-
-def confusion_matrix(label: np.ndarray, best: np.ndarray, classes: int) -> np.ndarray:
-    """Returns how many images of each class, the rows, are taken for each class: int `[K, K]`."""
-    return np.bincount(label * classes + best, minlength=classes**2).reshape(classes, classes)
+    return PerClass(support, ratio(right, named, math.nan), ratio(right, support, math.nan))
 
 
 def confusions(label: np.ndarray, best: np.ndarray) -> list[Confusion]:
@@ -106,7 +103,7 @@ def calibration(probability: np.ndarray, right: np.ndarray, bins: int) -> Calibr
     place = np.searchsorted(np.arange(1, bins) / bins, probability, side="left")
     images = np.bincount(place, minlength=bins)
     confidence, accuracy = (
-        _ratio(np.bincount(place, weights=values, minlength=bins), images) for values in (probability, right)
+        ratio(np.bincount(place, weights=values, minlength=bins), images, math.nan) for values in (probability, right)
     )
     gaps = np.nan_to_num(np.abs(accuracy - confidence))
     return Calibration(images, confidence, accuracy, float(np.sum(images * gaps) / len(right)))
@@ -136,8 +133,3 @@ def most_wrong(rank: np.ndarray, label_probability: np.ndarray, count: int) -> n
 def least_certain(probability: np.ndarray, count: int) -> np.ndarray:
     """Returns the positions of the predictions with the lowest probability, at most `count`."""
     return np.argsort(np.nan_to_num(probability), kind="stable")[:count]
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Returns part / whole, NaN where the whole is 0."""
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)

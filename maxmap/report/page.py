@@ -11,20 +11,19 @@ from PIL import Image
 from maxmap.config import REQUIRED
 from maxmap.data.preprocessing import in_words
 from maxmap.errors import shortened
+from maxmap.metrics import confusion_matrix
 from maxmap.page import bar, document, escaped, more, picture, table, wide
 from maxmap.predictions import Predictions
 from maxmap.report import charts
 from maxmap.report.evidence import Evidence, Seen
-from maxmap.report.figures import agreement, calibration, confusion_matrix, confusions, per_class, wilson
+from maxmap.report.figures import agreement, calibration, confusions, per_class, wilson
 from maxmap.train.report import has
 from maxmap.wordnet import readable
 
 BINS = 15  # of the calibration
 _MATRIX = 20  # classes up to which all pairs are shown
-_SHORT, _LONGEST = (
-    4,
-    24,
-)  # characters of names above columns: up to these they stand, and up to these they run downwards
+# Characters of names above columns: up to the first number they stand, up to the second they run downwards.
+_SHORT, _LONGEST = 4, 24
 _PAIRS, _FIRST, _CLASSES, _FILES = 30, 20, 1000, 20  # that are shown, at most; of the classes the first ones at once
 
 _STYLE = """

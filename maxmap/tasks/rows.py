@@ -1,5 +1,6 @@
 """The tasks whose labels are a row of K numbers: several labels, distributions and numbers."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from maxmap.operations import Array
 from maxmap.tasks.task import Named, Records, Task, caption, class_records, number_records, percent
 
 
-class Rows:
+class Rows(abc.ABC):
     """What the tasks share whose labels are a row of K numbers: what is kept, and its columns in `predictions.csv`."""
 
     keeps_outputs: ClassVar[bool] = True
@@ -27,12 +28,13 @@ class Rows:
     def encode(self, labels: Array) -> Array:
         return labels
 
+    @abc.abstractmethod
     def decode(self, logits: Array) -> Array:
-        raise NotImplementedError
+        """See `Task.decode`."""
 
+    @abc.abstractmethod
     def loss(self, logits: Array, targets: Array) -> Array:
         """Returns the loss of rows, a scalar."""
-        raise NotImplementedError
 
     def measure(self, logits: Array, branches: Array, labels: Array, mask: Array) -> dict[str, Any]:
         """The kept predictions are 'outputs' `[B, K]` and 'branch' `[G, B, K]`."""
@@ -52,8 +54,9 @@ class Rows:
             columns |= {f"{kind} {printable(name)}": _written(x) for name, x in zip(names, outputs, strict=True)}
         return columns
 
+    @abc.abstractmethod
     def words(self, result: Mapping[str, Any]) -> str:
-        raise NotImplementedError
+        """See `Task.words`."""
 
     def summary(self, result: Mapping[str, Any]) -> str:
         return self.words(result)

@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import pytest
 
 from maxmap import checkpoint
@@ -21,9 +22,6 @@ from tests.test_commands import mistake
 from tests.test_grid import BACKBONES, small
 from tests.tiny import CLASSES, preprocessing, write_folder
 from tests.zoo import quick
-
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
 
 BATCHES = (1, 3, 8)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from maxmap.metrics import confusion_matrix
 from maxmap.report.figures import (
     Confusion,
     agreement,
     calibration,
-    confusion_matrix,
     confusions,
     least_certain,
     most_wrong,
