@@ -131,14 +131,15 @@ def _random(shape: tuple[int, ...], dtype: Any = "float32") -> Any:
 def exported(model: str, task: str, batch: int, dtype: str, runtime: str) -> Work:
     """Our forward pass as an ONNX graph, run by onnxruntime or OpenVINO on the CPU, by their own choice of threads."""
     import tempfile
+    from pathlib import Path
 
     import jax
     import numpy as np
     import onnx
 
     from maxmap.models import average, create_model
-    from maxmap.onnx.export import to_proto
     from maxmap.onnx.lower import lower
+    from maxmap.onnx.proto import write
 
     if (task, dtype) != ("forward", "float32"):
         raise ValueError("an ONNX graph has the forward pass in float32 alone")
@@ -150,8 +151,7 @@ def exported(model: str, task: str, batch: int, dtype: str, runtime: str) -> Wor
     graph, count = lower(lambda variables, images: average(built.apply(variables, images)), variables, image)
     images = np.random.default_rng(0).standard_normal((batch, *image.shape), np.float32)
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-        file.write(to_proto(onnx, graph, image, count, {}).SerializeToString())
-        file.flush()
+        write(onnx, Path(file.name), graph, image, count, {})
         if runtime == "onnxruntime":
             import onnxruntime
 

@@ -1,4 +1,4 @@
-"""What `maxmap export FILE.onnx` writes: operators, size, difference from our own logits, and processor time.
+"""What `maxmap export FILE.onnx` writes: operators, size, difference from our own logits, processor time and memory.
 
     python -m benchmarks.onnx_files                                    the models of docs/export.md
     python -m benchmarks.onnx_files maxvit_tiny_tf_224:384 map_pit_s   these; a size behind a name is that of the images
@@ -66,7 +66,7 @@ def measure(example: str, folder: Path) -> str:
     told = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        return f"| {example} | failed | | | | | | |"
+        return f"| {example} | failed | | | | | | | | |"
     nodes, error = re.search(r"([\d,]+) nodes, within (\S+) by", told).groups()  # type: ignore[union-attr]
     network, side = Network(file), int(re.search(r"\[B, (\d+),", told)[1])  # type: ignore[index]
     images = np.random.default_rng(1).standard_normal((8, side, side, 3), np.float32)
@@ -75,7 +75,8 @@ def measure(example: str, folder: Path) -> str:
     family = next(family for family, variants in FAMILIES.items() if MODELS[name].backbone in variants)
     return (
         f"| {family} | {MODELS[name].head['name']} | {name} | {side} | {nodes} | {error} | {eight:.0e} | "
-        f"{count / 1e6:.1f} M | {file.stat().st_size / 1e6:.1f} MB | {usage.ru_utime:.0f} s |"
+        f"{count / 1e6:.1f} M | {file.stat().st_size / 1e6:.1f} MB | {usage.ru_utime:.0f} s | "
+        f"{usage.ru_maxrss / 1e6:.2f} GB |"
     )
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=EXAMPLES, help="(default: those of docs/export.md)")
     header = (
         *("family", "head", "model", "pixels", "nodes", "error", "batch 8", "parameters", "file"),
-        "processor time",
+        *("processor time", "memory"),
     )
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for example in parser.parse_args().models:

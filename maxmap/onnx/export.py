@@ -1,8 +1,6 @@
 """A checkpoint as an ONNX file: one graph with its weights, for any number of images, checked by running it."""
 
-import json
 import types
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ from maxmap import storage
 from maxmap.convert.load import export_target, read_weights
 from maxmap.cost import count_parameters
 from maxmap.errors import UserError
-from maxmap.onnx.graph import INPUT, Graph
-from maxmap.onnx.lower import OPSET, OUTPUT, lower
+from maxmap.onnx.lower import lower
+from maxmap.onnx.proto import write
 from maxmap.onnx.session import ENDING, Network, has_runtime
 from maxmap.programs import check_bytes, describe, forward, one_image
 
@@ -61,7 +59,7 @@ def export_onnx(
     about = describe(info, image, count) | {key: info[key] for key in ("weights", "step")} | {"parameters": parameters}
     nodes = len(graph.nodes)
     with storage.atomic_target(file, overwrite=overwrite) as unfinished:
-        unfinished.write_bytes(to_proto(onnx, graph, image, count, about).SerializeToString())
+        write(onnx, Path(unfinished), graph, image, count, about)
         error = check(unfinished, checks)
     checked = "not run, as onnxruntime is not installed" if error is None else f"within {error:.0e} by onnxruntime"
     return (
@@ -78,45 +76,6 @@ def _library() -> types.ModuleType:
             "an .onnx file is written by the library onnx: install the extra 'onnx' (pip install 'maxmap[onnx]')."
         ) from None
     return onnx
-
-
-def to_proto(
-    onnx: types.ModuleType, graph: Graph, image: jax.ShapeDtypeStruct, count: int, about: Mapping[str, Any]
-) -> Any:
-    """Returns a graph as an `onnx.ModelProto`; the graph's constants are removed on the way, to save memory.
-
-    Args:
-      onnx: the library.
-      graph: of `lower`.
-      image: shape and type of an image.
-      count: of logits.
-      about: metadata, kept as JSON unless it is text.
-    """
-    helper, kind = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype
-    nodes = []
-    for node in graph.nodes:
-        attributes = {k: kind(v) if isinstance(v, np.dtype) else v for k, v in node.attributes.items()}
-        nodes.append(helper.make_node(node.kind, node.inputs, node.outputs, **attributes))
-    model = helper.make_model(
-        helper.make_graph(
-            nodes,
-            "maxmap",
-            [helper.make_tensor_value_info(INPUT, kind(np.dtype(image.dtype)), ["batch", *image.shape])],
-            [helper.make_tensor_value_info(OUTPUT, kind(np.dtype(np.float32)), ["batch", count])],
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        producer_name="maxmap",
-    )
-    # For runtimes that are older than the library.
-    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
-    for name in list(graph.constants):
-        array = graph.constants.pop(name)
-        tensor = model.graph.initializer.add(name=name, dims=array.shape, data_type=kind(array.dtype))
-        tensor.raw_data = array.tobytes()
-    helper.set_model_props(
-        model, {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
-    )
-    return model
 
 
 def _references(run: Any, variables: Any, image: jax.ShapeDtypeStruct) -> list[tuple[np.ndarray, np.ndarray]]:

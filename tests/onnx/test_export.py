@@ -14,7 +14,7 @@ from maxmap import checkpoint
 from maxmap.__main__ import main
 from maxmap.data.augment import normalize
 from maxmap.models import FAMILIES, HEADS, average, create_model
-from maxmap.onnx import export
+from maxmap.onnx import export, proto
 from maxmap.onnx import lower as lowering
 from maxmap.onnx.lower import lower
 from maxmap.onnx.session import SAID, Network
@@ -31,7 +31,7 @@ def written(path, function, variables, size, count):
     image = jax.ShapeDtypeStruct((size, size, 3), jnp.float32)
     graph, _ = lower(function, variables, image)
     about = dict.fromkeys(SAID, "0")
-    path.write_bytes(export.to_proto(onnx, graph, image, count, about).SerializeToString())
+    proto.write(onnx, path, graph, image, count, about)
     onnx.checker.check_model(path, full_check=True)
     return onnx.load(path)
 
