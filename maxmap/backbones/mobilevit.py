@@ -251,19 +251,27 @@ class MobileViT(nn.Module):
         return features
 
 
+class MobileViTV2(MobileViT):
+    """The form with separable attention; the authors name its modules otherwise."""
+
+    stem_width: Count = 32
+    embed_dim: Sequence[Count] = (64, 128, 256, 384, 512)
+    depths: Sequence[Count] = (1, 2, 1, 1, 1)
+    expand: Positive = 2.0
+    separable: bool = True
+    transformer_dim: Sequence[CountOrZero] = (0, 0, 128, 192, 256)
+    head_width: CountOrZero = 0
+
+
 def _v2(width: float) -> Variant:
     """Returns v2 with all channels of the network multiplied."""
-    embed_dim = tuple(int(width * channels) for channels in (64, 128, 256, 384, 512))
+    embed_dim = tuple(int(width * channels) for channels in MobileViTV2.embed_dim)
     fields = {
-        "stem_width": int(width * 32),
+        "stem_width": int(width * MobileViTV2.stem_width),
         "embed_dim": embed_dim,
-        "depths": (1, 2, 1, 1, 1),
-        "expand": 2.0,
-        "separable": True,
         "transformer_dim": (0, 0, *(round_to_eight(channels / 2) for channels in embed_dim[2:])),
-        "head_width": 0,
     }
-    return Variant(MobileViT, CLASSIFIER, fields)
+    return Variant(MobileViTV2, CLASSIFIER, fields)
 
 
 CLASSIFIER = {"norm": "none", "init_scheme": "normal"}

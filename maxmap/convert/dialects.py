@@ -252,12 +252,58 @@ def _apple(attention: bool) -> Naming:
     return Naming("apple", rf"network\.{last}\.\d+\.convffn\.", tuple(rules))
 
 
+def _cvnets(separable: bool) -> Naming:
+    """MobileViT's authors number the stages from 1, and count the last norm of a stage among its transformers.
+
+    The published networks have 2, 4 and 3 transformers in their last stages; the norm's number follows from that.
+    """
+    conv_norm_act = {
+        "conv_1": "stem",
+        "conv_1x1_exp": "final_conv",
+        **{
+            f"layer_{stage + 1}.*.block.{theirs}": f"stages.{stage}.*.{ours}"
+            for stage in range(5)
+            for theirs, ours in (("exp_1x1", "conv1_1x1"), ("conv_3x3", "conv2_kxk"), ("red_1x1", "conv3_1x1"))
+        },
+    }
+    plain = {"classifier.1" if separable else "classifier.fc": "head.fc"}
+    mixer, attention = ("attn", ("qkv_proj", "out_proj")) if separable else ("mha", ("qkv", "proj"))
+    conv, last = (".block.conv", 3) if separable else ("", 4)  # v2's linear layers are 1x1 convolutions
+    for stage, depth in ((2, 2), (3, 4), (4, 3)):
+        theirs, ours = f"layer_{stage + 1}.1", f"stages.{stage}.1"
+        conv_norm_act |= {
+            f"{theirs}.local_rep.{'0' if separable else 'conv_3x3'}": f"{ours}.conv_kxk",
+            f"{theirs}.conv_proj": f"{ours}.conv_proj",
+            f"{theirs}.fusion": f"{ours}.conv_fusion",
+        }
+        plain |= {
+            f"{theirs}.local_rep.{'1' if separable else 'conv_1x1'}.block.conv": f"{ours}.conv_1x1",
+            f"{theirs}.global_rep.*.pre_norm_{mixer}.0": f"{ours}.transformer.*.norm1",
+            f"{theirs}.global_rep.*.pre_norm_{mixer}.1.qkv_proj{conv}": f"{ours}.transformer.*.attn.{attention[0]}",
+            f"{theirs}.global_rep.*.pre_norm_{mixer}.1.out_proj{conv}": f"{ours}.transformer.*.attn.{attention[1]}",
+            f"{theirs}.global_rep.*.pre_norm_ffn.0": f"{ours}.transformer.*.norm2",
+            f"{theirs}.global_rep.*.pre_norm_ffn.1{conv}": f"{ours}.transformer.*.mlp.fc1",
+            f"{theirs}.global_rep.*.pre_norm_ffn.{last}{conv}": f"{ours}.transformer.*.mlp.fc2",
+            f"{theirs}.global_rep.{depth}": f"{ours}.norm",
+        }
+    rules = [
+        *(
+            (f"{a}.block.{x}.", f"{b}.{y}.")
+            for a, b in conv_norm_act.items()
+            for x, y in (("conv", "conv"), ("norm", "bn"))
+        ),
+        *((f"{a}.", f"{b}.") for a, b in plain.items()),
+    ]
+    return Naming("cvnets", rf"layer_3\.1\.local_rep\.{'0' if separable else 'conv_3x3'}\.", tuple(rules))
+
+
 # By dialect: the naming of each backbone, or of a backbone with a certain head.
 DIALECTS: dict[str, Mapping[str, Naming]] = {
     "timm": {
         **dict.fromkeys(("ConvNeXt", "EfficientViT", "EfficientViTLarge", "EfficientViTMSRA"), CANONICAL_NAMING),
         **dict.fromkeys(("FastViT", "FastViTSA"), CANONICAL_NAMING),
-        **dict.fromkeys(("MaxxViT", "MetaFormer", "MobileViT", "PiT", "ResNet", "ViT"), CANONICAL_NAMING),
+        **dict.fromkeys(("MaxxViT", "MetaFormer", "MobileViT", "MobileViTV2"), CANONICAL_NAMING),
+        **dict.fromkeys(("PiT", "ResNet", "ViT"), CANONICAL_NAMING),
         "MobileNetV1": TIMM_MOBILENET,
     },
     "sail-sg": {"MetaFormer": SAIL},
@@ -276,6 +322,7 @@ DIALECTS: dict[str, Mapping[str, Naming]] = {
     "retinaface": {"MobileNetV1": RETINAFACE},
     "mit": {"EfficientViT": MIT, "EfficientViTLarge": MIT_LARGE},
     "apple": {"FastViT": _apple(attention=False), "FastViTSA": _apple(attention=True)},
+    "cvnets": {"MobileViT": _cvnets(separable=False), "MobileViTV2": _cvnets(separable=True)},
 }
 
 

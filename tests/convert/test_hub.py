@@ -52,6 +52,7 @@ FOR_EVERY_SIZE = (
     "FastViTSA",
     "MobileNetV1",
     "MobileViT",
+    "MobileViTV2",
     "ResNet",
 )
 
