@@ -129,6 +129,9 @@ def test_the_log_has_every_step_that_it_should(finished):
 def test_what_a_run_leaves_in_its_folder(finished):
     names = set(files(finished.workdir))
     assert names >= {"config.json", "metrics.jsonl", "curves.png", "eval.json"}
+    (row,) = read_lines(finished.workdir / "events.jsonl")
+    assert (row.pop("kind"), row.pop("step")) == ("goodput", 9) and row.pop("seconds") > 0
+    assert sum(row.values()) == pytest.approx(1) and min(row.values()) >= 0
     assert any(name.startswith("tensorboard/events.out.tfevents") for name in names)
     assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {"8", "9"}  # keep = 2
     assert finished.saved.keys() == {4, 8, 9}
@@ -168,7 +171,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, capfd, nu
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert interrupt(number, finished.config, tmp_path / "run", step=step) == code
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert f"stopped after step {step}, which is saved" in capfd.readouterr().err
+    assert re.search(
+        rf"^goodput in .* % computing.*\nstopped after step {step}, which is saved", capfd.readouterr().err, re.M
+    )
     assert checkpoint.read_info(tmp_path / "run")["step"] == step
 
     result, saved = run(finished.config, tmp_path / "run")
