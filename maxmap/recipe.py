@@ -59,11 +59,13 @@ class Logging:
       every: Steps between two lines of the log.
       max_skips: Steps in a row that may be left out because loss or gradients are not finite; one more ends the run.
       hang_minutes: Minutes after which a step, an evaluation or a save that does not end is reported with its stack.
+      profile: First and last step of a `jax.profiler` trace, such as (100, 110); None for no trace.
     """
 
     every: Count = 50
     max_skips: CountOrZero = 10
     hang_minutes: Positive = 30.0
+    profile: tuple[Count, Count] | None = None
 
     def __post_init__(self) -> None:
         check_fields(Logging, "log", vars(self))

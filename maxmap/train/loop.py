@@ -19,6 +19,7 @@ from maxmap.runtime import freed_memory
 from maxmap.sharding import to_devices
 from maxmap.train.build import Parts, build, open_data
 from maxmap.train.goodput import Goodput, Phase
+from maxmap.train.profiler import Profiler, check_steps
 from maxmap.train.report import Report
 from maxmap.train.resume import only_run
 from maxmap.train.start import find_checkpoint, first_state
@@ -47,6 +48,7 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
     data = open_data(recipe)
     found, changes, data = find_checkpoint(recipe, workdir, data, mesh, allow_changes=allow_changes)
     parts = build(recipe, mesh, data, found)
+    check_steps(recipe.log.profile, parts.total_steps)
     state, adapted = first_state(parts, workdir, found)
     start = 0 if found is None else found["step"]
     _make_folder(workdir)
@@ -150,6 +152,7 @@ class Loop:
         self._watch = Watch(workdir, report, max_skips=parts.recipe.log.max_skips)
         hang = storage.resolve(workdir) / f"hang{jax.process_index() or ''}.txt"
         self._dog = Watchdog(hang, 60 * parts.recipe.log.hang_minutes)
+        self._profiler = Profiler(workdir, report, parts.recipe.log.profile)
         self._key = parts.keys()[1]
         self._last: tuple[Mapping[str, Any], Mapping[str, Array]] | None = (
             None  # batch and metrics of a step, to be checked
@@ -183,6 +186,7 @@ class Loop:
             stack.enter_context(contextlib.closing(checkpoints))
             interrupts = stack.enter_context(Interrupts())
             stack.enter_context(self._dog)
+            stack.enter_context(contextlib.closing(self._profiler))
             while True:
                 stop = interrupts.reached(self._step)
                 self._between(checkpoints, stop)
@@ -196,7 +200,8 @@ class Loop:
                     report.tell(f"stopped after step {self._step}, which is saved: the same command goes on from there")
                     raise SystemExit(interrupts.exit_code())
                 checkpoints.check()
-                self._advance(batches)
+                with self._profiler.step(self._step + 1, self._check_last_step):
+                    self._advance(batches)
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluates the averaged weights where there are any, and writes `eval.json`; returns its content."""
