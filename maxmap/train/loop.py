@@ -11,6 +11,7 @@ import jax
 
 from maxmap import checkpoint, evaluate, storage
 from maxmap.checkpoint import Checkpoints
+from maxmap.config import flatten
 from maxmap.cost import count_parameters
 from maxmap.errors import UserError, printable
 from maxmap.operations import Array, kernels_of, platform
@@ -24,6 +25,7 @@ from maxmap.train.report import Report
 from maxmap.train.resume import only_run
 from maxmap.train.start import find_checkpoint, first_state
 from maxmap.train.state import TrainState
+from maxmap.train.trackers import check_installed
 from maxmap.train.watch import Interrupts, Watch, Watchdog
 
 
@@ -44,6 +46,7 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
       SystemExit: After Ctrl-C (130) or SIGTERM (`RESTART`), when the state is saved.
     """
     goodput, workdir = Goodput(), storage.expand(workdir)
+    check_installed(recipe.log.trackers)
     mesh = recipe.mesh()
     data = open_data(recipe)
     found, changes, data = find_checkpoint(recipe, workdir, data, mesh, allow_changes=allow_changes)
@@ -64,6 +67,8 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
             total_steps=parts.total_steps,
             batch_size=recipe.batch_size,
             goodput=goodput,
+            trackers=recipe.log.trackers,
+            config=flatten(recipe.values),
             check_ownership=check_ownership,
         )
         stack.enter_context(contextlib.closing(report))

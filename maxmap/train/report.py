@@ -1,4 +1,4 @@
-"""What a run reports: lines on the terminal, `metrics.jsonl`, TensorBoard's file and `curves.png`."""
+"""What a run reports: lines on the terminal, `metrics.jsonl`, TensorBoard's file, trackers and `curves.png`."""
 
 import contextlib
 import json
@@ -19,6 +19,7 @@ from maxmap.progress import clock
 from maxmap.tasks import SINGLE_LABEL, TASKS
 from maxmap.tasks.task import Task
 from maxmap.train.goodput import Goodput
+from maxmap.train.trackers import EVENT, About, Tracker, known_before
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +44,8 @@ class Report:
       total_steps: number of steps of the whole run.
       batch_size: images per step.
       goodput: counts where the time goes; None to begin now.
+      trackers: names of those that get the same numbers; see `maxmap.train.trackers`.
+      config: what they get, too: values by their paths.
       check_ownership: called before anything is copied to a bucket; see `maxmap.train.resume.only_run`.
 
     Attributes:
@@ -58,6 +61,8 @@ class Report:
         total_steps: int,
         batch_size: int,
         goodput: Goodput | None = None,
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
         check_ownership: Callable[[], None] = lambda: None,
     ):
         self._main = jax.process_index() == 0
@@ -78,12 +83,20 @@ class Report:
                 if (storage.resolve(workdir) / name).exists():
                     (self.folder / name).write_bytes((storage.resolve(workdir) / name).read_bytes())
         self._path, self._events = (self.folder / name for name in LOGS)
+        # A run that begins anew is a new one for the trackers, too.
+        logs = [_rows(path) if trackers and step else [] for path in (self._events, self._path)]
         drop_after(self._path, step)
         drop_after(self._events, step)
         self._file = self._path.open("ab", buffering=0)
         from maxmap.train.board import Board  # it imports PyTorch if that is installed, which takes a second
 
-        self._board = Board(self.folder / "tensorboard", step + 1)
+        self._boards: list[Board | Tracker] = [Board(self.folder / "tensorboard", step + 1)]
+        if trackers:
+            known = known_before(*logs)
+            self.event(EVENT, step, known)
+            about = About(Path(workdir).name, config=config or {}, folder=self.folder, **known)
+            self._temporary.enter_context(contextlib.redirect_stdout(sys.stderr))  # trackers greet; the result is alone
+            self._boards += [Tracker(name, about, self.warn) for name in trackers]
         self._bar = tqdm(
             total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
@@ -176,7 +189,8 @@ class Report:
             with self._temporary:
                 self._bar.close()
                 self._file.close()
-                self._board.close()
+                for board in self._boards:
+                    board.close()
                 draw_curves(self._path, self._path.with_name("curves.png"))
                 self.upload()
 
@@ -184,8 +198,8 @@ class Report:
         if not self._main:
             return
         self._file.write((json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
-        for key, value in values.items():
-            self._board.scalar(f"{kind}/{key}", value, step)
+        for board in self._boards:
+            board.scalars(kind, values, step)
 
 
 def drop_after(path: Path, step: int) -> None:
@@ -193,6 +207,11 @@ def drop_after(path: Path, step: int) -> None:
     if path.exists():
         kept = [line for line, row in read_log(path) if row["step"] <= step]
         storage.write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a log; none where there is no file."""
+    return [row for _, row in read_log(path)] if path.exists() else []
 
 
 def read_log(path: Path | epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
