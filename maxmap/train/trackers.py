@@ -21,7 +21,7 @@ from maxmap.errors import UserError, reason
 
 EVENT = "trackers"  # kind of the line in `events.jsonl` that keeps what a run is called there
 PROJECT = "maxmap"  # or experiment, where the tracker's own variable names no other
-PATIENCE = 60  # seconds that the end of a run waits for a tracker
+PATIENCE = 20  # seconds that the end of a run waits for a tracker; schedulers kill 30 after SIGTERM
 _QUEUE = 10_000  # rows that may wait for a tracker
 _PARAMETERS = 100  # that MLflow takes at a time
 
