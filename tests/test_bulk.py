@@ -1,7 +1,5 @@
 """Many images: every one has its row, a stopped command goes on, broken files are named, and mistakes are sentences."""
 
-import csv
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from maxmap.errors import UserError
 from maxmap.inference import predict
 from maxmap.result_table import ENDINGS, PART, Table
 from maxmap.sharding import make_mesh
+from tests.test_result_table import rows_of
 from tests.tiny import CLASSES, ROOT, copied, create_tiny, free_port, preprocessing, write_image
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -49,15 +48,6 @@ def photos(tmp_path_factory):
             tar.add(folder / "packed" / f"{i}.png", f"{i}.png")
             (folder / "packed" / f"{i}.png").unlink()
     return folder
-
-
-def rows_of(file):
-    """The rows of a table; what a row lacks is "" in CSV, None in Parquet, and absent in JSON lines."""
-    if file.suffix == ".parquet":
-        return pyarrow.parquet.read_table(file).to_pylist()
-    if file.suffix == ".csv":
-        return list(csv.DictReader(file.read_text("utf-8").splitlines()))
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
 def test_images_are_found(photos):
@@ -139,35 +129,6 @@ def test_one_device_writes_what_eight_do(photos, workdir, tmp_path, monkeypatch)
         assert one.keys() == other.keys() and (one["image"], one.get("class1")) == (other["image"], other.get("class1"))
         for key in (f"probability{rank}" for rank in (1, 2, 3) if "error" not in one):
             assert one[key] == pytest.approx(other[key], abs=2e-6)
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_parts_of_processes_become_the_table_of_one(ending, tmp_path):
-    """Three of them, of which the second is stopped in its last row, and goes on."""
-    rows = [{"image": f"{i}.png", "label": f"a, {i}", "value": i / 8} for i in range(7)]
-    rows[4] = {"image": "4.png", "error": "no image"}
-    whole, file = tmp_path / "whole" / f"table{ending}", tmp_path / "shared" / f"table{ending}"
-    example = {"label": "", "value": 0.0}
-    alone = Table(whole, example, {"top": 1})
-    alone.append(rows)
-    alone.close()
-    alone.finish()
-    for process in range(3):
-        table = Table(file, example, {"top": 1}, process, 3)
-        table.append(rows[process::3])
-        table.close()
-    part = file.with_name(f"table{ending}.part1-of-3")
-    part.write_bytes(part.read_bytes()[:-3])
-    second = Table(file, example, {"top": 1}, 1, 3)
-    assert (second.rows, second.errors) == (1, 0)  # and the error was in the row that was cut
-    second.append(rows[4:5])
-    second.close()
-    part.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"there is no .*\.part1-of-3, which another process has .* or give a file on"):
-        table.finish()
-    (tmp_path / "elsewhere").rename(part)
-    table.finish()
-    assert rows_of(file) == rows_of(whole) and len(rows_of(whole)) == 7 and list(file.parent.iterdir()) == [file]
 
 
 SHARE = """
