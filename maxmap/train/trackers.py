@@ -46,12 +46,13 @@ class About(NamedTuple):
 
 def known_before(events: Iterable[Mapping[str, Any]], metrics: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns `id` and `logged` of the run whose logs these are; a new id where no start of it had a tracker."""
-    starts = [row for row in events if row.get("kind") == EVENT]
+    starts = [row for row in events if row.get("kind") == EVENT and {"id", "logged"} <= row.keys()]
     if not starts:
         return {"id": uuid.uuid4().hex[:12], "logged": {}}
     logged = dict(starts[-1]["logged"])
     for row in metrics:
-        logged[row["kind"]] = max(logged.get(row["kind"], 0), row["step"])
+        kind = str(row.get("kind"))  # of a line that somebody has edited, None
+        logged[kind] = max(logged.get(kind, 0), row["step"])
     return {"id": starts[-1]["id"], "logged": logged}
 
 

@@ -121,6 +121,15 @@ def test_the_others_get_the_same(name, tmp_path, monkeypatch, capfd):
     assert runs[2].given["name" if name == "trackio" else "id"] not in first.values()
 
 
+def test_what_the_trackers_know_is_the_newest_of_all_starts():
+    starts = [{"kind": "trackers", "step": 0, "id": "a", "logged": {}}, {"kind": "spike", "step": 3}]
+    starts.append({"kind": "trackers", "step": 4, "id": "a", "logged": {"train": 7, "eval": 6}})
+    rows = [{"kind": "train", "step": 5}, {"kind": "eval", "step": 8}, {"step": 9}]
+    known = trackers.known_before([*starts, {"kind": "trackers", "step": 5}], rows)
+    assert known == {"id": "a", "logged": {"train": 7, "eval": 8, "None": 9}}
+    assert trackers.known_before(starts[1:2], rows)["logged"] == {}
+
+
 def test_a_tracker_that_fails_or_hangs_is_told_once(tmp_path, monkeypatch, capfd):
     module, ended = stand_in("wandb", [], monkeypatch), threading.Event()
 
