@@ -159,6 +159,10 @@ def predict_command(
         initialize_processes(coordinator, num_processes, process_id)
         _tell(to, predict_many(workdir, images, to, overwrite=overwrite, **options))
         return
+    if (coordinator, num_processes, process_id) != (None, None, None):
+        raise UserError(
+            "several processes write a table: give --to=FILE, too, or leave out --coordinator and the like."
+        )
     task, results = answers(workdir, images, **options)
     for path, named in zip(images, results, strict=True):
         said = ", ".join(f"{readable(name)} {task.shown(value)}" for name, value in named)

@@ -173,6 +173,7 @@ def test_the_commands(photos, workdir, tmp_path, capsys):
     assert main(argv) == 0
     assert capsys.readouterr().out == f"{file}: 12 images; 1 cannot be read, see its column 'error'\n"
     for changed, sentence in (
+        ([*argv[:3], "--num_processes=2"], "several processes write a table: give --to=FILE, too"),
         (argv, "is there already: give another name, or --overwrite"),
         ([*argv, "--json=a"], "--to is a table of its own: leave out --json and --csv"),
         ([*argv[:3], f"--to={tmp_path}/a.xlsx"], "has no known ending: give a name in .csv, .jsonl, .parquet"),
