@@ -72,6 +72,19 @@ def add_checkpoint(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `maxmap.sharding.initialize_processes`, by the same names."""
+    from maxmap.sharding import initialize_processes  # which needs JAX, as some commands do not
+
+    command.add_argument("--coordinator", help="HOST:PORT of the first process, where nothing else tells it")
+    command.add_argument(
+        "--num_processes", type=Number(initialize_processes, "num_processes"), help="how many processes work together"
+    )
+    command.add_argument(
+        "--process_id", type=Number(initialize_processes, "process_id"), help="which of them this is, from 0"
+    )
+
+
 def add_config(command: argparse.ArgumentParser, name: str = "--config") -> None:
     """Adds the argument for a config; the command's function takes it, and the `overrides` of `split_overrides`."""
     required: dict[str, Any] = {"required": True} if name.startswith("-") else {}

@@ -1,15 +1,13 @@
 """Predictions and embeddings of many images: folders, archives and patterns to one table, a row for each image.
 
-The table grows while the command runs, in a file whose name ends in `.part`, and takes its own name at the end. A
-command that was stopped goes on behind the last whole row. Memory does not grow with the number of images, but for
-their names.
+The devices of a process share a batch. Of n processes, each takes every n-th image and writes a part of the table. A
+command that was stopped goes on behind the last whole row; see `maxmap.result_table`. Memory does not grow with the
+number of images, but for their names.
 """
 
-import csv
+import contextlib
 import glob
 import hashlib
-import io
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +30,8 @@ from maxmap.models import Classifier
 from maxmap.operations import Array
 from maxmap.progress import Progress
 from maxmap.ranges import Count, Pixels, check_arguments
-from maxmap.sharding import make_mesh, replicated, split_batch
-
-ENDINGS = (".csv", ".jsonl")
-PART = ".part"  # behind the name of a table that is not whole yet
+from maxmap.result_table import ENDINGS, Table
+from maxmap.sharding import gather_processes, make_mesh, replicated, split_batch, traced_on
 
 
 class ImageFile(NamedTuple):
@@ -108,15 +104,16 @@ def predict_many(
     Args:
       checkpoint: as for `maxmap.load`.
       paths: see `find_images`.
-      file: .csv or .jsonl; see the top of this module.
+      file: .csv, .jsonl or .parquet; see `maxmap.result_table`.
       top: classes of an image.
-      batch_size: images at a time, over all devices.
+      batch_size: images at a time, over all devices of a process.
       image_size: side of the crop in pixels; None for the checkpoint's.
       pad: takes sizes that the model's windows do not divide, too; see `maxmap.create_model`.
       overwrite: replace the file.
 
     Returns:
-      'images' in the table, 'errors' among them (they cannot be decoded), and 'before', those of an earlier call.
+      'images' in the table, 'errors' among them (they cannot be decoded), and 'before', those of an earlier call; on
+      every process the same.
 
     Raises:
       UserError: there is no checkpoint, there are no images, or the file cannot be written.
@@ -126,13 +123,14 @@ def predict_many(
     classes = info["classes"]
     count = min(top, len(classes))
     task = tasks.of_checkpoint(info)
-    names, columns = task.table(classes, count)
+    _, columns = task.table(classes, count)
 
     def compute(variables: Any, images: Array) -> tuple[Array]:
         return (decoded(model, task, variables, images),)
 
     settings = {"kind": "predict", "top": count}
-    return _write(checkpoint, info, variables, paths, file, compute, columns, names, settings, batch_size, overwrite)
+    example = columns(np.ones(len(classes), np.float32))
+    return _write(checkpoint, info, variables, paths, file, compute, columns, example, settings, batch_size, overwrite)
 
 
 def embed_many(
@@ -147,6 +145,8 @@ def embed_many(
 ) -> dict[str, int]:
     """Writes the embeddings `[D]` of many images: 'image', 'embedding' (in .csv a column for each value) and 'error'.
 
+    The values are those of the network, float32, without a loss.
+
     The arguments are those of `predict_many`.
     """
     check_arguments(embed_many, "", locals())
@@ -154,18 +154,18 @@ def embed_many(
     side = info["preprocessing"]["image_size"]
     shape = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     width = jax.eval_shape(lambda x: model.apply(variables, x, method="embed"), shape).shape[-1]
-    whole = str(file).endswith(".jsonl")
+    apart = str(file).endswith(".csv")
 
     def compute(variables: Any, images: Array) -> tuple[Array]:
         return (model.apply(variables, images, method="embed"),)
 
     def columns(embedding: np.ndarray) -> dict[str, Any]:
-        values = [float(f"{value:.7g}") for value in embedding]
-        return {"embedding": values} if whole else {f"e{i}": value for i, value in enumerate(values)}
+        values = [float(f"{value:.9g}") for value in embedding]
+        return {f"e{i}": value for i, value in enumerate(values)} if apart else {"embedding": values}
 
-    names = ["embedding"] if whole else [f"e{i}" for i in range(width)]
+    example = columns(np.zeros(width, np.float32))
     return _write(
-        checkpoint, info, variables, paths, file, compute, columns, names, {"kind": "embed"}, batch_size, overwrite
+        checkpoint, info, variables, paths, file, compute, columns, example, {"kind": "embed"}, batch_size, overwrite
     )
 
 
@@ -186,7 +186,7 @@ def _write(
     file: str | Path,
     compute: Callable[..., tuple[Array, ...]],
     columns: Callable[..., dict[str, Any]],
-    names: Sequence[str],
+    example: Mapping[str, Any],
     settings: Mapping[str, Any],
     batch_size: int,
     overwrite: bool,
@@ -194,10 +194,12 @@ def _write(
     """Computes what is not in the table yet, and writes it; see `predict_many`."""
     target = Path(storage.expand(file))
     if target.suffix not in ENDINGS:
-        raise UserError(f"{printable(file)} has no known ending: give a name in {' or '.join(ENDINGS)}.")
+        raise UserError(f"{printable(file)} has no known ending: give a name in {', '.join(ENDINGS)}.")
     if target.exists() and not overwrite:
         raise UserError(f"{printable(file)} is there already: give another name, or --overwrite.")
-    images = find_images(paths)
+    found = find_images(paths)
+    process, processes = jax.process_index(), jax.process_count()
+    images = found[process::processes]
     pre = info["preprocessing"]
     about = {
         **settings,
@@ -205,16 +207,17 @@ def _write(
         "step": info["step"],
         "preprocessing": pre,
         "images": hashlib.sha256(
-            "\0".join(image.name for image in images).encode("utf-8", "surrogateescape")
+            "\0".join(image.name for image in found).encode("utf-8", "surrogateescape")
         ).hexdigest(),
     }
-    mesh = make_mesh()
+    mesh = make_mesh(jax.local_devices())  # processes need not wait for one another
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    step = jax.jit(
-        lambda variables, pixels: compute(variables, normalize(pixels, pre["mean"], pre["std"])),
-        in_shardings=(None, split_batch(mesh)),
-        out_shardings=replicated(mesh),
-    )
+
+    def normalized(variables: Any, pixels: Array) -> tuple[Array, ...]:
+        with traced_on(mesh):
+            return compute(variables, normalize(pixels, pre["mean"], pre["std"]))
+
+    step = jax.jit(normalized, out_shardings=replicated(mesh))
     placed = jax.device_put(variables, replicated(mesh))
 
     def crop(image: ImageFile) -> tuple[np.ndarray | None, str]:
@@ -223,9 +226,10 @@ def _write(
         except (OSError, UserError) as error:
             return None, reason(error)
 
-    with _Table(target, ["image", *names, "error"], about) as table, ThreadPoolExecutor() as pool:
-        done, progress = table.rows, Progress(len(images))
-        errors = table.errors
+    table = Table(target, example, about, process, processes)
+    done, errors = table.rows, table.errors
+    with contextlib.closing(table), ThreadPoolExecutor() as pool:
+        progress = Progress(max(len(images), 1), shown=process == 0)
         progress.update(done)
         starts = range(done, len(images), batch_size)
         ahead = pool.map(crop, images[done : done + batch_size])
@@ -236,96 +240,16 @@ def _write(
             for row, (pixels, _) in enumerate(crops):
                 if pixels is not None:
                     batch[row] = pixels
-            results = [np.asarray(x) for x in step(placed, batch)]
+            results = [np.asarray(x) for x in step(placed, jax.device_put(batch, split_batch(mesh)))]
             rows = []
             for row, (image, (pixels, error)) in enumerate(zip(here, crops, strict=True)):
-                found = {} if pixels is None else columns(*(result[row] for result in results))
-                rows.append({"image": printable(image.name), **found, **({"error": error} if error else {})})
+                values = {} if pixels is None else columns(*(result[row] for result in results))
+                rows.append({"image": printable(image.name), **values, **({"error": error} if error else {})})
                 errors += bool(error)
             table.append(rows)
             progress.update(start + len(here), f"{errors} cannot be read" if errors else "")
         progress.close()
-    return {"images": len(images), "errors": errors, "before": done}
-
-
-class _Table:
-    """A table that is written row by row, and goes on behind the last whole row of an earlier call.
-
-    Args:
-      target: .csv or .jsonl; it is there when the table is whole.
-      columns: of a row.
-      about: what the rows are of; a later call has to be of the same.
-    """
-
-    def __init__(self, target: Path, columns: Sequence[str], about: Mapping[str, Any]):
-        self._target, self._columns = target, list(columns)
-        self._part = target.with_name(target.name + PART)
-        self._about = target.with_name(f"{target.name}{PART}.json")
-        self.rows = self.errors = 0
-        text = json.dumps(about, indent=2)
-        try:
-            if self._part.exists() and self._about.exists():
-                if self._about.read_text("utf-8") != text:
-                    raise UserError(
-                        f"{printable(self._part)} is of another call, with other images, another checkpoint or other "
-                        "options: remove it, or give another file."
-                    )
-                self._keep_whole_rows()
-            else:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._about.write_text(text, "utf-8")
-                self._part.write_text(self._header(), "utf-8")
-            self._file = self._part.open("a", encoding="utf-8", newline="")
-        except OSError as error:
-            raise self._cannot(error) from error
-
-    def _cannot(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write {printable(self._part)} ({reason(error)}): make room, or give another file; the same "
-            "command goes on behind its last row."
-        )
-
-    def _header(self) -> str:
-        if self._target.suffix == ".jsonl":
-            return ""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(self._columns)
-        return text.getvalue()
-
-    def _keep_whole_rows(self) -> None:
-        """Cuts off what a stopped call left of its last row, and counts the others."""
-        whole = len(self._header().encode())
-        with self._part.open("rb") as file:
-            file.seek(whole)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                whole += len(line)
-                self.rows += 1
-                text = line.decode("utf-8")
-                failed = '"error": ' in text if self._target.suffix == ".jsonl" else not text.endswith(",\n")
-                self.errors += failed
-        os.truncate(self._part, whole)
-
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes rows, and gives them to the operating system."""
-        text = io.StringIO()
-        if self._target.suffix == ".jsonl":
-            text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        else:
-            writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-            writer.writerows(rows)
-        try:
-            self._file.write(text.getvalue())
-            self._file.flush()
-        except OSError as error:
-            raise self._cannot(error) from error
-
-    def __enter__(self) -> "_Table":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if kind is None:
-            os.replace(self._part, self._target)
-            self._about.unlink()
+    errors, done = map(int, gather_processes(np.array([[errors, done]])).sum(axis=0))  # when all processes are done
+    if process == 0:
+        table.finish()
+    return {"images": len(found), "errors": errors, "before": done}

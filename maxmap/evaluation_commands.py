@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from maxmap import storage
-from maxmap.arguments import Number, add_checkpoint, local_path
+from maxmap.arguments import Number, add_checkpoint, add_processes, local_path
 from maxmap.bulk import embed_many, predict_many
 from maxmap.data.decode import CROP_MODES, FILTERS
 from maxmap.data.preprocessing import changed
@@ -16,6 +18,7 @@ from maxmap.errors import UserError, printable
 from maxmap.explanation import explain_files
 from maxmap.inference import answers, predict
 from maxmap.labels import LABEL_SETS
+from maxmap.sharding import initialize_processes
 from maxmap.validate import validate
 from maxmap.wordnet import readable
 
@@ -53,12 +56,13 @@ def _add_table(command: argparse.ArgumentParser, *, required: bool) -> None:
         type=local_path,
         required=required,
         metavar="FILE",
-        help=".csv or .jsonl with a row for each image; the same command goes on where it was stopped",
+        help=".csv, .jsonl or .parquet with a row for each image; the same command goes on where it was stopped",
     )
     command.add_argument(
         "--batch-size", type=Number(embed_many, "batch_size"), default=64, help="images at a time (default: 64)"
     )
     command.add_argument("--overwrite", action="store_true", help="replace FILE")
+    add_processes(command)
 
 
 def add_validate(command: argparse.ArgumentParser) -> None:
@@ -143,14 +147,22 @@ def predict_command(
     overwrite: bool,
     json_file: str | None,
     csv_file: str | None,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
     **options: Any,
 ) -> None:
     """Prints what a checkpoint says of every image, and writes it into files; or writes a table of many images."""
     if to is not None:
         if json_file or csv_file:
             raise UserError("--to is a table of its own: leave out --json and --csv.")
-        print(_told(to, predict_many(workdir, images, to, overwrite=overwrite, **options)))
+        initialize_processes(coordinator, num_processes, process_id)
+        _tell(to, predict_many(workdir, images, to, overwrite=overwrite, **options))
         return
+    if (coordinator, num_processes, process_id) != (None, None, None):
+        raise UserError(
+            "several processes write a table: give --to=FILE, too, or leave out --coordinator and the like."
+        )
     task, results = answers(workdir, images, **options)
     for path, named in zip(images, results, strict=True):
         said = ", ".join(f"{readable(name)} {task.shown(value)}" for name, value in named)
@@ -171,15 +183,27 @@ def predict_command(
         storage.write_named(csv_file, text.getvalue())
 
 
-def embed_command(checkpoint: str, images: list[Path], to: Path, **options: Any) -> None:
+def embed_command(
+    checkpoint: str,
+    images: list[Path],
+    to: Path,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    **options: Any,
+) -> None:
     """Writes the embeddings of many images into a table."""
-    print(_told(to, embed_many(checkpoint, images, to, **options)))
+    initialize_processes(coordinator, num_processes, process_id)
+    _tell(to, embed_many(checkpoint, images, to, **options))
 
 
-def _told(file: Path, counts: dict[str, int]) -> str:
+def _tell(file: Path, counts: dict[str, int]) -> None:
+    """Prints what is in a table, on the first process."""
+    if jax.process_index() > 0:
+        return
     before = f", {counts['before']:,} of them by an earlier call" if counts["before"] else ""
     errors = f"; {counts['errors']:,} cannot be read, see its column 'error'" if counts["errors"] else ""
-    return f"{printable(file)}: {counts['images']:,} images{before}{errors}"
+    print(f"{printable(file)}: {counts['images']:,} images{before}{errors}")
 
 
 def explain_command(checkpoint: str, images: list[Path], out: Path, class_name: str | None) -> None:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias
 
 import optax
 from jax.sharding import Mesh
@@ -14,6 +14,8 @@ from maxmap.models import Classifier
 from maxmap.operations import Array
 from maxmap.ranges import Count, CountOrZero, Decay, Positive, Range, check_fields
 from maxmap.schedule import Schedule
+
+Tracker: TypeAlias = Literal["wandb", "mlflow", "trackio"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +61,23 @@ class Logging:
       every: Steps between two lines of the log.
       max_skips: Steps in a row that may be left out because loss or gradients are not finite; one more ends the run.
       hang_minutes: Minutes after which a step, an evaluation or a save that does not end is reported with its stack.
+      to: Trackers of experiments that get the same numbers: "wandb", "mlflow", "trackio", or a list of these.
+      profile: First and last step of a `jax.profiler` trace, such as (100, 110); None for no trace.
     """
 
     every: Count = 50
     max_skips: CountOrZero = 10
     hang_minutes: Positive = 30.0
+    to: Tracker | Sequence[Tracker] = ()
+    profile: tuple[Count, Count] | None = None
 
     def __post_init__(self) -> None:
         check_fields(Logging, "log", vars(self))
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of `to`, each once."""
+        return (self.to,) if isinstance(self.to, str) else tuple(dict.fromkeys(self.to))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from maxmap import evaluate, recipe_files
 from maxmap.accelerators.hardware import HARDWARE
-from maxmap.arguments import Number, add_config, local_path
+from maxmap.arguments import Number, add_config, add_processes, local_path
 from maxmap.config import bind, explain, read
 from maxmap.errors import UserError, printable
 from maxmap.ranges import Count
@@ -42,15 +42,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on although the config changed what is computed",
     )
-    command.add_argument("--coordinator", help="HOST:PORT of the first process, where nothing else tells it")
-    command.add_argument(
-        "--num_processes",
-        type=Number(initialize_processes, "num_processes"),
-        help="how many processes train together",
-    )
-    command.add_argument(
-        "--process_id", type=Number(initialize_processes, "process_id"), help="which of them this is, from 0"
-    )
+    add_processes(command)
     command.set_defaults(run=train_command)
 
 

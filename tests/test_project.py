@@ -30,7 +30,7 @@ FLOORS = (
         "maxmap.storage",
         "maxmap.wordnet",
     },
-    {"maxmap.page", "maxmap.pictures"},
+    {"maxmap.page", "maxmap.pictures", "maxmap.result_table"},
     {"maxmap.checkpoint", "maxmap.recipe_files"},
     {"maxmap.data"},
     {"maxmap.kernels"},

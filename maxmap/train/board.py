@@ -4,6 +4,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -30,10 +31,11 @@ class Board:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """Writes the value of a curve at a step."""
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+    def scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        """Writes the values of curves at a step, each under its kind: "train/loss"."""
+        for key, value in values.items():
+            summary = Summary(value=[Summary.Value(tag=f"{kind}/{key}", simple_value=value)])
+            self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _write(self, event: Event) -> None:
         data = event.SerializeToString()

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 
 from maxmap import checkpoint, evaluate, storage
 from maxmap.checkpoint import Checkpoints
+from maxmap.config import flatten
 from maxmap.cost import count_parameters
 from maxmap.errors import UserError, printable
 from maxmap.operations import Array, kernels_of, platform
@@ -19,10 +19,13 @@ from maxmap.recipe import Recipe
 from maxmap.runtime import freed_memory
 from maxmap.sharding import to_devices
 from maxmap.train.build import Parts, build, open_data
+from maxmap.train.goodput import Goodput, Phase
+from maxmap.train.profiler import Profiler, check_steps
 from maxmap.train.report import Report
 from maxmap.train.resume import only_run
 from maxmap.train.start import find_checkpoint, first_state
 from maxmap.train.state import TrainState
+from maxmap.train.trackers import check_installed
 from maxmap.train.watch import Interrupts, Watch, Watchdog
 
 
@@ -42,11 +45,13 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
       UserError: Something in the recipe, the data or the workdir does not fit; nothing has been overwritten.
       SystemExit: After Ctrl-C (130) or SIGTERM (`RESTART`), when the state is saved.
     """
-    workdir = storage.expand(workdir)
+    goodput, workdir = Goodput(), storage.expand(workdir)
+    check_installed(recipe.log.trackers)
     mesh = recipe.mesh()
     data = open_data(recipe)
     found, changes, data = find_checkpoint(recipe, workdir, data, mesh, allow_changes=allow_changes)
     parts = build(recipe, mesh, data, found)
+    check_steps(recipe.log.profile, parts.total_steps)
     state, adapted = first_state(parts, workdir, found)
     start = 0 if found is None else found["step"]
     _make_folder(workdir)
@@ -61,6 +66,9 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
             step=start,
             total_steps=parts.total_steps,
             batch_size=recipe.batch_size,
+            goodput=goodput,
+            trackers=recipe.log.trackers,
+            config=flatten(recipe.values),
             check_ownership=check_ownership,
         )
         stack.enter_context(contextlib.closing(report))
@@ -146,9 +154,10 @@ class Loop:
     ):
         self._parts, self._workdir, self._report, self._check_ownership = parts, workdir, report, check_ownership
         self._state, self._step, self._first = state, step, step
-        self._watch = Watch(workdir, report, step=step, max_skips=parts.recipe.log.max_skips)
+        self._watch = Watch(workdir, report, max_skips=parts.recipe.log.max_skips)
         hang = storage.resolve(workdir) / f"hang{jax.process_index() or ''}.txt"
         self._dog = Watchdog(hang, 60 * parts.recipe.log.hang_minutes)
+        self._profiler = Profiler(workdir, report, parts.recipe.log.profile)
         self._key = parts.keys()[1]
         self._last: tuple[Mapping[str, Any], Mapping[str, Array]] | None = (
             None  # batch and metrics of a step, to be checked
@@ -182,17 +191,22 @@ class Loop:
             stack.enter_context(contextlib.closing(checkpoints))
             interrupts = stack.enter_context(Interrupts())
             stack.enter_context(self._dog)
+            stack.enter_context(contextlib.closing(self._profiler))
             while True:
                 stop = interrupts.reached(self._step)
                 self._between(checkpoints, stop)
-                if self._step == total or self._best.out_of_patience(parts.recipe.evaluate.patience):
+                over = self._step == total or self._best.out_of_patience(parts.recipe.evaluate.patience)
+                if over or stop:
+                    checkpoints.wait()
+                    report.ended(self._step)
+                if over:
                     return self._result
                 if stop:
-                    checkpoints.wait()
                     report.tell(f"stopped after step {self._step}, which is saved: the same command goes on from there")
                     raise SystemExit(interrupts.exit_code())
                 checkpoints.check()
-                self._advance(batches)
+                with self._profiler.step(self._step + 1, self._check_last_step):
+                    self._advance(batches)
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluates the averaged weights where there are any, and writes `eval.json`; returns its content."""
@@ -209,6 +223,11 @@ class Loop:
         evaluate.write(result, self._workdir)
         return result
 
+    def _enter(self, phase: Phase, step: int) -> None:
+        """Begins a phase, for the count of the time and for the watchdog."""
+        self._report.goodput.enter(phase)
+        self._dog.enter(f"{phase} at step {step}")
+
     def _between(self, checkpoints: Checkpoints, stop: bool) -> None:
         """Evaluates and saves if an evaluation or a checkpoint is due."""
         step, recipe, epoch = self._step, self._parts.recipe, self._parts.steps_per_epoch
@@ -218,10 +237,9 @@ class Loop:
         if not evaluating and not saving:
             return
         self._check_last_step()  # a resumed run does not repeat this step, so its line must be in the log by now
-        began = time.perf_counter()
         self._check_ownership()
         if evaluating:
-            self._dog.enter(f"step {step} is evaluated")
+            self._enter("evaluating", step)
             self._result = self.evaluate()
             self._best = self._best.after(self._result[self._parts.task.score], step)
             if self._best.out_of_patience(recipe.evaluate.patience) and not end:
@@ -231,37 +249,36 @@ class Loop:
                     f"training ends early: no better {task.curves[0][task.score]} in {self._best.since} evaluation(s) "
                     f"since step {self._best.step}, which had {self._best.score:.4g}"
                 )
+        self._enter("saving", step)
         self._report.upload()
         if saving:
-            self._dog.enter(f"step {step} is saved")
             score = self._result[self._parts.task.score] if evaluating else None
             info = {**self._parts.info, "best": dataclasses.asdict(self._best)}
             checkpoints.save(step, self._state.items(), info, score)
-        self._report.left_out(time.perf_counter() - began)
 
     def _advance(self, batches: Iterator[dict[str, Any]]) -> None:
         """Starts the next step, and checks the metrics of the step before it while the accelerator computes."""
-        began = time.perf_counter()
-        self._dog.enter(f"step {self._step + 1} waits for its data")
+        step = self._step + 1
+        self._enter("waiting for data", step)
         batch = next(batches)
-        self._report.waited(time.perf_counter() - began)
+        self._enter("computing", step)
         for index in batch["skipped"][batch["skipped"] >= 0]:
             self._undecoded += 1
             name = self._train_name(int(index))
             self._report.warn(f"skipped ({self._undecoded} so far), cannot be decoded: {printable(name)}")
-        self._dog.enter(f"step {self._step + 1} computes")  # or compiles
         on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
         if self._train_step is None:
-            began = time.perf_counter()
+            self._enter("compiling", step)
             traced = self._parts.train_step.trace(self._state, on_devices, self._key)
             self._train_step = traced.lower().compile()
-            self._report.compiled(time.perf_counter() - began)
+            self._report.compiled()
             if platform() != "cpu":
                 self._report.tell(f"kernels written by hand: {kernels_of(traced)}")
+            self._enter("computing", step)
         self._state, metrics = self._train_step(self._state, on_devices, self._key)
         self._report.advanced()
         self._check_last_step()
-        self._step, self._last = self._step + 1, (batch, metrics)
+        self._step, self._last = step, (batch, metrics)
         if self._watch.skips or not self._ahead:
             self._check_last_step()  # at once after a skip: the state is still the one that the step got
         freed_memory.trim_if_grown()
@@ -272,7 +289,7 @@ class Loop:
             return
         parts, step = self._parts, self._step
         (batch, metrics), self._last = self._last, None
-        self._dog.enter(f"step {step} computes")
+        self._enter("computing", step)
         stopping = self._watch.check(step, metrics, batch["index"])
         if not self._watch.skips and (step % parts.recipe.log.every == 0 or step in (1, parts.total_steps)):
             numbers = _fetch({**metrics, "learning_rate": parts.schedule(step - 1)})

@@ -1,11 +1,10 @@
-"""What a run reports: lines on the terminal, `metrics.jsonl`, TensorBoard's file and `curves.png`."""
+"""What a run reports: lines on the terminal, `metrics.jsonl`, TensorBoard's file, trackers and `curves.png`."""
 
 import contextlib
 import json
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,8 @@ from maxmap.errors import printable
 from maxmap.progress import clock
 from maxmap.tasks import SINGLE_LABEL, TASKS
 from maxmap.tasks.task import Task
+from maxmap.train.goodput import Goodput
+from maxmap.train.trackers import EVENT, About, Tracker, known_before
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,10 +43,14 @@ class Report:
         again. An evaluation at this step is printed but not written, because the log has it already.
       total_steps: number of steps of the whole run.
       batch_size: images per step.
+      goodput: counts where the time goes; None to begin now.
+      trackers: names of those that get the same numbers; see `maxmap.train.trackers`.
+      config: what they get, too: values by their paths.
       check_ownership: called before anything is copied to a bucket; see `maxmap.train.resume.only_run`.
 
     Attributes:
       folder: where the first process writes its files: the workdir, or the temporary folder for one in a bucket.
+      goodput: whoever runs the steps tells it what phase begins; see `maxmap.train.goodput`.
     """
 
     def __init__(
@@ -55,13 +60,17 @@ class Report:
         step: int,
         total_steps: int,
         batch_size: int,
+        goodput: Goodput | None = None,
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
         check_ownership: Callable[[], None] = lambda: None,
     ):
         self._main = jax.process_index() == 0
         self._workdir, self._check_ownership = workdir, check_ownership
         self._batch_size = batch_size
         self._first, self._total = step, total_steps
-        self._time, self._step, self._waited = time.perf_counter(), step, 0.0
+        self.goodput = goodput or Goodput()
+        self._step, self._before = step, self._step_seconds()
         self._told_input_bound = False
         if not self._main:
             return
@@ -73,47 +82,56 @@ class Report:
             for name in LOGS:
                 if (storage.resolve(workdir) / name).exists():
                     (self.folder / name).write_bytes((storage.resolve(workdir) / name).read_bytes())
-        self._path = self.folder / LOGS[0]
+        self._path, self._events = (self.folder / name for name in LOGS)
+        # A run that begins anew is a new one for the trackers, too.
+        logs = [_rows(path) if trackers and step else [] for path in (self._events, self._path)]
         drop_after(self._path, step)
+        drop_after(self._events, step)
         self._file = self._path.open("ab", buffering=0)
         from maxmap.train.board import Board  # it imports PyTorch if that is installed, which takes a second
 
-        self._board = Board(self.folder / "tensorboard", step + 1)
+        self._boards: list[Board | Tracker] = [Board(self.folder / "tensorboard", step + 1)]
+        if trackers:
+            known = known_before(*logs)
+            self.event(EVENT, step, known)
+            about = About(Path(workdir).name, config=config or {}, folder=self.folder, **known)
+            self._temporary.enter_context(contextlib.redirect_stdout(sys.stderr))  # trackers greet; the result is alone
+            self._boards += [Tracker(name, about, self.warn) for name in trackers]
         self._bar = tqdm(
             total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
 
-    def waited(self, seconds: float) -> None:
-        """Counts seconds that a step waited for data."""
-        self._waited += seconds
+    def _step_seconds(self) -> tuple[float, float]:
+        """Returns the seconds that steps have taken, all of them and those of waiting for data."""
+        waiting = self.goodput.seconds("waiting for data")
+        return self.goodput.seconds("computing") + waiting, waiting
 
     def advanced(self) -> None:
         """Counts a step on the progress bar."""
         if self._main:
             self._bar.update()
 
-    def compiled(self, seconds: float) -> None:
-        """Tells how long the step took to compile, and leaves these seconds out of the speed and of the time left."""
-        self.left_out(seconds)
-        self.tell(f"compiling, {seconds:.0f} s")
+    def compiled(self) -> None:
+        """Tells how long the step took to compile."""
+        self.tell(f"compiling, {self.goodput.seconds('compiling'):.0f} s")
         if self._main:
             self._bar.unpause()
 
     def time_left(self, step: int) -> None:
         """Tells the time left, from the steps since the last report."""
-        seconds = (time.perf_counter() - self._time) / max(step - self._step, 1)
-        self.tell(f"{clock((self._total - step) * seconds)} left")
+        seconds = self._step_seconds()[0] - self._before[0]
+        self.tell(f"{clock((self._total - step) * seconds / max(step - self._step, 1))} left")
 
     def train(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
         """Reports the metrics of a training step, and the speed since the last report.
 
         The first step says nothing of the time left: it also fills caches and allocates memory.
         """
-        now = time.perf_counter()
-        seconds, steps = now - self._time, max(step - self._step, 1)
-        speed = {"images_per_second": steps * self._batch_size / seconds, "waiting_for_data": self._waited / seconds}
+        now, steps = self._step_seconds(), max(step - self._step, 1)
+        seconds, waited = max(now[0] - self._before[0], 1e-9), now[1] - self._before[1]
+        speed = {"images_per_second": steps * self._batch_size / seconds, "waiting_for_data": waited / seconds}
         left = f"{clock((self._total - step) * seconds / steps)} left, " if step > self._first + 1 else ""
-        self._time, self._step, self._waited = now, step, 0.0
+        self._step, self._before = step, now
         self._write("train", step, {"epoch": epoch, **metrics, **speed})
         text = f"loss {metrics['loss']:.4f}, {speed['images_per_second']:.0f} images/s"
         waiting = f"{100 * speed['waiting_for_data']:.0f} % waiting for data"
@@ -132,9 +150,17 @@ class Report:
             self._write("eval", step, {"epoch": epoch, **numbers})
         self.tell(f"epoch {epoch:.0f}: {task.words(result)} ({result['images']} images)")
 
-    def left_out(self, seconds: float) -> None:
-        """Leaves seconds of evaluating or saving out of the training speed."""
-        self._time += seconds
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a line to `events.jsonl`, on the first process."""
+        if self._main:
+            with self._events.open("a") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+
+    def ended(self, step: int) -> None:
+        """Tells where the time has gone: at the end of a run, or when it is stopped."""
+        shares = {phase.replace(" ", "_"): share for phase, share in self.goodput.shares().items()}
+        self.event("goodput", step, {"seconds": round(self.goodput.total(), 3), **shares})
+        self.tell(f"goodput in {self.goodput.words()}")
 
     def tell(self, text: str) -> None:
         """Prints a line above the progress bar, on the first process."""
@@ -163,7 +189,8 @@ class Report:
             with self._temporary:
                 self._bar.close()
                 self._file.close()
-                self._board.close()
+                for board in self._boards:
+                    board.close()
                 draw_curves(self._path, self._path.with_name("curves.png"))
                 self.upload()
 
@@ -171,8 +198,8 @@ class Report:
         if not self._main:
             return
         self._file.write((json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
-        for key, value in values.items():
-            self._board.scalar(f"{kind}/{key}", value, step)
+        for board in self._boards:
+            board.scalars(kind, values, step)
 
 
 def drop_after(path: Path, step: int) -> None:
@@ -180,6 +207,11 @@ def drop_after(path: Path, step: int) -> None:
     if path.exists():
         kept = [line for line, row in read_log(path) if row["step"] <= step]
         storage.write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a log; none where there is no file."""
+    return [row for _, row in read_log(path)] if path.exists() else []
 
 
 def read_log(path: Path | epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from maxmap import storage
 from maxmap.errors import UserError, printable
 from maxmap.sharding import gather_processes
-from maxmap.train.report import Report, drop_after
+from maxmap.train.report import Report
 
 RESTART = 75  # exit code after SIGTERM (EX_TEMPFAIL): the run is saved, and the scheduler is to start it again
 
@@ -38,19 +38,16 @@ class Watch:
     Args:
       workdir: folder of the run.
       report: prints what is found.
-      step: that the run starts or goes on from.
       max_skips: how many steps in a row may be skipped because loss or gradients are not finite.
 
     Attributes:
       skips: how many steps in a row were skipped up to now.
     """
 
-    def __init__(self, workdir: str | Path, report: Report, *, step: int, max_skips: int):
+    def __init__(self, workdir: str | Path, report: Report, *, max_skips: int):
         self._workdir, self._report, self._max_skips = workdir, report, max_skips
         self._mean, self._variance, self._seen = 0.0, 0.0, 0
         self.skips = 0
-        if jax.process_index() == 0:
-            drop_after(report.folder / "events.jsonl", step)
 
     def check(self, step: int, metrics: Mapping[str, Any], samples: np.ndarray) -> bool:
         """Checks a step's loss and gradient norm.
@@ -126,11 +123,8 @@ class Watch:
         )
 
     def _write_event(self, kind: str, step: int, loss: float, norm: float, samples: np.ndarray) -> None:
-        samples = gather_processes(samples)
-        if jax.process_index() == 0:
-            row = {"kind": kind, "step": step, "loss": str(loss), "grad_norm": str(norm), "samples": samples.tolist()}
-            with (self._report.folder / "events.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        values = {"loss": str(loss), "grad_norm": str(norm), "samples": gather_processes(samples).tolist()}
+        self._report.event(kind, step, values)
 
 
 class Watchdog:

@@ -1,6 +1,7 @@
 """A whole run: what it writes, that it goes on where it was stopped, and what it says to bad input."""
 
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -129,6 +130,9 @@ def test_the_log_has_every_step_that_it_should(finished):
 def test_what_a_run_leaves_in_its_folder(finished):
     names = set(files(finished.workdir))
     assert names >= {"config.json", "metrics.jsonl", "curves.png", "eval.json"}
+    (row,) = read_lines(finished.workdir / "events.jsonl")
+    assert (row.pop("kind"), row.pop("step")) == ("goodput", 9) and row.pop("seconds") > 0
+    assert sum(row.values()) == pytest.approx(1) and min(row.values()) >= 0
     assert any(name.startswith("tensorboard/events.out.tfevents") for name in names)
     assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {"8", "9"}  # keep = 2
     assert finished.saved.keys() == {4, 8, 9}
@@ -168,7 +172,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, capfd, nu
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert interrupt(number, finished.config, tmp_path / "run", step=step) == code
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert f"stopped after step {step}, which is saved" in capfd.readouterr().err
+    assert re.search(
+        rf"^goodput in .* % computing.*\nstopped after step {step}, which is saved", capfd.readouterr().err, re.M
+    )
     assert checkpoint.read_info(tmp_path / "run")["step"] == step
 
     result, saved = run(finished.config, tmp_path / "run")
@@ -407,6 +413,10 @@ def test_a_changed_config_goes_on_when_told(finished, tmp_path, capfd):
         ({"checkpoint__every": 0}, "config.checkpoint.every is 0"),
         ({"checkpoint__keep": 0}, "config.checkpoint.keep is 0"),
         ({"log__every": 0}, "config.log.every is 0"),
+        (
+            {"log__profile": (6, 5)},
+            "config.log.profile is (6, 5), and the run has 9 steps: give the first and the last",
+        ),
         ({"data__val_split": None}, "no evaluation data: set --config.data.val_split"),
         ({"data__train_split": None}, "no training data: set --config.data.train_split"),
         ({"optim__name": "adamv"}, "adamw"),
@@ -527,6 +537,24 @@ def test_compiling_and_the_time_left_have_lines_of_their_own(images, tmp_path, c
         re.search(text, log, re.MULTILINE) for text in (r"^compiling, \d+ s$", r"^step 1/9,.*$", r"^0:\d\d:\d\d left$")
     )
     assert compiling.start() < first.start() < left.start() and "left" not in first[0]
+
+
+def test_a_trace_of_some_steps_changes_no_number(finished, tmp_path, capfd):
+    assert "log.profile is (5, 10), and the run has 9 steps" in sentence(
+        settings_for(finished.config["data"]["path"], log={"every": 2, "profile": (5, 10)}), tmp_path
+    )
+    settings = settings_for(finished.config["data"]["path"], log={"every": 2, "profile": (5, 6)})
+    result, saved = run(settings, tmp_path)
+    assert result == finished.result
+    assert_equal(saved[9], finished.saved[9])
+    assert [without_timings(row) for row in metrics(tmp_path)] == [
+        without_timings(row) for row in metrics(finished.workdir)
+    ]
+    (trace,) = (tmp_path / "profile" / "plugins" / "profile").glob("*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert {event["args"]["step_num"] for event in events if event.get("name") == "train"} == {"5", "6"}
+    said = capfd.readouterr().err
+    assert f"trace of steps 5 to 6 in {tmp_path}/profile: pip install xprof, then xprof --logdir=" in said
 
 
 def test_training_ends_early_and_stays_ended(images, tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from maxmap.train import report as module
+from maxmap.train.goodput import Goodput
 from maxmap.train.report import Report, draw_curves, drop_after
 from tests.tiny import read_lines
 
@@ -24,10 +25,15 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(module.time, "perf_counter", clock)
-    return clock
+def clock() -> Clock:
+    return Clock()
+
+
+def spend(report: Report, clock: Clock, **seconds: float) -> None:
+    """Lets seconds of phases go by, one after another."""
+    for phase, count in seconds.items():
+        report.goodput.enter(phase.replace("_", " "))
+        clock.now += count
 
 
 def metrics(loss: float = 2.0) -> dict:
@@ -35,13 +41,10 @@ def metrics(loss: float = 2.0) -> dict:
 
 
 def test_speed_leaves_out_evaluations_and_says_what_waiting_took(clock, tmp_path, capfd):
-    report = Report(tmp_path, step=10, total_steps=30, batch_size=32)
-    clock.now += 3  # ten steps in 8 seconds, with an evaluation of 5 between them
-    report.waited(1.5)
-    clock.now += 5
-    report.left_out(5)
-    clock.now += 5
-    report.waited(0.5)
+    report = Report(tmp_path, step=10, total_steps=30, batch_size=32, goodput=Goodput(clock))
+    # Ten steps in 8 seconds, with an evaluation of 5 between them.
+    spend(report, clock, waiting_for_data=1.5, computing=1.5, evaluating=5)
+    spend(report, clock, waiting_for_data=0.5, computing=4.5)
     report.train(20, 2.0, metrics())
     report.close()
     (row,) = read_lines(tmp_path / "metrics.jsonl")
@@ -60,10 +63,10 @@ def test_speed_leaves_out_evaluations_and_says_what_waiting_took(clock, tmp_path
 
 def test_compiling_is_told_and_counts_for_nothing(clock, tmp_path, capfd):
     """18 steps of a second each, and a first one that compiles for 41 seconds before."""
-    report = Report(tmp_path, step=0, total_steps=18, batch_size=8)
-    clock.now += 41.4
-    report.compiled(41.4)
-    clock.now += 1
+    report = Report(tmp_path, step=0, total_steps=18, batch_size=8, goodput=Goodput(clock))
+    spend(report, clock, compiling=41.4)
+    report.compiled()
+    spend(report, clock, computing=1)
     report.train(1, 0.0, metrics())
     clock.now += 1
     report.time_left(2)
@@ -78,10 +81,29 @@ def test_compiling_is_told_and_counts_for_nothing(clock, tmp_path, capfd):
     assert [row["images_per_second"] for row in read_lines(tmp_path / "metrics.jsonl")] == [8, 8]
 
 
+def test_where_the_time_of_a_run_went(clock, tmp_path, capfd):
+    """Of 999 seconds; a share is rounded so that all of them add up to 1."""
+    report = Report(tmp_path, step=0, total_steps=18, batch_size=8, goodput=Goodput(clock))
+    clock.now += 1 / 3
+    spend(report, clock, compiling=2 / 3, computing=300, evaluating=98, waiting_for_data=200, saving=200)
+    spend(report, clock, computing=200)
+    report.ended(18)
+    report.close()
+    (row,) = read_lines(tmp_path / "events.jsonl")
+    assert (row.pop("kind"), row.pop("step"), row.pop("seconds")) == ("goodput", 18, 999)
+    assert row == {
+        **{"computing": 0.501, "waiting_for_data": 0.2, "saving": 0.2},
+        **{"evaluating": 0.098, "compiling": 0.001, "starting": 0.0},
+    }
+    assert sum(1000 * share for share in row.values()) == 1000
+    said = "50.1 % computing, 20.0 % waiting for data, 20.0 % saving, 9.8 % evaluating, 0.1 % compiling"
+    assert f"goodput in 0:16:39: {said}\n" in capfd.readouterr().err
+
+
 def test_the_clock_starts_anew_with_every_line(clock, tmp_path):
-    report = Report(tmp_path, step=0, total_steps=30, batch_size=8)
+    report = Report(tmp_path, step=0, total_steps=30, batch_size=8, goodput=Goodput(clock))
     for step, seconds in ((1, 20.0), (5, 2.0)):
-        clock.now += seconds
+        spend(report, clock, computing=seconds)
         report.train(step, 0.0, metrics())
     report.close()
     assert [row["images_per_second"] for row in read_lines(tmp_path / "metrics.jsonl")] == [8 / 20, 4 * 8 / 2]
@@ -155,10 +177,9 @@ def test_evaluations_go_to_the_log_with_their_numbers_only(tmp_path, capfd):
 
 
 def test_a_run_that_waits_for_data_says_so_once(clock, tmp_path, capfd):
-    report = Report(tmp_path, step=0, total_steps=900, batch_size=8)
+    report = Report(tmp_path, step=0, total_steps=900, batch_size=8, goodput=Goodput(clock))
     for step in (50, 150, 250):
-        clock.now += 10
-        report.waited(2)
+        spend(report, clock, waiting_for_data=2, computing=8)
         report.train(step, 0.0, metrics())
     report.close()
     log = capfd.readouterr().err
@@ -172,8 +193,8 @@ def test_a_terminal_gets_a_progress_bar(clock, tmp_path, monkeypatch):
             return True
 
     monkeypatch.setattr(module.sys, "stderr", Terminal())
-    report = Report(tmp_path, step=2, total_steps=4, batch_size=10)
-    clock.now += 1
+    report = Report(tmp_path, step=2, total_steps=4, batch_size=10, goodput=Goodput(clock))
+    spend(report, clock, computing=1)
     report.advanced()
     report.train(3, 1.5, metrics())
     report.tell("something happened")
