@@ -47,9 +47,9 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Nothing is fetched; the variable silences an advertisement of the theme's makers.
+# It fetches nothing. No --quiet, which would hide warnings from --strict; the variable silences an advertisement.
 docs: $(VENV)/.test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --jobs=$(JOBS) $(ARGS)
