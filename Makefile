@@ -2,6 +2,7 @@
 # make demo    train the embedded default on handwritten digits, evaluate, name a few images, write a report
 # make test    the tests
 # make check   format, lint, types
+# make docs    the site: README, docs/, notebooks/ and the API, in build/site, without a warning (mkdocs.yml)
 # make soak    runs that are killed, starved and lied to: a table of what survived; half an hour (tests/soak/__main__.py)
 # make fuzz    files from strangers, spoiled and hostile: a table of how reading them ends; a quarter of an hour (tests/fuzz)
 # make bench   speed beside timm on this machine, in turns (benchmarks/speed.py)
@@ -26,7 +27,7 @@ DEMO := runs/quickstart
 AOT ?= $(VENV)-aot
 GPU ?=
 
-.PHONY: help setup lock demo test check soak fuzz bench parity accelerators
+.PHONY: help setup lock demo test check docs soak fuzz bench parity accelerators
 help:
 	@sed -n 's/^# \(make [a-z]*  .*\)/\1/p' Makefile
 
@@ -45,6 +46,10 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# It fetches nothing. No --quiet, which would hide warnings from --strict; the variable silences an advertisement.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.soak --jobs=$(JOBS) $(ARGS)

@@ -1,6 +1,6 @@
 """The training loss of a model with G branches (MAP, WACV 2025; Gramian attention, ICCV 2023).
 
-With logits y_g and, where the head distils itself, y'_g::
+With logits y_g and, where the head distils itself, y'_g:
 
     loss =                sum_g  base(y_g, targets)
          + distillation * sum_g  KL(stop_gradient(softmax(y_g)) || softmax(y'_g))        if the head gives y'

@@ -1,15 +1,15 @@
 """Optimizers by name, and which parameters they decay and train; composed from optax.
 
-adamw      Decay is decoupled and times the rate, as in torch (Loshchilov and Hutter 2019).
-lamb       optax's: every tensor gets a trust ratio (You et al. 2020).
-lamb_timm  timm's, see `_lamb_timm`; its `max_grad_norm` clips after `clip_norm`, inf turns it off.
-sgd        Nesterov momentum. Decay is added to the gradient, as in torch.
-momentum   The same with plain momentum; both names are timm's.
-lion       Decoupled decay (Chen et al. 2023).
-adafactor  Factored moments; the update is clipped at an RMS of 1 and scaled by the RMS of the parameter (Shazeer and
-           Stern 2018). Decay is times the rate, as for all the others, unlike in `optax.adafactor`.
-muon       Every decayed tensor is a matrix [rest, last axis], its update scaled to the size of AdamW's (Liu et al.
-           2025); Nesterov Adam for the other tensors.
+    adamw      Decay is decoupled and times the rate, as in torch (Loshchilov and Hutter 2019).
+    lamb       optax's: every tensor gets a trust ratio (You et al. 2020).
+    lamb_timm  timm's, see `_lamb_timm`; its `max_grad_norm` clips after `clip_norm`, inf turns it off.
+    sgd        Nesterov momentum. Decay is added to the gradient, as in torch.
+    momentum   The same with plain momentum; both names are timm's.
+    lion       Decoupled decay (Chen et al. 2023).
+    adafactor  Factored moments; the update is clipped at an RMS of 1 and scaled by the RMS of the parameter (Shazeer
+               and Stern 2018). Decay is times the rate, as for all the others, unlike in `optax.adafactor`.
+    muon       Every decayed tensor is a matrix [rest, last axis], its update scaled to the size of AdamW's (Liu et al.
+               2025); Nesterov Adam for the other tensors.
 
 The signatures of `OPTIMIZERS` hold the defaults of their options.
 """

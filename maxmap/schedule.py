@@ -1,6 +1,6 @@
 """Learning rate schedules, on timm's clock of epochs or on a clock of steps.
 
-The clock t counts epochs or steps (`per`). W, E and D are the lengths of warm-up, epochs and decay on that clock::
+The clock t counts epochs or steps (`per`). W, E and D are the lengths of warm-up, epochs and decay on that clock:
 
     t < W:  warmup_lr + (lr - warmup_lr) * t / W
     else:   min_lr + (lr - min_lr) * shape(left),   left = clip(E - t, 0, D) / D

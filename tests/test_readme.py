@@ -24,7 +24,7 @@ from tests.tiny import ROOT, write_folder
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md"))]
-SETUP = ("make setup", "make test", "source ", "pip install ")
+SETUP = ("make setup", "make test", "make docs", "source ", "pip install ")
 SHORT = "--config.steps=2 --config.batch_size=8 --config.checkpoint.every=1"
 MOST_SKIPPED = 2
 MOST_WORDS = 1000

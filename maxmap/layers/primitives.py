@@ -183,7 +183,8 @@ class Conv(nn.Module):
       padding: zeros on every side, or "same" for TensorFlow's rule.
       groups: of channels; equal to the input channels for a depthwise convolution.
       bias: adds one per output channel.
-      kernel_init, bias_init: initialisers; None for PyTorch's defaults.
+      kernel_init: of the kernel; None for PyTorch's default.
+      bias_init: of the bias; None for PyTorch's default.
     """
 
     channels: int
@@ -223,7 +224,8 @@ class Linear(nn.Module):
     Attributes:
       channels: output channels.
       bias: adds one per output channel.
-      kernel_init, bias_init: initialisers; None for PyTorch's defaults.
+      kernel_init: of the kernel; None for PyTorch's default.
+      bias_init: of the bias; None for PyTorch's default.
     """
 
     channels: int

@@ -1,11 +1,9 @@
 """What a network is asked for, and what follows from it: losses that fit, figures, and how outputs become predictions.
 
-==============  ====================================  ==================================
-single_label    the class of an image                 accuracy
-multi_label     which of several labels an image has  average precision, F1 at thresholds
-distribution    shares of ordered scores (AVA's ten)  PLCC and SRCC of the mean score
-numbers         one number or several                 MAE, RMSE, R2
-==============  ====================================  ==================================
+    single_label    the class of an image                 accuracy
+    multi_label     which of several labels an image has  average precision, F1 at thresholds
+    distribution    shares of ordered scores (AVA's ten)  PLCC and SRCC of the mean score
+    numbers         one number or several                 MAE, RMSE, R2
 
 A task is an object of one of four classes. Data says which one it is (`of_data`), a checkpoint keeps it (`describe`,
 `of_checkpoint`), and no other room asks for its name: they all call the methods of `Task`.
