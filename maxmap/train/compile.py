@@ -11,6 +11,7 @@ from maxmap.recipe import Recipe
 from maxmap.tasks import TASKS, unfitted
 from maxmap.train.build import Images, make_step
 from maxmap.train.plan import Devices, plan
+from maxmap.train.teacher import check_count, read_teacher
 
 IMAGENET = 1_281_167  # images of an epoch where no data set is opened
 
@@ -19,7 +20,8 @@ def compile_step(recipe: Recipe, devices: Devices, hardware: str, save: str | Pa
     """Compiles the step as training would run it; opens no data set.
 
     Args:
-      recipe: As for training; 1,000 classes where it does not set `model.num_classes`.
+      recipe: As for training; as many classes as its teacher has, else 1,000, where it does not set
+        `model.num_classes`.
       devices: Of the job: as many as a slice of that hardware has.
       hardware: A key of `HARDWARE`.
       save: File for the text of the compiled program; None for none.
@@ -37,9 +39,13 @@ def compile_step(recipe: Recipe, devices: Devices, hardware: str, save: str | Pa
     mesh = recipe.mesh(available)
     data = recipe.data.keywords
     name, columns = data["task"], column_names(data["label_columns"])
-    classes = len(columns) if TASKS[name].complete else recipe.model.keywords.get("num_classes", 1000)
+    teacher = read_teacher(recipe)
+    known = 1000 if teacher is None else len(teacher.info["classes"])
+    classes = len(columns) if TASKS[name].complete else recipe.model.keywords.get("num_classes", known)
+    if teacher is not None:
+        check_count(teacher, classes)
     images = Images(data["image_size"], classes, data["mean"], data["std"], unfitted(name, classes))
-    step = make_step(recipe, mesh, images, max(1, IMAGENET // recipe.batch_size))
+    step = make_step(recipe, mesh, images, max(1, IMAGENET // recipe.batch_size), teacher)
     found, text = program.compile_for(hardware, step.function, *step.arguments())
     if save is not None:
         try:

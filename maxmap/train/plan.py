@@ -25,6 +25,7 @@ from maxmap.sharding import DATA, FSDP, check_batch, state_sharding
 from maxmap.train.build import make_optimizer
 from maxmap.train.state import create
 from maxmap.train.step import cast
+from maxmap.train.teacher import read_teacher
 
 # Shares of that bound that the compilers of a v5e and an H100 took, whatever for, for the steps of MaxViT-T, ResNet-50
 # with MAP, ConvNeXt-T and CAFormer-S18 in bfloat16 with 64 or 128 images a device (commit 7248d86).
@@ -44,7 +45,8 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
 
     Returns:
       'memory' (bytes per device, by purpose), 'sent' (bytes that a device sends per step, by purpose), 'multiply_adds'
-      (of the forward pass of a step on a device), 'flops' (of the whole step there, with what remat computes again),
+      (of the forward pass of a step on a device), 'flops' (of the whole step there, with what remat computes again and
+      what a teacher answers),
       'compute_seconds', 'network_seconds', 'efficiency' (if nothing overlaps), 'fits' and 'largest_batch' (images at a
       time on a device).
     """
@@ -74,8 +76,16 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
         "activations, at most": kept - _bytes(params),
         "images": local * size * size * 3 * (1 + dtype.itemsize),
     }
-    growing = memory["activations, at most"] + memory["images"]
     sent = _traffic(params, mesh, accumulate)
+    if (teacher := read_teacher(recipe)) is not None:
+        taught = teacher.variables["params"]
+        memory["teacher"] = _held(teacher.variables, mesh) + _bytes(_split(taught, mesh))  # its parts, then gathered
+        sent["teacher gathered"] = _traffic(taught, mesh, 1)["parameters gathered"]
+        side = teacher.info["preprocessing"]["image_size"]
+        with compiled_for(machine.platform):
+            batch = jax.ShapeDtypeStruct((local, side, side, 3), dtype)
+            flops += 2 * accumulate * multiply_adds(teacher.model.apply, teacher.variables, batch)
+    growing = memory["activations, at most"] + memory["images"]
     compute = flops / (machine.flops * utilisation)
     network = sum(sent.values()) / machine.bandwidth
     return {
@@ -118,9 +128,7 @@ def _trace_step(
 def _traffic(params: Any, mesh: AbstractMesh, accumulate: int) -> dict[str, float]:
     """Returns the bytes that a device sends in a step, by purpose; `params` are in the type that is sent."""
     data, fsdp = mesh.shape[DATA], mesh.shape[FSDP]
-    split = _bytes(
-        [leaf for leaf in jax.tree.leaves(params) if not state_sharding(leaf.shape, mesh).is_fully_replicated]
-    )
+    split = _bytes(_split(params, mesh))
     scattered = split * (fsdp - 1) / fsdp
     parts = 2 * (split / fsdp) * (data - 1) / data
     # Arrays that are too small to be split are summed over all devices at once.
@@ -130,6 +138,11 @@ def _traffic(params: Any, mesh: AbstractMesh, accumulate: int) -> dict[str, floa
         "gradients summed over fsdp": accumulate * (scattered + (small if data == 1 else 0)),
         "gradients summed over data": accumulate * (parts + small if data > 1 else 0),
     }
+
+
+def _split(params: Any, mesh: AbstractMesh) -> list[Any]:
+    """Returns the arrays that are split over "fsdp"."""
+    return [leaf for leaf in jax.tree.leaves(params) if not state_sharding(leaf.shape, mesh).is_fully_replicated]
 
 
 def largest_batch(memory: float, fixed: float, per_image: float) -> int:
