@@ -31,8 +31,8 @@ from maxmap.train.teacher import Teacher, with_teacher
 
 
 class Images(NamedTuple):
-    """What a training step knows of its images: side in pixels, number of classes, mean and deviation of colours, what
-    they are labelled for, and what each class counts in the loss (None for 1)."""
+    """What a training step knows of its images: side in pixels, number of classes, mean and deviation of each channel,
+    what they are labelled for, and what each class counts in the loss (None for 1)."""
 
     size: int
     num_classes: int
@@ -40,6 +40,10 @@ class Images(NamedTuple):
     std: Sequence[float]
     task: Task = SINGLE_LABEL
     class_weights: tuple[float, ...] | None = None
+
+    def batch(self, count: int) -> tuple[int, int, int, int]:
+        """Returns the shape of `count` images, `[B, H, W, C]`."""
+        return count, self.size, self.size, len(self.mean)
 
     @classmethod
     def of(cls, data: Data, task: Task | None = None) -> "Images":
@@ -168,7 +172,7 @@ def build(
         task = task.fitted(tasks.of_checkpoint(found))
     step = make_step(recipe, mesh, Images.of(data, task), steps_per_epoch, teacher)
     if data.preprocessing["image_size"] != data.image_size:
-        check_image_size(step.model, step.like.variables(), data.preprocessing["image_size"])
+        check_image_size(step.model, step.like.variables(), data.preprocessing)
     dtype, schedule = jnp.dtype(recipe.dtype), step.schedule
     return Parts(
         recipe=recipe,
@@ -214,7 +218,7 @@ def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int, 
     same, split = replicated(mesh), split_batch(mesh)
     label = images.task.label_like(recipe.batch_size, images.num_classes)
     batch = {
-        "image": jax.ShapeDtypeStruct((recipe.batch_size, images.size, images.size, 3), jnp.uint8, sharding=split),
+        "image": jax.ShapeDtypeStruct(images.batch(recipe.batch_size), jnp.uint8, sharding=split),
         "label": jax.ShapeDtypeStruct(label.shape, label.dtype, sharding=split),
     }
     _trace_once(prepare, loss, batch, images.num_classes)
@@ -224,7 +228,7 @@ def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int, 
         loss = with_teacher(loss, recipe.distill, images.task, recipe.loss.keywords["name"])
 
     def create_state(key: Array) -> TrainState:
-        one = jax.ShapeDtypeStruct((1, images.size, images.size, 3), jnp.float32)
+        one = jax.ShapeDtypeStruct(images.batch(1), jnp.float32)
         return create(model, optimizer, key, one, ema=recipe.ema_decay is not None)
 
     like = _abstract_state(create_state, mesh, f"{recipe.model.keywords['name']} with images of {images.size} pixels")

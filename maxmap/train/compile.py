@@ -5,6 +5,7 @@ from typing import Any
 
 from maxmap.accelerators import program, topology
 from maxmap.accelerators.hardware import HARDWARE, slice_of
+from maxmap.data.preprocessing import of_channels
 from maxmap.data.tables import column_names
 from maxmap.errors import UserError, printable
 from maxmap.recipe import Recipe
@@ -44,7 +45,8 @@ def compile_step(recipe: Recipe, devices: Devices, hardware: str, save: str | Pa
     classes = len(columns) if TASKS[name].complete else recipe.model.keywords.get("num_classes", known)
     if teacher is not None:
         check_count(teacher, classes)
-    images = Images(data["image_size"], classes, data["mean"], data["std"], unfitted(name, classes))
+    mean, std = (of_channels(data[key], data["channels"], f"data.{key}") for key in ("mean", "std"))
+    images = Images(data["image_size"], classes, mean, std, unfitted(name, classes))
     step = make_step(recipe, mesh, images, max(1, IMAGENET // recipe.batch_size), teacher)
     found, text = program.compile_for(hardware, step.function, *step.arguments())
     if save is not None:

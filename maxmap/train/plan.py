@@ -55,15 +55,15 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
     check_batch(recipe.batch_size // accumulate, mesh, "config.batch_size / config.accumulate =")
     local = recipe.batch_size // accumulate // devices
     model = recipe.model(num_classes=recipe.model.keywords.get("num_classes", 1000))
-    dtype, size = jnp.dtype(recipe.dtype), recipe.data.keywords["image_size"]
+    dtype, size, channels = jnp.dtype(recipe.dtype), *(recipe.data.keywords[key] for key in ("image_size", "channels"))
     optimizer = make_optimizer(recipe, model, 1e-3)
-    one = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    one = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     averaged = recipe.ema_decay is not None
     state = jax.eval_shape(lambda: create(model, optimizer, jax.random.key(0), one, ema=averaged))
     params = jax.eval_shape(lambda params: cast(params, dtype), state.params)
 
     with compiled_for(machine.platform):
-        kept, operations = _trace_step(model, params, state.model_state, (local, size, size, 3), dtype)
+        kept, operations = _trace_step(model, params, state.model_state, (local, size, size, channels), dtype)
     # The backward pass takes twice the forward pass, and with remat the blocks once more.
     flops = 2 * accumulate * operations * (4 if recipe.model.keywords.get("remat") else 3)
     memory = {
@@ -74,7 +74,7 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
         f"parameters in {dtype.name}, gathered": _bytes(params),
         "gradients": _bytes(params) + _held(state.params, mesh),
         "activations, at most": kept - _bytes(params),
-        "images": local * size * size * 3 * (1 + dtype.itemsize),
+        "images": local * size * size * channels * (1 + dtype.itemsize),
     }
     sent = _traffic(params, mesh, accumulate)
     if (teacher := read_teacher(recipe)) is not None:
@@ -83,7 +83,7 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
         sent["teacher gathered"] = _traffic(taught, mesh, 1)["parameters gathered"]
         side = teacher.info["preprocessing"]["image_size"]
         with compiled_for(machine.platform):
-            batch = jax.ShapeDtypeStruct((local, side, side, 3), dtype)
+            batch = jax.ShapeDtypeStruct((local, side, side, channels), dtype)
             flops += 2 * accumulate * multiply_adds(teacher.model.apply, teacher.variables, batch)
     growing = memory["activations, at most"] + memory["images"]
     compute = flops / (machine.flops * utilisation)

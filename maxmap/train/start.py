@@ -115,7 +115,8 @@ def _read_variables(path: str, parts: Parts) -> tuple[dict[str, Any], str]:
         return variables, f"loaded {len(jax.tree.leaves(variables))} entries as they were{said}"
     try:
         flat = traverse_util.flatten_dict(variables)
-        leaves, changes = adapt(flat, parts.model, in_channels=3, other_head=True, seed=parts.recipe.seed, **options)
+        options |= {"in_channels": parts.data.channels, "other_head": True, "seed": parts.recipe.seed}
+        leaves, changes = adapt(flat, parts.model, **options)
     except UserError as error:
         raise UserError(f"the checkpoint in {path} cannot be started from: {error}") from None
     return traverse_util.unflatten_dict(leaves), f"{changes}{said}"

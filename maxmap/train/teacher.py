@@ -122,6 +122,11 @@ def matched(teacher: Teacher, data: Data, task: Task) -> tuple[Teacher, str]:
     path, here, stored = teacher.path, data.classes, teacher.info["classes"]
     task.answers(jnp.zeros((1, len(here))))  # whose sentence says that a task has no teachers
     tasks.require_same(data, teacher.info, path)
+    if (own := len(teacher.info["preprocessing"]["mean"])) != data.channels:
+        raise UserError(
+            f"the teacher {path} takes images of {own} channels, and config.data.channels is {data.channels}: give one "
+            "that takes the same images."
+        )
     told = f"{teacher.info['model']['name']}, {count_parameters(teacher.variables['params']):,} parameters"
     known = stored_names(teacher.info)
     if known is None or data.numbered:
