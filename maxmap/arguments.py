@@ -6,7 +6,7 @@ The types are numbers with a range, and paths.
 import argparse
 import re
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,14 +36,14 @@ class Number:
 
     Args:
       function: That takes the number.
-      parameter: Its name there; the annotation says what fits. Of a tuple, it says what fits an element.
+      parameter: Its name there; the annotation says what fits. Of several numbers, it says what fits each.
     """
 
     def __init__(self, function: Callable[..., Any], parameter: str):
         wanted = typing.get_type_hints(function, include_extras=True)[parameter]
-        # Of a tuple, such as the mean of each colour, an argument is one element.
-        tuples = [kind for kind in (wanted, *typing.get_args(wanted)) if typing.get_origin(kind) is tuple]
-        self.wanted = typing.get_args(tuples[0])[0] if tuples else wanted
+        # Of several, such as the mean of each colour, an argument is one.
+        several = [kind for kind in (wanted, *typing.get_args(wanted)) if typing.get_origin(kind) in (tuple, Sequence)]
+        self.wanted = typing.get_args(several[0])[0] if several else wanted
 
     def __call__(self, text: str) -> int | float:
         for kind in (int, float):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maxmap import storage, tasks
@@ -28,6 +27,7 @@ from maxmap.evaluate import check_image_size
 from maxmap.inference import decoded, load, load_classifier
 from maxmap.models import Classifier
 from maxmap.operations import Array
+from maxmap.programs import one_image
 from maxmap.progress import Progress
 from maxmap.ranges import Count, Pixels, check_arguments
 from maxmap.result_table import ENDINGS, Table
@@ -151,9 +151,8 @@ def embed_many(
     """
     check_arguments(embed_many, "", locals())
     model, variables, info = _resized(*load(checkpoint, pad=pad), image_size)
-    side = info["preprocessing"]["image_size"]
-    shape = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    width = jax.eval_shape(lambda x: model.apply(variables, x, method="embed"), shape).shape[-1]
+    shape = one_image(info, pixels=False)
+    width = jax.eval_shape(lambda x: model.apply(variables, x[None], method="embed"), shape).shape[-1]
     apart = str(file).endswith(".csv")
 
     def compute(variables: Any, images: Array) -> tuple[Array]:
@@ -174,7 +173,7 @@ def _resized(
 ) -> tuple[Classifier, dict[str, Any], dict[str, Any]]:
     """Returns a loaded checkpoint for images of another size, or of its own for None."""
     info = {**info, "preprocessing": changed(info["preprocessing"], image_size=image_size)}
-    check_image_size(model, variables, info["preprocessing"]["image_size"])
+    check_image_size(model, variables, info["preprocessing"])
     return model, variables, info
 
 
@@ -236,7 +235,7 @@ def _write(
         for start in starts:
             crops, here = list(ahead), images[start : start + batch_size]
             ahead = pool.map(crop, images[start + batch_size : start + 2 * batch_size])  # while the device computes
-            batch = np.zeros((batch_size, pre["image_size"], pre["image_size"], 3), np.uint8)
+            batch = np.zeros((batch_size, *one_image(info, pixels=True).shape), np.uint8)
             for row, (pixels, _) in enumerate(crops):
                 if pixels is not None:
                     batch[row] = pixels

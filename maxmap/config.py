@@ -35,7 +35,7 @@ from maxmap.losses import total_loss
 from maxmap.models import TIMM_WORDS, create_model
 from maxmap.optim import make_optimizer
 from maxmap.ranges import check, field_types, fits, type_text
-from maxmap.recipe import Evaluation, Logging, Recipe, Saving
+from maxmap.recipe import Distillation, Evaluation, Logging, Recipe, Saving
 from maxmap.schedule import make_schedule
 from maxmap.sharding import make_mesh
 
@@ -64,6 +64,7 @@ SECTIONS: dict[str, Section] = {
     "optim": Section(make_optimizer, ("learning_rate", "blocks")),
     "schedule": Section(make_schedule, ("steps_per_epoch", "epochs")),
     "loss": Section(total_loss, ("outputs", "targets", "weights", "divergence")),
+    "distill": Section(Distillation),
     "evaluate": Section(Evaluation),
     "checkpoint": Section(Saving),
     "log": Section(Logging),

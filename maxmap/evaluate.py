@@ -56,7 +56,7 @@ def make_eval_step(
 ) -> EvalStep:
     """Builds the evaluation step: a jitted function of variables and a batch.
 
-    The batch has 'image' uint8 `[B, H, W, 3]`, 'label' int32 `[B]` and 'mask' bool `[B]`, False for padding.
+    The batch has 'image' uint8 `[B, H, W, C]`, 'label' int32 `[B]` and 'mask' bool `[B]`, False for padding.
 
     The step returns sums over the images: 'images', 'top1', 'top5', 'loss' (cross-entropy of the averaged logits) and
     'branch_top1' `[G]`. It also returns 'predictions': 'best' `[B, 5]`, the labels with the largest averaged logits;
@@ -253,7 +253,7 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
         tell(f"the config's preprocessing is not that of the checkpoint in {path}: {'; '.join(departing)}")
     check_same_model(recipe.describe_model(len(data.classes)), info["model"], path)
     model = recipe.model(num_classes=len(data.classes))
-    check_image_size(model, variables, data.preprocessing["image_size"])
+    check_image_size(model, variables, data.preprocessing)
     dtype = jnp.dtype(recipe.dtype)
     task = tasks.of_data(data).fitted(tasks.of_checkpoint(info))
     info = {**info, "task": tasks.describe(task)}
@@ -331,21 +331,23 @@ def tell(text: str) -> None:
         print(f"maxmap: {text}.", file=sys.stderr)
 
 
-def check_image_size(model: nn.Module, variables: Any, size: int) -> None:
-    """Raises UserError unless a model takes images of `size` pixels."""
-    if isinstance(model, Classifier) and size < _LARGEST_STRIDE and size < (stride := _stride(model, variables)):
+def check_image_size(model: nn.Module, variables: Any, preprocessing: Mapping[str, Any]) -> None:
+    """Raises UserError unless a model takes images of the size and the channels that a preprocessing makes."""
+    size, channels = preprocessing["image_size"], len(preprocessing["mean"])
+    small = isinstance(model, Classifier) and size < _LARGEST_STRIDE
+    if small and size < (stride := _stride(model, variables, channels)):
         raise UserError(f"images of {size} pixels are smaller than the model's stride of {stride}: give larger ones.")
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     try:
         jax.eval_shape(model.apply, variables, images)
     except (ValueError, TypeError, FlaxError) as error:
         raise UserError(f"the model does not take images of {size} pixels: {str(error).rstrip('.')}.") from None
 
 
-def _stride(model: Classifier, variables: Any) -> int:
+def _stride(model: Classifier, variables: Any, channels: int) -> int:
     """Returns how many pixels of a side become one position of the smallest feature map."""
     height, width = pair(model.backbone.image_size)
-    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
     maps = jax.eval_shape(functools.partial(model.apply, method="features"), variables, images)
     return height // min(side for side in (leaf.shape[1] for leaf in maps) if side > 1)  # PiT's class token is a map
 

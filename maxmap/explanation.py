@@ -21,7 +21,7 @@ from maxmap.features import intermediates
 from maxmap.inference import load_classifier
 from maxmap.models import Classifier, average, block_paths
 from maxmap.operations import Array, kernels
-from maxmap.pictures import draw_grid, overlay, save_picture
+from maxmap.pictures import draw_grid, overlay, save_picture, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,10 +187,10 @@ def draw(seen: np.ndarray, found: Explanation) -> Image.Image:
     """Draws the explanation of one image: what the model saw, Grad-CAM, and each token's attention with its share.
 
     Args:
-      seen: the image as it is cropped, uint8 `[H, W, 3]`.
+      seen: the image as it is cropped, uint8 `[H, W, C]`.
       found: of this image alone.
     """
-    cells, captions = [seen, overlay(seen, found.saliency[0])], ["what the model saw", "Grad-CAM"]
+    cells, captions = [shown(seen), overlay(seen, found.saliency[0])], ["what the model saw", "Grad-CAM"]
     if found.attention is not None and found.shares is not None:
         for g, t in np.ndindex(found.shares.shape[1:]):
             cells.append(overlay(seen, found.attention[0, g, t]))

@@ -62,12 +62,12 @@ def preprocess(images: AnyImage | Sequence[AnyImage], info: Mapping[str, Any]) -
     """Makes of images what a checkpoint's network takes: resized, cropped and normalised as it was trained to see them.
 
     Args:
-      images: One image or several: a path, a PIL image, a uint8 array `[H, W, 3]` (or 1 or 4 channels), a list of
-        these, or a uint8 array `[B, H, W, C]`. They may differ in size.
+      images: One image or several: a path, a PIL image, a uint8 array `[H, W, C]` of the checkpoint's channels
+        (or 1, 3 or 4), a list of these, or a uint8 array `[B, H, W, C]`. They may differ in size.
       info: Of the checkpoint, as `load` returns it.
 
     Returns:
-      float32 `[B, image_size, image_size, 3]`; B is 1 for one image.
+      float32 `[B, image_size, image_size, C]` of the checkpoint's channels; B is 1 for one image.
 
     Raises:
       UserError: A file is missing or cannot be decoded, or an array is of another type or shape.
@@ -80,7 +80,7 @@ def preprocess(images: AnyImage | Sequence[AnyImage], info: Mapping[str, Any]) -
 
 
 def decoded(model: Classifier, task: Task, variables: Any, images: Array) -> Array:
-    """Returns what a model says of normalised images `[B, H, W, 3]`: probabilities, shares or numbers, `[B, K]`."""
+    """Returns what a model says of normalised images `[B, H, W, C]`: probabilities, shares or numbers, `[B, K]`."""
     return task.decode(average(model.apply(variables, images)))
 
 
@@ -140,7 +140,7 @@ def answers(
 
     else:
         if image_size is not None:
-            check_image_size(model, variables, image_size)
+            check_image_size(model, variables, info["preprocessing"])
         compute = jax.jit(functools.partial(decoded, model, task))
 
         def outputs(files: Sequence[str | Path]) -> Array:

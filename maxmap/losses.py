@@ -175,6 +175,30 @@ def total_loss(
     return loss, {"loss": loss, **parts}
 
 
+def teacher_loss(logits: Array, taught: Array, name: str, divergence: str, temperature: float) -> Array:
+    """Computes how far a student is from another network, softened: the sum over its branches g of
+
+        temperature^2 * KL(softmax(taught / temperature) || softmax(y_g / temperature)),
+
+    whose factor keeps the gradients about as large at any temperature (Hinton et al. 2015, arXiv:1503.02531, section 2;
+    DeiT, arXiv:2012.12877, equation 2). It is averaged as the base loss is, so that the two weigh against each other:
+    over B, or with 'bce' over B * K. DeiT's code divides by B * K beside a cross-entropy over B, its equation does not.
+
+    Args:
+      logits: `[G, B, K]` of the student.
+      taught: `[B, K]` of the teacher, which gets no gradient.
+      name: Of the base loss.
+      divergence: A key of `DIVERGENCES`.
+      temperature: Above 0; at 1 the answers count as they are.
+
+    Returns:
+      A scalar in nats.
+    """
+    students, teachers = upcast(logits) / temperature, upcast(taught)[None] / temperature
+    reduction = "batch_class_mean" if name == "bce" else "batch_mean"
+    return temperature**2 * _mean_divergence(teachers, students, divergence, reduction)
+
+
 def _mean_divergence(teachers: Array, students: Array, divergence: str, reduction: str) -> Array:
     """Sum over branches of KL(teacher || student), averaged as `reduction` says; no gradient into the teachers."""
     terms = DIVERGENCES[divergence](jax.lax.stop_gradient(teachers), students)  # [G, B, K]

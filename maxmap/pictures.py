@@ -20,7 +20,7 @@ def draw_grid(images: np.ndarray, captions: Sequence[str], columns: int | None =
     """Draws images in rows, each with its caption of two lines below.
 
     Args:
-      images: uint8 `[N, H, W, 3]`; small ones are enlarged by whole factors.
+      images: uint8 `[N, H, W, C]`; small ones are enlarged by whole factors.
       captions: Of the images.
       columns: Images in a row; None for as many as there are rows.
     """
@@ -34,11 +34,16 @@ def draw_grid(images: np.ndarray, captions: Sequence[str], columns: int | None =
     font = ImageFont.load_default(size=11)
     for i, (image, text) in enumerate(zip(images, captions, strict=True)):
         left, top = (i % columns) * cell[0] + 3, (i // columns) * cell[1] + 3
-        enlarged = Image.fromarray(image).resize((times * width, times * height), Image.Resampling.NEAREST)
+        enlarged = Image.fromarray(shown(image)).resize((times * width, times * height), Image.Resampling.NEAREST)
         picture.paste(enlarged, (left, top))
         lines = "\n".join(line[: max(8, times * width // 6)] for line in text.split("\n"))
         draw.multiline_text((left, top + times * height), lines, fill="black", font=font, spacing=1)
     return picture
+
+
+def shown(image: np.ndarray) -> np.ndarray:
+    """Returns an image of any channels in colours: uint8 `[H, W, C]` to `[H, W, 3]`, its first three or the first."""
+    return image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, axis=-1)
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
@@ -60,7 +65,7 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Lays a map over an image in colours from blue (none) to red (its largest value).
 
     Args:
-      image: uint8 `[H, W, 3]`.
+      image: uint8 `[H, W, C]`.
       heat: `[h, w]`; values below zero count as zero.
 
     Returns:
@@ -70,4 +75,4 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     large = Image.fromarray(heat / max(heat.max(), 1e-12)).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
     places = np.linspace(0, 1, len(_COLOURS))
     colours = np.stack([np.interp(np.asarray(large), places, column) for column in _COLOURS.T], axis=-1)
-    return np.rint(0.45 * image + 0.55 * colours).astype(np.uint8)
+    return np.rint(0.45 * shown(image) + 0.55 * colours).astype(np.uint8)

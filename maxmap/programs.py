@@ -43,7 +43,7 @@ def export_program(
       source: folder of a run or of a converted checkpoint.
       file: to write, ending in .stablehlo; the JSON file has .json in place of that.
       platforms: where it is to run, a part of `PLATFORMS`.
-      pixels: the program takes uint8 `[B, H, W, 3]` and normalises them; otherwise float32 that is normalised already.
+      pixels: the program takes uint8 `[B, H, W, C]` and normalises them; otherwise float32 that is normalised already.
       ema: True for the averaged weights, False for the raw ones; None for the averaged ones if there are any.
       overwrite: replace the files.
 
@@ -91,8 +91,8 @@ def check_bytes(variables: Any, source: str | Path) -> None:
 
 def one_image(info: Mapping[str, Any], pixels: bool) -> jax.ShapeDtypeStruct:
     """Returns the shape and the type of an image that a program takes."""
-    side = info["preprocessing"]["image_size"]
-    return jax.ShapeDtypeStruct((side, side, 3), jnp.uint8 if pixels else jnp.float32)
+    side, channels = info["preprocessing"]["image_size"], len(info["preprocessing"]["mean"])
+    return jax.ShapeDtypeStruct((side, side, channels), jnp.uint8 if pixels else jnp.float32)
 
 
 def forward(info: Mapping[str, Any], pixels: bool) -> Callable[[Any, Array], Array]:

@@ -12,7 +12,7 @@ from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.models import Classifier
 from maxmap.operations import Array
-from maxmap.ranges import Count, CountOrZero, Decay, Positive, Range, check_fields
+from maxmap.ranges import Count, CountOrZero, Decay, Fraction, Positive, Range, check_fields
 from maxmap.schedule import Schedule
 
 Tracker: TypeAlias = Literal["wandb", "mlflow", "trackio"]
@@ -81,6 +81,28 @@ class Logging:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distillation:
+    """The section `distill`: another network teaches the one that trains.
+
+    Attributes:
+      teacher: Checkpoint of that network, as `init_from` takes it; None for no teacher.
+      kind: What the student learns: the teacher's probabilities, 'soft', or its likeliest answers as labels, 'hard'.
+      alpha: Weight of what the teacher says; the labels have the rest up to 1.
+      temperature: Divides the logits of both, for 'soft' only; above 1 the small probabilities count more.
+    """
+
+    teacher: str | None = None
+    kind: Literal["soft", "hard"] = "soft"
+    alpha: Fraction = 0.5
+    temperature: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(Distillation, "distill", vars(self))
+        if self.kind == "hard" and self.temperature != 1:
+            raise UserError("config.distill.temperature belongs to kind='soft': leave it out with kind='hard'.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a run computes, checked: the numbers of the run, and each section bound to its function.
 
@@ -96,6 +118,7 @@ class Recipe:
       optim: Makes the optimizer; takes the learning rate.
       schedule: Makes the learning rate schedule; takes `steps_per_epoch` and `epochs`.
       loss: Computes the loss; takes outputs and targets.
+      distill: What teaches the network, and how.
       evaluate: When and how to evaluate.
       checkpoint: When to save, and how many checkpoints to keep.
       log: When to log, and what ends a run.
@@ -121,6 +144,7 @@ class Recipe:
     optim: functools.partial[optax.GradientTransformation]
     schedule: Callable[..., Schedule]
     loss: functools.partial[tuple[Array, dict[str, Array]]]
+    distill: Distillation
     evaluate: Evaluation
     checkpoint: Saving
     log: Logging

@@ -121,7 +121,7 @@ def validate(
         if dtype != "float32" or jax.process_count() > 1:
             raise UserError("an .onnx file computes in float32, in one process: leave out --dtype and other hosts.")
     else:
-        check_image_size(model, variables, used["image_size"])
+        check_image_size(model, variables, used)
     data = dataclasses.replace(open_images(images, split, tfds, check, info), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
@@ -194,14 +194,18 @@ def open_images(
 ) -> Data:
     """Opens labelled images for evaluation alone; see `validate`.
 
-    `info` is what the checkpoint says of itself; a CSV file is read as that run's was.
+    `info` is what the checkpoint says of itself: its images have so many channels, and a CSV file is read as that run's
+    was.
 
     Raises:
       UserError: there are none, or they are malformed or broken.
     """
     path = os.path.abspath(storage.expand(images))
+    options: dict[str, Any] = {"check": check} | (
+        {} if info is None else {"channels": len(info["preprocessing"]["mean"])}
+    )
     if tfds is not None:
-        return open_data("tfds", path, name=tfds, train_split=None, val_split=split or "val", check=check)
+        return open_data("tfds", path, name=tfds, train_split=None, val_split=split or "val", **options)
     if os.path.isfile(path) and path.endswith(".tar"):
         source, path, split = "tar", os.path.dirname(path), os.path.basename(path)
     elif os.path.isdir(path) or (os.path.isfile(path) and path.endswith(ENDING)):
@@ -210,8 +214,8 @@ def open_images(
         raise UserError(
             f"there is no folder of images and no tar archive or CSV file {printable(path)}: give another path."
         )
-    options = _csv_options(info) if source == "csv" else {}
-    return open_data(source, path, train_split=None, val_split=split, check=check, **options)
+    options |= _csv_options(info) if source == "csv" else {}
+    return open_data(source, path, train_split=None, val_split=split, **options)
 
 
 def result_folder(path: str | Path) -> epath.Path:

@@ -79,6 +79,7 @@ STOREYS = (
     (
         "maxmap.data.damage",
         "maxmap.data.images",
+        "maxmap.data.bands",
         "maxmap.data.folders",
         "maxmap.data.tables",
         "maxmap.data.tfds_folders",

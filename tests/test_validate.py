@@ -202,6 +202,6 @@ def test_a_mean_is_three_numbers_from_0_to_1(values, capsys):
 def test_a_size_under_the_stride_is_refused():
     model = create_model("map_mobilenet_v1", num_classes=3)
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    check_image_size(model, variables, 32)
+    check_image_size(model, variables, {**preprocessing(), "image_size": 32})
     with pytest.raises(UserError, match="images of 31 pixels are smaller than the model's stride of 32"):
-        check_image_size(model, variables, 31)
+        check_image_size(model, variables, {**preprocessing(), "image_size": 31})

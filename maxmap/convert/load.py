@@ -18,9 +18,9 @@ from maxmap.convert.adapt import LoadReport, adapt, trace_shapes, with_classes
 from maxmap.convert.buffers import buffers
 from maxmap.convert.mobilenet import identity_variances
 from maxmap.convert.sources import ForeignCheckpoint, read_source
-from maxmap.convert.torch import as_array, match_entries, read_entries, to_torch, torch_name
+from maxmap.convert.torch import as_array, image_kernels, match_entries, read_entries, to_torch, torch_name
 from maxmap.convert.wrappers import KeyMatch, leave_out
-from maxmap.data.preprocessing import changed, in_words
+from maxmap.data.preprocessing import changed, in_words, of_channels
 from maxmap.errors import UserError, nearest, shortened
 from maxmap.models import MODELS, Classifier, create_model
 from maxmap.ranges import Count, CountOrZero, Pixels
@@ -140,6 +140,10 @@ def read_foreign(
     )
     report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
     usual, whose = (said, "") if said else hub.published_preprocessing(name, in_source, _side(model))
+    preprocessing = usual | ({"image_size": image_size} if image_size else {}) | given
+    for path in image_kernels(shapes)[:1]:
+        for key in ("mean", "std"):
+            preprocessing[key] = of_channels(preprocessing[key], leaves[path].shape[2], key)
     report.notes += found.notes
     for entry in (match.names[key] for key in variances):
         report.loaded.remove(entry)
@@ -147,11 +151,11 @@ def read_foreign(
     info = {
         "model": fields,
         "classes": names,
-        "preprocessing": usual | ({"image_size": image_size} if image_size else {}) | given,
+        "preprocessing": preprocessing,
         "weights": own["weights"] if own else found.weights,
         "source": {"path": str(source), "kind": found.kind, "dialect": match.naming.dialect},
     }
-    assumed = {key: value for key, value in usual.items() if not said and key not in {"image_size", *given}}
+    assumed = {key: preprocessing[key] for key in usual if not said and key not in {"image_size", *given}}
     return ConvertedModel(
         model,
         traverse_util.unflatten_dict(leaves),

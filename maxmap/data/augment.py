@@ -33,28 +33,38 @@ def augment(
 
     Args:
       key: PRNG key.
-      images: uint8 [B, H, W, 3].
-      mean: mean colour in 0..1; it fills what a warp brings in from outside the image.
+      images: uint8 [B, H, W, C].
+      mean: mean colour in 0..1, C values; it fills what a warp brings in from outside the image.
       hflip: probability of a left-right flip.
       vflip: probability of an upside-down flip.
       rand_augment: RandAugment in timm's notation, such as 'rand-m9-mstd0.5-inc1'; see `parse_rand_augment`.
       color_jitter: strength of random brightness, contrast and saturation; ignored with `rand_augment`, as in timm.
 
     Returns:
-      uint8 [B, H, W, 3].
+      uint8 [B, H, W, C].
 
     Raises:
-      UserError: `rand_augment` cannot be read, or a value is out of range.
+      UserError: `rand_augment` cannot be read, a value is out of range, or C is no number of channels that it takes.
     """
     check_arguments(augment, "augment", locals())
+    channels = images.shape[-1]
+    if channels not in (1, 3) and (rand_augment or color_jitter):
+        raise UserError(
+            f"augment.rand_augment and augment.color_jitter are for colours and grey, and the images have {channels} "
+            "channels: set both to None."
+        )
     hflip_key, vflip_key, color_key = jax.random.split(key, 3)
     images = _flip(hflip_key, images, hflip, axis=2)
     images = _flip(vflip_key, images, vflip, axis=1)
+    if not rand_augment and not color_jitter:
+        return images
+    if channels == 1:  # a colour whose three values are equal, which every operation keeps equal
+        images, mean = jnp.repeat(images, 3, axis=-1), tuple(mean) * 3
     if rand_augment:
-        return rand_augment_batch(color_key, images, parse_rand_augment(rand_augment), fill_color(mean))
-    if color_jitter:
-        return _color_jitter(color_key, images, color_jitter)
-    return images
+        images = rand_augment_batch(color_key, images, parse_rand_augment(rand_augment), fill_color(mean))
+    else:
+        images = _color_jitter(color_key, images, color_jitter or 0)
+    return images[..., :channels]
 
 
 def normalize(

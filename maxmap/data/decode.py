@@ -14,9 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from maxmap.data.images import MAX_PIXELS, TURNS, broken_is_oserror, open_image
+from maxmap.data.bands import open_bands, read_array
+from maxmap.data.images import MAX_PIXELS, TURNS, broken_is_oserror, open_image, plain_rgb
 from maxmap.data.sources import ImageSource
 from maxmap.errors import UserError, nearest, printable, reason
+from maxmap.pictures import shown
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -58,6 +60,8 @@ def decode(
     their high byte, as PIL itself does for 16-bit RGB. Grey values of other types are refused, because PIL clips them
     too: 32 bits, floating point, 12 bits in a TIFF.
 
+    An array of other channels, in a .npy file or a TIFF, gives the first three of them, or the first as grey.
+
     Args:
       image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
       exif: whether to turn the image as its EXIF orientation says. The published networks were trained and tested
@@ -72,7 +76,12 @@ def decode(
       OSError: the image is truncated, damaged, too large, of unknown format or of grey values of unknown range.
     """
     with broken_is_oserror():
-        return _plain_rgb(_upright_pixels(image, exif, max_pixels, smallest))
+        array = read_array(image, max_pixels) if isinstance(image, bytes) else None
+        if array is not None:
+            return Image.fromarray(np.ascontiguousarray(shown(array)))
+        opened = open_image(image, exif=exif, max_pixels=max_pixels)
+        pixels, _ = opened.decode(1 if smallest is None else min(opened.size) // smallest)
+        return plain_rgb(_turned(pixels, opened.orientation))
 
 
 def train_crop(
@@ -80,6 +89,7 @@ def train_crop(
     rng: np.random.Generator,
     *,
     size: int,
+    channels: int = 3,
     scale: Sequence[float] = (0.08, 1.0),
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     interpolation: str = "random",
@@ -101,6 +111,7 @@ def train_crop(
       image: see `decode`.
       rng: the source of all randomness.
       size: side of the output in pixels.
+      channels: of the output; see `maxmap.data.bands.open_bands`.
       scale: range of the crop's area as a fraction of the image's.
       ratio: range of the crop's width / height.
       interpolation: a key of `FILTERS`, or 'random': bilinear or bicubic, drawn per image as timm does.
@@ -109,29 +120,29 @@ def train_crop(
       max_pixels: see `decode`.
 
     Returns:
-      uint8 [size, size, 3].
+      uint8 [size, size, channels].
 
     Raises:
       OSError: see `decode`.
     """
     with broken_is_oserror():
-        opened = open_image(image, exif=exif, max_pixels=max_pixels)
+        opened = open_bands(image, channels=channels, exif=exif, max_pixels=max_pixels)
         full_width, full_height = opened.size if opened.orientation < 5 else opened.size[::-1]
         left, top, width, height = random_box(full_width, full_height, rng, scale, ratio)
         if interpolation == "random":
             resample = FILTERS["bicubic" if rng.random() < 0.5 else "bilinear"]
         else:
             resample = FILTERS[interpolation]
-        pixels, shrink = opened.decode(min(width, height) // size if draft else 1)
+        bands, shrink = opened.decode(min(width, height) // size if draft else 1)
         x, y = left / shrink, top / shrink
         if opened.orientation in TURNS:
-            turn, (x_runs_back, y_runs_back) = TURNS[opened.orientation]
-            pixels = pixels.transpose(turn)
+            _, (x_runs_back, y_runs_back) = TURNS[opened.orientation]
+            bands = [_turned(band, opened.orientation) for band in bands]
             # A reduced image has a part of a pixel at its end, which comes first where an axis is reversed.
-            x += (pixels.width - full_width / shrink) * x_runs_back
-            y += (pixels.height - full_height / shrink) * y_runs_back
+            x += (bands[0].width - full_width / shrink) * x_runs_back
+            y += (bands[0].height - full_height / shrink) * y_runs_back
         box = (x, y, x + width / shrink, y + height / shrink)
-        return np.asarray(_resized(pixels, size, resample, box))
+        return _stacked([_resized(band, size, resample, box) for band in bands], channels)
 
 
 def random_box(
@@ -179,29 +190,37 @@ def eval_crop(
       mode: which side is resized to that: 'center' the shorter, 'squash' both, 'border' the longer. Then the centre is
         cropped; what lies outside the image is black or, for 'border', of the mean colour.
       interpolation: a key of `FILTERS`.
-      mean: the mean colour in 0..1, for 'border'.
+      mean: of each channel in 0..1; as many values as the output has channels, and for 'border' the colour.
       exif: see `decode`.
       max_pixels: see `decode`.
 
     Returns:
-      uint8 [size, size, 3].
+      uint8 [size, size, channels].
 
     Raises:
       OSError: see `decode`.
     """
-    fill = tuple(round(255 * value) for value in mean) if mode == "border" else (0, 0, 0)
+    channels = len(mean)
+    fill = tuple(round(255 * value) if mode == "border" else 0 for value in mean)
     with broken_is_oserror():
-        pixels = _upright_pixels(image, exif, max_pixels)
-        resized = _eval_size(pixels.width, pixels.height, math.floor(size / crop_pct), mode)
-        return np.asarray(_resized_center(pixels, resized, size, FILTERS[interpolation], fill))
+        opened = open_bands(image, channels=channels, exif=exif, max_pixels=max_pixels)
+        bands = [_turned(band, opened.orientation) for band in opened.decode(1)[0]]
+        resized = _eval_size(bands[0].width, bands[0].height, math.floor(size / crop_pct), mode)
+        fills: Sequence[float | tuple[int, ...]] = [fill] if channels == 3 else fill
+        crops = [
+            _resized_center(band, resized, size, FILTERS[interpolation], outside)
+            for band, outside in zip(bands, fills, strict=True)
+        ]
+        return _stacked(crops, channels)
 
 
-def check_images(source: ImageSource, limit: int, max_pixels: int = MAX_PIXELS) -> None:
+def check_images(source: ImageSource, limit: int, channels: int, max_pixels: int = MAX_PIXELS) -> None:
     """Decodes up to `limit` images, evenly distributed over the source, on a thread pool.
 
     Args:
       source: the images.
       limit: how many to decode at most.
+      channels: that a network is to see.
       max_pixels: see `decode`.
 
     Raises:
@@ -212,7 +231,7 @@ def check_images(source: ImageSource, limit: int, max_pixels: int = MAX_PIXELS) 
     def fault(index: np.int64) -> str | None:
         try:
             with broken_is_oserror():
-                opened = open_image(source[int(index)].image, exif=False, max_pixels=max_pixels)
+                opened = open_bands(source[int(index)].image, channels=channels, exif=False, max_pixels=max_pixels)
                 opened.decode(8)  # still reads the whole file, but computes a 64th of the pixels of a JPEG
         except OSError as error:
             return reason(error)
@@ -244,7 +263,7 @@ def check_filter(name: str, option: str, extra: Sequence[str] = ()) -> None:
 def _resized(
     image: Image.Image, size: int, resample: Image.Resampling, box: tuple[float, float, float, float]
 ) -> Image.Image:
-    """Resizes a box (left, top, right, bottom) of an image from `_load` or `_load_jpeg` to an RGB square."""
+    """Resizes a box (left, top, right, bottom) of an image of `OpenedBands.decode` to a square."""
     if resample in SIMD_FILTERS:
         if not hasattr(_THREAD, "resizer"):
             _THREAD.resizer = simd.Resizer()
@@ -254,23 +273,19 @@ def _resized(
         _THREAD.resizer.resize_pil(image, resized, simd.ResizeOptions(SIMD_FILTERS[resample], crop_box=crop))
     else:
         resized = image.resize((size, size), resample, box=box)
-    return _plain_rgb(resized)
+    return resized
 
 
-def _plain_rgb(image: Image.Image) -> Image.Image:
-    """Returns an image of `OpenedImage.decode` in mode RGB."""
-    if image.mode != "CMYK":
-        return image.convert("RGB")
-    return Image.frombytes("RGB", image.size, image.tobytes(), "raw", "RGBX")
+def _stacked(bands: Sequence[Image.Image], channels: int) -> np.ndarray:
+    """Returns the bands of an image as uint8 [H, W, channels]; see `OpenedBands.decode`."""
+    if channels == 3:
+        return np.asarray(plain_rgb(bands[0]))
+    return np.stack([np.asarray(band) for band in bands], axis=-1)
 
 
-def _upright_pixels(
-    image: bytes | np.ndarray | Image.Image, exif: bool, max_pixels: int, smallest: int | None = None
-) -> Image.Image:
-    """Decodes an image as `OpenedImage.decode` does, and turns it as its EXIF orientation says."""
-    opened = open_image(image, exif=exif, max_pixels=max_pixels)
-    pixels, _ = opened.decode(1 if smallest is None else min(opened.size) // smallest)
-    return pixels.transpose(TURNS[opened.orientation][0]) if opened.orientation in TURNS else pixels
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Turns an image as an EXIF orientation says."""
+    return image.transpose(TURNS[orientation][0]) if orientation in TURNS else image
 
 
 def _eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]:
@@ -287,25 +302,27 @@ def _eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]
 
 
 def _resized_center(
-    image: Image.Image, resized: tuple[int, int], size: int, resample: Image.Resampling, fill: tuple[int, ...]
+    image: Image.Image, resized: tuple[int, int], size: int, resample: Image.Resampling, fill: float | tuple[int, ...]
 ) -> Image.Image:
-    """Resizes an image of `OpenedImage.decode` to `resized`, (width, height), and crops the central square."""
+    """Resizes an image of `OpenedBands.decode` to `resized`, (width, height), and crops the central square."""
     if math.prod(resized) <= _MOST_RESIZED:
-        return _center_crop(_plain_rgb(image.resize(resized, resample)), size, fill)
+        return _center_crop(image.resize(resized, resample), size, fill)
     # A very long image: resize only what the crop keeps. The pixels are the same up to the rounding of the box.
     kept = [min(side, size) for side in resized]
     scale_x, scale_y = image.width / resized[0], image.height / resized[1]
     left, top = (_offset(side, size) if keep == size else 0 for side, keep in zip(resized, kept, strict=True))
     box = (left * scale_x, top * scale_y, (left + kept[0]) * scale_x, (top + kept[1]) * scale_y)
     box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
-    return _center_crop(_plain_rgb(image.resize((kept[0], kept[1]), resample, box=box)), size, fill)
+    return _center_crop(image.resize((kept[0], kept[1]), resample, box=box), size, fill)
 
 
-def _center_crop(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:
+def _center_crop(image: Image.Image, size: int, fill: float | tuple[int, ...]) -> Image.Image:
+    if isinstance(fill, tuple):
+        image = plain_rgb(image)
     left, top = _offset(image.width, size), _offset(image.height, size)
     if image.width >= size and image.height >= size:
         return image.crop((left, top, left + size, top + size))
-    canvas = Image.new("RGB", (size, size), fill)
+    canvas = Image.new(image.mode, (size, size), fill)
     canvas.paste(image, (-left, -top))
     return canvas
 

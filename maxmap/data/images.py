@@ -28,7 +28,8 @@ FORMATS = {
     **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
     ".jp2": "JPEG2000",
 }
-IMAGE_ENDINGS = tuple(FORMATS)
+NPY = b"\x93NUMPY"  # how a .npy file starts; `maxmap.data.bands` reads it
+IMAGE_ENDINGS = (*FORMATS, ".npy")
 
 MAX_PIXELS = 178_956_970  # Pillow decodes no larger image; as RGB this one takes 700 MB
 _STRIP = 1 << 22  # pixels of 16 bits that are converted at a time
@@ -91,13 +92,16 @@ def broken_is_oserror() -> Iterator[None]:
         raise OSError(f"cannot decode the image: {reason(error)}") from error
 
 
-def open_image(image: bytes | np.ndarray | Image.Image, *, exif: bool, max_pixels: int) -> OpenedImage:
+def open_image(
+    image: bytes | np.ndarray | Image.Image, *, exif: bool, max_pixels: int, alpha: bool = False
+) -> OpenedImage:
     """Reads the header of an image file, or wraps an array or one of Pillow's images.
 
     Args:
       image: the bytes of a file, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or an image of Pillow's.
       exif: whether to read the EXIF orientation.
       max_pixels: an image with more pixels is refused.
+      alpha: whether pixels of an image that has transparency have mode RGBA.
 
     Raises:
       OSError: the image is broken or of no format in `FORMATS`; `TooManyPixels` if it is too large.
@@ -105,24 +109,25 @@ def open_image(image: bytes | np.ndarray | Image.Image, *, exif: bool, max_pixel
     if isinstance(image, np.ndarray):
         grey = image.ndim == 3 and image.shape[-1] == 1
         opened = Image.fromarray(image[..., 0] if grey else image)
-        return OpenedImage(opened.size, 1, functools.partial(_decode, opened))
+        return OpenedImage(opened.size, 1, functools.partial(_decode, opened, alpha))
     if isinstance(image, Image.Image):
-        _check_size(image.size, max_pixels)
-        return OpenedImage(image.size, _orientation(image) if exif else 1, functools.partial(_decode, image))
+        check_size(image.size, max_pixels)
+        return OpenedImage(image.size, _orientation(image) if exif else 1, functools.partial(_decode, image, alpha))
     if image.startswith(b"\xff\xd8"):
         check_scans(image)
         with contextlib.suppress(ValueError):  # simplejpeg does not read the header, but Pillow may
             height, width, colors, _ = simplejpeg.decode_jpeg_header(image)
             if colors not in ("CMYK", "YCCK"):
-                _check_size((width, height), max_pixels)
-                orientation = _orientation(_open(image, max_pixels)) if exif else 1
+                check_size((width, height), max_pixels)
+                orientation = _orientation(open_file(image, max_pixels)) if exif else 1
                 return OpenedImage(
                     (width, height), orientation, functools.partial(_decode_jpeg, image, (width, height))
                 )
-    opened = _open(image, max_pixels)
+    opened = open_file(image, max_pixels)
     orientation = _orientation(opened) if exif else 1
-    decode = _decode_checked_jpeg if opened.format in ("JPEG", "MPO") else _decode_checked
-    return OpenedImage(opened.size, orientation, functools.partial(decode, image, opened))
+    if opened.format in ("JPEG", "MPO"):
+        return OpenedImage(opened.size, orientation, functools.partial(_decode_checked_jpeg, image, opened))
+    return OpenedImage(opened.size, orientation, functools.partial(_decode_checked, image, opened, alpha))
 
 
 def read_header(file: bytes, *, max_pixels: int) -> ImageHeader:
@@ -131,17 +136,18 @@ def read_header(file: bytes, *, max_pixels: int) -> ImageHeader:
     Raises:
       OSError: the image is too large or of no format in `FORMATS`.
     """
-    opened = _open(file, max_pixels)
+    opened = open_file(file, max_pixels)
     kind = f"{opened.format} {opened.mode}"  # before the EXIF data of a PNG are read, which decodes it
     return ImageHeader(opened.size[::-1] if _orientation(opened) >= 5 else opened.size, kind)
 
 
-def _open(file: bytes, max_pixels: int) -> ImageFile:
+def open_file(file: bytes, max_pixels: int) -> ImageFile:
+    """Has Pillow read the header of an image file; raises as `open_image` does."""
     try:
         opened = Image.open(io.BytesIO(file), formats=_known_formats())
     except Image.UnidentifiedImageError:
         raise OSError("the file is no image of a known format, or its header is cut off") from None
-    _check_size(opened.size, max_pixels)
+    check_size(opened.size, max_pixels)
     return opened
 
 
@@ -152,7 +158,8 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(sorted(set(FORMATS.values()) & Image.OPEN.keys()))
 
 
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+def check_size(size: tuple[int, int], max_pixels: int) -> None:
+    """Raises `TooManyPixels` for an image of more pixels than are allowed."""
     if size[0] * size[1] > max_pixels:
         raise TooManyPixels(
             f"the image has {size[0]} x {size[1]} pixels, more than the {max_pixels} of --config.data.max_pixels"
@@ -172,17 +179,24 @@ def _orientation(opened: Image.Image) -> int:
     return 1
 
 
-def _decode(opened: Image.Image, most: int) -> tuple[Image.Image, int]:
+def plain_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image of `OpenedImage.decode` in mode RGB."""
+    if image.mode != "CMYK":
+        return image.convert("RGB")
+    return Image.frombytes("RGB", image.size, image.tobytes(), "raw", "RGBX")
+
+
+def _decode(opened: Image.Image, alpha: bool, most: int) -> tuple[Image.Image, int]:
     shrink = _draft(opened, most)
-    return _to_8_bits(opened), shrink
+    return _to_8_bits(opened, alpha), shrink
 
 
-def _decode_checked(file: bytes, opened: ImageFile, most: int) -> tuple[Image.Image, int]:
+def _decode_checked(file: bytes, opened: ImageFile, alpha: bool, most: int) -> tuple[Image.Image, int]:
     """Decodes with Pillow, and refuses what Pillow takes although pixels are missing."""
     check_strips(file, opened)
     opened.load()
     check_pixels(file, opened)
-    return _decode(opened, most)
+    return _decode(opened, alpha, most)
 
 
 def _decode_checked_jpeg(file: bytes, opened: Image.Image, most: int) -> tuple[Image.Image, int]:
@@ -192,7 +206,7 @@ def _decode_checked_jpeg(file: bytes, opened: Image.Image, most: int) -> tuple[I
         simplejpeg.decode_jpeg(file, colorspace, min_height=1, min_width=1)
     except ValueError as error:
         refuse_damaged_jpeg(error)
-    return _decode(opened, most)
+    return _decode(opened, False, most)
 
 
 def _decode_jpeg(file: bytes, size: tuple[int, int], most: int) -> tuple[Image.Image, int]:
@@ -203,7 +217,7 @@ def _decode_jpeg(file: bytes, size: tuple[int, int], most: int) -> tuple[Image.I
         pixels = simplejpeg.decode_jpeg(file, "RGBX", min_width=width, min_height=height)
     except ValueError as error:  # Pillow decodes some files that simplejpeg refuses
         refuse_damaged_jpeg(error)
-        return _decode(_open(file, size[0] * size[1]), most)
+        return _decode(open_file(file, size[0] * size[1]), False, most)
     # PIL holds RGB in four bytes too, so four channels need no copy. It and the resizer treat all four alike in this
     # mode; that the pixels are not CMYK does not matter to them.
     return Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK", 0, 1), shrink
@@ -225,16 +239,19 @@ def _shrink(size: tuple[int, int], most: int) -> int:
     return next((power for power in (8, 4, 2) if power <= min(most, *size)), 1)
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Decodes an image and converts it to RGB or, if it is grey, to L; see `maxmap.data.decode.decode`."""
+def _to_8_bits(image: Image.Image, alpha: bool) -> Image.Image:
+    """Decodes an image and converts it to RGB or, if it is grey, to L; see `maxmap.data.decode.decode`.
+
+    With `alpha`, one that has transparency becomes RGBA.
+    """
     if image.mode == "F":
         raise OSError("its pixels are floating-point numbers without a stated range: save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;"):
         return _high_bytes(image)
-    if image.mode == "P" and "transparency" in image.info:
+    if (alpha and image.has_transparency_data) or (image.mode == "P" and "transparency" in image.info):
         image = image.convert("RGBA")  # the same colours; straight to RGB, PIL warns
     image.load()
-    return image if image.mode in ("RGB", "L") else image.convert("RGB")
+    return image if image.mode in ("RGB", "L", *["RGBA"] * alpha) else image.convert("RGB")
 
 
 def _high_bytes(image: Image.Image) -> Image.Image:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maxmap.data.bands import read_array
 from maxmap.data.decode import decode
-from maxmap.data.images import MAX_PIXELS, broken_is_oserror, read_header
+from maxmap.data.images import MAX_PIXELS, ImageHeader, broken_is_oserror, read_header
 from maxmap.errors import UserError, reason
 
 _SMALLEST = 64  # pixels of a side that the perceptual hash is computed from; it resizes to 32 itself
@@ -17,7 +18,7 @@ class Inspection(NamedTuple):
 
     Attributes:
       size: Width and height in pixels, upright as its EXIF orientation says; (0, 0) for a broken file.
-      kind: Format and mode, such as "JPEG RGB"; "" for a broken file.
+      kind: Format and mode, such as "JPEG RGB", or "5 channels"; "" for a broken file.
       digest: Of the bytes: equal files have equal ones.
       hash: Perceptual hash of 64 bits; copies that were resized or saved again differ in few of them.
       fault: Why the file cannot be decoded; None if it can.
@@ -49,7 +50,11 @@ def inspect(path: str) -> Inspection:
             file = opened.read()
         digest = hashlib.blake2b(file, digest_size=16).digest()
         with broken_is_oserror():
-            header = read_header(file, max_pixels=MAX_PIXELS)
+            array = read_array(file, MAX_PIXELS)
+            if array is None:
+                header = read_header(file, max_pixels=MAX_PIXELS)
+            else:
+                header = ImageHeader((array.shape[1], array.shape[0]), f"{array.shape[2]} channels")
             pixels = decode(file, exif=True, smallest=_SMALLEST)
     except OSError as error:
         return Inspection((0, 0), "", digest, 0, reason(error))

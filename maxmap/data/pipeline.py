@@ -18,7 +18,7 @@ from maxmap.data import decode
 from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
 from maxmap.data.images import MAX_PIXELS
 from maxmap.data.order import Chunks, SampleOrder, epoch_length
-from maxmap.data.preprocessing import CropShare, Deviation, Mean, check_crop_mode
+from maxmap.data.preprocessing import CropShare, Deviation, Mean, check_crop_mode, of_channels
 from maxmap.data.randaugment import fill_color, parse_rand_augment
 from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop
 from maxmap.data.sources import ImageSource, open_source
@@ -37,6 +37,7 @@ def open_data(
     *,
     name: str | None = None,
     image_size: Pixels = 224,
+    channels: Annotated[int, Range(at_least=1, at_most=512)] = 3,
     eval_image_size: Pixels | None = None,
     train_split: str | None = "train",
     val_split: str | None = "val",
@@ -62,8 +63,8 @@ def open_data(
     crop_pct: CropShare = 0.875,
     crop_mode: str = "center",
     eval_interpolation: str = "bicubic",
-    mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN,
-    std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD,
+    mean: Sequence[Mean] = IMAGENET_MEAN,
+    std: Sequence[Deviation] = IMAGENET_STD,
     threads: Annotated[int, Range(at_least=1, at_most=_MOST_THREADS)] | None = None,
     workers: Annotated[int, Range(at_least=0, at_most=_MOST_THREADS)] = 0,
     check: CountOrZero = 2000,
@@ -78,6 +79,7 @@ def open_data(
         own.
       name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
       image_size: side of the training crop in pixels.
+      channels: of the images: 3 for colours, 1 for grey, 4 for RGBA, else those of .npy and TIFF files.
       eval_image_size: side of the evaluation crop in pixels; None: image_size.
       train_split: name of the training split; None: evaluation only.
       val_split: name of the evaluation split; None: training only.
@@ -107,8 +109,9 @@ def open_data(
       crop_pct: part of the resized side that the evaluation crop keeps.
       crop_mode: which side the evaluation resize fits: 'center' the shorter, 'squash' both, 'border' the longer.
       eval_interpolation: filter of the evaluation resize.
-      mean: mean of each colour in 0..1, which normalisation subtracts.
-      std: standard deviation of each colour in 0..1, by which normalisation divides.
+      mean: mean of each channel in 0..1, which normalisation subtracts; three values fit any number of channels, see
+        `maxmap.data.preprocessing.of_channels`.
+      std: standard deviation of each channel in 0..1, by which normalisation divides.
       threads: decoding threads of each process; None: as many as the machine has cores.
       workers: further decoding processes, each with `threads` threads; they help with small images.
       check: how many images of each split are decoded before training; 0: none, broken ones are counted as they come.
@@ -119,7 +122,10 @@ def open_data(
       UserError: the data is missing, malformed or broken, or an option is out of range.
     """
     check_arguments(open_data, "data", locals())
-    decoding = {"draft": draft, "exif": exif, "max_pixels": max_pixels}
+    if rand_augment and channels != 3:
+        raise UserError(f"data.rand_augment is for colours, and data.channels is {channels}: leave one of them out.")
+    mean, std = of_channels(mean, channels, "data.mean"), of_channels(std, channels, "data.std")
+    decoding = {"channels": channels, "draft": draft, "exif": exif, "max_pixels": max_pixels}
     train_crop = _make_train_crop(image_size, scale, ratio, interpolation, decoding, rand_augment, mean)
     preprocessing = _make_preprocessing(
         image_size, eval_image_size, crop_pct, crop_mode, eval_interpolation, mean, std, exif
@@ -134,7 +140,7 @@ def open_data(
         train, val = divide(open_split(train_split, classes=classes), folds, fold, fold_seed)
     for split in (train, val):
         if check and split is not None:
-            decode.check_images(split, check, max_pixels)
+            decode.check_images(split, check, channels, max_pixels)
     if balanced and train is not None and train.labels() is None:
         raise UserError("data.balanced needs the labels of all images in advance, which 'tfds' has not: leave it out.")
     if balanced and task != "single_label":
@@ -229,6 +235,11 @@ class Data:
         return dataclasses.replace(self, train=relabel(self.train), val=relabel(self.val))
 
     @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return len(self.preprocessing["mean"])
+
+    @property
     def num_train(self) -> int:
         """Images in the training split."""
         return 0 if self.train is None else len(self.train)
@@ -273,7 +284,7 @@ class Data:
         replaces an image that cannot be decoded.
 
         Returns:
-          A generator, to be closed (`close()`) where it is left early, of dicts: image uint8 [b, H, W, 3], label int32
+          A generator, to be closed (`close()`) where it is left early, of dicts: image uint8 [b, H, W, C], label int32
           [b] or float32 [b, K], index int64 [b] (in the training split), skipped int64 [b] (the index of the broken
           image that this row replaces, else -1).
 
@@ -292,7 +303,7 @@ class Data:
         labels = train.labels() if self.balanced else None
         order = SampleOrder(len(train), self.repeats, steps_per_epoch * batch_size, seed, labels)
         chunks = Chunks(batch_size // process_count, process_index, process_count, start_step, num_steps)
-        return self._stream(chunks, TrainRows(train, self.train_crop, self.image_size, order))
+        return self._stream(chunks, TrainRows(train, self.train_crop, self.image_size, self.channels, order))
 
     def eval_batches(
         self, batch_size: int, *, process_index: int = 0, process_count: int = 1
@@ -303,7 +314,7 @@ class Data:
         image are zeros with mask False, and so is the row of an image that cannot be decoded.
 
         Returns:
-          A generator, to be closed (`close()`) where it is left early, of dicts: image uint8 [b, H, W, 3], label int32
+          A generator, to be closed (`close()`) where it is left early, of dicts: image uint8 [b, H, W, C], label int32
           [b] or float32 [b, K], mask bool [b], index int64 [b] (in the evaluation split; -1: no image), skipped int64
           [b] (the index where the image is broken, else -1).
 
@@ -370,8 +381,8 @@ def _make_preprocessing(
     crop_pct: float,
     crop_mode: str,
     interpolation: str,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: list[float],
+    std: list[float],
     exif: bool,
 ) -> dict[str, Any]:
     """Returns `Data.preprocessing`, after a check of its options."""
@@ -382,8 +393,8 @@ def _make_preprocessing(
         "crop_pct": float(crop_pct),
         "crop_mode": crop_mode,
         "interpolation": interpolation,
-        "mean": [float(value) for value in mean],
-        "std": [float(value) for value in std],
+        "mean": mean,
+        "std": std,
         "exif": exif,
     }
 

@@ -1,12 +1,13 @@
 """The preprocessing of a checkpoint: from an image file to the pixels that its network was trained to see.
 
 It is a dict, as JSON holds it: `image_size` (side of the crop in pixels), `crop_pct`, `crop_mode` and `interpolation`
-(see `maxmap.data.decode.eval_crop`), `mean` and `std` of each colour in 0..1, and `exif` (whether photos are turned as
-their EXIF orientation says; absent in older checkpoints and those of others, where it is False).
+(see `maxmap.data.decode.eval_crop`), `mean` and `std` of each channel in 0..1 (so they say how many channels there
+are), and `exif` (whether photos are turned as their EXIF orientation says; absent in older checkpoints and those of
+others, where it is False).
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
@@ -32,8 +33,8 @@ def changed(
     crop_pct: CropShare | None = None,
     crop_mode: str | None = None,
     interpolation: str | None = None,
-    mean: tuple[Mean, Mean, Mean] | None = None,
-    std: tuple[Deviation, Deviation, Deviation] | None = None,
+    mean: Sequence[Mean] | None = None,
+    std: Sequence[Deviation] | None = None,
 ) -> dict[str, Any]:
     """Returns a preprocessing with other values for the arguments that are not None.
 
@@ -48,8 +49,29 @@ def changed(
         check_crop_mode(crop_mode, "crop_mode")
     for key in ("mean", "std"):
         if key in given:
-            given[key] = [float(value) for value in given[key]]
+            channels = len(preprocessing.get(key, given[key]))
+            given[key] = of_channels(given[key], channels, key)
     return {**preprocessing, **given}
+
+
+def of_channels(values: Sequence[float], channels: int, name: str) -> list[float]:
+    """Returns a mean or a deviation for each channel of the images.
+
+    Three values for other channels are those of colours: one channel gets their mean, and several get them in turn, as
+    the kernels of `maxmap.convert.adapt` do.
+
+    Raises:
+      UserError: there are as many values as neither channels nor colours; `name` says of what.
+    """
+    values = [float(value) for value in values]
+    if len(values) == channels:
+        return values
+    if len(values) != 3:
+        raise UserError(
+            f"{name} has {len(values)} values, and the images have {channels} channels: give {channels}, or three that "
+            "stand for the colours."
+        )
+    return [sum(values) / 3] if channels == 1 else [values[channel % 3] for channel in range(channels)]
 
 
 def check_crop_mode(name: str, option: str) -> None:
@@ -92,22 +114,24 @@ def cropped(
     """Does to one image what `Data.eval_batches` does to a data set.
 
     Args:
-      image: a path, the bytes of an image file, a PIL image, or a uint8 array [H, W, 1], [H, W, 3] or [H, W, 4].
+      image: a path, the bytes of an image file, a PIL image, or a uint8 array [H, W, 1], [H, W, 3], [H, W, 4]
+        or [H, W, C].
         The EXIF orientation of a PIL image counts as that of a file does.
       preprocessing: `Data.preprocessing`, as a checkpoint stores it.
 
     Returns:
-      uint8 [image_size, image_size, 3], not yet normalised.
+      uint8 [image_size, image_size, C], not yet normalised; C is the number of values of the mean.
 
     Raises:
       UserError: the file is missing or cannot be decoded, or the array is of another type or shape.
     """
+    channels = len(preprocessing["mean"])
     if isinstance(image, np.ndarray) and (
-        image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4)
+        image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4, channels)
     ):
         raise UserError(
-            f"the image is an array {image.dtype} {list(image.shape)}: give uint8 [height, width, 3], from 0 to 255; "
-            "it is resized, cropped and normalised here."
+            f"the image is an array {image.dtype} {list(image.shape)}: give uint8 [height, width, {channels}], from 0 "
+            "to 255; it is resized, cropped and normalised here."
         )
     where = "the image"
     try:

@@ -29,18 +29,20 @@ class TrainRows:
 
     Attributes:
       source: the training images.
-      crop: makes uint8 [image_size, image_size, 3] of an image and a random generator.
+      crop: makes uint8 [image_size, image_size, channels] of an image and a random generator.
       image_size: side of a crop in pixels.
+      channels: of a crop.
       order: which image and which generator belong to a position.
     """
 
     source: ImageSource
     crop: Callable[..., np.ndarray]
     image_size: int
+    channels: int
     order: SampleOrder
 
     def __call__(self, positions: range) -> Batch:
-        rows = _empty_rows(len(positions), self.image_size, self.source.label_shape)
+        rows = _empty_rows(len(positions), self.image_size, self.channels, self.source.label_shape)
         for row, position in enumerate(positions):
             image, label, index, skipped = self._sample(position)
             rows["image"][row] = image
@@ -80,7 +82,8 @@ class EvalRows:
     max_pixels: int
 
     def __call__(self, indices: range) -> Batch:
-        rows = _empty_rows(len(indices), self.preprocessing["image_size"], self.source.label_shape)
+        size, channels = self.preprocessing["image_size"], len(self.preprocessing["mean"])
+        rows = _empty_rows(len(indices), size, channels, self.source.label_shape)
         rows["mask"] = np.zeros(len(indices), bool)
         for row, index in enumerate(indices):
             if index >= len(self.source):
@@ -124,9 +127,9 @@ def augmented_crop(
     return np.asarray(rand_augment_image(Image.fromarray(crop(image, rng)), rng, policy, fill))
 
 
-def _empty_rows(num: int, size: int, label_shape: tuple[int, ...]) -> Batch:
+def _empty_rows(num: int, size: int, channels: int, label_shape: tuple[int, ...]) -> Batch:
     return {
-        "image": np.zeros((num, size, size, 3), np.uint8),
+        "image": np.zeros((num, size, size, channels), np.uint8),
         "label": np.zeros((num, *label_shape), np.float32 if label_shape else np.int32),
         "index": np.full(num, -1, np.int64),
         "skipped": np.full(num, -1, np.int64),

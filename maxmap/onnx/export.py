@@ -30,7 +30,7 @@ def export_onnx(
 ) -> str:
     """Writes a checkpoint's forward pass, with its weights, as ONNX. The file appears complete or not at all.
 
-    The graph takes images `[B, H, W, 3]` of the checkpoint's size, for any B, and returns 'logits' `[B, K]`, the mean
+    The graph takes images `[B, H, W, C]` of the checkpoint's size, for any B, and returns 'logits' `[B, K]`, the mean
     over the branches. Its metadata have the model, the classes and the preprocessing. Where onnxruntime is installed,
     the file has to return the logits of the network itself, for batches of noise, before it gets its name.
 

@@ -79,12 +79,12 @@ class Network:
         (self._input,) = self._session.get_inputs()
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Returns the logits `[B, K]` of images `[B, H, W, 3]` as the file takes them."""
+        """Returns the logits `[B, K]` of images `[B, H, W, C]` as the file takes them."""
         (logits,) = self._session.run(None, {self._input.name: images})
         return logits
 
     def logits(self, pixels: np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray:
-        """Returns the logits `[B, K]` of crops, uint8 `[B, H, W, 3]`, normalised by the file or here."""
+        """Returns the logits `[B, K]` of crops, uint8 `[B, H, W, C]`, normalised by the file or here."""
         if self._input.type == "tensor(uint8)":
             return self.run(pixels)
         return self.run(np.asarray(normalize(jnp.asarray(pixels), preprocessing["mean"], preprocessing["std"])))

@@ -37,7 +37,7 @@ class Seen:
 
     Attributes:
       position: among the predictions.
-      pixels: uint8 `[H, W, 3]`.
+      pixels: uint8 `[H, W, C]`.
       heat: the same with Grad-CAM of the class that the network names, uint8 `[H, W, 3]`; None without explanations.
     """
 

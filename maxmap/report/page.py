@@ -13,6 +13,7 @@ from maxmap.data.preprocessing import in_words
 from maxmap.errors import shortened
 from maxmap.metrics import confusion_matrix
 from maxmap.page import bar, document, escaped, more, picture, table, wide
+from maxmap.pictures import shown
 from maxmap.predictions import Predictions
 from maxmap.report import charts
 from maxmap.report.evidence import Evidence, Seen
@@ -133,7 +134,7 @@ def _figures(evidence: Evidence, images: Sequence[Seen]) -> str:
         if len(named) > 1:
             said.append(f"branches: {', '.join(f'{count} {readable(names[k])}' for k, count in named.most_common())}")
         file = predictions.name[i]
-        pictures = [picture(Image.fromarray(x), file) for x in (seen.pixels, seen.heat) if x is not None]
+        pictures = [picture(Image.fromarray(shown(x)), file) for x in (seen.pixels, seen.heat) if x is not None]
         lines = "<br>".join(map(escaped, said))
         short = escaped("/".join(file.split("/")[-2:]))
         figures.append(

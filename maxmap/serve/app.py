@@ -118,7 +118,7 @@ class _Service:
             self._inside -= 1
 
     async def _image(self, request: Request) -> np.ndarray:
-        """Returns the image in the body of a request as the network sees it, uint8 `[H, W, 3]`."""
+        """Returns the image in the body of a request as the network sees it, uint8 `[H, W, C]`."""
         body = bytearray()
         try:
             async with asyncio.timeout(_SECONDS):

@@ -13,6 +13,7 @@ from maxmap.explanation import explain
 from maxmap.inference import decoded, load_classifier
 from maxmap.operations import Array
 from maxmap.pictures import overlay
+from maxmap.programs import one_image
 from maxmap.ranges import Count
 from maxmap.tasks import SINGLE_LABEL, require_classes
 
@@ -45,8 +46,7 @@ class Network:
 
     def compile(self, *, explained: bool) -> None:
         """Runs every program that requests will need, `explain` only where it is asked for."""
-        side = self.info["preprocessing"]["image_size"]
-        black = np.zeros((self.largest, side, side, 3), np.uint8)
+        black = np.zeros((self.largest, *one_image(self.info, pixels=True).shape), np.uint8)
         for size in self._sizes:
             self.classify(black[:size])
         if explained:
@@ -56,7 +56,7 @@ class Network:
         """Returns the probabilities of the classes, `[N, K]`.
 
         Args:
-          images: N crops, uint8 `[H, W, 3]`, at most `largest`.
+          images: N crops, uint8 `[H, W, C]`, at most `largest`.
         """
         size = next(size for size in self._sizes if size >= len(images))
         batch = np.zeros((size, *images[0].shape), np.uint8)
@@ -64,7 +64,7 @@ class Network:
         return np.asarray(self._compute(self._variables, batch))[: len(images)]
 
     def explain(self, image: np.ndarray, label: int) -> np.ndarray:
-        """Returns a crop, uint8 `[H, W, 3]`, with Grad-CAM of a class; see `maxmap.explain`."""
+        """Returns a crop `[H, W, C]` as uint8 `[H, W, 3]`, with Grad-CAM of a class; see `maxmap.explain`."""
         found = explain(self._model, self._variables, self._normalised(jnp.asarray(image)[None]), [label])
         return overlay(image, found.saliency[0])
 

@@ -28,6 +28,9 @@ class Rows(abc.ABC):
     def encode(self, labels: Array) -> Array:
         return labels
 
+    def answers(self, logits: Array) -> Array:
+        raise UserError("config.distill.teacher is for classes and labels: leave it out for distributions and numbers.")
+
     @abc.abstractmethod
     def decode(self, logits: Array) -> Array:
         """See `Task.decode`."""
@@ -122,6 +125,9 @@ class MultiLabel(Rows):
     value: ClassVar[str] = "probability"
 
     thresholds: float | tuple[tuple[str, float], ...] = 0.5
+
+    def answers(self, logits: Array) -> Array:
+        return (logits > 0).astype(logits.dtype)
 
     def decode(self, logits: Array) -> Array:
         return jax.nn.sigmoid(logits)

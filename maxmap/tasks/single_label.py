@@ -39,6 +39,9 @@ class SingleLabel:
     def decode(self, logits: Array) -> Array:
         return jax.nn.softmax(logits)
 
+    def answers(self, logits: Array) -> Array:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+
     def measure(self, logits: Array, branches: Array, labels: Array, mask: Array) -> dict[str, Any]:
         """The kept predictions are those of `maxmap.predictions.class_columns`."""
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -53,6 +53,10 @@ class Task(Protocol):
         """Maps logits `[..., K]` to predictions: probabilities, shares or numbers."""
         ...
 
+    def answers(self, logits: Array) -> Array:
+        """Maps a teacher's logits `[B, K]` to the targets `[B, K]` that a student learns in hard distillation."""
+        ...
+
     def measure(self, logits: Array, branches: Array, labels: Array, mask: Array) -> dict[str, Any]:
         """Computes what an evaluation adds up, and what it keeps of every image, on the device.
 

@@ -26,12 +26,13 @@ from maxmap.sharding import check_batch, replicated, split_batch
 from maxmap.tasks import SINGLE_LABEL
 from maxmap.tasks.task import Task
 from maxmap.train.state import TrainState, abstract, create
-from maxmap.train.step import Loss, Prepare, make_diagnosis, make_train_step
+from maxmap.train.step import Answers, Loss, Prepare, make_diagnosis, make_train_step
+from maxmap.train.teacher import Teacher, with_teacher
 
 
 class Images(NamedTuple):
-    """What a training step knows of its images: side in pixels, number of classes, mean and deviation of colours, what
-    they are labelled for, and what each class counts in the loss (None for 1)."""
+    """What a training step knows of its images: side in pixels, number of classes, mean and deviation of each channel,
+    what they are labelled for, and what each class counts in the loss (None for 1)."""
 
     size: int
     num_classes: int
@@ -39,6 +40,10 @@ class Images(NamedTuple):
     std: Sequence[float]
     task: Task = SINGLE_LABEL
     class_weights: tuple[float, ...] | None = None
+
+    def batch(self, count: int) -> tuple[int, int, int, int]:
+        """Returns the shape of `count` images, `[B, H, W, C]`."""
+        return count, self.size, self.size, len(self.mean)
 
     @classmethod
     def of(cls, data: Data, task: Task | None = None) -> "Images":
@@ -57,24 +62,29 @@ class Step:
       schedule: The learning rate by step.
       prepare: What the step does to its batch on the device.
       loss: Of outputs and targets.
+      answers: Of a teacher; None for no teacher.
       create_state: Function of a key that makes a fresh state.
       like: Shapes, types and shardings of a state.
-      function: Jitted function of state, batch and key; see `maxmap.train.step.make_train_step`.
+      function: Jitted function of state, batch, key and, with a teacher, its variables; see
+        `maxmap.train.step.make_train_step`.
       batch: Shapes, types and shardings of a batch.
+      teacher: Shapes, types and shardings of a teacher's variables, as a list with one entry; empty for no teacher.
     """
 
     model: Classifier
     schedule: Schedule
     prepare: Prepare
     loss: Loss
+    answers: Answers | None
     create_state: Callable[[Array], TrainState]
     like: TrainState
     function: jax.stages.Wrapped
     batch: dict[str, jax.ShapeDtypeStruct]
+    teacher: list[Any]
 
     def arguments(self) -> tuple[Any, ...]:
         """Returns shapes, types and shardings of what the function takes, to trace and to compile it."""
-        return self.like, self.batch, jax.eval_shape(lambda: jax.random.key(0))
+        return self.like, self.batch, jax.eval_shape(lambda: jax.random.key(0)), *self.teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +102,10 @@ class Parts:
       total_steps: Steps of the run.
       create_state: Function of a key that makes a fresh state.
       like: Shapes, types and shardings of a state.
-      train_step: Jitted function of state, batch and key; see `maxmap.train.step.make_train_step`.
+      train_step: Jitted function; see `Step`.
       diagnose: Jitted function of the same arguments; see `maxmap.train.step.make_diagnosis`.
       eval_step: Jitted function of variables and batch; see `maxmap.evaluate.make_eval_step`.
+      teacher: Its variables on the devices, as a list with one entry; empty for no teacher.
       info: What a checkpoint says of itself.
     """
 
@@ -111,6 +122,7 @@ class Parts:
     train_step: jax.stages.Wrapped
     diagnose: Callable[..., Any]
     eval_step: EvalStep
+    teacher: list[Any]
     info: dict[str, Any]
 
     def keys(self) -> tuple[Array, Array]:
@@ -121,7 +133,7 @@ class Parts:
     @property
     def state_sharding(self) -> TrainState:
         """The sharding of every array of a state."""
-        return jax.tree.map(lambda leaf: leaf.sharding, self.like)
+        return _shardings(self.like)
 
 
 def open_data(recipe: Recipe) -> Data:
@@ -139,7 +151,9 @@ def open_data(recipe: Recipe) -> Data:
     return data
 
 
-def build(recipe: Recipe, mesh: Mesh, data: Data, found: Mapping[str, Any] | None = None) -> Parts:
+def build(
+    recipe: Recipe, mesh: Mesh, data: Data, found: Mapping[str, Any] | None = None, teacher: Teacher | None = None
+) -> Parts:
     """Builds the parts of a run.
 
     Args:
@@ -147,6 +161,7 @@ def build(recipe: Recipe, mesh: Mesh, data: Data, found: Mapping[str, Any] | Non
       mesh: Of all devices of the run.
       data: With both splits.
       found: Info of the checkpoint that the run goes on from, whose task it keeps; None for none.
+      teacher: Of `recipe.distill`, with the classes of the data; None for none.
 
     Raises:
       UserError: Batch, mesh, model and images do not fit each other.
@@ -155,9 +170,9 @@ def build(recipe: Recipe, mesh: Mesh, data: Data, found: Mapping[str, Any] | Non
     task = tasks.of_data(data)
     if found is not None:
         task = task.fitted(tasks.of_checkpoint(found))
-    step = make_step(recipe, mesh, Images.of(data, task), steps_per_epoch)
+    step = make_step(recipe, mesh, Images.of(data, task), steps_per_epoch, teacher)
     if data.preprocessing["image_size"] != data.image_size:
-        check_image_size(step.model, step.like.variables(), data.preprocessing["image_size"])
+        check_image_size(step.model, step.like.variables(), data.preprocessing)
     dtype, schedule = jnp.dtype(recipe.dtype), step.schedule
     return Parts(
         recipe=recipe,
@@ -171,13 +186,16 @@ def build(recipe: Recipe, mesh: Mesh, data: Data, found: Mapping[str, Any] | Non
         create_state=step.create_state,
         like=step.like,
         train_step=step.function,
-        diagnose=jax.jit(make_diagnosis(step.model, step.loss, step.prepare, mesh=mesh, dtype=dtype)),
+        diagnose=jax.jit(
+            make_diagnosis(step.model, step.loss, step.prepare, mesh=mesh, dtype=dtype, answers=step.answers)
+        ),
         eval_step=make_eval_step(step.model, data.preprocessing, mesh, dtype, kernels=recipe.kernels, task=task),
-        info=_info(recipe, mesh, data, task),
+        teacher=[] if teacher is None else [teacher.on(mesh)],
+        info=_info(recipe, mesh, data, task) | ({} if teacher is None else {"teacher": teacher.describe()}),
     )
 
 
-def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int) -> Step:
+def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int, teacher: Teacher | None = None) -> Step:
     """Builds the training step of a recipe; nothing is computed, and the devices of the mesh need not be here.
 
     Args:
@@ -185,6 +203,7 @@ def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int) 
       mesh: Of the state and of the batches.
       images: That the run trains on.
       steps_per_epoch: Steps of an epoch, for the learning rate.
+      teacher: Of `recipe.distill`; None for none.
 
     Raises:
       UserError: Batch, mesh, model and images do not fit each other.
@@ -194,32 +213,42 @@ def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int) 
     check_batch(recipe.batch_size // recipe.accumulate, mesh, "config.batch_size / config.accumulate =")
     schedule = recipe.schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
     optimizer = make_optimizer(recipe, model, schedule)
-    prepare, loss = make_prepare(recipe, images), make_loss(recipe, images)
+    prepare, loss, answers = make_prepare(recipe, images), make_loss(recipe, images), None
+    dtype = jnp.dtype(recipe.dtype)
     same, split = replicated(mesh), split_batch(mesh)
     label = images.task.label_like(recipe.batch_size, images.num_classes)
     batch = {
-        "image": jax.ShapeDtypeStruct((recipe.batch_size, images.size, images.size, 3), jnp.uint8, sharding=split),
+        "image": jax.ShapeDtypeStruct(images.batch(recipe.batch_size), jnp.uint8, sharding=split),
         "label": jax.ShapeDtypeStruct(label.shape, label.dtype, sharding=split),
     }
     _trace_once(prepare, loss, batch, images.num_classes)
+    taught = [] if teacher is None else [teacher.like(mesh)]
+    if teacher is not None:
+        answers = functools.partial(teacher.answer, mean=images.mean, std=images.std, dtype=dtype)
+        loss = with_teacher(loss, recipe.distill, images.task, recipe.loss.keywords["name"])
 
     def create_state(key: Array) -> TrainState:
-        one = jax.ShapeDtypeStruct((1, images.size, images.size, 3), jnp.float32)
+        one = jax.ShapeDtypeStruct(images.batch(1), jnp.float32)
         return create(model, optimizer, key, one, ema=recipe.ema_decay is not None)
 
     like = _abstract_state(create_state, mesh, f"{recipe.model.keywords['name']} with images of {images.size} pixels")
     freeze = recipe.optim.keywords["freeze"]
     check_frozen(like.params, freeze)
-    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, like)
+    state_sharding = _shardings(like)
     options = {key: getattr(recipe, key) for key in ("ema_decay", "accumulate", "batch_norm", "kernels")}
-    dtype = jnp.dtype(recipe.dtype)
     function = jax.jit(
-        make_train_step(model, optimizer, loss, prepare, mesh=mesh, dtype=dtype, freeze=freeze, **options),
-        in_shardings=(state_sharding, {"image": split, "label": split}, same),
+        make_train_step(
+            model, optimizer, loss, prepare, mesh=mesh, dtype=dtype, freeze=freeze, answers=answers, **options
+        ),
+        in_shardings=(state_sharding, {"image": split, "label": split}, same, *_shardings(taught)),
         out_shardings=(state_sharding, same),
         donate_argnums=0,
     )
-    return Step(model, schedule, prepare, loss, create_state, like, function, batch)
+    return Step(model, schedule, prepare, loss, answers, create_state, like, function, batch, taught)
+
+
+def _shardings(like: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, like)
 
 
 def _info(recipe: Recipe, mesh: Mesh, data: Data, task: Task) -> dict[str, Any]:

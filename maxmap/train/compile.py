@@ -5,12 +5,14 @@ from typing import Any
 
 from maxmap.accelerators import program, topology
 from maxmap.accelerators.hardware import HARDWARE, slice_of
+from maxmap.data.preprocessing import of_channels
 from maxmap.data.tables import column_names
 from maxmap.errors import UserError, printable
 from maxmap.recipe import Recipe
 from maxmap.tasks import TASKS, unfitted
 from maxmap.train.build import Images, make_step
 from maxmap.train.plan import Devices, plan
+from maxmap.train.teacher import check_count, read_teacher
 
 IMAGENET = 1_281_167  # images of an epoch where no data set is opened
 
@@ -19,7 +21,8 @@ def compile_step(recipe: Recipe, devices: Devices, hardware: str, save: str | Pa
     """Compiles the step as training would run it; opens no data set.
 
     Args:
-      recipe: As for training; 1,000 classes where it does not set `model.num_classes`.
+      recipe: As for training; as many classes as its teacher has, else 1,000, where it does not set
+        `model.num_classes`.
       devices: Of the job: as many as a slice of that hardware has.
       hardware: A key of `HARDWARE`.
       save: File for the text of the compiled program; None for none.
@@ -37,9 +40,14 @@ def compile_step(recipe: Recipe, devices: Devices, hardware: str, save: str | Pa
     mesh = recipe.mesh(available)
     data = recipe.data.keywords
     name, columns = data["task"], column_names(data["label_columns"])
-    classes = len(columns) if TASKS[name].complete else recipe.model.keywords.get("num_classes", 1000)
-    images = Images(data["image_size"], classes, data["mean"], data["std"], unfitted(name, classes))
-    step = make_step(recipe, mesh, images, max(1, IMAGENET // recipe.batch_size))
+    teacher = read_teacher(recipe)
+    known = 1000 if teacher is None else len(teacher.info["classes"])
+    classes = len(columns) if TASKS[name].complete else recipe.model.keywords.get("num_classes", known)
+    if teacher is not None:
+        check_count(teacher, classes)
+    mean, std = (of_channels(data[key], data["channels"], f"data.{key}") for key in ("mean", "std"))
+    images = Images(data["image_size"], classes, mean, std, unfitted(name, classes))
+    step = make_step(recipe, mesh, images, max(1, IMAGENET // recipe.batch_size), teacher)
     found, text = program.compile_for(hardware, step.function, *step.arguments())
     if save is not None:
         try:

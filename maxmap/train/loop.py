@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from maxmap import checkpoint, evaluate, storage
+from maxmap import checkpoint, evaluate, storage, tasks
 from maxmap.checkpoint import Checkpoints
 from maxmap.config import flatten
 from maxmap.cost import count_parameters
@@ -25,6 +25,7 @@ from maxmap.train.report import Report
 from maxmap.train.resume import only_run
 from maxmap.train.start import find_checkpoint, first_state
 from maxmap.train.state import TrainState
+from maxmap.train.teacher import matched, read_teacher
 from maxmap.train.trackers import check_installed
 from maxmap.train.watch import Interrupts, Watch, Watchdog
 
@@ -49,8 +50,11 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
     check_installed(recipe.log.trackers)
     mesh = recipe.mesh()
     data = open_data(recipe)
-    found, changes, data = find_checkpoint(recipe, workdir, data, mesh, allow_changes=allow_changes)
-    parts = build(recipe, mesh, data, found)
+    teacher = read_teacher(recipe)
+    found, changes, data = find_checkpoint(recipe, workdir, data, mesh, teacher, allow_changes=allow_changes)
+    if teacher is not None:
+        teacher, taught = matched(teacher, data, tasks.of_data(data))
+    parts = build(recipe, mesh, data, found, teacher)
     check_steps(recipe.log.profile, parts.total_steps)
     state, adapted = first_state(parts, workdir, found)
     start = 0 if found is None else found["step"]
@@ -81,6 +85,8 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
             report.tell(f"changed since the checkpoint: {change}")
         if adapted:
             report.tell(f"from {recipe.init_from}: {adapted}")
+        if teacher is not None:
+            report.tell(f"taught by {teacher.path}: {taught}")
         best = Best.of(found)
         loop = Loop(parts, workdir, report, check_ownership, state, start, best)
         over = start == parts.total_steps or best.out_of_patience(recipe.evaluate.patience)
@@ -158,7 +164,7 @@ class Loop:
         hang = storage.resolve(workdir) / f"hang{jax.process_index() or ''}.txt"
         self._dog = Watchdog(hang, 60 * parts.recipe.log.hang_minutes)
         self._profiler = Profiler(workdir, report, parts.recipe.log.profile)
-        self._key = parts.keys()[1]
+        self._constant = (parts.keys()[1], *parts.teacher)
         self._last: tuple[Mapping[str, Any], Mapping[str, Array]] | None = (
             None  # batch and metrics of a step, to be checked
         )
@@ -269,13 +275,13 @@ class Loop:
         on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, self._parts.mesh)
         if self._train_step is None:
             self._enter("compiling", step)
-            traced = self._parts.train_step.trace(self._state, on_devices, self._key)
+            traced = self._parts.train_step.trace(self._state, on_devices, *self._constant)
             self._train_step = traced.lower().compile()
             self._report.compiled()
             if platform() != "cpu":
                 self._report.tell(f"kernels written by hand: {kernels_of(traced)}")
             self._enter("computing", step)
-        self._state, metrics = self._train_step(self._state, on_devices, self._key)
+        self._state, metrics = self._train_step(self._state, on_devices, *self._constant)
         self._report.advanced()
         self._check_last_step()
         self._step, self._last = step, (batch, metrics)
@@ -298,7 +304,8 @@ class Loop:
             self._report.time_left(step)
         if stopping:
             on_devices = to_devices({"image": batch["image"], "label": batch["label"]}, parts.mesh)
-            layers = parts.diagnose(self._state, on_devices, jax.random.fold_in(self._key, step - 1))
+            key, *teacher = self._constant
+            layers = parts.diagnose(self._state, on_devices, jax.random.fold_in(key, step - 1), *teacher)
             raise self._watch.stop(step, metrics, batch["index"], self._train_name, layers)
 
     def _train_name(self, index: int) -> str:

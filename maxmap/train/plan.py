@@ -25,6 +25,7 @@ from maxmap.sharding import DATA, FSDP, check_batch, state_sharding
 from maxmap.train.build import make_optimizer
 from maxmap.train.state import create
 from maxmap.train.step import cast
+from maxmap.train.teacher import read_teacher
 
 # Shares of that bound that the compilers of a v5e and an H100 took, whatever for, for the steps of MaxViT-T, ResNet-50
 # with MAP, ConvNeXt-T and CAFormer-S18 in bfloat16 with 64 or 128 images a device (commit 7248d86).
@@ -44,7 +45,8 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
 
     Returns:
       'memory' (bytes per device, by purpose), 'sent' (bytes that a device sends per step, by purpose), 'multiply_adds'
-      (of the forward pass of a step on a device), 'flops' (of the whole step there, with what remat computes again),
+      (of the forward pass of a step on a device), 'flops' (of the whole step there, with what remat computes again and
+      what a teacher answers),
       'compute_seconds', 'network_seconds', 'efficiency' (if nothing overlaps), 'fits' and 'largest_batch' (images at a
       time on a device).
     """
@@ -53,15 +55,15 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
     check_batch(recipe.batch_size // accumulate, mesh, "config.batch_size / config.accumulate =")
     local = recipe.batch_size // accumulate // devices
     model = recipe.model(num_classes=recipe.model.keywords.get("num_classes", 1000))
-    dtype, size = jnp.dtype(recipe.dtype), recipe.data.keywords["image_size"]
+    dtype, size, channels = jnp.dtype(recipe.dtype), *(recipe.data.keywords[key] for key in ("image_size", "channels"))
     optimizer = make_optimizer(recipe, model, 1e-3)
-    one = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    one = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     averaged = recipe.ema_decay is not None
     state = jax.eval_shape(lambda: create(model, optimizer, jax.random.key(0), one, ema=averaged))
     params = jax.eval_shape(lambda params: cast(params, dtype), state.params)
 
     with compiled_for(machine.platform):
-        kept, operations = _trace_step(model, params, state.model_state, (local, size, size, 3), dtype)
+        kept, operations = _trace_step(model, params, state.model_state, (local, size, size, channels), dtype)
     # The backward pass takes twice the forward pass, and with remat the blocks once more.
     flops = 2 * accumulate * operations * (4 if recipe.model.keywords.get("remat") else 3)
     memory = {
@@ -72,10 +74,18 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
         f"parameters in {dtype.name}, gathered": _bytes(params),
         "gradients": _bytes(params) + _held(state.params, mesh),
         "activations, at most": kept - _bytes(params),
-        "images": local * size * size * 3 * (1 + dtype.itemsize),
+        "images": local * size * size * channels * (1 + dtype.itemsize),
     }
-    growing = memory["activations, at most"] + memory["images"]
     sent = _traffic(params, mesh, accumulate)
+    if (teacher := read_teacher(recipe)) is not None:
+        taught = teacher.variables["params"]
+        memory["teacher"] = _held(teacher.variables, mesh) + _bytes(_split(taught, mesh))  # its parts, then gathered
+        sent["teacher gathered"] = _traffic(taught, mesh, 1)["parameters gathered"]
+        side = teacher.info["preprocessing"]["image_size"]
+        with compiled_for(machine.platform):
+            batch = jax.ShapeDtypeStruct((local, side, side, channels), dtype)
+            flops += 2 * accumulate * multiply_adds(teacher.model.apply, teacher.variables, batch)
+    growing = memory["activations, at most"] + memory["images"]
     compute = flops / (machine.flops * utilisation)
     network = sum(sent.values()) / machine.bandwidth
     return {
@@ -118,9 +128,7 @@ def _trace_step(
 def _traffic(params: Any, mesh: AbstractMesh, accumulate: int) -> dict[str, float]:
     """Returns the bytes that a device sends in a step, by purpose; `params` are in the type that is sent."""
     data, fsdp = mesh.shape[DATA], mesh.shape[FSDP]
-    split = _bytes(
-        [leaf for leaf in jax.tree.leaves(params) if not state_sharding(leaf.shape, mesh).is_fully_replicated]
-    )
+    split = _bytes(_split(params, mesh))
     scattered = split * (fsdp - 1) / fsdp
     parts = 2 * (split / fsdp) * (data - 1) / data
     # Arrays that are too small to be split are summed over all devices at once.
@@ -130,6 +138,11 @@ def _traffic(params: Any, mesh: AbstractMesh, accumulate: int) -> dict[str, floa
         "gradients summed over fsdp": accumulate * (scattered + (small if data == 1 else 0)),
         "gradients summed over data": accumulate * (parts + small if data > 1 else 0),
     }
+
+
+def _split(params: Any, mesh: AbstractMesh) -> list[Any]:
+    """Returns the arrays that are split over "fsdp"."""
+    return [leaf for leaf in jax.tree.leaves(params) if not state_sharding(leaf.shape, mesh).is_fully_replicated]
 
 
 def largest_batch(memory: float, fixed: float, per_image: float) -> int:

@@ -25,10 +25,11 @@ from maxmap.recipe import Recipe
 from maxmap.train.build import Parts
 from maxmap.train.resume import check_changes
 from maxmap.train.state import TrainState
+from maxmap.train.teacher import Teacher, identity
 
 
 def find_checkpoint(
-    recipe: Recipe, workdir: str | Path, data: Data, mesh: Mesh, *, allow_changes: bool
+    recipe: Recipe, workdir: str | Path, data: Data, mesh: Mesh, teacher: Teacher | None = None, *, allow_changes: bool
 ) -> tuple[dict[str, Any] | None, list[str], Data]:
     """Finds the checkpoint to go on from.
 
@@ -49,6 +50,9 @@ def find_checkpoint(
     if recipe.batch_norm != "sync":  # statistics then depend on the number of devices
         before |= {"devices": found.get("devices", mesh.size)}
         now |= {"devices": mesh.size}
+    # What teaches it is named by its weights: they may lie elsewhere, but may not be others.
+    before["distill"] = {**before["distill"], "teacher": identity(found.get("teacher"))}
+    now["distill"] = {**now["distill"], "teacher": identity(None if teacher is None else teacher.describe())}
     changes = check_changes(before, now, workdir, allow=allow_changes)
     return found, changes + ["the order of the classes; that of the checkpoint stays"] * (matched is not data), matched
 
@@ -111,7 +115,8 @@ def _read_variables(path: str, parts: Parts) -> tuple[dict[str, Any], str]:
         return variables, f"loaded {len(jax.tree.leaves(variables))} entries as they were{said}"
     try:
         flat = traverse_util.flatten_dict(variables)
-        leaves, changes = adapt(flat, parts.model, in_channels=3, other_head=True, seed=parts.recipe.seed, **options)
+        options |= {"in_channels": parts.data.channels, "other_head": True, "seed": parts.recipe.seed}
+        leaves, changes = adapt(flat, parts.model, **options)
     except UserError as error:
         raise UserError(f"the checkpoint in {path} cannot be started from: {error}") from None
     return traverse_util.unflatten_dict(leaves), f"{changes}{said}"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from maxmap.operations import Array
 from maxmap.sharding import state_sharding
@@ -69,8 +69,8 @@ def create(
     return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), average)
 
 
-def abstract(state: TrainState, mesh: Mesh) -> TrainState:
-    """Returns shape, type and sharding of every array of a state."""
+def abstract(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Returns shape, type and sharding of every array of a state, or of another tree that is split as a state is."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=state_sharding(leaf.shape, mesh)), state
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=state_sharding(leaf.shape, mesh)), tree
     )

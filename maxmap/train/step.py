@@ -21,7 +21,8 @@ Metrics = dict[str, Array]
 Prepare = Callable[[Array, Array, Array], tuple[Array, Array]]
 Loss = Callable[[Mapping[str, Array], Array], tuple[Array, Metrics]]
 
-Gradients = Callable[[Any, Any, Array, Array, Array], tuple[Any, Any, Metrics]]
+Answers = Callable[[Any, Array], Array]
+Gradients = Callable[[Any, Any, Any, Array, Array, Array], tuple[Any, Any, Metrics]]
 
 
 def cast(tree: Any, dtype: jnp.dtype) -> Any:
@@ -42,7 +43,8 @@ def make_train_step(
     batch_norm: str = "sync",
     kernels: str = "auto",
     freeze: Sequence[str] = (),
-) -> Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, Metrics]]:
+    answers: Answers | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the training step.
 
     Args:
@@ -59,23 +61,30 @@ def make_train_step(
       batch_norm: Whose samples a batch norm sees; see `_make_gradients`.
       kernels: See `maxmap.operations.kernels`.
       freeze: Regexes of the paths of parameters that are not trained; see `maxmap.optim.make_optimizer`.
+      answers: Maps a teacher's variables and prepared images to logits, which the loss gets among the outputs as
+        'teacher'; None for no teacher.
 
     Returns:
-      A function of state, batch and key that returns the next state and metrics: 'loss', its parts, 'grad_norm' and
-      'skipped'. 'skipped' is 1 where loss or gradients are not finite; the step then changes only the step number.
+      A function of state, batch, key and, with a teacher, its variables; it returns the next state and metrics:
+      'loss', its parts, 'grad_norm' and 'skipped'. 'skipped' is 1 where loss or gradients are not finite; the step then
+      changes only the step number.
     """
     gradients = _make_gradients(
-        model, loss, prepare, mesh=mesh, dtype=dtype, batch_norm=batch_norm, freeze=tuple(freeze)
+        model, loss, prepare, answers, mesh=mesh, dtype=dtype, batch_norm=batch_norm, freeze=tuple(freeze)
     )
 
-    def step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Mapping[str, Array], key: Array, teacher: Any = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        full = gather(cast(state.params, dtype), mesh)
+        full, teacher = gather(cast(state.params, dtype), mesh), _gathered(teacher, mesh)
         with traced_on(mesh), operations.kernels(kernels):
             if accumulate == 1:
-                grads, model_state, metrics = gradients(full, state.model_state, batch["image"], batch["label"], key)
+                grads, model_state, metrics = gradients(
+                    full, teacher, state.model_state, batch["image"], batch["label"], key
+                )
             else:
-                grads, model_state, metrics = _accumulate(gradients, accumulate, full, state, batch, key)
+                grads, model_state, metrics = _accumulate(gradients, accumulate, full, teacher, state, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -92,10 +101,16 @@ def make_train_step(
     return step
 
 
+def _gathered(teacher: Any, mesh: Mesh | None) -> Any:
+    """Gathers the parameters of a teacher, where there is one."""
+    return teacher and {**teacher, "params": gather(teacher["params"], mesh)}
+
+
 def _make_gradients(
     model: nn.Module,
     loss: Loss,
     prepare: Prepare,
+    answers: Answers | None,
     *,
     mesh: Mesh | None,
     dtype: jnp.dtype,
@@ -114,15 +129,18 @@ def _make_gradients(
       DDP, which broadcasts the first device's buffers).
 
     Returns:
-      A function of parameters, the model's other collections, images, labels and key that returns gradients, updated
-      collections and metrics; 'objective' among these is the value that was differentiated.
+      A function of parameters, the teacher's variables, the model's other collections, images, labels and key that
+      returns gradients, updated collections and metrics; 'objective' among these is the value that was differentiated.
     """
     devices = 1 if mesh is None else mesh.devices.size
     groups = {"sync": 1, "averaged": devices, "per_device": devices}[batch_norm]
 
-    def gradients(full: Any, model_state: Any, images: Array, labels: Array, key: Array) -> tuple[Any, Any, Metrics]:
+    def gradients(
+        full: Any, teacher: Any, model_state: Any, images: Array, labels: Array, key: Array
+    ) -> tuple[Any, Any, Metrics]:
         prepare_key, model_key = jax.random.split(key)
         images, targets = prepare(prepare_key, images, labels)
+        taught = {} if answers is None else {"teacher": answers(teacher, images)}
 
         def objective(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
             trained = trainable_mask(params, freeze)  # nothing goes back beyond the first of these
@@ -136,7 +154,7 @@ def _make_gradients(
                     rngs={"dropout": model_key},
                     mutable=["batch_stats"],
                 )
-            value, metrics = loss(outputs, targets)
+            value, metrics = loss({**outputs, **taught}, targets)
             return value, (mutated, metrics)
 
         (value, (mutated, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(full)
@@ -150,7 +168,13 @@ def _make_gradients(
 
 
 def _accumulate(
-    gradients: Gradients, count: int, full: Any, state: TrainState, batch: Mapping[str, Array], key: Array
+    gradients: Gradients,
+    count: int,
+    full: Any,
+    teacher: Any,
+    state: TrainState,
+    batch: Mapping[str, Array],
+    key: Array,
 ) -> tuple[Any, Any, Metrics]:
     """Computes the gradients of `count` micro-batches one after another, and returns their means."""
 
@@ -160,7 +184,7 @@ def _accumulate(
 
     def micro(carry: tuple[Any, Any], part: tuple[Array, Array, Array]) -> tuple[tuple[Any, Any], Metrics]:
         total, model_state = carry
-        grads, model_state, metrics = gradients(full, model_state, part[0], part[1], part[2])
+        grads, model_state, metrics = gradients(full, teacher, model_state, part[0], part[1], part[2])
         return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
     parts = (split(batch["image"]), split(batch["label"]), jax.random.split(key, count))
@@ -170,9 +194,15 @@ def _accumulate(
 
 
 def make_diagnosis(
-    model: nn.Module, loss: Loss, prepare: Prepare, *, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32
-) -> Callable[[TrainState, Mapping[str, Array], Array], dict[str, Any]]:
-    """Builds a function of state, batch and key that finds out where a step's values are not finite.
+    model: nn.Module,
+    loss: Loss,
+    prepare: Prepare,
+    *,
+    mesh: Mesh | None = None,
+    dtype: jnp.dtype = jnp.float32,
+    answers: Answers | None = None,
+) -> Callable[..., dict[str, Any]]:
+    """Builds a function of the arguments of `make_train_step`'s that finds out where a step's values are not finite.
 
     It returns three trees: 'parameters', 'gradients' (of every parameter) and 'outputs' (of every layer). Each leaf has
     'largest', the largest finite magnitude, and 'not_finite', the number of values that are not finite. Augmentation
@@ -184,7 +214,7 @@ def make_diagnosis(
         finite = jnp.isfinite(x)
         return {"largest": jnp.max(jnp.where(finite, jnp.abs(x), 0)), "not_finite": jnp.sum(~finite)}
 
-    def diagnose(state: TrainState, batch: Mapping[str, Array], key: Array) -> dict[str, Any]:
+    def diagnose(state: TrainState, batch: Mapping[str, Array], key: Array, teacher: Any = None) -> dict[str, Any]:
         prepare_key, model_key = jax.random.split(key)
         images, targets = prepare(prepare_key, batch["image"], batch["label"])
 
@@ -197,10 +227,11 @@ def make_diagnosis(
                 mutable=["batch_stats", "intermediates"],
                 capture_intermediates=True,
             )
-            return loss(outputs, targets)[0], captured["intermediates"]
+            return loss({**outputs, **taught}, targets)[0], captured["intermediates"]
 
         full = gather(cast(state.params, dtype), mesh)
         with operations.kernels("plain"):  # a kernel hides the outputs of the layers inside of it
+            taught = {} if answers is None else {"teacher": answers(_gathered(teacher, mesh), images)}
             grads, outputs = jax.grad(objective, has_aux=True)(full)
         found = {"outputs": outputs, "gradients": grads, "parameters": state.params}
         return jax.tree.map(describe, found)

@@ -181,7 +181,7 @@ def test_training_decodes_jpegs_as_pil_does(kind):
             assert opened.size == photo.size and opened.orientation == 1
             assert (opened.decode.func is images._decode_jpeg) == (kind != "cmyk")
             pixels, shrink = opened.decode(most)
-            wanted, expected = images._decode(images._open(file, MAX_PIXELS), most)
+            wanted, expected = images._decode(images.open_file(file, MAX_PIXELS), False, most)
             assert shrink == expected <= most
             assert np.array_equal(np.asarray(pixels)[..., :3], np.asarray(wanted.convert("RGB")))
 
@@ -561,16 +561,16 @@ def test_check_images_counts_the_broken_and_names_the_first(tmp_path):
     for i in range(20):
         (folder / f"{i:02}.jpg").write_bytes(whole)
     source = FolderSource(tmp_path, "train")
-    check_images(source, 100)
+    check_images(source, 100, 3)
     for i in (0, 3, 7, 12, 19):
         (folder / f"{i:02}.jpg").write_bytes(whole[: -len(whole) // 3])
     with pytest.raises(UserError) as caught:
-        check_images(source, 100)
+        check_images(source, 100, 3)
     text = str(caught.value)
     assert text.startswith("5 of the 20 images") and "--config.data.check=0" in text
     assert all(str(folder / f"{i:02}.jpg") in text for i in (0, 3, 7)) and "12.jpg" not in text
     with pytest.raises(UserError, match="2 of the 2 images"):  # the first and the last
-        check_images(source, 2)
+        check_images(source, 2, 3)
 
 
 def test_an_unknown_interpolation_names_the_nearest():

@@ -159,7 +159,7 @@ def _spoil(files: Files, rng: random.Random) -> Files:
     if how < 0.45 and kind == "PNG":
         return {FILE: _spoil_chunks(data, rng)}
     if how < 0.45 and kind == "TIFF":
-        return {FILE: _spoil_tags(data, rng)}
+        return {FILE: spoil_tags(data, rng)}
     return {FILE: spoil(data, rng)}
 
 
@@ -185,7 +185,7 @@ def _spoil_chunks(data: bytes, rng: random.Random) -> bytes:
     return data[:8] + b"".join(chunk(*parts) for parts in chunks)
 
 
-def _spoil_tags(data: bytes, rng: random.Random) -> bytes:
+def spoil_tags(data: bytes, rng: random.Random) -> bytes:
     """Changes the type, the count or the value of a tag of a TIFF."""
     start = int.from_bytes(data[4:8], "little")
     count = int.from_bytes(data[start : start + 2], "little")
