@@ -5,6 +5,7 @@ given maps; where none does, the layers are called one after another.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -284,14 +285,10 @@ def expansion(
       function(map @ weights + bias). It returns the result `[B, H', W', C]`; its sum and sum of squares over all
       pixels, `[2, C]`; a tuple with the shortcut, or none; mean and covariance, by which no gradient passes.
     """
-    if implementation("expand") != "pallas":
+    window = _window(shape, channels, kernel_size, function, stride, padding)
+    if window is None:
         return None
-    from maxmap.kernels import depthwise, normalised  # takes half a second to import
-
-    pads = explicit_padding(padding, shape[1:3], kernel_size, stride)
-    if not depthwise.fits(shape, channels, kernel_size, stride, pads, devices()):
-        return None
-    window = depthwise.Window(kernel_size, stride, (pads[0][0], pads[1][0]), function)
+    from maxmap.kernels import normalised
 
     def expand(
         x: Array, near: Array, fold: Callable[..., tuple[Array, Array]], folding: tuple[Array, ...], kernel: Array
@@ -302,6 +299,54 @@ def expansion(
         return _images_first(y), sums, tuple(map(_images_first, beside)), mean, covariance
 
     return expand
+
+
+def fixed_expansion(
+    shape: Sequence[int],
+    channels: int,
+    kernel_size: int,
+    function: Callable[[Array], Array],
+    *,
+    stride: int,
+    padding: Padding,
+) -> Callable[[Array, Array, Array, Array], Array] | None:
+    """Finds the operation of `expansion` for norms whose statistics are fixed.
+
+    The arguments are those of `expansion`.
+
+    Returns:
+      None where the platform has no kernel for that. Otherwise a function of a map, weights `[I, C]`, a bias `[C]` and
+      a kernel `[k, k, 1, C]`; it convolves function(map @ weights + bias) and returns `[B, H', W', C]`.
+    """
+    window = _window(shape, channels, kernel_size, function, stride, padding)
+    if window is None:
+        return None
+    from maxmap.kernels import depthwise
+
+    def expand(x: Array, weights: Array, bias: Array, kernel: Array) -> Array:
+        y, _ = depthwise.expand_depthwise(_images_last(x), (weights, bias), kernel[:, :, 0], window)
+        return _images_first(y)
+
+    return expand
+
+
+def _window(
+    shape: Sequence[int],
+    channels: int,
+    kernel_size: int,
+    function: Callable[[Array], Array],
+    stride: int,
+    padding: Padding,
+) -> Any:
+    """The depthwise convolution of `expansion` as its kernels take it; None where the platform has none."""
+    if implementation("expand") != "pallas":
+        return None
+    from maxmap.kernels import depthwise  # takes half a second to import
+
+    pads = explicit_padding(padding, shape[1:3], kernel_size, stride)
+    if not depthwise.fits(shape, channels, kernel_size, stride, pads, devices()):
+        return None
+    return depthwise.Window(kernel_size, stride, (pads[0][0], pads[1][0]), function)
 
 
 def squeeze_project(

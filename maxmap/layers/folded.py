@@ -37,6 +37,10 @@ class FoldedBatchNorm(nn.Module):
         """The running mean `[C]`, near which the input's mean is."""
         return self.running_mean.value
 
+    def fold(self, epsilon: float) -> tuple[Array, Array]:
+        """Factor and summand `[C]` by the running statistics, in float32 or wider."""
+        return fold_batch_norm(self.running_mean.value, self.running_var.value, self.scale, self.bias, epsilon)
+
     def follow(self, mean: Array, var: Array, count: int) -> None:
         """Updates the running statistics.
 

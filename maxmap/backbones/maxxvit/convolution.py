@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.fused import expansion, squeeze_project
+from maxmap.fused import expansion, fixed_expansion, squeeze_project
 from maxmap.layers.blocks import Mlp, SqueezeExcite, SqueezeExciteParameters, squeeze_gate
 from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
 from maxmap.layers.primitives import (
@@ -183,15 +183,19 @@ class MBConv(Block):
             name="shortcut",
         )
 
-        expand = self._expansion(x.shape, width) if train and not self.is_initializing() else None
+        expand = None if self.is_initializing() else self._expansion(x.shape, width, train=train)
+        sums = None
         if expand is None:
-            beside, sums = shortcut(x), None
+            beside = shortcut(x)
             x = self._expanded(x, width, train=train)
-        else:
+        elif train:
             x, sums, beside = self._expanded_at_once(x, width, expand, shortcut)
+        else:
+            beside = shortcut(x)
+            x = self._expanded_by_fixed_norms(x, width, expand)
         if self.se_early:
             x = squeeze_excite(name="se_early")(x)
-        if sums is not None and not self.se_early:
+        if expand is not None and not self.se_early:
             x = self._projected(x, sums, se_width)
         else:
             gate = None if self.se_early else squeeze_excite(name="se").gate
@@ -231,21 +235,47 @@ class MBConv(Block):
             return "none"
         return "same" if self.stride == 1 else "mean" if self.pool_type == "avg2" else "none"
 
-    def _expansion(self, shape: Sequence[int], width: int) -> Callable[..., Any] | None:
-        """The operation that trains the same at once, where the platform has it."""
-        if not batch_in_one_part():
+    def _expansion(self, shape: Sequence[int], width: int, *, train: bool) -> Callable[..., Any] | None:
+        """The operation that computes the same at once, where the platform has it."""
+        if train and not batch_in_one_part():
             return None
         batch, height, rows, channels = shape
         step = 2 if self._pooled() else 1
-        return expansion(
+        find = functools.partial(expansion, shortcut=self._beside()) if train else fixed_expansion
+        return find(
             (batch, height // step, rows // step, channels),
             width,
             3,
             FUNCTIONS[self.activation],
             stride=self.stride // step,
             padding=self.padding,
-            shortcut=self._beside(),
         )
+
+    def _before_expansion(self, x: Array, *, train: bool) -> Array:
+        """What stands in front of the first convolution, where that is not linear."""
+        x = BatchNorm(self.epsilon, name="pre_norm")(x, train=train)
+        x = ACTIVATIONS[self.activation](x) if self.pre_norm_act else x
+        return pool(x, "avg2") if self._pooled() else x
+
+    def _expansion_kernels(self, channels: int, width: int) -> tuple[Array, Array]:
+        """Kernels of the first convolution, `[I, C]`, and of the depthwise one, `[3, 3, 1, C]`."""
+        kernel, _ = Conv(width, bias=False, name="conv1_1x1").weights(channels)
+        depthwise, _ = Conv(width, 3, groups=width, bias=False, name="conv2_kxk").weights(width)
+        return kernel[0, 0], depthwise
+
+    def _expanded_by_fixed_norms(self, x: Array, width: int, expand: Callable[..., Any]) -> Array:
+        """What `_expanded` returns without `train`: the norms are parts of the first convolution."""
+        channels = x.shape[-1]
+        first = FoldedBatchNorm(channels, name="pre_norm").fold(self.epsilon) if self._linear() else None
+        if first is None:
+            x = self._before_expansion(x, train=False)
+        factor, bias = FoldedBatchNorm(width, name="norm1").fold(self.epsilon)
+        kernel, depthwise = self._expansion_kernels(channels, width)
+        weights = upcast(kernel) * factor[None]
+        if first is not None:
+            bias = bias + jnp.matmul(first[1], weights, precision="highest")
+            weights = weights * first[0][:, None]
+        return expand(x, weights, bias, depthwise)
 
     def _expanded_at_once(
         self, x: Array, width: int, expand: Callable[..., Any], shortcut: "Shortcut"
@@ -257,34 +287,34 @@ class MBConv(Block):
             near, norm = first.near(), [first.scale, first.bias]
         else:
             beside = shortcut(x)
-            x = BatchNorm(self.epsilon, name="pre_norm")(x, train=True)
-            x = ACTIVATIONS[self.activation](x) if self.pre_norm_act else x
-            x = pool(x, "avg2") if self._pooled() else x
+            x = self._before_expansion(x, train=True)
             first, near, norm = None, jnp.zeros(channels), []
         second = FoldedBatchNorm(width, name="norm1")
-        kernel, _ = Conv(width, bias=False, name="conv1_1x1").weights(channels)
-        depthwise, _ = Conv(width, 3, groups=width, bias=False, name="conv2_kxk").weights(width)
+        kernel, depthwise = self._expansion_kernels(channels, width)
         fold = functools.partial(_fold, epsilon=self.epsilon)
-        folding = (kernel[0, 0], second.scale, second.bias, *norm)
+        folding = (kernel, second.scale, second.bias, *norm)
         y, sums, pooled, mean, covariance = expand(x, near, fold, folding, depthwise)
         count = x.size // channels
         if first is not None:
             first.follow(mean, jnp.diagonal(covariance), count)
-        *_, mean, var = _expanded_moments(mean, covariance, kernel[0, 0], *norm, epsilon=self.epsilon)
+        *_, mean, var = _expanded_moments(mean, covariance, kernel, *norm, epsilon=self.epsilon)
         second.follow(mean, var, count)
         if beside is None:
             beside = shortcut(pooled[0], pooled=True) if pooled else shortcut(x)
         return y, sums, beside
 
-    def _projected(self, x: Array, sums: Array, se_width: int) -> Array:
-        """What follows the depthwise convolution, in one operation, from its output and the sums of that."""
+    def _projected(self, x: Array, sums: Array | None, se_width: int) -> Array:
+        """What follows the depthwise convolution, in one operation, from its output and, in training, its sums."""
         width = x.shape[-1]
-        count = x.size // width
-        mean = sums[0] / count
-        var = jnp.maximum(sums[1] / count - jnp.square(mean), 0)
         norm = FoldedBatchNorm(width, name="norm2")
-        norm.follow(mean, var, count)
-        factor, summand = fold_batch_norm(mean, var, norm.scale, norm.bias, self.epsilon)
+        if sums is None:
+            factor, summand = norm.fold(self.epsilon)
+        else:
+            count = x.size // width
+            mean = sums[0] / count
+            var = jnp.maximum(sums[1] / count - jnp.square(mean), 0)
+            norm.follow(mean, var, count)
+            factor, summand = fold_batch_norm(mean, var, norm.scale, norm.bias, self.epsilon)
         gating = SqueezeExciteParameters(width, se_width, name="se")()
         kernel, bias = Conv(self.channels, bias=self.output_bias, name="conv3_1x1").weights(width)
         bias = jnp.zeros(self.channels, kernel.dtype) if bias is None else bias
