@@ -123,7 +123,7 @@ def test_the_commands(photos, workdir, tmp_path, capsys):
     assert capsys.readouterr().out == f"{file}: 12 images; 1 cannot be read, see its column 'error'\n"
     for changed, sentence in (
         (argv, "is there already: give another name, or --overwrite"),
-        ([*argv, "--json=a"], "--to is a table of its own: leave out --json and --csv"),
+        ([*argv, "--json=a"], "--to is a table of its own: leave out --json, --csv, --masks"),
         ([*argv[:3], f"--to={tmp_path}/a.xlsx"], "has no known ending: give a name in .csv or .jsonl"),
     ):
         assert main(changed) == 2

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from maxmap.data.images import MAX_PIXELS, TURNS, broken_is_oserror, open_image
-from maxmap.data.sources import ImageSource
+from maxmap.data.labelled import ImageSource
 from maxmap.errors import UserError, nearest, printable, reason
 
 FILTERS = {
@@ -118,10 +118,7 @@ def train_crop(
         opened = open_image(image, exif=exif, max_pixels=max_pixels)
         full_width, full_height = opened.size if opened.orientation < 5 else opened.size[::-1]
         left, top, width, height = random_box(full_width, full_height, rng, scale, ratio)
-        if interpolation == "random":
-            resample = FILTERS["bicubic" if rng.random() < 0.5 else "bilinear"]
-        else:
-            resample = FILTERS[interpolation]
+        resample = draw_filter(interpolation, rng)
         pixels, shrink = opened.decode(min(width, height) // size if draft else 1)
         x, y = left / shrink, top / shrink
         if opened.orientation in TURNS:
@@ -131,7 +128,14 @@ def train_crop(
             x += (pixels.width - full_width / shrink) * x_runs_back
             y += (pixels.height - full_height / shrink) * y_runs_back
         box = (x, y, x + width / shrink, y + height / shrink)
-        return np.asarray(_resized(pixels, size, resample, box))
+        return np.asarray(resized_box(pixels, (size, size), resample, box))
+
+
+def draw_filter(interpolation: str, rng: np.random.Generator) -> Image.Resampling:
+    """Returns a filter by its name; 'random' draws bilinear or bicubic."""
+    if interpolation == "random":
+        interpolation = "bicubic" if rng.random() < 0.5 else "bilinear"
+    return FILTERS[interpolation]
 
 
 def random_box(
@@ -192,7 +196,7 @@ def eval_crop(
     fill = tuple(round(255 * value) for value in mean) if mode == "border" else (0, 0, 0)
     with broken_is_oserror():
         pixels = _upright_pixels(image, exif, max_pixels)
-        resized = _eval_size(pixels.width, pixels.height, math.floor(size / crop_pct), mode)
+        resized = eval_size(pixels.width, pixels.height, math.floor(size / crop_pct), mode)
         return np.asarray(_resized_center(pixels, resized, size, FILTERS[interpolation], fill))
 
 
@@ -241,19 +245,19 @@ def check_filter(name: str, option: str, extra: Sequence[str] = ()) -> None:
         )
 
 
-def _resized(
-    image: Image.Image, size: int, resample: Image.Resampling, box: tuple[float, float, float, float]
+def resized_box(
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling, box: tuple[float, float, float, float]
 ) -> Image.Image:
-    """Resizes a box (left, top, right, bottom) of an image from `_load` or `_load_jpeg` to an RGB square."""
+    """Resizes a box (left, top, right, bottom) of an image of `OpenedImage.decode` to `size`, (width, height), RGB."""
     if resample in SIMD_FILTERS:
         if not hasattr(_THREAD, "resizer"):
             _THREAD.resizer = simd.Resizer()
         left, top, right, bottom = box
         crop = simd.CropBox(left, top, right - left, bottom - top)
-        resized = Image.new(image.mode, (size, size), None)
+        resized = Image.new(image.mode, size, None)
         _THREAD.resizer.resize_pil(image, resized, simd.ResizeOptions(SIMD_FILTERS[resample], crop_box=crop))
     else:
-        resized = image.resize((size, size), resample, box=box)
+        resized = image.resize(size, resample, box=box)
     return _plain_rgb(resized)
 
 
@@ -273,7 +277,7 @@ def _upright_pixels(
     return pixels.transpose(TURNS[opened.orientation][0]) if opened.orientation in TURNS else pixels
 
 
-def _eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]:
+def eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]:
     """Returns (width, height) after the resize, rounded as in torchvision ('center') and timm ('border')."""
     if mode == "squash":
         return side, side
@@ -295,14 +299,14 @@ def _resized_center(
     # A very long image: resize only what the crop keeps. The pixels are the same up to the rounding of the box.
     kept = [min(side, size) for side in resized]
     scale_x, scale_y = image.width / resized[0], image.height / resized[1]
-    left, top = (_offset(side, size) if keep == size else 0 for side, keep in zip(resized, kept, strict=True))
+    left, top = (offset(side, size) if keep == size else 0 for side, keep in zip(resized, kept, strict=True))
     box = (left * scale_x, top * scale_y, (left + kept[0]) * scale_x, (top + kept[1]) * scale_y)
     box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
     return _center_crop(_plain_rgb(image.resize((kept[0], kept[1]), resample, box=box)), size, fill)
 
 
 def _center_crop(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:
-    left, top = _offset(image.width, size), _offset(image.height, size)
+    left, top = offset(image.width, size), offset(image.height, size)
     if image.width >= size and image.height >= size:
         return image.crop((left, top, left + size, top + size))
     canvas = Image.new("RGB", (size, size), fill)
@@ -310,6 +314,9 @@ def _center_crop(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.
     return canvas
 
 
-def _offset(side: int, size: int) -> int:
-    """Returns the first pixel of a central crop; as in torchvision, it rounds half to even, and padding down."""
+def offset(side: int, size: int) -> int:
+    """Returns the first pixel of a central crop, negative where it is larger than the side.
+
+    As in torchvision, it rounds half to even, and padding down.
+    """
     return round((side - size) / 2) if side >= size else -((size - side) // 2)

@@ -32,9 +32,10 @@ def export_onnx(
 ) -> str:
     """Writes a checkpoint's forward pass, with its weights, as ONNX. The file appears complete or not at all.
 
-    The graph takes images `[B, H, W, 3]` of the checkpoint's size, for any B, and returns 'logits' `[B, K]`, the mean
-    over the branches. Its metadata have the model, the classes and the preprocessing. Where onnxruntime is installed,
-    the file has to return the logits of the network itself, for batches of noise, before it gets its name.
+    The graph takes images `[B, H, W, 3]` of the checkpoint's size, for any B, and returns 'logits' `[B, K]`, or
+    `[B, h, w, K]` of pixels, the mean over the branches. Its metadata have the model, the classes and the
+    preprocessing. Where onnxruntime is installed, the file has to return the logits of the network itself, for batches
+    of noise, before it gets its name.
 
     Args:
       source: folder of a run or of a converted checkpoint, or a published name.
@@ -56,12 +57,12 @@ def export_onnx(
     check_bytes(variables, source)
     image, run = one_image(info, pixels), forward(info, pixels)
     parameters, checks = count_parameters(variables["params"]), _references(run, variables, image)
-    graph, count = lower(run, variables, image)
+    graph, output = lower(run, variables, image)
     del variables  # the graph has them in another order of axes
-    about = describe(info, image, count) | {key: info[key] for key in ("weights", "step")} | {"parameters": parameters}
+    about = describe(info, image, output) | {key: info[key] for key in ("weights", "step")} | {"parameters": parameters}
     nodes = len(graph.nodes)
     with storage.atomic_target(file, overwrite=overwrite) as unfinished:
-        unfinished.write_bytes(to_proto(onnx, graph, image, count, about).SerializeToString())
+        unfinished.write_bytes(to_proto(onnx, graph, image, output, about).SerializeToString())
         error = check(unfinished, checks)
     checked = "not run, as onnxruntime is not installed" if error is None else f"within {error:.0e} by onnxruntime"
     return (
@@ -81,7 +82,11 @@ def _library() -> types.ModuleType:
 
 
 def to_proto(
-    onnx: types.ModuleType, graph: Graph, image: jax.ShapeDtypeStruct, count: int, about: Mapping[str, Any]
+    onnx: types.ModuleType,
+    graph: Graph,
+    image: jax.ShapeDtypeStruct,
+    output: tuple[int, ...],
+    about: Mapping[str, Any],
 ) -> Any:
     """Returns a graph as an `onnx.ModelProto`; the graph's constants are removed on the way, to save memory.
 
@@ -89,7 +94,7 @@ def to_proto(
       onnx: the library.
       graph: of `lower`.
       image: shape and type of an image.
-      count: of logits.
+      output: shape of an image's logits.
       about: metadata, kept as JSON unless it is text.
     """
     helper, kind = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype
@@ -102,7 +107,7 @@ def to_proto(
             nodes,
             "maxmap",
             [helper.make_tensor_value_info(INPUT, kind(np.dtype(image.dtype)), ["batch", *image.shape])],
-            [helper.make_tensor_value_info(OUTPUT, kind(np.dtype(np.float32)), ["batch", count])],
+            [helper.make_tensor_value_info(OUTPUT, kind(np.dtype(np.float32)), ["batch", *output])],
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],
         producer_name="maxmap",

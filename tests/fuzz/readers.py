@@ -1,6 +1,15 @@
 """All rows of the table, and the modules that read only files of this machine or of maxmap itself."""
 
-from tests.fuzz import archive_rows, hub_rows, picture_rows, program_rows, tensorflow_rows, text_rows, torch_rows
+from tests.fuzz import (
+    archive_rows,
+    hub_rows,
+    mask_rows,
+    picture_rows,
+    program_rows,
+    tensorflow_rows,
+    text_rows,
+    torch_rows,
+)
 from tests.fuzz.rows import Row
 
 ROWS: tuple[Row, ...] = (
@@ -10,6 +19,7 @@ ROWS: tuple[Row, ...] = (
     *program_rows.ROWS,
     *archive_rows.ROWS,
     *picture_rows.ROWS,
+    *mask_rows.ROWS,
     *text_rows.ROWS,
 )
 
