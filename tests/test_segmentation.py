@@ -25,6 +25,7 @@ from maxmap.inference import load, predict, predict_masks
 from maxmap.losses import total_loss
 from maxmap.metrics import IGNORED
 from maxmap.models import create_model
+from maxmap.pictures import lay_mask
 from maxmap.segmentation import confusion, figures, segment
 from maxmap.sharding import make_mesh
 from maxmap.tasks.segmentation import Segmentation
@@ -116,7 +117,9 @@ def test_misuse_is_one_sentence():
 
 def run_document(name: str) -> dict[str, Any]:
     """Runs the code of a page of docs/ and returns its names."""
-    (block,) = BLOCK.finditer((ROOT / "docs" / name).read_text("utf-8"))
+    (block,) = (
+        match for match in BLOCK.finditer((ROOT / "docs" / name).read_text("utf-8")) if match["language"] == "python"
+    )
     names: dict[str, Any] = {}
     exec(block["text"], names)
     return names
@@ -250,6 +253,18 @@ def test_an_onnx_file_says_what_its_checkpoint_says(run, shapes, tmp_path):
     assert found["miou"] == pytest.approx(wanted["miou"], abs=0.02) and found["step"] == wanted["step"] == 128
 
 
+def test_the_python_of_the_document_runs(run, shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/masks").symlink_to(run)
+    Path("photo.jpg").symlink_to(shapes / "images" / "val" / "002.png")
+    names = run_document("segmentation.md")
+    assert names["mask"].shape == (80, 96) and names["logits"].shape == (1, 48, 48, 3)
+    rows, columns = places((96, 80), names["info"]["preprocessing"])
+    assert np.array_equal(names["mask"], np.asarray(names["logits"])[0].argmax(-1)[np.ix_(rows, columns)])
+    assert names["result"]["miou"] == 100
+
+
 def test_what_has_no_answer_for_pixels_says_so(run, shapes, tmp_path, capsys):
     workdir = str(run)
     image = str(shapes / "images" / "val" / "000.png")
@@ -281,6 +296,8 @@ def test_what_has_no_answer_for_pixels_says_so(run, shapes, tmp_path, capsys):
 def test_the_batch_that_is_shown_says_what_its_masks_hold():
     mask = np.array([[0, 0, 0, 1], [IGNORED, IGNORED, 0, IGNORED]])
     assert Segmentation().caption(mask, CLASSES) == "80 % ground\n20 % square"
+    laid = lay_mask(np.full((2, 4, 3), 100, np.uint8), mask)
+    assert laid[0, [0, 3]].tolist() == [[50, 50, 50], [114, 50, 50]]
     assert tasks.of_checkpoint({"task": tasks.describe(Segmentation())}) == Segmentation()
 
 
