@@ -41,6 +41,7 @@ _ADE20K: dict[str, Any] = {
     "epochs": 127,
     "steps": 160_000,
     "batch_size": 16,
+    "model.num_classes": 150,
     "data.train_split": "training",
     "data.val_split": "validation",
     "data.path": "data/ADEChallengeData2016",
