@@ -152,16 +152,15 @@ def _split_folder(path: str, kind: str, split: str) -> str:
 
 
 def _class_names(path: str, classes: Sequence[str] | None) -> Sequence[str]:
-    """Returns the names of the classes in the order of their numbers."""
+    """Returns the names of the classes in the order of their numbers; `classes` are those of the config."""
     file = os.path.join(path, CLASSES)
-    if not os.path.exists(file):
-        if classes is None:
-            raise UserError(
-                f"there is no {printable(file)}: write the name of each class into it, a line each, in the order of "
-                "the numbers in the masks."
-            )
-        return classes
-    names = read_names(file)
-    if len(names) > IGNORED:
-        raise UserError(f"{printable(file)} names {len(names)} classes, and masks have {IGNORED} at most.")
+    written = os.path.exists(file)
+    if not written and classes is None:
+        raise UserError(
+            f"there is no {printable(file)}: write the name of each class into it, a line each, in the order of the "
+            "numbers in the masks."
+        )
+    names = read_names(file) if written or classes is None else classes
+    if (count := max(len(names), len(classes or ()))) > IGNORED:
+        raise UserError(f"{printable(file)} or the config names {count} classes, and masks have {IGNORED} at most.")
     return names

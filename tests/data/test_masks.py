@@ -99,7 +99,7 @@ def wrong(root: Path, change: str) -> None:
     [
         ("missing", r"images/train/one.png has no mask .*masks/train/one.png \(1 such\): add it"),
         ("no classes", r"there is no .*classes.txt: write the name of each class into it, a line each"),
-        ("many classes", r"classes.txt names 256 classes, and masks have 255 at most"),
+        ("many classes", r"classes.txt or the config names 256 classes, and masks have 255 at most"),
         ("no split", r"masks has no split 'train', only training, val: rename one"),
         ("size", r"one.png: it has 4 x 2 pixels, and its image 4 x 3"),
         ("value", r"it has the value [45], and classes are 0 to 3, of classes.txt, with 255 for pixels that do not"),
