@@ -148,10 +148,10 @@ def exported(model: str, task: str, batch: int, dtype: str, runtime: str) -> Wor
     image = jax.ShapeDtypeStruct((*((size, size) if isinstance(size, int) else size), 3), np.float32)
     shapes = jax.eval_shape(built.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image.shape), np.float32))
     variables = jax.tree.map(lambda leaf: _random(leaf.shape), shapes)
-    graph, count = lower(lambda variables, images: average(built.apply(variables, images)), variables, image)
+    graph, output = lower(lambda variables, images: average(built.apply(variables, images)), variables, image)
     images = np.random.default_rng(0).standard_normal((batch, *image.shape), np.float32)
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-        write(onnx, Path(file.name), graph, image, count, {})
+        write(onnx, Path(file.name), graph, image, output, {})
         if runtime == "onnxruntime":
             import onnxruntime
 

@@ -14,7 +14,7 @@ from maxmap.cost import count_parameters, multiply_adds
 from maxmap.data.augment import normalize
 from maxmap.layers.primitives import pair
 from maxmap.losses import total_loss
-from maxmap.models import Classifier, average, create_model
+from maxmap.models import Classifier, average, classifies_pixels, create_model
 from maxmap.optim import make_optimizer
 from maxmap.ranges import Count, Pixels, Positive, check_arguments
 from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, to_devices, traced_on
@@ -112,7 +112,8 @@ def training_step(
     optimizer = make_optimizer(1e-4, name="adamw", weight_decay=0.05)
 
     def prepare(key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return normalize(images, (0.5,) * 3, (0.5,) * 3), jax.nn.one_hot(labels, 1000)
+        targets = labels if labels.ndim == 3 else jax.nn.one_hot(labels, 1000)
+        return normalize(images, (0.5,) * 3, (0.5,) * 3), targets
 
     step = make_train_step(model, optimizer, total_loss, prepare, mesh=mesh, dtype=dtype, kernels=kernels)
     one = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32)
@@ -123,7 +124,8 @@ def _training(model: Classifier, shape: tuple[int, ...], dtype: jnp.dtype, mesh:
     step, create_state = training_step(model, dtype, mesh=mesh)
     state = jax.jit(create_state, out_shardings=replicated(mesh))(jax.random.key(0))
     random = np.random.default_rng(0)
-    batch = {"image": random.integers(0, 256, shape, np.uint8), "label": random.integers(0, 1000, shape[0], np.int32)}
+    labels = random.integers(0, 1000, shape[:3] if classifies_pixels(model) else shape[:1], np.int32)
+    batch = {"image": random.integers(0, 256, shape, np.uint8), "label": labels}
     inputs = (to_devices(batch, mesh), jax.device_put(jax.random.key(0), replicated(mesh)))
     return step, state, inputs, jax.eval_shape(lambda: state.variables())
 

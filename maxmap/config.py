@@ -58,7 +58,7 @@ SECTIONS: dict[str, Section] = {
     "mesh": Section(make_mesh, ("devices",)),
     "model": Section(create_model),
     "data": Section(open_data),
-    "augment": Section(augment.augment, ("key", "images", "mean")),
+    "augment": Section(augment.augment, ("key", "images", "labels", "mean")),
     "mix": Section(mix.mix, ("key", "images", "labels", "num_classes")),
     "erase": Section(augment.erase, ("key", "images")),
     "optim": Section(make_optimizer, ("learning_rate", "blocks")),

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from maxmap.operations import Array, upcast
 from maxmap.predictions import make_rows, to_csv
 from maxmap.progress import Progress
 from maxmap.recipe import Recipe
+from maxmap.segmentation import segment
 from maxmap.sharding import gather, gather_processes, replicated, split_batch, to_devices, traced_on
 from maxmap.tasks import SINGLE_LABEL
 from maxmap.tasks.task import Task
@@ -38,7 +39,7 @@ from maxmap.tasks.task import Task
 _LARGEST_STRIDE = 64  # of any model: larger images need no check of theirs
 
 # Options of an evaluation that its result names, because they count in another way than a run does.
-COUNTED = ("labels", "flip", "crops")
+COUNTED = ("labels", "flip", "crops", "window")
 
 EvalStep = Callable[[Any, Mapping[str, Array]], dict[str, Any]]
 
@@ -52,6 +53,7 @@ def make_eval_step(
     kernels: str = "auto",
     flip: bool = False,
     crop: int | None = None,
+    window: int | None = None,
     task: Task = SINGLE_LABEL,
 ) -> EvalStep:
     """Builds the evaluation step: a jitted function of variables and a batch.
@@ -73,6 +75,7 @@ def make_eval_step(
       kernels: See `maxmap.operations.kernels`.
       flip: The logits are the mean of those of an image and of its mirror image.
       crop: Side of five crops of an image, its corners and its centre, whose logits are averaged; None for the whole.
+      window: Side of the windows in which a model that classifies pixels sees an image; None for the whole.
       task: What the model is asked for.
     """
 
@@ -80,11 +83,17 @@ def make_eval_step(
         images = normalize(batch["image"], preprocessing["mean"], preprocessing["std"], dtype)
         params = gather(jax.tree.map(lambda p: p.astype(dtype), variables["params"]), mesh)
 
+        def logits_of(images: Array) -> Array:
+            if window is not None:
+                return segment(cast(Classifier, model), {**variables, "params": params}, images, window=window)[None]
+            return upcast(model.apply({**variables, "params": params}, images)["logits"])
+
         def branches_of(images: Array) -> Array:
-            logits = upcast(model.apply({**variables, "params": params}, images)["logits"])
+            logits = logits_of(images)
             if not flip:
                 return logits
-            return (logits + upcast(model.apply({**variables, "params": params}, images[:, :, ::-1])["logits"])) / 2
+            mirrored = logits_of(images[:, :, ::-1])
+            return (logits + (mirrored[:, :, :, ::-1] if task.dense else mirrored)) / 2
 
         def branches_at(corner: Array) -> Array:
             sizes = (images.shape[0], crop, crop, images.shape[3])

@@ -1,25 +1,29 @@
 """The commands that use a checkpoint on images: predict, embed, validate and explain."""
 
 import argparse
+import collections
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from maxmap import storage
 from maxmap.arguments import Number, add_checkpoint, add_processes, local_path
 from maxmap.bulk import embed_many, predict_many
 from maxmap.data.decode import CROP_MODES, FILTERS
 from maxmap.data.preprocessing import changed
-from maxmap.errors import UserError, printable
+from maxmap.errors import UserError, printable, reason
 from maxmap.explanation import explain_files
-from maxmap.inference import answers, predict
+from maxmap.inference import answers, predict, predict_masks
 from maxmap.labels import LABEL_SETS
+from maxmap.pictures import mask_picture, save_picture
 from maxmap.sharding import initialize_processes
-from maxmap.validate import validate
+from maxmap.validate import BATCH, DENSE_BATCH, validate
 from maxmap.wordnet import readable
 
 _PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
@@ -34,6 +38,10 @@ def add_predict(command: argparse.ArgumentParser) -> None:
     _add_table(command, required=False)
     command.add_argument("--top", type=Number(predict, "top"), default=5, help="classes per image (default: 5)")
     _add_image_size(command, Number(predict, "image_size"))
+    _add_window(command)
+    command.add_argument(
+        "--masks", type=local_path, metavar="DIR", help="folder for a mask of each image, where pixels are classified"
+    )
     command.add_argument("--json", type=storage.expand, dest="json_file", help="file for the same as JSON")
     command.add_argument("--csv", type=storage.expand, dest="csv_file", help="file for a line per image and class")
     command.set_defaults(run=predict_command)
@@ -71,16 +79,19 @@ def add_validate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "images",
         type=local_path,
-        help="folder of class folders, tar archive, CSV file, folder of these, or TFDS directory",
+        help="folder of class folders, tar archive, CSV file, folder of these, of images and masks, or TFDS directory",
     )
     command.add_argument("--split", help="folder or archives in IMAGES, or split of TFDS (default: val, validation)")
     command.add_argument("--tfds", metavar="NAME", help="data set in the TFDS directory, for example imagenet2012")
     command.add_argument("--labels", choices=LABEL_SETS, help="count as ImageNet-ReaL, V2, A, R or Sketch do")
     command.add_argument("--file", type=local_path, dest="real", help="real.json, which --labels=real needs")
     _add_image_size(command, Number(changed, "image_size"))
+    _add_window(command)
     add_preprocessing(command, "the checkpoint's")
     command.add_argument(
-        "--batch-size", type=Number(validate, "batch_size"), default=128, help="images at a time (default: 128)"
+        "--batch-size",
+        type=Number(validate, "batch_size"),
+        help=f"images at a time (default: {BATCH}, or {DENSE_BATCH} where pixels are classified)",
     )
     command.add_argument(
         "--device-batches",
@@ -121,6 +132,15 @@ def _add_image_size(command: argparse.ArgumentParser, number: Number) -> None:
     command.add_argument("--pad", action="store_true", help="take sizes that the model's windows do not divide, too")
 
 
+def _add_window(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--window",
+        type=Number(predict_masks, "window"),
+        metavar="PIXELS",
+        help="classify pixels in overlapping windows of this side (default: the whole image at once)",
+    )
+
+
 def add_preprocessing(command: argparse.ArgumentParser, default: str) -> None:
     """Adds the options that set fields of the preprocessing, but for the image size; `default` stands in their help."""
 
@@ -147,6 +167,8 @@ def predict_command(
     overwrite: bool,
     json_file: str | None,
     csv_file: str | None,
+    masks: Path | None,
+    window: int | None,
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
@@ -154,8 +176,8 @@ def predict_command(
 ) -> None:
     """Prints what a checkpoint says of every image, and writes it into files; or writes a table of many images."""
     if to is not None:
-        if json_file or csv_file:
-            raise UserError("--to is a table of its own: leave out --json and --csv.")
+        if json_file or csv_file or masks or window:
+            raise UserError("--to is a table of its own: leave out --json, --csv, --masks and --window.")
         initialize_processes(coordinator, num_processes, process_id)
         _tell(to, predict_many(workdir, images, to, overwrite=overwrite, **options))
         return
@@ -163,7 +185,8 @@ def predict_command(
         raise UserError(
             "several processes write a table: give --to=FILE, too, or leave out --coordinator and the like."
         )
-    task, results = answers(workdir, images, **options)
+    keep = None if masks is None else _mask_writer(masks, images)
+    task, results = answers(workdir, images, window=window, keep=keep, **options)
     for path, named in zip(images, results, strict=True):
         said = ", ".join(f"{readable(name)} {task.shown(value)}" for name, value in named)
         print(f"{printable(path)}: {said or 'none of the labels'}")
@@ -181,6 +204,25 @@ def predict_command(
         writer.writeheader()
         writer.writerows(rows)
         storage.write_named(csv_file, text.getvalue())
+
+
+def _mask_writer(folder: Path, images: list[Path]) -> Callable[[str | Path, np.ndarray], None]:
+    """Returns what writes the mask of an image into a folder, by the image's name."""
+    stems = collections.Counter(image.stem for image in images)
+    if twice := [stem for stem, count in stems.items() if count > 1]:
+        raise UserError(
+            f"{stems[twice[0]]} images are called {printable(twice[0])!r}, and so would their masks be: give those of "
+            "one folder at a time."
+        )
+
+    def write(image: str | Path, mask: np.ndarray) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {printable(folder)} ({reason(error)}): give another.") from error
+        save_picture(mask_picture(mask), folder / f"{Path(image).stem}.png")
+
+    return write
 
 
 def embed_command(

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import optax
 
 from maxmap.errors import UserError
+from maxmap.layers.pooling import bilinear
+from maxmap.metrics import IGNORED
 from maxmap.operations import Array, upcast
 from maxmap.ranges import NonNegative, Range, check_arguments
 
@@ -44,6 +46,25 @@ def softmax_cross_entropy(logits: Array, targets: Array, weights: Array | None =
     logits = upcast(logits)
     terms = targets.astype(logits.dtype) * jax.nn.log_softmax(logits)
     return -jnp.mean(jnp.sum(_weighted(terms, weights), axis=-1))
+
+
+def pixel_cross_entropy(logits: Array, masks: Array, weights: Array | None = None) -> Array:
+    """Mean over the pixels that count of -weights[class] * log_softmax(logits)[class].
+
+    The logits are resized to the masks, not the masks to the logits.
+
+    Args:
+      logits: [B, h, w, K].
+      masks: int [B, H, W], with `maxmap.metrics.IGNORED` where a pixel does not count.
+      weights: [K], of the classes; None for 1. The mean is over pixels, not over weights.
+
+    Returns:
+      A scalar in nats; 0 where no pixel counts.
+    """
+    log_p = jax.nn.log_softmax(bilinear(upcast(logits), masks.shape[1:]))
+    counts = masks != IGNORED
+    own = jnp.take_along_axis(_weighted(log_p, weights), jnp.where(counts, masks, 0)[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(counts, own, 0)) / jnp.maximum(jnp.sum(counts), 1)
 
 
 def binary_cross_entropy(
@@ -72,7 +93,9 @@ def binary_cross_entropy(
 
 
 def _weighted(terms: Array, weights: Array | None) -> Array:
-    return terms if weights is None else terms * jnp.asarray(weights, terms.dtype)[None]
+    if weights is None:
+        return terms
+    return terms * jnp.asarray(weights, terms.dtype).reshape((1,) * (terms.ndim - 1) + (-1,))
 
 
 def earth_movers_distance(logits: Array, targets: Array) -> Array:
@@ -124,12 +147,14 @@ def total_loss(
     distillation: NonNegative = 1.0,
     target_threshold: Annotated[float, Range(at_least=0, below=1)] | None = None,
     term_reduction: Literal["batch_class_mean", "batch_mean"] = "batch_class_mean",
+    auxiliary: NonNegative = 0.4,
 ) -> tuple[Array, dict[str, Array]]:
     """Computes the training loss; the formula stands at the top of this file.
 
     Args:
-      outputs: 'logits' `[G, B, K]` and, while training with self-distillation, 'distill' `[G, B, K]`.
-      targets: `[B, K]` dense, label smoothing included.
+      outputs: 'logits' `[G, B, K]` and, while training with self-distillation, 'distill' `[G, B, K]`; or of pixels
+        'logits' `[G, B, h, w, K]` and, while training, 'auxiliary' `[G, B, h', w', K]`.
+      targets: `[B, K]` dense, label smoothing included; or masks int `[B, H, W]`.
       weights: `[K]`, of the classes, for 'softmax' and 'bce' only; None for 1.
       divergence: A key of `DIVERGENCES`: what the outputs stand for in the two KL terms.
       name: The base loss: softmax or binary cross-entropy, the earth mover's distance of distributions over ordered
@@ -138,9 +163,11 @@ def total_loss(
       distillation: Weight of the self-distillation term; without effect on a head that gives no 'distill'.
       target_threshold: Makes targets above it 1 and all others 0, for 'bce' only; None for off.
       term_reduction: How the two KL terms are averaged.
+      auxiliary: Weight of the second classifier of a head that classifies pixels; without effect on other heads.
 
     Returns:
-      The loss and its parts, all scalars: 'loss' = 'base' + 'distillation' + 'decorrelation', weights included.
+      The loss and its parts, all scalars: 'loss' = 'base' + 'distillation' + 'decorrelation', weights included; of
+      pixels, for which there is softmax cross-entropy alone, 'loss' = 'base' + 'auxiliary'.
 
     Raises:
       UserError: A value is out of range, or the base loss takes no threshold.
@@ -153,6 +180,8 @@ def total_loss(
         raise UserError(f"data.class_weights belongs to loss.name 'softmax' or 'bce': leave it out with {name!r}.")
 
     logits = upcast(outputs["logits"])  # [G, B, K]
+    if logits.ndim == 5 and targets.ndim == 3 and name == "softmax":
+        return _pixel_loss(logits, outputs.get("auxiliary"), targets, weights, auxiliary)
     if logits.ndim != 3 or logits.shape[1:] != targets.shape:
         raise ValueError(f"logits must be [G, B, K] and targets [B, K], not {logits.shape} and {targets.shape}")
 
@@ -172,6 +201,19 @@ def total_loss(
         consensus = jnp.mean(logits, axis=0, keepdims=True)  # [1, B, K]
         parts["decorrelation"] = decorrelation * _mean_divergence(consensus, logits, divergence, term_reduction)
     loss = parts["base"] + parts["distillation"] + parts["decorrelation"]
+    return loss, {"loss": loss, **parts}
+
+
+def _pixel_loss(
+    logits: Array, second: Array | None, masks: Array, weights: Array | None, auxiliary: float
+) -> tuple[Array, dict[str, Array]]:
+    def over_branches(logits: Array) -> Array:
+        return jnp.sum(jax.vmap(lambda branch: pixel_cross_entropy(branch, masks, weights))(logits))
+
+    parts = {"base": over_branches(logits), "auxiliary": jnp.zeros((), logits.dtype)}
+    if second is not None and auxiliary:
+        parts["auxiliary"] = auxiliary * over_branches(second)
+    loss = parts["base"] + parts["auxiliary"]
     return loss, {"loss": loss, **parts}
 
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+IGNORED = 255  # in place of a class: a pixel that does not count, in ADE20K's, Cityscapes' and PASCAL VOC's masks
+
 
 def average_precision(truth: np.ndarray, scores: np.ndarray) -> float | None:
     """Returns the average precision of one class: the mean, over its images, of the precision at their rank.

@@ -14,7 +14,7 @@ from maxmap import storage
 from maxmap.arguments import Number
 from maxmap.errors import UserError, nearest
 from maxmap.layers.primitives import pair
-from maxmap.models import FAMILIES, HEADS, MODELS, create_model
+from maxmap.models import FAMILIES, HEADS, MODELS, PIXEL_HEADS, create_model
 
 PARITY = resources.files("maxmap") / "parity.csv"  # what `make parity` measured
 
@@ -35,7 +35,7 @@ def add_benchmark(command: argparse.ArgumentParser) -> None:
     from maxmap.benchmark import DTYPES, benchmark
 
     command.add_argument("model", help="name from 'list'")
-    command.add_argument("--head", choices=HEADS, help="in place of the model's own")
+    command.add_argument("--head", choices=HEADS | PIXEL_HEADS, help="in place of the model's own")
     command.add_argument("--batch-size", type=Number(benchmark, "batch_size"), default=16, help="images (default: 16)")
     command.add_argument("--image-size", type=Number(create_model, "image_size"), help="pixels (default: the model's)")
     command.add_argument("--dtype", choices=DTYPES, help="(default: float32 on a CPU, else bfloat16)")

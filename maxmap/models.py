@@ -59,12 +59,30 @@ HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "map": MAPHead, "gram
 PIXEL_HEADS: dict[str, type[nn.Module]] = {"upernet": UPerNetHead}  # classify every pixel: semantic segmentation
 
 
-def require_image_head(model: nn.Module, whose: str) -> None:
-    """Raises UserError if a model classifies pixels where images are to be classified; `whose` begins the sentence."""
-    if isinstance(getattr(model, "head", None), tuple(PIXEL_HEADS.values())):
+def classifies_pixels(model: nn.Module) -> bool:
+    """Whether a model has one of the `PIXEL_HEADS`."""
+    return isinstance(getattr(model, "head", None), tuple(PIXEL_HEADS.values()))
+
+
+def require_head(model: nn.Module, dense: bool, whose: str) -> None:
+    """Raises UserError unless a model classifies what it is asked for; `whose` begins the sentence.
+
+    Args:
+      model: Of `create_model`.
+      dense: Whether pixels are to be classified, and not images.
+      whose: What has the head.
+    """
+    pixels = classifies_pixels(model)
+    if pixels and not dense:
         raise UserError(
-            f"{whose} has a head that classifies pixels, not images: maxmap.segmentation takes it, in Python alone "
-            "(docs/segmentation.md)."
+            f"{whose} has a head that classifies pixels, not images: it takes images with masks, by the task "
+            "'segmentation' (docs/segmentation.md)."
+        )
+    if dense and not pixels:
+        heads = " or ".join(f"--config.model.head={name}" for name in PIXEL_HEADS)
+        raise UserError(
+            f"{whose} has a head that classifies images, not pixels, which the task 'segmentation' asks for: "
+            f"set {heads}."
         )
 
 

@@ -61,6 +61,24 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
         ) from error
 
 
+def mask_picture(mask: np.ndarray) -> Image.Image:
+    """Returns a mask, uint8 `[H, W]`, as a picture whose values are the classes, in the colours of PASCAL VOC's."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(_class_colours().tobytes())
+    return picture
+
+
+def lay_mask(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Lays a mask `[H, W]` over an image uint8 `[H, W, 3]`, in the colours of `mask_picture`."""
+    return np.rint((image + _class_colours()[mask].astype(np.float32)) / 2).astype(np.uint8)
+
+
+def _class_colours() -> np.ndarray:
+    """Returns uint8 `[256, 3]`: bits 0, 3 and 6 of a number are the highest of red, 1, 4, 7 of green, 2, 5 of blue."""
+    bits = (np.arange(256)[:, None, None] >> (np.arange(3)[:, None] + 3 * np.arange(3)[None])[None]) & 1  # [256, 3, 3]
+    return np.sum(bits << (7 - np.arange(3)), axis=-1).astype(np.uint8)
+
+
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Lays a map over an image in colours from blue (none) to red (its largest value).
 

@@ -109,6 +109,8 @@ def to_csv(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
       logits.
     - `probability`, `label_probability`: of the class `top1` and of the label: softmax of the averaged logits.
 
+    Where every pixel has a class: `pixels` that count, and `pixel_accuracy` among them, percent.
+
     In other tasks a column for each label or number and for what the network says of it: `label NAME`, then
     `probability NAME`, `share NAME` or `number NAME`, and of each branch of several `branchN probability NAME`.
 

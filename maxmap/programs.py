@@ -35,9 +35,9 @@ def export_program(
 ) -> str:
     """Writes a checkpoint's forward pass, with its weights, and a JSON file beside it that says what goes in and out.
 
-    The program takes any number of images and returns the logits `[B, K]`, the mean over the branches. It is loaded by
-    `jax.export.deserialize`. For a single platform the operations are laid out as they are fastest there. For several
-    they have one form, in which depthwise convolutions are slow on a CPU.
+    The program takes any number of images and returns the logits `[B, K]`, or `[B, h, w, K]` of pixels, the mean over
+    the branches. It is loaded by `jax.export.deserialize`. For a single platform the operations are laid out as they
+    are fastest there. For several they have one form, in which depthwise convolutions are slow on a CPU.
 
     Args:
       source: folder of a run or of a converted checkpoint.
@@ -68,7 +68,7 @@ def export_program(
     with storage.atomic_target(file, overwrite=overwrite) as unfinished:
         Path(unfinished).write_bytes(program.serialize())
     described = {
-        **describe(info, image, program.out_avals[0].shape[-1]),
+        **describe(info, image, program.out_avals[0].shape[1:]),
         "platforms": list(platforms),
         "jax": jax.__version__,
     }
@@ -96,7 +96,7 @@ def one_image(info: Mapping[str, Any], pixels: bool) -> jax.ShapeDtypeStruct:
 
 
 def forward(info: Mapping[str, Any], pixels: bool) -> Callable[[Any, Array], Array]:
-    """Returns the function that is exported, of variables and images to logits `[B, K]`."""
+    """Returns the function that is exported, of variables and images to logits."""
     model, preprocessing = create_model(**info["model"]), info["preprocessing"]
 
     def run(variables: Any, images: Array) -> Array:
@@ -107,14 +107,14 @@ def forward(info: Mapping[str, Any], pixels: bool) -> Callable[[Any, Array], Arr
     return run
 
 
-def describe(info: Mapping[str, Any], image: jax.ShapeDtypeStruct, count: int) -> dict[str, Any]:
-    """Returns what a program says of itself, given the logits of an image."""
+def describe(info: Mapping[str, Any], image: jax.ShapeDtypeStruct, output: tuple[int, ...]) -> dict[str, Any]:
+    """Returns what a program says of itself, given the shape of the logits of an image."""
     pixels = image.dtype == jnp.uint8
     return {
         "model": info["model"],
         "input": f"{image.dtype} {list(('B', *image.shape))}".replace("'", "")
         + (", pixels from 0 to 255" if pixels else ", normalised"),
-        "output": f"float32 [B, {count}], logits",
+        "output": f"float32 {list(('B', *output))}, logits".replace("'", ""),
         "classes": info["classes"],
         "task": tasks.describe(tasks.of_checkpoint(info)),
         "preprocessing": info["preprocessing"],

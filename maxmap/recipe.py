@@ -25,8 +25,8 @@ class Evaluation:
     Attributes:
       batch_size: Images at a time, over all devices.
       every_epochs: Epochs between two evaluations of a training run.
-      patience: Evaluations in a row without a better top-1 accuracy (in another task: mAP, SRCC or R2), after which
-        training ends early; None for never.
+      patience: Evaluations in a row without a better top-1 accuracy (in another task: mAP, SRCC, R2 or mIoU), after
+        which training ends early; None for never.
     """
 
     batch_size: Annotated[int, Range(at_least=1, at_most=2**20)] = 1024
@@ -43,7 +43,8 @@ class Saving:
 
     Attributes:
       every: Steps between two checkpoints; None for an epoch.
-      keep: Newest checkpoints to keep, beside the one with the best top-1 accuracy (in another task: mAP, SRCC or R2).
+      keep: Newest checkpoints to keep, beside the one with the best top-1 accuracy (in another task: mAP, SRCC, R2 or
+        mIoU).
     """
 
     every: Count | None = None
@@ -112,7 +113,7 @@ class Recipe:
       mesh: Makes the device mesh.
       model: Makes the model; takes `num_classes`.
       data: Opens the data.
-      augment: Augments images on the device; takes key, images and mean.
+      augment: Augments images on the device; takes key, images, labels and mean.
       mix: Mixes images and labels; takes key, images, labels and `num_classes`.
       erase: Erases rectangles; takes key and images.
       optim: Makes the optimizer; takes the learning rate.

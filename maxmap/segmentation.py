@@ -1,53 +1,22 @@
-"""Semantic segmentation with a head that classifies pixels: its loss, its predictions, and the figures of a data set.
+"""Semantic segmentation with a head that classifies pixels: its predictions, and the figures of a data set.
 
-A mask is int `[B, H, W]`: the class of every pixel, and `IGNORED` where it does not count.
+A mask is int `[B, H, W]`: the class of every pixel, and `maxmap.metrics.IGNORED` where it does not count. The loss is
+`maxmap.losses.total_loss`.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from maxmap.errors import UserError
 from maxmap.layers.pooling import bilinear
 from maxmap.layers.primitives import pair
-from maxmap.metrics import confusion_matrix
+from maxmap.metrics import IGNORED, confusion_matrix
 from maxmap.models import Classifier, average
-from maxmap.operations import Array, upcast
-
-IGNORED = 255  # of ADE20K's, Cityscapes' and PASCAL VOC's masks
-
-
-def segmentation_loss(outputs: Mapping[str, Array], masks: Array, *, auxiliary: float = 0.4) -> Array:
-    """Returns the softmax cross-entropy of pixels, with that of the second classifier (mmsegmentation's weights).
-
-    The logits are resized to the masks, not the masks to the logits. It is the sum over the branches of the mean over
-    the pixels that count.
-
-    Args:
-      outputs: 'logits' `[G, B, h, w, K]` and, while training, 'auxiliary' `[G, B, h', w', K]`.
-      masks: int `[B, H, W]`.
-      auxiliary: weight of the second classifier.
-
-    Returns:
-      A scalar in nats; 0 where no pixel counts.
-    """
-    loss = _cross_entropy(outputs["logits"], masks)
-    return loss + auxiliary * _cross_entropy(outputs["auxiliary"], masks) if "auxiliary" in outputs else loss
-
-
-def _cross_entropy(logits: Array, masks: Array) -> Array:
-    counts = masks != IGNORED
-
-    def of_branch(logits: Array) -> Array:
-        log_p = jax.nn.log_softmax(bilinear(upcast(logits), masks.shape[1:]))
-        own = jnp.take_along_axis(log_p, jnp.where(counts, masks, 0)[..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(counts, own, 0)) / jnp.maximum(jnp.sum(counts), 1)
-
-    return jnp.sum(jax.vmap(of_branch)(logits))
+from maxmap.operations import Array
 
 
 def segment(

@@ -19,6 +19,7 @@ from maxmap.classes import match
 from maxmap.cost import count_parameters
 from maxmap.data.archives import tar_files
 from maxmap.data.folders import holds_folders
+from maxmap.data.masks import IMAGES
 from maxmap.data.pipeline import Data, open_data
 from maxmap.data.preprocessing import changed, departures, in_words
 from maxmap.data.tables import ENDING, split_names
@@ -41,10 +42,11 @@ from maxmap.labels import LABEL_SETS, read_real, real_labels
 from maxmap.onnx.session import Network, is_graph
 from maxmap.predictions import accuracies, to_csv
 from maxmap.progress import Progress
-from maxmap.ranges import Count, CountOrZero, check_arguments
+from maxmap.ranges import Count, CountOrZero, Pixels, check_arguments
 from maxmap.sharding import make_mesh, replicated
 from maxmap.tasks.task import Task
 
+BATCH, DENSE_BATCH = 128, 8  # images at a time; the logits of all pixels take much memory
 SPLITS = ("val", "validation")  # folders, archives or CSV files that hold the evaluation split
 _CSV_KEYS = ("task", "image_column", "label_columns", "split_column", "separator")  # of the section data
 
@@ -58,13 +60,14 @@ def validate(
     labels: str | None = None,
     real: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
-    batch_size: Count = 128,
+    batch_size: Count | None = None,
     device_batches: Count | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     check: CountOrZero = 2000,
     pad: bool = False,
     flip: bool = False,
     crops: bool = False,
+    window: Pixels | None = None,
     json_file: str | Path | None = None,
     csv_file: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -77,14 +80,15 @@ def validate(
       path: of the checkpoint, as for `maxmap.load`; or an .onnx file of `maxmap export`, which onnxruntime runs.
       images: a folder with a folder of images per class, or one that has such a folder `val` or `validation`; a tar
         archive, or a folder of them; a CSV file, or a folder of them, with the columns that the checkpoint was trained
-        with; with `tfds`, the folder of TFDS's data sets.
+        with; with `tfds`, the folder of TFDS's data sets; for a checkpoint that classifies pixels, a folder of images
+        and masks (`maxmap.data.masks`).
       split: name of the split: a folder or the beginning of the archives' names in `images`; None: see `images`. Of
         TFDS, None is its split 'validation' or 'test'.
       tfds: name of a TFDS data set.
       labels: a key of `maxmap.labels.LABEL_SETS`: count as its authors do.
       real: ReaL's `real.json`, for `labels='real'`.
       changes: fields of the preprocessing that replace the checkpoint's; see `maxmap.data.preprocessing.changed`.
-      batch_size: images at a time over all devices.
+      batch_size: images at a time over all devices; None for `BATCH`, or `DENSE_BATCH` where pixels are classified.
       device_batches: batches that are on the devices at a time; see `maxmap.evaluate.evaluate`.
       dtype: type that the model computes in.
       check: images to decode before the start, where a broken one is an error; later ones are left out and named.
@@ -92,6 +96,7 @@ def validate(
       flip: averages the logits of each image with those of its mirror image.
       crops: averages the logits of five crops of each image: the corners and the centre of the square that the resize
         leaves, of which the usual crop is the centre.
+      window: side of the windows in which a network that classifies pixels sees an image; None for the whole.
       json_file: file for the result; None: `eval.json`, with the name of the label set, in the folder of the
         checkpoint, or in the current folder if it is no checkpoint of ours.
       csv_file: file for the predictions; None: `predictions.csv` beside an `eval.json`, nothing beside `json_file`.
@@ -122,6 +127,10 @@ def validate(
             raise UserError("an .onnx file computes in float32, in one process: leave out --dtype and other hosts.")
     else:
         check_image_size(model, variables, used)
+    if window and not task.dense:
+        raise UserError(f"--window is for checkpoints that classify pixels, and {path} classifies images.")
+    if task.dense and (crops or (network and window)):
+        raise UserError("--crops is for whole images, and --window not for an .onnx file: leave it out.")
     data = dataclasses.replace(open_images(images, split, tfds, check, info), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
@@ -134,7 +143,10 @@ def validate(
     if network:
         eval_step = _graph_step(network, used, among, flip, crop, task)
     else:
-        eval_step = make_eval_step(model, used, mesh, jnp.dtype(dtype), among, flip=flip, crop=crop, task=task)
+        eval_step = make_eval_step(
+            model, used, mesh, jnp.dtype(dtype), among, flip=flip, crop=crop, window=window, task=task
+        )
+    batch_size = batch_size or (DENSE_BATCH if task.dense else BATCH)
     placed = jax.device_put(variables, replicated(mesh))
     rows: list[dict[str, Any]] = []
     progress = Progress(data.num_eval, shown=jax.process_index() == 0)
@@ -148,7 +160,7 @@ def validate(
         result |= accuracies(rows, {row["index"]: real_labels(right, row["name"]) for row in rows})
     if present < len(info["classes"]):
         result["classes"] = f"{present} of {len(info['classes'])}"
-    about = {name: given for name, given in zip(COUNTED, (labels, flip, crops), strict=True) if given}
+    about = {name: given for name, given in zip(COUNTED, (labels, flip, crops, window), strict=True) if given}
     result = report({**about, **result}, parameters, {**info, "preprocessing": used})
     _write(path, result, task, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
     return result
@@ -170,9 +182,11 @@ def _graph_step(
         views = [pixels]
         if crop is not None:
             views = [pixels[:, y : y + crop, x : x + crop] for y, x in corners(pixels.shape[1] - crop)]
+        found = [network.logits(view, preprocessing) for view in views]
         if flip:
-            views += [view[:, :, ::-1] for view in views]
-        logits = np.mean([network.logits(view, preprocessing) for view in views], axis=0)
+            mirrored = [network.logits(view[:, :, ::-1], preprocessing) for view in views]
+            found += [logits[:, :, ::-1] for logits in mirrored] if task.dense else mirrored
+        logits = np.mean(found, axis=0)
         return count(logits[None], {key: np.asarray(batch[key]) for key in ("label", "mask")})
 
     return step
@@ -201,6 +215,10 @@ def open_images(
       UserError: there are none, or they are malformed or broken.
     """
     path = os.path.abspath(storage.expand(images))
+    if info is not None and tasks.of_checkpoint(info).dense:
+        if tfds is not None:
+            raise UserError("TFDS's data sets have no masks that are read: leave out --tfds and give a folder.")
+        return _open_masks(path, split, check, info)
     options: dict[str, Any] = {"check": check} | (
         {} if info is None else {"channels": len(info["preprocessing"]["mean"])}
     )
@@ -216,6 +234,24 @@ def open_images(
         )
     options |= _csv_options(info) if source == "csv" else {}
     return open_data(source, path, train_split=None, val_split=split, **options)
+
+
+def _open_masks(path: str, split: str | None, check: int, info: Mapping[str, Any]) -> Data:
+    """Opens images with masks, which are numbered as the run of a checkpoint numbered them."""
+    found = (name for name in SPLITS if os.path.isdir(os.path.join(path, IMAGES, name)))
+    run = info.get("config", {}).get("data", {})
+    return open_data(
+        "masks",
+        path,
+        task="segmentation",
+        train_split=None,
+        val_split=split or next(found, SPLITS[0]),
+        classes=info["classes"],
+        check=check,
+        crop_pct=1.0,  # of a preprocessing that the caller replaces, as the next
+        crop_mode="border",
+        **{key: run[key] for key in ("mask_folder", "reduce_zero_label") if key in run},
+    )
 
 
 def result_folder(path: str | Path) -> epath.Path:

@@ -175,7 +175,7 @@ def test_the_commands(photos, workdir, tmp_path, capsys):
     for changed, sentence in (
         ([*argv[:3], "--num_processes=2"], "several processes write a table: give --to=FILE, too"),
         (argv, "is there already: give another name, or --overwrite"),
-        ([*argv, "--json=a"], "--to is a table of its own: leave out --json and --csv"),
+        ([*argv, "--json=a"], "--to is a table of its own: leave out --json, --csv, --masks"),
         ([*argv[:3], f"--to={tmp_path}/a.xlsx"], "has no known ending: give a name in .csv, .jsonl, .parquet"),
     ):
         assert main(changed) == 2

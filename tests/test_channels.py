@@ -175,15 +175,18 @@ def test_means_of_colours_fit_any_channels():
 def test_grey_is_augmented_as_the_colour_that_it_is():
     grey = RNG.integers(0, 256, (6, 9, 9, 1), np.uint8)
 
+    def augmented(images, **options):
+        return augment(jax.random.key(0), images, jnp.zeros(len(images), int), **options)[0]
+
     def both(images):
-        one = augment(jax.random.key(0), images, mean=(0.4,), rand_augment="rand-m9-n2-p1")
-        return one, augment(jax.random.key(0), jnp.repeat(images, 3, -1), mean=(0.4,) * 3, rand_augment="rand-m9-n2-p1")
+        one = augmented(images, mean=(0.4,), rand_augment="rand-m9-n2-p1")
+        return one, augmented(jnp.repeat(images, 3, -1), mean=(0.4,) * 3, rand_augment="rand-m9-n2-p1")
 
     one, colour = quick(both, jnp.asarray(grey))
     assert one.shape == grey.shape and not np.array_equal(one, grey)
     assert np.array_equal(colour, np.repeat(one, 3, axis=-1))
     with pytest.raises(UserError, match="are for colours and grey, and the images have 5 channels: set both to None"):
-        augment(jax.random.key(0), jnp.zeros((1, 9, 9, 5), jnp.uint8), mean=(0.5,) * 5, color_jitter=0.4)
+        augmented(jnp.zeros((1, 9, 9, 5), jnp.uint8), mean=(0.5,) * 5, color_jitter=0.4)
 
 
 def test_pictures_show_three_channels_as_colours():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from maxmap import tasks
 from maxmap.config import _fixed_schema, bind, read
 from maxmap.errors import UserError
 from maxmap.recipe_files import TABLES, describe, names
@@ -88,11 +89,13 @@ TRACED = {repr([load(name)[key] for key in ("augment", "mix", "erase", "loss")])
 def test_what_happens_to_a_batch_can_be_traced(name):
     recipe = bind(load(name))
     pre = {key: recipe.values["data"][key] for key in ("mean", "std")}
-    prepare = make_prepare(recipe, Images(32, 10, **pre))
-    batch, labels = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8), jax.ShapeDtypeStruct((4,), jnp.int32)
+    task = tasks.unfitted(recipe.values["data"]["task"], 10)
+    prepare = make_prepare(recipe, Images(32, 10, **pre, task=task))
+    batch, labels = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8), task.label_like(4, 10, 32)
     images, targets = jax.eval_shape(prepare, jax.random.key(0), batch, labels)
-    assert (images.shape, images.dtype, targets.shape) == (batch.shape, jnp.float32, (4, 10))
-    outputs = {"logits": jax.ShapeDtypeStruct((4, 4, 10), jnp.float32)}
+    wanted = labels.shape if task.dense else (4, 10)
+    assert (images.shape, images.dtype, targets.shape) == (batch.shape, jnp.float32, wanted)
+    outputs = {"logits": jax.ShapeDtypeStruct((4, 4, 8, 8, 10) if task.dense else (4, 4, 10), jnp.float32)}
     loss, parts = jax.eval_shape(recipe.loss, outputs, targets)
     assert loss.shape == () and "loss" in parts
 

@@ -163,7 +163,7 @@ def test_what_people_type(path, value, says):
     ("function", "arguments", "says"),
     [
         (mix, {"key": None, "images": None, "labels": None, "num_classes": 3, "prob": 2}, "mix.prob is 2"),
-        (augment, {"key": None, "images": None, "mean": (0.5,) * 3, "hflip": -0.1}, "augment.hflip is -0.1"),
+        (augment, {"key": None, "images": None, "labels": None, "mean": (0.5,) * 3, "hflip": -0.1}, "augment.hflip is"),
         (erase, {"key": None, "images": None, "prob": math.nan}, "erase.prob is nan"),
         (erase, {"key": None, "images": None, "min_area": 0.5, "max_area": 0.4}, "min_area is 0.5, above"),
         (open_data, {"source": "digits", "std": (0, 0, 0)}, r"data.std is \(0, 0, 0\)"),

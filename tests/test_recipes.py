@@ -262,6 +262,24 @@ def test_maxvits_warm_up_is_ten_thousand_steps(x64):
     assert float(schedule(312 * 300 - 1)) == pytest.approx(1e-5, rel=1e-6)
 
 
+@pytest.mark.parametrize(("name", "drop_path"), [("tiny", 0.4), ("small", 0.3), ("base", 0.4)])
+def test_segmentation(name, drop_path):
+    """The values of ConvNeXt's configs for ADE20K, of 20,210 training images, in mmsegmentation."""
+    config = load(f"configs/segmentation.py:{name}")
+    recipe = bind(config)
+    model, data = recipe.model(), recipe.data.keywords
+    assert (model.head.num_classes, model.head.channels, model.head.auxiliary_channels) == (150, 512, 256)
+    assert config["model"]["name"] == f"convnext_{name}" and model.backbone.drop_path == drop_path
+    assert (recipe.batch_size, recipe.steps, recipe.loss.keywords["auxiliary"]) == (16, 160_000, 0.4)
+    assert (data["image_size"], data["zoom"], data["reduce_zero_label"]) == (512, (0.5, 2.0), True)
+    assert (config["optim"]["name"], config["optim"]["weight_decay"]) == ("adamw", 0.05)
+    rate = recipe.schedule(steps_per_epoch=20_210 // 16, epochs=recipe.epochs)
+    assert rate.total_steps >= 160_000
+    found = [float(rate(step)) for step in (0, 750, 1500, 80_750, 159_999)]
+    # The linear decay ends 401 steps later, at the end of an epoch, and begins at the first step.
+    np.testing.assert_allclose(found, [1e-10, 5e-5, 1e-4, 5e-5, 0], atol=1e-6)
+
+
 @pytest.mark.parametrize("pixels", [224, 384, 512])
 def test_aesthetics(pixels):
     """The values that MaxViT's paper states."""

@@ -22,18 +22,20 @@ ERASE_TRIES = 10  # rectangles that are drawn until one fits
 def augment(
     key: jax.Array,
     images: jax.Array,
+    labels: jax.Array,
     *,
     mean: Sequence[float],
     hflip: Share = 0.5,
     vflip: Share = 0.0,
     rand_augment: str | None = None,
     color_jitter: NonNegative | None = None,
-) -> jax.Array:
-    """Flips and then recolours or warps every image of a batch on its own.
+) -> tuple[jax.Array, jax.Array]:
+    """Flips and then recolours or warps every image of a batch on its own, and flips its mask with it.
 
     Args:
       key: PRNG key.
       images: uint8 [B, H, W, C].
+      labels: [B, ...]; [B, H, W] are masks, others stay as they are.
       mean: mean colour in 0..1, C values; it fills what a warp brings in from outside the image.
       hflip: probability of a left-right flip.
       vflip: probability of an upside-down flip.
@@ -41,30 +43,37 @@ def augment(
       color_jitter: strength of random brightness, contrast and saturation; ignored with `rand_augment`, as in timm.
 
     Returns:
-      uint8 [B, H, W, C].
+      Images uint8 [B, H, W, C], and labels.
 
     Raises:
-      UserError: `rand_augment` cannot be read, a value is out of range, or C is no number of channels that it takes.
+      UserError: `rand_augment` cannot be read or is for masks, a value is out of range, or C is no number of channels
+        that it takes.
     """
     check_arguments(augment, "augment", locals())
-    channels = images.shape[-1]
+    channels, masked = images.shape[-1], labels.ndim == 3
     if channels not in (1, 3) and (rand_augment or color_jitter):
         raise UserError(
             f"augment.rand_augment and augment.color_jitter are for colours and grey, and the images have {channels} "
             "channels: set both to None."
         )
+    if rand_augment and masked:
+        raise UserError(
+            "augment.rand_augment turns and shears images and not their masks: leave it out, or set "
+            "--config.augment.color_jitter=0.4."
+        )
     hflip_key, vflip_key, color_key = jax.random.split(key, 3)
-    images = _flip(hflip_key, images, hflip, axis=2)
-    images = _flip(vflip_key, images, vflip, axis=1)
+    for flip_key, prob, axis in ((hflip_key, hflip, 2), (vflip_key, vflip, 1)):
+        images = _flip(flip_key, images, prob, axis)
+        labels = _flip(flip_key, labels, prob, axis) if masked else labels
     if not rand_augment and not color_jitter:
-        return images
+        return images, labels
     if channels == 1:  # a colour whose three values are equal, which every operation keeps equal
         images, mean = jnp.repeat(images, 3, axis=-1), tuple(mean) * 3
     if rand_augment:
         images = rand_augment_batch(color_key, images, parse_rand_augment(rand_augment), fill_color(mean))
     else:
         images = _color_jitter(color_key, images, color_jitter or 0)
-    return images[..., :channels]
+    return images[..., :channels], labels
 
 
 def normalize(
@@ -135,7 +144,7 @@ def _flip(key: jax.Array, images: jax.Array, prob: float, axis: int) -> jax.Arra
     if not prob:
         return images
     flipped = jax.random.bernoulli(key, prob, images.shape[:1])
-    return jnp.where(flipped[:, None, None, None], jnp.flip(images, axis), images)
+    return jnp.where(flipped.reshape(-1, *[1] * (images.ndim - 1)), jnp.flip(images, axis), images)
 
 
 def _color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:

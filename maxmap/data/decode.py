@@ -16,7 +16,7 @@ from PIL import Image
 
 from maxmap.data.bands import open_bands, read_array
 from maxmap.data.images import MAX_PIXELS, TURNS, broken_is_oserror, open_image, plain_rgb
-from maxmap.data.sources import ImageSource
+from maxmap.data.labelled import ImageSource
 from maxmap.errors import UserError, nearest, printable, reason
 from maxmap.pictures import shown
 
@@ -129,10 +129,7 @@ def train_crop(
         opened = open_bands(image, channels=channels, exif=exif, max_pixels=max_pixels)
         full_width, full_height = opened.size if opened.orientation < 5 else opened.size[::-1]
         left, top, width, height = random_box(full_width, full_height, rng, scale, ratio)
-        if interpolation == "random":
-            resample = FILTERS["bicubic" if rng.random() < 0.5 else "bilinear"]
-        else:
-            resample = FILTERS[interpolation]
+        resample = draw_filter(interpolation, rng)
         bands, shrink = opened.decode(min(width, height) // size if draft else 1)
         x, y = left / shrink, top / shrink
         if opened.orientation in TURNS:
@@ -142,7 +139,14 @@ def train_crop(
             x += (bands[0].width - full_width / shrink) * x_runs_back
             y += (bands[0].height - full_height / shrink) * y_runs_back
         box = (x, y, x + width / shrink, y + height / shrink)
-        return _stacked([_resized(band, size, resample, box) for band in bands], channels)
+        return _stacked([resized_box(band, (size, size), resample, box) for band in bands], channels)
+
+
+def draw_filter(interpolation: str, rng: np.random.Generator) -> Image.Resampling:
+    """Returns a filter by its name; 'random' draws bilinear or bicubic."""
+    if interpolation == "random":
+        interpolation = "bicubic" if rng.random() < 0.5 else "bilinear"
+    return FILTERS[interpolation]
 
 
 def random_box(
@@ -205,7 +209,7 @@ def eval_crop(
     with broken_is_oserror():
         opened = open_bands(image, channels=channels, exif=exif, max_pixels=max_pixels)
         bands = [_turned(band, opened.orientation) for band in opened.decode(1)[0]]
-        resized = _eval_size(bands[0].width, bands[0].height, math.floor(size / crop_pct), mode)
+        resized = eval_size(bands[0].width, bands[0].height, math.floor(size / crop_pct), mode)
         fills: Sequence[float | tuple[int, ...]] = [fill] if channels == 3 else fill
         crops = [
             _resized_center(band, resized, size, FILTERS[interpolation], outside)
@@ -260,19 +264,19 @@ def check_filter(name: str, option: str, extra: Sequence[str] = ()) -> None:
         )
 
 
-def _resized(
-    image: Image.Image, size: int, resample: Image.Resampling, box: tuple[float, float, float, float]
+def resized_box(
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling, box: tuple[float, float, float, float]
 ) -> Image.Image:
-    """Resizes a box (left, top, right, bottom) of an image of `OpenedBands.decode` to a square."""
+    """Resizes a box (left, top, right, bottom) of a decoded image to `size`, (width, height)."""
     if resample in SIMD_FILTERS:
         if not hasattr(_THREAD, "resizer"):
             _THREAD.resizer = simd.Resizer()
         left, top, right, bottom = box
         crop = simd.CropBox(left, top, right - left, bottom - top)
-        resized = Image.new(image.mode, (size, size), None)
+        resized = Image.new(image.mode, size, None)
         _THREAD.resizer.resize_pil(image, resized, simd.ResizeOptions(SIMD_FILTERS[resample], crop_box=crop))
     else:
-        resized = image.resize((size, size), resample, box=box)
+        resized = image.resize(size, resample, box=box)
     return resized
 
 
@@ -288,7 +292,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(TURNS[orientation][0]) if orientation in TURNS else image
 
 
-def _eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]:
+def eval_size(width: int, height: int, side: int, mode: str) -> tuple[int, int]:
     """Returns (width, height) after the resize, rounded as in torchvision ('center') and timm ('border')."""
     if mode == "squash":
         return side, side
@@ -310,7 +314,7 @@ def _resized_center(
     # A very long image: resize only what the crop keeps. The pixels are the same up to the rounding of the box.
     kept = [min(side, size) for side in resized]
     scale_x, scale_y = image.width / resized[0], image.height / resized[1]
-    left, top = (_offset(side, size) if keep == size else 0 for side, keep in zip(resized, kept, strict=True))
+    left, top = (offset(side, size) if keep == size else 0 for side, keep in zip(resized, kept, strict=True))
     box = (left * scale_x, top * scale_y, (left + kept[0]) * scale_x, (top + kept[1]) * scale_y)
     box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
     return _center_crop(image.resize((kept[0], kept[1]), resample, box=box), size, fill)
@@ -319,7 +323,7 @@ def _resized_center(
 def _center_crop(image: Image.Image, size: int, fill: float | tuple[int, ...]) -> Image.Image:
     if isinstance(fill, tuple):
         image = plain_rgb(image)
-    left, top = _offset(image.width, size), _offset(image.height, size)
+    left, top = offset(image.width, size), offset(image.height, size)
     if image.width >= size and image.height >= size:
         return image.crop((left, top, left + size, top + size))
     canvas = Image.new(image.mode, (size, size), fill)
@@ -327,6 +331,9 @@ def _center_crop(image: Image.Image, size: int, fill: float | tuple[int, ...]) -
     return canvas
 
 
-def _offset(side: int, size: int) -> int:
-    """Returns the first pixel of a central crop; as in torchvision, it rounds half to even, and padding down."""
+def offset(side: int, size: int) -> int:
+    """Returns the first pixel of a central crop, negative where it is larger than the side.
+
+    As in torchvision, it rounds half to even, and padding down.
+    """
     return round((side - size) / 2) if side >= size else -((size - side) // 2)

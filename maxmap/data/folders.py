@@ -94,8 +94,8 @@ def class_folders(root: str) -> list[str]:
     return folders
 
 
-def image_files(folder: str) -> ImageFiles:
-    """Finds the image files of a class folder, in it and below.
+def image_files(folder: str, what: str = "class folder") -> ImageFiles:
+    """Finds the image files of a folder, in it and below; `what` it is, for messages.
 
     Raises:
       UserError: it holds images of a kind that cannot be read, or no images, or it cannot be listed.
@@ -112,7 +112,7 @@ def image_files(folder: str) -> ImageFiles:
         )
     if not found.images:
         others = f", only {len(found.left_out)} other files such as {found.left_out[0]}" if found.left_out else ""
-        raise UserError(f"class folder {folder} holds no images{others}: add some or remove the folder.")
+        raise UserError(f"{what} {folder} holds no images{others}: add some or remove the folder.")
     return found
 
 

@@ -8,6 +8,8 @@ missing ones.
 import contextlib
 import functools
 import io
+import os
+import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -32,6 +34,10 @@ NPY = b"\x93NUMPY"  # how a .npy file starts; `maxmap.data.bands` reads it
 IMAGE_ENDINGS = (*FORMATS, ".npy")
 
 MAX_PIXELS = 178_956_970  # Pillow decodes no larger image; as RGB this one takes 700 MB
+_VALUES = ("1", "L", "P", "I", "I;16")  # modes of a PNG of one channel
+_GREY_STEPS = {2: 85, 4: 17}  # by which Pillow multiplies the greys of so many bits
+_PNG_HEADER = struct.Struct(">16sII")  # what comes first, width and height; the bits of a value follow
+_MOST_PIXELS_A_BYTE = 8 * 1032  # of a PNG: deflate makes at most 1,032 bytes of one, and a pixel takes a bit
 _STRIP = 1 << 22  # pixels of 16 bits that are converted at a time
 
 # How to turn an image upright, by its EXIF orientation: the transposition, and which axes of the result, (x, y), run
@@ -139,6 +145,48 @@ def read_header(file: bytes, *, max_pixels: int) -> ImageHeader:
     opened = open_file(file, max_pixels)
     kind = f"{opened.format} {opened.mode}"  # before the EXIF data of a PNG are read, which decodes it
     return ImageHeader(opened.size[::-1] if _orientation(opened) >= 5 else opened.size, kind)
+
+
+def read_values(file: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Reads the values of a PNG of one channel as they are stored: numbers of grey, or places in its palette.
+
+    Args:
+      file: the bytes.
+      size: width and height that it has to have.
+
+    Returns:
+      uint8 or uint16 `[H, W]`.
+
+    Raises:
+      OSError: it is damaged, no PNG, of several channels or of another size.
+    """
+    with broken_is_oserror():
+        opened = open_file(file, MAX_PIXELS)
+        if opened.format != "PNG":
+            raise OSError(f"it is a file of the format {opened.format}: save it as PNG, which keeps every value")
+        if opened.mode not in _VALUES:
+            raise OSError(f"it has colours (mode {opened.mode}) and no numbers: save it grey or with a palette")
+        if opened.size != size:
+            raise OSError("it has {} x {} pixels, and its image {} x {}".format(*opened.size, *size))
+        opened.load()
+        check_pixels(file, opened)
+        values = np.asarray(opened).astype(np.uint16 if opened.mode.startswith("I") else np.uint8)
+        bits = file[_PNG_HEADER.size]
+        return values // _GREY_STEPS.get(bits, 1) if opened.mode == "L" else values
+
+
+def stated_png_size(path: str) -> tuple[int, int]:
+    """Returns the width and height that a PNG states; (0, 0) for another file, or one too small to have so many."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_PNG_HEADER.size)
+            length = os.fstat(file.fileno()).st_size
+    except OSError:
+        return 0, 0
+    if len(head) < _PNG_HEADER.size or not head.startswith(b"\x89PNG"):
+        return 0, 0
+    _, width, height = _PNG_HEADER.unpack(head)
+    return (width, height) if width * height <= min(MAX_PIXELS, _MOST_PIXELS_A_BYTE * length) else (0, 0)
 
 
 def open_file(file: bytes, max_pixels: int) -> ImageFile:

@@ -35,7 +35,8 @@ def mix(
     Args:
       key: PRNG key.
       images: uint8 [B, H, W, C]; the middle image of an odd batch is its own partner.
-      labels: int [B]; a label outside 0..num_classes-1 gets a target without a peak. Or targets float [B, K].
+      labels: int [B]; a label outside 0..num_classes-1 gets a target without a peak. Or targets float [B, K]; or masks
+        int [B, H, W], which are the targets as they are.
       num_classes: number of classes, K.
       mixup: parameter of the Beta distribution for mixup (https://arxiv.org/abs/1710.09412); 0 is off.
       cutmix: parameter of the Beta distribution for CutMix (https://arxiv.org/abs/1905.04899); 0 is off.
@@ -47,9 +48,16 @@ def mix(
       Images uint8 [B, H, W, C] and targets float32 [B, K], whose rows sum to 1 for classes.
 
     Raises:
-      UserError: a value is out of range.
+      UserError: a value is out of range, or masks are to be mixed.
     """
     check_arguments(mix, "mix", locals())
+    if labels.ndim == 3:
+        if mixup or cutmix or smoothing:
+            raise UserError(
+                "mix is for classes of images and not of pixels: set --config.mix.mixup=0, --config.mix.cutmix=0 and "
+                "--config.mix.smoothing=0."
+            )
+        return images, labels
     if smoothing and labels.ndim > 1:
         raise UserError(
             "mix.smoothing is for one class per image, which config.data.task does not give: set "

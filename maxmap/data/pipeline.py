@@ -7,7 +7,7 @@ the threads and the processes and makes batches ahead; `order` says which image 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Annotated, Any, Literal
 
 import grain
@@ -15,13 +15,15 @@ import numpy as np
 
 from maxmap.classes import match
 from maxmap.data import decode
+from maxmap.data.crops import eval_rows, make_preprocessing, make_train_crop, train_rows
 from maxmap.data.decode import IMAGENET_MEAN, IMAGENET_STD
 from maxmap.data.images import MAX_PIXELS
+from maxmap.data.labelled import ImageSource
+from maxmap.data.masks import MaskFiles, check_classes
 from maxmap.data.order import Chunks, SampleOrder, epoch_length
-from maxmap.data.preprocessing import CropShare, Deviation, Mean, check_crop_mode, of_channels
-from maxmap.data.randaugment import fill_color, parse_rand_augment
-from maxmap.data.rows import Batch, EvalRows, TrainRows, augmented_crop
-from maxmap.data.sources import ImageSource, open_source
+from maxmap.data.preprocessing import CropShare, Deviation, Mean, of_channels
+from maxmap.data.rows import Batch, Label
+from maxmap.data.sources import open_source
 from maxmap.data.tables import Columns, column_names
 from maxmap.data.views import Relabelled, divide
 from maxmap.errors import UserError
@@ -45,7 +47,9 @@ def open_data(
     fold: CountOrZero = 0,
     fold_seed: Annotated[int, Range(at_least=0, at_most=2**32 - 1)] = 0,
     classes: Sequence[str] | None = None,
-    task: Literal["single_label", "multi_label", "distribution", "numbers"] = "single_label",
+    task: Literal["single_label", "multi_label", "distribution", "numbers", "segmentation"] = "single_label",
+    mask_folder: str | None = None,
+    reduce_zero_label: bool = False,
     image_column: str = "image",
     label_columns: str | Sequence[str] = "label",
     split_column: str = "split",
@@ -54,6 +58,7 @@ def open_data(
     class_weights: Literal["inverse"] | Sequence[tuple[str, Positive]] | None = None,
     scale: tuple[Fraction, Fraction] = (0.08, 1.0),
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3),
+    zoom: tuple[Positive, Positive] = (0.5, 2.0),
     interpolation: str = "random",
     draft: bool = True,
     exif: bool = False,
@@ -74,9 +79,9 @@ def open_data(
     """Opens the training and the evaluation split of a data set, and checks some of their images.
 
     Args:
-      source: kind of data set: 'folder', 'tar', 'csv', 'tfds' or 'digits'.
+      source: kind of data set: 'folder', 'tar', 'csv', 'tfds', 'digits' or 'masks'.
       path: folder of the images, archives or CSV files, or a CSV file; for 'tfds' the data_dir, where None is TFDS's
-        own.
+        own; for 'masks' the folder of images/<split>, masks/<split> and classes.txt.
       name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
       image_size: side of the training crop in pixels.
       channels: of the images: 3 for colours, 1 for grey, 4 for RGBA, else those of .npy and TIFF files.
@@ -87,7 +92,10 @@ def open_data(
       fold: which of the folds is evaluated, from 0; the others are trained on.
       fold_seed: seed of the draw of the folds.
       classes: class names in the order of the labels; None: those of the training split, else of the evaluation split.
-      task: how a CSV file labels images: by one class, several labels, shares of ordered scores, or numbers.
+      task: how a CSV file labels images: by one class, several labels, shares of ordered scores, or numbers; for
+        'masks' it is 'segmentation', a class for every pixel.
+      mask_folder: for 'masks', the folder beside 'images' that holds the masks; None for 'masks' or 'annotations'.
+      reduce_zero_label: for 'masks', whether 0 is ignored and k + 1 stands for class k, as in ADE20K.
       image_column: column of a CSV file with the path of each image, relative to the file.
       label_columns: column of a CSV file with the labels, or several in order, for all but 'single_label'.
       split_column: column of a CSV file with the split of each image; a folder has a file for each split.
@@ -98,6 +106,8 @@ def open_data(
         for the inverse of its frequency in the training split.
       scale: range of a random crop's area, as a fraction of the image's.
       ratio: range of a random crop's width / height.
+      zoom: for 'segmentation', in place of scale and ratio: range of the shorter side of an image before the crop, in
+        sides of the crop.
       interpolation: filter of the training resize; 'random' draws bilinear or bicubic for each image.
       draft: whether large JPEGs are decoded at a reduced size where the crop is still larger than the output.
       exif: whether images are turned as their EXIF orientation says, in training and evaluation; published recipes do
@@ -124,14 +134,19 @@ def open_data(
     check_arguments(open_data, "data", locals())
     if rand_augment and channels != 3:
         raise UserError(f"data.rand_augment is for colours, and data.channels is {channels}: leave one of them out.")
+    if task == "segmentation" and channels != 3:
+        raise UserError(f"data.task='segmentation' is for colours, and data.channels is {channels}: leave that out.")
     mean, std = of_channels(mean, channels, "data.mean"), of_channels(std, channels, "data.std")
     decoding = {"channels": channels, "draft": draft, "exif": exif, "max_pixels": max_pixels}
-    train_crop = _make_train_crop(image_size, scale, ratio, interpolation, decoding, rand_augment, mean)
-    preprocessing = _make_preprocessing(
-        image_size, eval_image_size, crop_pct, crop_mode, eval_interpolation, mean, std, exif
+    train_crop = make_train_crop(task, image_size, scale, ratio, zoom, interpolation, decoding, rand_augment, mean)
+    preprocessing = make_preprocessing(
+        task, image_size, eval_image_size, crop_pct, crop_mode, eval_interpolation, mean, std, exif
     )
     columns = Columns(image_column, column_names(label_columns), split_column, separator)
-    open_split = functools.partial(open_source, source, path, name=name, verify=verify, task=task, columns=columns)
+    masks = MaskFiles(mask_folder, reduce_zero_label)
+    open_split = functools.partial(
+        open_source, source, path, name=name, verify=verify, task=task, columns=columns, masks=masks
+    )
     if folds is None:
         train, val = _open_splits(open_split, train_split, val_split, classes)
     elif train_split is None:
@@ -141,12 +156,14 @@ def open_data(
     for split in (train, val):
         if check and split is not None:
             decode.check_images(split, check, channels, max_pixels)
-    if balanced and train is not None and train.labels() is None:
-        raise UserError("data.balanced needs the labels of all images in advance, which 'tfds' has not: leave it out.")
+    if check and train is not None and train.label_shape is None:
+        check_classes(train)
     if balanced and task != "single_label":
         raise UserError(
             f"data.balanced needs one class for each image, and config.data.task is {task!r}: leave it out."
         )
+    if balanced and train is not None and train.labels() is None:
+        raise UserError("data.balanced needs the labels of all images in advance, which 'tfds' has not: leave it out.")
     return Data(
         train,
         val,
@@ -174,7 +191,7 @@ class Data:
       train: the training images (`train.name(i)` is the path of image i), or None.
       val: the evaluation images, or None.
       image_size: side of a training image in pixels.
-      train_crop: makes the training image of an image file and a random generator.
+      train_crop: makes the training image and its label of an image file, a label and a random generator.
       preprocessing: the evaluation transform as JSON holds it: image_size, crop_pct, crop_mode, interpolation, mean,
         std, exif. With it `maxmap.data.preprocessing.cropped` does to one image what `eval_batches` does.
       repeats: how many crops of an image follow one another. As in timm an epoch does not grow with it, but is the
@@ -191,7 +208,7 @@ class Data:
     train: ImageSource | None
     val: ImageSource | None
     image_size: int
-    train_crop: Callable[..., np.ndarray]
+    train_crop: Callable[..., tuple[np.ndarray, Label]]
     preprocessing: dict[str, Any]
     repeats: int
     threads: int
@@ -285,8 +302,8 @@ class Data:
 
         Returns:
           A generator, to be closed (`close()`) where it is left early, of dicts: image uint8 [b, H, W, C], label int32
-          [b] or float32 [b, K], index int64 [b] (in the training split), skipped int64 [b] (the index of the broken
-          image that this row replaces, else -1).
+          [b], float32 [b, K] or uint8 [b, H, W], index int64 [b] (in the training split), skipped int64 [b] (the index
+          of the broken image that this row replaces, else -1).
 
         Raises:
           UserError: the batch size does not fit the epoch or the processes, or the seed is negative; while iterating:
@@ -303,7 +320,7 @@ class Data:
         labels = train.labels() if self.balanced else None
         order = SampleOrder(len(train), self.repeats, steps_per_epoch * batch_size, seed, labels)
         chunks = Chunks(batch_size // process_count, process_index, process_count, start_step, num_steps)
-        return self._stream(chunks, TrainRows(train, self.train_crop, self.image_size, self.channels, order))
+        return self._stream(chunks, train_rows(train, self.train_crop, self.image_size, self.channels, order))
 
     def eval_batches(
         self, batch_size: int, *, process_index: int = 0, process_count: int = 1
@@ -315,8 +332,8 @@ class Data:
 
         Returns:
           A generator, to be closed (`close()`) where it is left early, of dicts: image uint8 [b, H, W, C], label int32
-          [b] or float32 [b, K], mask bool [b], index int64 [b] (in the evaluation split; -1: no image), skipped int64
-          [b] (the index where the image is broken, else -1).
+          [b], float32 [b, K] or uint8 [b, H, W, N] (see `maxmap.data.paired.eval_pair`), mask bool [b], index int64 [b]
+          (in the evaluation split; -1: no image), skipped int64 [b] (the index where the image is broken, else -1).
 
         Raises:
           UserError: there is no evaluation split, or the batch size is below 1.
@@ -328,7 +345,7 @@ class Data:
         local = -(-batch_size // process_count)
         num_steps = -(-len(self.val) // (local * process_count))
         chunks = Chunks(local, process_index, process_count, 0, num_steps)
-        return self._stream(chunks, EvalRows(self.val, self.preprocessing, self.max_pixels))
+        return self._stream(chunks, eval_rows(self.val, self.preprocessing, self.max_pixels))
 
     def _training_source(self) -> ImageSource:
         if self.train is None:
@@ -346,57 +363,6 @@ class Data:
                 grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=-(-ahead // self.workers))
             )
         return _closing(iter(data.batch(chunks.per_batch, drop_remainder=True, batch_fn=_concatenate)))
-
-
-def _make_train_crop(
-    size: int,
-    scale: Sequence[float],
-    ratio: Sequence[float],
-    interpolation: str,
-    decoding: Mapping[str, Any],
-    rand_augment: str | None,
-    mean: Sequence[float],
-) -> Callable[..., np.ndarray]:
-    """Returns what makes a training crop of an image and a random generator, after a check of its options."""
-    decode.check_filter(interpolation, "--config.data.interpolation", extra=("random",))
-    for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
-        if low > high:
-            raise UserError(f"--config.data.{name}=({low}, {high}) is no range: give the smaller number first.")
-    crop = functools.partial(
-        decode.train_crop,
-        size=size,
-        scale=tuple(scale),
-        ratio=tuple(ratio),
-        interpolation=interpolation,
-        **decoding,
-    )
-    if not rand_augment:
-        return crop
-    return functools.partial(augmented_crop, crop=crop, policy=parse_rand_augment(rand_augment), fill=fill_color(mean))
-
-
-def _make_preprocessing(
-    image_size: int,
-    eval_image_size: int | None,
-    crop_pct: float,
-    crop_mode: str,
-    interpolation: str,
-    mean: list[float],
-    std: list[float],
-    exif: bool,
-) -> dict[str, Any]:
-    """Returns `Data.preprocessing`, after a check of its options."""
-    decode.check_filter(interpolation, "--config.data.eval_interpolation")
-    check_crop_mode(crop_mode, "--config.data.crop_mode")
-    return {
-        "image_size": eval_image_size or image_size,
-        "crop_pct": float(crop_pct),
-        "crop_mode": crop_mode,
-        "interpolation": interpolation,
-        "mean": mean,
-        "std": std,
-        "exif": exif,
-    }
 
 
 def _open_splits(

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from maxmap.data.decode import CROP_MODES, check_filter
-from maxmap.data.images import MAX_PIXELS
+from maxmap.data.images import MAX_PIXELS, open_image
 from maxmap.data.rows import preprocessed_crop
 from maxmap.errors import UserError, nearest, printable, reason
 from maxmap.ranges import Pixels, Range, check_arguments
@@ -144,3 +144,9 @@ def cropped(
         raise UserError(
             f"cannot read {where} ({reason(error)}): give the path of an image file that is whole."
         ) from error
+
+
+def stored_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Returns width and height of an image file that `cropped` takes, as they are stored."""
+    with open(os.path.expanduser(path), "rb") as file:
+        return open_image(file.read(), exif=False, max_pixels=MAX_PIXELS).size

@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image
 
 from maxmap.data import decode
+from maxmap.data.labelled import ImageSource
 from maxmap.data.order import SampleOrder
 from maxmap.data.randaugment import RandAugment
 from maxmap.data.randaugment_host import rand_augment_image
-from maxmap.data.sources import ImageSource
 from maxmap.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Label = int | np.ndarray
 
 # So many broken images in a row have another cause, such as a disk that is gone.
 _MOST_BROKEN = 100
@@ -29,20 +30,19 @@ class TrainRows:
 
     Attributes:
       source: the training images.
-      crop: makes uint8 [image_size, image_size, channels] of an image and a random generator.
-      image_size: side of a crop in pixels.
-      channels: of a crop.
+      crop: makes of an image, its label and a random generator what the row has of them: uint8 [image_size, image_size,
+        channels], and a label.
+      empty: makes so many rows without content.
       order: which image and which generator belong to a position.
     """
 
     source: ImageSource
-    crop: Callable[..., np.ndarray]
-    image_size: int
-    channels: int
+    crop: Callable[..., tuple[np.ndarray, Label]]
+    empty: Callable[[int], Batch]
     order: SampleOrder
 
     def __call__(self, positions: range) -> Batch:
-        rows = _empty_rows(len(positions), self.image_size, self.channels, self.source.label_shape)
+        rows = self.empty(len(positions))
         for row, position in enumerate(positions):
             image, label, index, skipped = self._sample(position)
             rows["image"][row] = image
@@ -51,14 +51,14 @@ class TrainRows:
             rows["skipped"][row] = skipped
         return rows
 
-    def _sample(self, position: int) -> tuple[np.ndarray, int | np.ndarray, int, int]:
+    def _sample(self, position: int) -> tuple[np.ndarray, Label, int, int]:
         """Returns crop, label and index of the sample, and the index of a broken image that it replaces, else -1."""
         skipped = -1
         for offset in range(_MOST_BROKEN):
             index = self.order.index(position + offset)
             try:
                 image, label = self.source[index]
-                return self.crop(image, self.order.generator(position)), label, index, skipped
+                return *self.crop(image, label, self.order.generator(position)), index, skipped
             except OSError:
                 skipped = index if offset == 0 else skipped
         raise UserError(
@@ -73,26 +73,23 @@ class EvalRows:
 
     Attributes:
       source: the evaluation images.
-      preprocessing: see `Data.preprocessing`.
-      max_pixels: an image with more pixels counts as broken.
+      crop: makes of an image and its label what the row has of them.
+      empty: makes so many rows without content.
     """
 
     source: ImageSource
-    preprocessing: Mapping[str, Any]
-    max_pixels: int
+    crop: Callable[..., tuple[np.ndarray, Label]]
+    empty: Callable[[int], Batch]
 
     def __call__(self, indices: range) -> Batch:
-        size, channels = self.preprocessing["image_size"], len(self.preprocessing["mean"])
-        rows = _empty_rows(len(indices), size, channels, self.source.label_shape)
+        rows = self.empty(len(indices))
         rows["mask"] = np.zeros(len(indices), bool)
         for row, index in enumerate(indices):
             if index >= len(self.source):
                 break
             rows["index"][row] = index
             try:
-                image, label = self.source[index]
-                rows["image"][row] = preprocessed_crop(image, self.preprocessing, self.max_pixels)
-                rows["label"][row] = label
+                rows["image"][row], rows["label"][row] = self.crop(*self.source[index])
                 rows["mask"][row] = True
             except OSError:
                 rows["skipped"][row] = index
@@ -127,10 +124,16 @@ def augmented_crop(
     return np.asarray(rand_augment_image(Image.fromarray(crop(image, rng)), rng, policy, fill))
 
 
-def _empty_rows(num: int, size: int, channels: int, label_shape: tuple[int, ...]) -> Batch:
+def beside_label(image: Any, label: Label, *drawn: Any, crop: Callable[..., np.ndarray]) -> tuple[np.ndarray, Label]:
+    """Crops an image, whose label is of the image as a whole; `drawn` is what else the crop takes."""
+    return crop(image, *drawn), label
+
+
+def empty_rows(num: int, *, image: tuple[int, ...], label: tuple[int, ...], dtype: np.typing.DTypeLike) -> Batch:
+    """Returns rows without content, of images of a shape [H, W, C] and labels of a shape and type."""
     return {
-        "image": np.zeros((num, size, size, channels), np.uint8),
-        "label": np.zeros((num, *label_shape), np.float32 if label_shape else np.int32),
+        "image": np.zeros((num, *image), np.uint8),
+        "label": np.zeros((num, *label), dtype),
         "index": np.full(num, -1, np.int64),
         "skipped": np.full(num, -1, np.int64),
     }

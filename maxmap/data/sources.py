@@ -1,14 +1,15 @@
-"""Labelled images by index, of five kinds of data set.
+"""Labelled images by index, of six kinds of data set.
 
-They are a folder for each class, tar archives, CSV files, scikit-learn's digits, and TFDS's data sets, read without
-TensorFlow. All but CSV files give each image one class.
+They are a folder for each class, tar archives, CSV files, scikit-learn's digits, TFDS's data sets, read without
+TensorFlow, and folders of images and masks (`maxmap.data.masks`). All but the CSV files and the masks give each image
+one class.
 """
 
 import contextlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,52 +17,16 @@ from maxmap.classes import match, read_names
 from maxmap.data.archives import TarMember, TFRecords, read_at, require_tar_files, tar_members
 from maxmap.data.folders import class_folders, image_files, is_image, split_folder
 from maxmap.data.images import IMAGE_ENDINGS
+from maxmap.data.labelled import ImageSource, LabelledImage
+from maxmap.data.masks import MaskFiles, MaskSource
 from maxmap.data.tables import Columns, read_table
 from maxmap.data.tfds_folders import check_prepared, damaged_is_user_error, open_builder, resolve_split
 from maxmap.errors import UserError, nearest, reason, shortened
 
-SOURCES = ("csv", "digits", "folder", "tar", "tfds")
+SOURCES = ("csv", "digits", "folder", "masks", "tar", "tfds")
 
 # So many classes have no names of their own: a .cls that states more is damaged, and one that is longer too.
 _MOST_UNNAMED_CLASSES, _LONGEST_LABEL = 1_000_000, 32
-
-
-class LabelledImage(NamedTuple):
-    """The bytes of an image file or a uint8 array [H, W, C], and the number of its class or a row of K numbers."""
-
-    image: bytes | np.ndarray
-    label: int | np.ndarray
-
-
-class ImageSource(Protocol):
-    """Labelled images by index; picklable, and safe to read from several threads."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, or of the K numbers."""
-        ...
-
-    @property
-    def numbered(self) -> bool:
-        """Whether the classes have no names, only numbers."""
-        ...
-
-    @property
-    def label_shape(self) -> tuple[int, ...]:
-        """() where a label is the number of a class, (K,) where it is a row of numbers."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> LabelledImage: ...
-
-    def name(self, index: int) -> str:
-        """Returns what to call an image in a message: its path, or `digits/train[12]`."""
-        ...
-
-    def labels(self) -> np.ndarray | None:
-        """Returns the labels of all images, int `[N]` or float `[N, K]`; None if each has to be read for its own."""
-        ...
 
 
 def open_source(
@@ -74,23 +39,33 @@ def open_source(
     verify: bool = True,
     task: str = "single_label",
     columns: Columns | None = None,
+    masks: MaskFiles | None = None,
 ) -> ImageSource:
     """Opens one split of a data set.
 
     Args:
-      source: kind of data set: 'folder', 'tar', 'csv', 'tfds' or 'digits'.
+      source: kind of data set, one of `SOURCES`.
       path: folder that holds `<split>/<class>/*.jpg` ('folder'), `<split>*.tar` ('tar') or `<split>.csv` ('csv'); for
         'csv' also a file with a column that names splits; the data_dir of 'tfds', where None is TFDS's own.
       split: name of the split; for 'tfds' also a slice such as 'train[:10%]', for 'tar' also a single archive.
       name: name of a TFDS data set, such as 'imagenet2012' or 'cifar10'.
       classes: class names in the order of the labels; None: those of this split, in the source's order.
       verify: whether to check the checksums of TFRecord files.
-      task: how the images are labelled, a key of `maxmap.tasks.TASKS`; all but 'single_label' are for 'csv' only.
+      task: how the images are labelled, a key of `maxmap.tasks.TASKS`: 'segmentation' is for 'masks' only, all others
+        but 'single_label' for 'csv' only.
       columns: of a CSV file.
+      masks: how masks are stored; None for the usual way.
 
     Raises:
       UserError: the source is unknown, or the split is missing, empty or malformed.
     """
+    if (source == "masks") != (task == "segmentation") and source in SOURCES:
+        raise UserError(
+            f"config.data.source is {source!r} and config.data.task is {task!r}, and masks are labels of pixels: set "
+            "--config.data.source=masks with --config.data.task=segmentation, or neither."
+        )
+    if source == "masks":
+        return MaskSource(path, split, classes, masks)
     if source == "csv":
         if columns is None:
             raise UserError("data source 'csv' needs the names of its columns: give columns.")

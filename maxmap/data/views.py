@@ -1,11 +1,13 @@
 """A source seen otherwise: with labels of another order, or a part of its images."""
 
 import dataclasses
+from typing import cast
 
 import numpy as np
 
-from maxmap.data.sources import ImageSource, LabelledImage
+from maxmap.data.labelled import ImageSource, LabelledImage, MaskedImages
 from maxmap.errors import UserError
+from maxmap.metrics import IGNORED
 
 
 @dataclasses.dataclass
@@ -24,14 +26,18 @@ class Relabelled:
     numbered: bool = False
 
     @property
-    def label_shape(self) -> tuple[int, ...]:
-        return (len(self.classes),) if self.source.label_shape else ()
+    def label_shape(self) -> tuple[int, ...] | None:
+        return (len(self.classes),) if self.source.label_shape else self.source.label_shape
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> LabelledImage:
         image, label = self.source[index]
+        if self.label_shape is None:
+            numbers = np.full(IGNORED + 1, IGNORED, np.uint8)
+            numbers[: len(self.labels_of)] = self.labels_of
+            return LabelledImage(image, numbers[label])
         return LabelledImage(
             image, self._relabelled(np.asarray(label)) if self.label_shape else int(self.labels_of[label])
         )
@@ -44,6 +50,9 @@ class Relabelled:
         if own is None:
             return None
         return self._relabelled(own) if self.label_shape else self.labels_of[own]
+
+    def mask_sizes(self) -> np.ndarray:
+        return cast(MaskedImages, self.source).mask_sizes()
 
     def _relabelled(self, own: np.ndarray) -> np.ndarray:
         """Moves the columns of labels `[..., K]`; those of classes that the source does not have are 0."""
@@ -73,7 +82,7 @@ class Part:
         return self.source.numbered
 
     @property
-    def label_shape(self) -> tuple[int, ...]:
+    def label_shape(self) -> tuple[int, ...] | None:
         return self.source.label_shape
 
     def __len__(self) -> int:
@@ -88,6 +97,9 @@ class Part:
     def labels(self) -> np.ndarray | None:
         own = self.source.labels()
         return None if own is None else own[self.indices]
+
+    def mask_sizes(self) -> np.ndarray:
+        return cast(MaskedImages, self.source).mask_sizes()[self.indices]
 
 
 def divide(source: ImageSource, folds: int, fold: int, seed: int) -> tuple[Part, Part]:

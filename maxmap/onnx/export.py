@@ -30,9 +30,10 @@ def export_onnx(
 ) -> str:
     """Writes a checkpoint's forward pass, with its weights, as ONNX. The file appears complete or not at all.
 
-    The graph takes images `[B, H, W, C]` of the checkpoint's size, for any B, and returns 'logits' `[B, K]`, the mean
-    over the branches. Its metadata have the model, the classes and the preprocessing. Where onnxruntime is installed,
-    the file has to return the logits of the network itself, for batches of noise, before it gets its name.
+    The graph takes images `[B, H, W, C]` of the checkpoint's size, for any B, and returns 'logits' `[B, K]`, or
+    `[B, h, w, K]` of pixels, the mean over the branches. Its metadata have the model, the classes and the
+    preprocessing. Where onnxruntime is installed, the file has to return the logits of the network itself, for batches
+    of noise, before it gets its name.
 
     Args:
       source: folder of a run or of a converted checkpoint, or a published name.
@@ -54,12 +55,12 @@ def export_onnx(
     check_bytes(variables, source)
     image, run = one_image(info, pixels), forward(info, pixels)
     parameters, checks = count_parameters(variables["params"]), _references(run, variables, image)
-    graph, count = lower(run, variables, image)
+    graph, output = lower(run, variables, image)
     del variables  # the graph has them in another order of axes
-    about = describe(info, image, count) | {key: info[key] for key in ("weights", "step")} | {"parameters": parameters}
+    about = describe(info, image, output) | {key: info[key] for key in ("weights", "step")} | {"parameters": parameters}
     nodes = len(graph.nodes)
     with storage.atomic_target(file, overwrite=overwrite) as unfinished:
-        write(onnx, Path(unfinished), graph, image, count, about)
+        write(onnx, Path(unfinished), graph, image, output, about)
         error = check(unfinished, checks)
     checked = "not run, as onnxruntime is not installed" if error is None else f"within {error:.0e} by onnxruntime"
     return (

@@ -21,11 +21,13 @@ OPSET = 20
 OUTPUT = "logits"
 
 
-def lower(function: Callable[[Any, Array], Array], variables: Any, images: jax.ShapeDtypeStruct) -> tuple[Graph, int]:
-    """Returns the graph of a function, and how many values it returns for an image.
+def lower(
+    function: Callable[[Any, Array], Array], variables: Any, images: jax.ShapeDtypeStruct
+) -> tuple[Graph, tuple[int, ...]]:
+    """Returns the graph of a function, and the shape of what it returns for an image.
 
     Args:
-      function: of variables and images `[B, H, W, C]`; returns `[B, K]`.
+      function: of variables and images `[B, H, W, C]`; returns `[B, ...]`.
       variables: whose values the graph has as constants.
       images: the shape and type of one image, `[H, W, C]`.
 
@@ -40,7 +42,7 @@ def lower(function: Callable[[Any, Array], Array], variables: Any, images: jax.S
     inputs.append(Value(batch.shape, INPUT, tuple(range(len(batch.shape)))))
     (output,) = _run(graph, program.jaxpr, [constant(np.asarray(value)) for value in program.consts], inputs)
     graph.finish(output, OUTPUT)
-    return graph, result.shape[-1]
+    return graph, result.shape[1:]
 
 
 def _run(graph: Graph, program: Any, constants: Sequence[Value], inputs: Sequence[Value]) -> list[Value]:

@@ -21,7 +21,12 @@ _GRAPH_OF_MODEL, _INITIALIZER_OF_GRAPH, _RAW_DATA_OF_TENSOR = 7, 5, 9
 
 
 def write(
-    onnx: ModuleType, file: Path, graph: Graph, image: jax.ShapeDtypeStruct, count: int, about: Mapping[str, Any]
+    onnx: ModuleType,
+    file: Path,
+    graph: Graph,
+    image: jax.ShapeDtypeStruct,
+    output: tuple[int, ...],
+    about: Mapping[str, Any],
 ) -> None:
     """Writes a graph; its constants are removed on the way, to save memory.
 
@@ -30,7 +35,7 @@ def write(
       file: to write.
       graph: of `lower`.
       image: shape and type of an image.
-      count: of logits.
+      output: shape of an image's logits.
       about: metadata, kept as JSON unless it is text.
     """
     helper, kind = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype
@@ -42,7 +47,7 @@ def write(
         nodes,
         "maxmap",
         [helper.make_tensor_value_info(INPUT, kind(np.dtype(image.dtype)), ["batch", *image.shape])],
-        [helper.make_tensor_value_info(OUTPUT, kind(np.dtype(np.float32)), ["batch", count])],
+        [helper.make_tensor_value_info(OUTPUT, kind(np.dtype(np.float32)), ["batch", *output])],
     ).SerializeToString()
     opsets = [helper.make_opsetid("", OPSET)]
     model = onnx.ModelProto(producer_name="maxmap", opset_import=opsets)

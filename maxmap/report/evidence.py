@@ -16,8 +16,8 @@ from maxmap import checkpoint, evaluate, storage
 from maxmap.config import bind, departures, with_defaults
 from maxmap.cost import count_parameters
 from maxmap.data.augment import normalize
+from maxmap.data.labelled import ImageSource
 from maxmap.data.preprocessing import cropped
-from maxmap.data.sources import ImageSource
 from maxmap.errors import UserError, printable, sentence
 from maxmap.explanation import explain
 from maxmap.inference import load_classifier

@@ -4,8 +4,9 @@
     multi_label     which of several labels an image has  average precision, F1 at thresholds
     distribution    shares of ordered scores (AVA's ten)  PLCC and SRCC of the mean score
     numbers         one number or several                 MAE, RMSE, R2
+    segmentation    the class of every pixel              mean IoU
 
-A task is an object of one of four classes. Data says which one it is (`of_data`), a checkpoint keeps it (`describe`,
+A task is an object of one of five classes. Data says which one it is (`of_data`), a checkpoint keeps it (`describe`,
 `of_checkpoint`), and no other room asks for its name: they all call the methods of `Task`.
 """
 
@@ -20,11 +21,14 @@ from maxmap.classes import listed
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.tasks.rows import Distribution, MultiLabel, Numbers, by_name
+from maxmap.tasks.segmentation import Segmentation
 from maxmap.tasks.single_label import SingleLabel
 from maxmap.tasks.task import Task
 
 SINGLE_LABEL: Task = SingleLabel()
-TASKS: dict[str, type[Any]] = {each.name: each for each in (SingleLabel, MultiLabel, Distribution, Numbers)}
+TASKS: dict[str, type[Any]] = {
+    each.name: each for each in (SingleLabel, MultiLabel, Distribution, Numbers, Segmentation)
+}
 
 
 def of_data(data: Data) -> Task:
@@ -40,7 +44,7 @@ def of_data(data: Data) -> Task:
         labels = np.asarray(source.labels() if source is not None else None, np.float64)  # [N, K]
         deviation = np.std(labels, axis=0)
         return Numbers(tuple(np.mean(labels, axis=0).tolist()), tuple(np.where(deviation > 0, deviation, 1).tolist()))
-    return SINGLE_LABEL
+    return TASKS[data.task]()
 
 
 def unfitted(name: str, outputs: int) -> Task:

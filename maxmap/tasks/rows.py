@@ -20,9 +20,10 @@ class Rows(abc.ABC):
     """What the tasks share whose labels are a row of K numbers: what is kept, and its columns in `predictions.csv`."""
 
     keeps_outputs: ClassVar[bool] = True
+    dense: ClassVar[bool] = False
     value: ClassVar[str]
 
-    def label_like(self, batch: int, outputs: int) -> jax.ShapeDtypeStruct:
+    def label_like(self, batch: int, outputs: int, size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, outputs), jnp.float32)
 
     def encode(self, labels: Array) -> Array:

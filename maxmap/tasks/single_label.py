@@ -29,8 +29,9 @@ class SingleLabel:
     outputs: ClassVar[str] = "classes"
     value: ClassVar[str] = "probability"
     keeps_outputs: ClassVar[bool] = False
+    dense: ClassVar[bool] = False
 
-    def label_like(self, batch: int, outputs: int) -> jax.ShapeDtypeStruct:
+    def label_like(self, batch: int, outputs: int, size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def encode(self, labels: Array) -> Array:

@@ -28,6 +28,7 @@ class Task(Protocol):
       outputs: what the outputs are called, in the plural.
       value: what stands beside a name in a prediction: 'probability', 'share' or 'number'.
       keeps_outputs: whether `figures` needs the outputs for every image.
+      dense: whether every pixel has an answer of its own, by a head of `maxmap.models.PIXEL_HEADS`.
     """
 
     name: ClassVar[str]
@@ -40,9 +41,10 @@ class Task(Protocol):
     outputs: ClassVar[str]
     value: ClassVar[str]
     keeps_outputs: ClassVar[bool]
+    dense: ClassVar[bool]
 
-    def label_like(self, batch: int, outputs: int) -> jax.ShapeDtypeStruct:
-        """Returns shape and type of the labels of a batch."""
+    def label_like(self, batch: int, outputs: int, size: int) -> jax.ShapeDtypeStruct:
+        """Returns shape and type of the labels of a batch of training images of `size` pixels."""
         ...
 
     def encode(self, labels: Array) -> Array:
@@ -50,7 +52,7 @@ class Task(Protocol):
         ...
 
     def decode(self, logits: Array) -> Array:
-        """Maps logits `[..., K]` to predictions: probabilities, shares or numbers."""
+        """Maps logits `[..., K]` to predictions: probabilities, shares or numbers; of a dense task, classes `[...]`."""
         ...
 
     def answers(self, logits: Array) -> Array:
@@ -61,8 +63,8 @@ class Task(Protocol):
         """Computes what an evaluation adds up, and what it keeps of every image, on the device.
 
         Args:
-          logits: `[B, K]`, the mean over the branches.
-          branches: `[G, B, K]`.
+          logits: `[B, K]`, the mean over the branches; where it is dense `[B, h, w, K]`.
+          branches: `[G, B, K]` or `[G, B, h, w, K]`.
           labels: of the batch.
           mask: `[B]`, False for padding.
 
@@ -100,7 +102,7 @@ class Task(Protocol):
         ...
 
     def caption(self, target: np.ndarray, names: Sequence[str]) -> str:
-        """Returns what stands below an image whose target `[K]` this is, as it is mixed and compared with logits."""
+        """Returns what stands below an image whose target this is, as it is mixed and compared with logits."""
         ...
 
     def shown(self, value: float) -> str:
@@ -112,7 +114,7 @@ class Task(Protocol):
         ...
 
     def named(self, outputs: np.ndarray, names: Sequence[str], top: int) -> Named:
-        """Returns the prediction of one image by its `decode`d outputs `[K]`; `top` is how many classes."""
+        """Returns the prediction of one image by its `decode`d outputs; `top` is how many classes."""
         ...
 
     def table(self, names: Sequence[str], top: int) -> tuple[list[str], Callable[[np.ndarray], dict[str, Any]]]:

@@ -17,7 +17,7 @@ from maxmap.data.augment import normalize
 from maxmap.data.pipeline import Data
 from maxmap.errors import UserError
 from maxmap.evaluate import EvalStep, check_image_size, make_eval_step
-from maxmap.models import Classifier, block_paths, require_image_head
+from maxmap.models import Classifier, block_paths, require_head
 from maxmap.operations import Array
 from maxmap.optim import check_frozen
 from maxmap.recipe import Recipe
@@ -209,19 +209,19 @@ def make_step(recipe: Recipe, mesh: Mesh, images: Images, steps_per_epoch: int, 
       UserError: Batch, mesh, model and images do not fit each other.
     """
     model = recipe.model(num_classes=images.num_classes)
-    require_image_head(model, "config.model")
+    require_head(model, images.task.dense, "config.model")
     check_batch(recipe.batch_size // recipe.accumulate, mesh, "config.batch_size / config.accumulate =")
     schedule = recipe.schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
     optimizer = make_optimizer(recipe, model, schedule)
     prepare, loss, answers = make_prepare(recipe, images), make_loss(recipe, images), None
     dtype = jnp.dtype(recipe.dtype)
     same, split = replicated(mesh), split_batch(mesh)
-    label = images.task.label_like(recipe.batch_size, images.num_classes)
+    label = images.task.label_like(recipe.batch_size, images.num_classes, images.size)
     batch = {
         "image": jax.ShapeDtypeStruct(images.batch(recipe.batch_size), jnp.uint8, sharding=split),
         "label": jax.ShapeDtypeStruct(label.shape, label.dtype, sharding=split),
     }
-    _trace_once(prepare, loss, batch, images.num_classes)
+    _trace_once(prepare, loss, batch, images)
     taught = [] if teacher is None else [teacher.like(mesh)]
     if teacher is not None:
         answers = functools.partial(teacher.answer, mean=images.mean, std=images.std, dtype=dtype)
@@ -284,7 +284,7 @@ def make_prepare(recipe: Recipe, about: Images) -> Prepare:
 
     def prepare(key: Array, images: Array, labels: Array) -> tuple[Array, Array]:
         augment_key, mix_key, erase_key = jax.random.split(key, 3)
-        images = recipe.augment(augment_key, images, mean=about.mean)
+        images, labels = recipe.augment(augment_key, images, labels, mean=about.mean)
         images, targets = recipe.mix(mix_key, images, about.task.encode(labels), num_classes=about.num_classes)
         return recipe.erase(erase_key, normalize(images, about.mean, about.std)), targets
 
@@ -302,9 +302,10 @@ def make_loss(recipe: Recipe, about: Images) -> Loss:
     return functools.partial(recipe.loss, weights=weights, divergence=about.task.divergence)
 
 
-def _trace_once(prepare: Prepare, loss: Loss, batch: dict[str, jax.ShapeDtypeStruct], num_classes: int) -> None:
+def _trace_once(prepare: Prepare, loss: Loss, batch: dict[str, jax.ShapeDtypeStruct], about: Images) -> None:
     """Traces augmentation and loss, so that a mistake in their sections shows before anything is built."""
     images, labels = (jax.ShapeDtypeStruct(batch[key].shape, batch[key].dtype) for key in ("image", "label"))
     _, targets = jax.eval_shape(prepare, jax.random.key(0), images, labels)
-    logits = jax.ShapeDtypeStruct((1, images.shape[0], num_classes), jnp.float32)
+    classified = targets.shape if about.task.dense else images.shape[:1]
+    logits = jax.ShapeDtypeStruct((1, *classified, about.num_classes), jnp.float32)
     jax.eval_shape(loss, {"logits": logits}, targets)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from maxmap import tasks
 from maxmap.accelerators.hardware import HARDWARE
 from maxmap.cost import count_parameters, multiply_adds
 from maxmap.errors import UserError
@@ -22,7 +23,7 @@ from maxmap.operations import compiled_for
 from maxmap.ranges import Fraction, Range
 from maxmap.recipe import Recipe
 from maxmap.sharding import DATA, FSDP, check_batch, state_sharding
-from maxmap.train.build import make_optimizer
+from maxmap.train.build import Images, make_loss, make_optimizer
 from maxmap.train.state import create
 from maxmap.train.step import cast
 from maxmap.train.teacher import read_teacher
@@ -30,6 +31,8 @@ from maxmap.train.teacher import read_teacher
 # Shares of that bound that the compilers of a v5e and an H100 took, whatever for, for the steps of MaxViT-T, ResNet-50
 # with MAP, ConvNeXt-T and CAFormer-S18 in bfloat16 with 64 or 128 images a device (commit 7248d86).
 TAKEN = (0.37, 0.68)
+
+_CLASSES = 1000  # where a recipe does not say how many
 
 Devices: TypeAlias = Annotated[int, Range(at_least=1, at_most=1_000_000)]
 
@@ -54,7 +57,7 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
     mesh = _mesh(devices, **recipe.mesh.keywords)
     check_batch(recipe.batch_size // accumulate, mesh, "config.batch_size / config.accumulate =")
     local = recipe.batch_size // accumulate // devices
-    model = recipe.model(num_classes=recipe.model.keywords.get("num_classes", 1000))
+    model = recipe.model(num_classes=recipe.model.keywords.get("num_classes", _CLASSES))
     dtype, size, channels = jnp.dtype(recipe.dtype), *(recipe.data.keywords[key] for key in ("image_size", "channels"))
     optimizer = make_optimizer(recipe, model, 1e-3)
     one = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
@@ -63,7 +66,8 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
     params = jax.eval_shape(lambda params: cast(params, dtype), state.params)
 
     with compiled_for(machine.platform):
-        kept, operations = _trace_step(model, params, state.model_state, (local, size, size, channels), dtype)
+        shape = (local, size, size, channels)
+        kept, operations = _trace_step(recipe, model, params, state.model_state, shape, dtype)
     # The backward pass takes twice the forward pass, and with remat the blocks once more.
     flops = 2 * accumulate * operations * (4 if recipe.model.keywords.get("remat") else 3)
     memory = {
@@ -105,9 +109,14 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
 
 
 def _trace_step(
-    model: Classifier, params: Any, others: Any, images: tuple[int, ...], dtype: jnp.dtype
+    recipe: Recipe, model: Classifier, params: Any, others: Any, images: tuple[int, ...], dtype: jnp.dtype
 ) -> tuple[int, int]:
-    """Returns the bytes that the forward pass keeps for the backward pass, parameters included, and multiply-adds."""
+    """Returns the bytes that the forward pass keeps for the backward pass, parameters included, and multiply-adds.
+
+    The loss counts where it is of pixels: it keeps more than many a network.
+    """
+    data, classes = recipe.data.keywords, recipe.model.keywords.get("num_classes", _CLASSES)
+    about = Images(images[1], classes, data["mean"], data["std"], tasks.unfitted(data["task"], classes))
 
     def forward(params: Any, others: Any, images: Any) -> Any:
         return model.apply(
@@ -118,8 +127,14 @@ def _trace_step(
             mutable=["batch_stats"],
         )
 
+    def learned(params: Any, others: Any, images: Any) -> Any:
+        outputs, mutated = forward(params, others, images)
+        if not about.task.dense:
+            return outputs, mutated
+        return make_loss(recipe, about)(outputs, jnp.zeros(images.shape[:3], jnp.int32))[0], mutated
+
     def backward(params: Any, others: Any, images: Any) -> Any:
-        return jax.vjp(lambda params: forward(params, others, images), params)[1]
+        return jax.vjp(lambda params: learned(params, others, images), params)[1]
 
     batch = jax.ShapeDtypeStruct(images, dtype)
     return _bytes(jax.eval_shape(backward, params, others, batch)), multiply_adds(forward, params, others, batch)

@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 import jax
 import numpy as np
 
-from maxmap.pictures import draw_grid, save_picture
+from maxmap.pictures import draw_grid, lay_mask, save_picture
 from maxmap.ranges import Count, Range, check_arguments
 from maxmap.recipe import Recipe
 from maxmap.schedule import MOST_STEPS
@@ -16,7 +16,7 @@ Step: TypeAlias = Annotated[int, Range(at_least=0, at_most=MOST_STEPS)]
 
 
 def show_batch(recipe: Recipe, path: str | Path, *, step: Step = 0, count: Count = 16) -> None:
-    """Writes the first images of a step's first micro-batch, augmented, mixed and erased, with their targets.
+    """Writes the first images of a step's first micro-batch, augmented, mixed and erased, with their targets or masks.
 
     These are the very images that a run of this recipe trains on, by (seed, step).
 
@@ -44,5 +44,7 @@ def show_batch(recipe: Recipe, path: str | Path, *, step: Step = 0, count: Count
     prepared, targets = jax.jit(prepare)(jax.random.split(key)[0], images, labels)
     mean, std = (np.asarray(data.preprocessing[name], np.float32) for name in ("mean", "std"))
     pixels = np.clip(np.rint(255 * (np.asarray(prepared[:count]) * std + mean)), 0, 255).astype(np.uint8)
+    if about.task.dense:
+        pixels = np.stack([lay_mask(*pair) for pair in zip(pixels, np.asarray(targets[:count]), strict=True)])
     captions = [about.task.caption(target, data.classes) for target in np.asarray(targets[:count])]
     save_picture(draw_grid(pixels, captions), path)

@@ -17,7 +17,12 @@ from tests.data.statistics import assert_share, random_images
 MEAN = (0.485, 0.456, 0.406)
 RECIPE = "rand-m9-mstd0.5-inc1"
 
-augment = jax.jit(aug.augment, static_argnames=("mean", "hflip", "vflip", "rand_augment", "color_jitter"))
+both = jax.jit(aug.augment, static_argnames=("mean", "hflip", "vflip", "rand_augment", "color_jitter"))
+
+
+def augment(key, images, **options):
+    """The images alone, whose classes stay as they are."""
+    return both(key, images, jnp.zeros(len(images), jnp.int32), **options)[0]
 
 
 # ------------------------------------------------------------------------------------------------------- whole batches
@@ -29,10 +34,11 @@ def test_flips():
     np.testing.assert_array_equal(augment(key, images, mean=MEAN, hflip=1.0), images[:, :, ::-1])
     np.testing.assert_array_equal(augment(key, images, mean=MEAN, hflip=0.0, vflip=1.0), images[:, ::-1])
     np.testing.assert_array_equal(augment(key, images, mean=MEAN, hflip=0.0), images)
-    both = np.asarray(augment(key, images, mean=MEAN, hflip=0.5, vflip=0.25))
+    flipped, masks = map(np.asarray, both(key, images, images[..., 0], mean=MEAN, hflip=0.5, vflip=0.25))
+    np.testing.assert_array_equal(masks, flipped[..., 0])  # a mask is flipped with its image
     views = {"none": images, "h": images[:, :, ::-1], "v": images[:, ::-1], "hv": images[:, ::-1, ::-1]}
     for (name, view), share in zip(views.items(), (0.375, 0.375, 0.125, 0.125), strict=True):
-        assert_share((both == np.asarray(view)).all((1, 2, 3)), share), name
+        assert_share((flipped == np.asarray(view)).all((1, 2, 3)), share), name
 
 
 def test_rand_augment_is_a_function_of_the_key():
@@ -98,7 +104,7 @@ def test_normalize_is_the_affine_map_of_the_bytes():
 def test_a_sharded_batch_gives_the_same_images(rand_augment):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     images = random_images(8, 16, 16, 16, 3)
-    run = jax.jit(partial(aug.augment, mean=MEAN, rand_augment=rand_augment, color_jitter=0.4))
+    run = partial(augment, mean=MEAN, rand_augment=rand_augment, color_jitter=0.4)
     sharded = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
     np.testing.assert_array_equal(run(jax.random.key(12), sharded), run(jax.random.key(12), jnp.asarray(images)))
 

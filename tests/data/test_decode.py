@@ -237,13 +237,13 @@ def test_random_interpolation_draws_bilinear_and_bicubic_alike():
 def test_draft_never_decodes_fewer_pixels_than_the_output(size, monkeypatch):
     file = save(Image.fromarray(PHOTOS[1]), "JPEG", quality=95)
     resized = []
-    resize = room._resized
+    resize = room.resized_box
 
     def spy(image, size, resample, box):
         resized.append((image.width, box))
         return resize(image, size, resample, box)
 
-    monkeypatch.setattr(room, "_resized", spy)
+    monkeypatch.setattr(room, "resized_box", spy)
     shrinks = []
     for seed in range(40):
         train_crop(file, np.random.default_rng(seed), size=size)

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from maxmap.data import decode, order
+from maxmap.data.labelled import LabelledImage
 from maxmap.data.pipeline import Data, open_data
 from maxmap.data.preprocessing import cropped
-from maxmap.data.sources import LabelledImage, open_source
+from maxmap.data.sources import open_source
 from maxmap.errors import UserError
 from tests.reference import import_timm
 

@@ -14,8 +14,9 @@ from PIL import Image
 from tensorflow_datasets.core.utils.shard_utils import FileInstruction, get_file_instructions
 
 from maxmap.data.archives import TFRecords, parse_example, record_positions
+from maxmap.data.labelled import LabelledImage
 from maxmap.data.pipeline import open_data
-from maxmap.data.sources import SOURCES, FolderSource, LabelledImage, open_source
+from maxmap.data.sources import SOURCES, FolderSource, open_source
 from maxmap.data.tfds_folders import check_prepared
 from maxmap.errors import UserError
 from maxmap.validate import open_images

@@ -13,7 +13,8 @@ from typing import Any
 
 from maxmap.checksums import masked_crc32c
 from maxmap.data.archives import TFRecords
-from maxmap.data.sources import ImageSource, TarSource, TfdsSource
+from maxmap.data.labelled import ImageSource
+from maxmap.data.sources import TarSource, TfdsSource
 from maxmap.errors import UserError, reason
 from tests.fuzz.changes import spoil, spoil_json, spoil_one
 from tests.fuzz.rows import Files, Row

@@ -157,13 +157,13 @@ def _spoil(files: Files, rng: random.Random) -> Files:
         data = with_size(data, kind, rng.choice((48, *sides)), rng.choice((40, *sides)))
         return {FILE: data if rng.random() < 0.7 else spoil(data, rng)}
     if how < 0.45 and kind == "PNG":
-        return {FILE: _spoil_chunks(data, rng)}
+        return {FILE: spoil_chunks(data, rng)}
     if how < 0.45 and kind == "TIFF":
         return {FILE: spoil_tags(data, rng)}
     return {FILE: spoil(data, rng)}
 
 
-def _spoil_chunks(data: bytes, rng: random.Random) -> bytes:
+def spoil_chunks(data: bytes, rng: random.Random) -> bytes:
     """Changes, repeats, removes or moves chunks, whose checksums are made again."""
     chunks, at = [], 8
     while at + 8 <= len(data):

@@ -4,6 +4,7 @@ from tests.fuzz import (
     archive_rows,
     band_rows,
     hub_rows,
+    mask_rows,
     picture_rows,
     program_rows,
     tensorflow_rows,
@@ -20,6 +21,7 @@ ROWS: tuple[Row, ...] = (
     *archive_rows.ROWS,
     *picture_rows.ROWS,
     *band_rows.ROWS,
+    *mask_rows.ROWS,
     *text_rows.ROWS,
 )
 

@@ -26,12 +26,12 @@ from tests.zoo import quick
 BATCHES = (1, 3, 8)
 
 
-def written(path, function, variables, size, count):
+def written(path, function, variables, size):
     """Writes the graph of a function and checks it by ONNX's own rules; returns the model."""
     image = jax.ShapeDtypeStruct((size, size, 3), jnp.float32)
-    graph, _ = lower(function, variables, image)
+    graph, output = lower(function, variables, image)
     about = dict.fromkeys(SAID, "0")
-    proto.write(onnx, path, graph, image, count, about)
+    proto.write(onnx, path, graph, image, output, about)
     onnx.checker.check_model(path, full_check=True)
     return onnx.load(path)
 
@@ -65,7 +65,7 @@ def test_every_head_on(family, tmp_path, plain_convolutions):
         return jnp.concatenate([average(each) for each in outputs], axis=1)
 
     wanted = np.asarray(quick(run, variables, images))
-    model = written(tmp_path / "all.onnx", run, variables, size, wanted.shape[1])
+    model = written(tmp_path / "all.onnx", run, variables, size)
     network = Network(tmp_path / "all.onnx")
     heads = np.split(wanted, len(models), axis=1)
     assert all(head.std(0).max() > 1e-3 * head.std() for head in heads)  # the images make a difference

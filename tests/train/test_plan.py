@@ -12,6 +12,7 @@ from maxmap.optim import make_optimizer
 from maxmap.sharding import make_mesh
 from maxmap.train.plan import plan
 from maxmap.train.state import abstract, create
+from tests import shapes
 from tests.tiny import ROOT, settings_for
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -70,6 +71,16 @@ def test_recomputation_is_less_memory_and_more_arithmetic():
     kept, again = (plan(bind(settings(model={**model, "remat": on})), 1, "tpu-v4", 0.3) for on in (False, True))
     assert again["memory"]["activations, at most"] < 0.5 * kept["memory"]["activations, at most"]
     assert again["flops"] == pytest.approx(4 / 3 * kept["flops"])
+
+
+def test_the_logits_of_pixels_are_counted():
+    """The loss keeps a probability of every class for every pixel."""
+    few, many = (
+        plan(bind(shapes.settings(None, batch_size=4, model__num_classes=count)), 1, "tpu-v4", 0.3)
+        for count in (3, 203)
+    )
+    more = many["memory"]["activations, at most"] - few["memory"]["activations, at most"]
+    assert more >= 200 * 4 * 32 * 32 * 4  # classes, images, pixels, bytes
 
 
 def test_the_command(capsys):
