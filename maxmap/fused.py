@@ -5,7 +5,7 @@ given maps; where none does, the layers are called one after another.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from maxmap.kernels.target import (
     upcast,
 )
 from maxmap.operations import Function, Padding, broadcast, explicit_padding, implementation
+
+if TYPE_CHECKING:
+    from maxmap.kernels.depthwise import Window
 
 
 def attends_in_maps(x: Array, window: tuple[int, int]) -> bool:
@@ -265,9 +268,8 @@ def expansion(
     *,
     stride: int,
     padding: Padding,
-    shortcut: str,
-) -> Callable[..., tuple[Array, Array, tuple[Array, ...], Array, Array]] | None:
-    """Finds the operation that expands maps and convolves them depthwise without leaving the chip in between.
+) -> "Window | None":
+    """Says how maps are expanded and convolved depthwise without leaving the chip in between.
 
     Args:
       shape: of the maps, `[B, H, W, I]`.
@@ -276,69 +278,10 @@ def expansion(
       function: the activation in between, of single values.
       stride: of the depthwise convolution, both axes.
       padding: of the depthwise convolution; see `convolve`.
-      shortcut: "same" for the map itself, "mean" for its 2x2 means, or "none".
 
     Returns:
-      None where the platform has no kernel for that. Otherwise a function of a map, an estimate of its mean `[I]`, a
-      function `fold`, a tuple of arrays for it, and a kernel `[k, k, 1, C]`. `fold`, of the map's mean `[I]` and
-      covariance `[I, I]` and the arrays, returns weights `[I, C]` and a bias `[C]`. The function convolves
-      function(map @ weights + bias). It returns the result `[B, H', W', C]`; its sum and sum of squares over all
-      pixels, `[2, C]`; a tuple with the shortcut, or none; mean and covariance, by which no gradient passes.
+      For `expand` and `expand_by_moments`; None where the platform has no kernel for that.
     """
-    window = _window(shape, channels, kernel_size, function, stride, padding)
-    if window is None:
-        return None
-    from maxmap.kernels import normalised
-
-    def expand(
-        x: Array, near: Array, fold: Callable[..., tuple[Array, Array]], folding: tuple[Array, ...], kernel: Array
-    ) -> tuple[Array, Array, tuple[Array, ...], Array, Array]:
-        front = normalised.Front(window, fold, shortcut)
-        found = normalised.expand(_images_last(x), near, folding, kernel[:, :, 0], front)
-        y, sums, beside, mean, covariance = found
-        return _images_first(y), sums, tuple(map(_images_first, beside)), mean, covariance
-
-    return expand
-
-
-def fixed_expansion(
-    shape: Sequence[int],
-    channels: int,
-    kernel_size: int,
-    function: Callable[[Array], Array],
-    *,
-    stride: int,
-    padding: Padding,
-) -> Callable[[Array, Array, Array, Array], Array] | None:
-    """Finds the operation of `expansion` for norms whose statistics are fixed.
-
-    The arguments are those of `expansion`.
-
-    Returns:
-      None where the platform has no kernel for that. Otherwise a function of a map, weights `[I, C]`, a bias `[C]` and
-      a kernel `[k, k, 1, C]`; it convolves function(map @ weights + bias) and returns `[B, H', W', C]`.
-    """
-    window = _window(shape, channels, kernel_size, function, stride, padding)
-    if window is None:
-        return None
-    from maxmap.kernels import depthwise
-
-    def expand(x: Array, weights: Array, bias: Array, kernel: Array) -> Array:
-        y, _ = depthwise.expand_depthwise(_images_last(x), (weights, bias), kernel[:, :, 0], window)
-        return _images_first(y)
-
-    return expand
-
-
-def _window(
-    shape: Sequence[int],
-    channels: int,
-    kernel_size: int,
-    function: Callable[[Array], Array],
-    stride: int,
-    padding: Padding,
-) -> Any:
-    """The depthwise convolution of `expansion` as its kernels take it; None where the platform has none."""
     if implementation("expand") != "pallas":
         return None
     from maxmap.kernels import depthwise  # takes half a second to import
@@ -347,6 +290,56 @@ def _window(
     if not depthwise.fits(shape, channels, kernel_size, stride, pads, devices()):
         return None
     return depthwise.Window(kernel_size, stride, (pads[0][0], pads[1][0]), function)
+
+
+def expand(window: "Window", x: Array, weights: Array, bias: Array, kernel: Array) -> Array:
+    """Convolves function(x @ weights + bias) depthwise.
+
+    Args:
+      window: of `expansion`.
+      x: `[B, H, W, I]`.
+      weights: `[I, C]`.
+      bias: `[C]`.
+      kernel: `[k, k, 1, C]`.
+
+    Returns:
+      `[B, H', W', C]`.
+    """
+    from maxmap.kernels import depthwise
+
+    return _images_first(depthwise.expand_depthwise(_images_last(x), (weights, bias), kernel[:, :, 0], window)[0])
+
+
+def expand_by_moments(
+    window: "Window",
+    x: Array,
+    near: Array,
+    fold: Callable[..., tuple[Array, Array]],
+    folding: tuple[Array, ...],
+    kernel: Array,
+    *,
+    shortcut: str,
+) -> tuple[Array, Array, tuple[Array, ...], Array, Array]:
+    """Does what `expand` does, with weights and a bias that follow from the moments of `x`: norms that train.
+
+    Args:
+      window: of `expansion`.
+      x: `[B, H, W, I]`.
+      near: an estimate of the mean of `x`, `[I]`.
+      fold: returns weights `[I, C]` and a bias `[C]` of the mean of `x` `[I]`, its covariance `[I, I]` and `folding`.
+      folding: arrays for `fold`.
+      kernel: `[k, k, 1, C]`.
+      shortcut: "same" for the map itself, "mean" for its 2x2 means, or "none".
+
+    Returns:
+      `[B, H', W', C]`; its sum and sum of squares over all pixels, `[2, C]`; a tuple with the shortcut, or none;
+      mean and covariance, by which no gradient passes.
+    """
+    from maxmap.kernels import normalised
+
+    front = normalised.Front(window, fold, shortcut)
+    y, sums, beside, mean, covariance = normalised.expand(_images_last(x), near, folding, kernel[:, :, 0], front)
+    return _images_first(y), sums, tuple(map(_images_first, beside)), mean, covariance
 
 
 def squeeze_project(
@@ -360,12 +353,12 @@ def squeeze_project(
     function: Callable[[Array], Array],
     gate: Callable[..., Array],
 ) -> Array:
-    """Norm, activation, squeeze-excitation and 1x1 convolution in one operation, behind an `expansion`.
+    """Norm, activation, squeeze-excitation and 1x1 convolution in one operation, behind an `expand`.
 
     With z = function(x * factor + summand) it computes z * gate(mean of z over the pixels, *gating) @ weights + bias.
 
     Args:
-      x: what an `expansion` returns, `[B, H, W, C]`.
+      x: what `expand` returns, `[B, H, W, C]`.
       factor: `[C]`.
       summand: `[C]`.
       gating: arguments of the gate behind the mean.

@@ -1,13 +1,13 @@
 """The stem and the convolution blocks."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.fused import expansion, fixed_expansion, squeeze_project
+from maxmap.fused import expand, expand_by_moments, expansion, squeeze_project
 from maxmap.layers.blocks import Mlp, SqueezeExcite, SqueezeExciteParameters, squeeze_gate
 from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
 from maxmap.layers.primitives import (
@@ -183,19 +183,19 @@ class MBConv(Block):
             name="shortcut",
         )
 
-        expand = None if self.is_initializing() else self._expansion(x.shape, width, train=train)
+        window = None if self.is_initializing() else self._expansion(x.shape, width, train=train)
         sums = None
-        if expand is None:
-            beside = shortcut(x)
-            x = self._expanded(x, width, train=train)
-        elif train:
-            x, sums, beside = self._expanded_at_once(x, width, expand, shortcut)
+        if window is not None and train:
+            x, sums, beside = self._expanded_at_once(x, width, window, shortcut)
         else:
             beside = shortcut(x)
-            x = self._expanded_by_fixed_norms(x, width, expand)
+            if window is not None:
+                x = self._expanded_by_fixed_norms(x, width, window)
+            else:
+                x = self._expanded(x, width, train=train)
         if self.se_early:
             x = squeeze_excite(name="se_early")(x)
-        if expand is not None and not self.se_early:
+        if window is not None and not self.se_early:
             x = self._projected(x, sums, se_width)
         else:
             gate = None if self.se_early else squeeze_excite(name="se").gate
@@ -230,19 +230,18 @@ class MBConv(Block):
         return not self.pre_norm_act and not self._pooled()
 
     def _beside(self) -> str:
-        """The shortcut's part that `expansion` computes."""
+        """The shortcut's part that `expand_by_moments` computes."""
         if not self._linear():
             return "none"
         return "same" if self.stride == 1 else "mean" if self.pool_type == "avg2" else "none"
 
-    def _expansion(self, shape: Sequence[int], width: int, *, train: bool) -> Callable[..., Any] | None:
-        """The operation that computes the same at once, where the platform has it."""
+    def _expansion(self, shape: Sequence[int], width: int, *, train: bool) -> Any:
+        """See `maxmap.fused.expansion`; None also where batch norms do not train with the batch as a whole."""
         if train and not batch_in_one_part():
             return None
         batch, height, rows, channels = shape
         step = 2 if self._pooled() else 1
-        find = functools.partial(expansion, shortcut=self._beside()) if train else fixed_expansion
-        return find(
+        return expansion(
             (batch, height // step, rows // step, channels),
             width,
             3,
@@ -263,7 +262,7 @@ class MBConv(Block):
         depthwise, _ = Conv(width, 3, groups=width, bias=False, name="conv2_kxk").weights(width)
         return kernel[0, 0], depthwise
 
-    def _expanded_by_fixed_norms(self, x: Array, width: int, expand: Callable[..., Any]) -> Array:
+    def _expanded_by_fixed_norms(self, x: Array, width: int, window: Any) -> Array:
         """What `_expanded` returns without `train`: the norms are parts of the first convolution."""
         channels = x.shape[-1]
         first = FoldedBatchNorm(channels, name="pre_norm").fold(self.epsilon) if self._linear() else None
@@ -275,11 +274,9 @@ class MBConv(Block):
         if first is not None:
             bias = bias + jnp.matmul(first[1], weights, precision="highest")
             weights = weights * first[0][:, None]
-        return expand(x, weights, bias, depthwise)
+        return expand(window, x, weights, bias, depthwise)
 
-    def _expanded_at_once(
-        self, x: Array, width: int, expand: Callable[..., Any], shortcut: "Shortcut"
-    ) -> tuple[Array, Array, Array]:
+    def _expanded_at_once(self, x: Array, width: int, window: Any, shortcut: "Shortcut") -> tuple[Array, Array, Array]:
         """What `_expanded` returns, its sums, and the shortcut."""
         channels, beside = x.shape[-1], None
         if self._linear():
@@ -293,7 +290,8 @@ class MBConv(Block):
         kernel, depthwise = self._expansion_kernels(channels, width)
         fold = functools.partial(_fold, epsilon=self.epsilon)
         folding = (kernel, second.scale, second.bias, *norm)
-        y, sums, pooled, mean, covariance = expand(x, near, fold, folding, depthwise)
+        found = expand_by_moments(window, x, near, fold, folding, depthwise, shortcut=self._beside())
+        y, sums, pooled, mean, covariance = found
         count = x.size // channels
         if first is not None:
             first.follow(mean, jnp.diagonal(covariance), count)
