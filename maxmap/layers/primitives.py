@@ -323,7 +323,7 @@ class BatchNorm(nn.Module):
         frozen = any(re.search(pattern, "/".join((*self.path, "scale"))) for pattern in _frozen_norms.get())
         if not train or frozen:
             statistics = (running_mean.value, running_var.value, upcast(scale), upcast(bias), self.epsilon)
-            return _activated(lambda x: affine(upcast(x), *statistics).astype(x.dtype), x, activation, gate)
+            return _activated(lambda x: affine(upcast(x), *statistics), x, activation, gate)
         parts, keep_first = _batch_groups.get()
         inputs = (scale, bias, running_mean.value, self.epsilon, parts)
         if activation in DERIVATIVES and activates_batch_norm(x):
@@ -343,10 +343,12 @@ class BatchNorm(nn.Module):
 def _activated(
     norm: Callable[[Array], Array], x: Array, activation: str | None, gate: Callable[[Array], Array] | None
 ) -> Array:
-    """Computes y = activation(norm(x)), and y * gate(mean of y); see `BatchNorm`."""
+    """Computes y = activation(norm(x)) in the type of `x`, and y * gate(mean of y); see `BatchNorm`."""
 
     def run(x: Array) -> Array:
-        return norm(x) if activation is None else ACTIVATIONS[activation](norm(x))
+        # Between the two nothing is rounded, or a TPU's compiler does not fuse them with the convolution in front.
+        y = norm(x)
+        return (y if activation is None else ACTIVATIONS[activation](y)).astype(x.dtype)
 
     y = run(x)
     if gate is None:
