@@ -210,7 +210,7 @@ def answers(
         files = images[start : start + batch_size]
         for file, row in zip(files, np.asarray(outputs(files)), strict=True):
             if task.dense:
-                row = row[np.ix_(*places(stored_size(file), info["preprocessing"]))]
+                row = row[np.ix_(*places(stored_size(file, info["preprocessing"]), info["preprocessing"]))]
             if keep:
                 keep(file, row)
             results.append(task.named(row, names, top))

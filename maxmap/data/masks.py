@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from maxmap.classes import match, read_names
+from maxmap.data.bands import open_bands
 from maxmap.data.folders import image_files
-from maxmap.data.images import MAX_PIXELS, open_image, read_values, stated_png_size
+from maxmap.data.images import MAX_PIXELS, broken_is_oserror, read_values, stated_png_size
 from maxmap.data.labelled import ImageSource, LabelledImage
 from maxmap.errors import UserError, printable, reason, shortened
 from maxmap.metrics import IGNORED
@@ -75,7 +76,8 @@ class MaskSource:
     def __getitem__(self, index: int) -> LabelledImage:
         with open(self.name(index), "rb") as file:
             image = file.read()
-        size = open_image(image, exif=False, max_pixels=MAX_PIXELS).size
+        with broken_is_oserror():
+            size = open_bands(image, channels=3, exif=False, max_pixels=MAX_PIXELS).size
         name = self._mask(self._names[index])
         try:
             with open(name, "rb") as file:
