@@ -278,7 +278,7 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
 
     result = figures(variables, info["weights"])
     if present < len(data.classes):
-        result["classes"] = f"{present} of {len(data.classes)}"
+        result.setdefault("classes", f"{present} of {len(data.classes)}")  # the figures of each say more
     result = report(result, count_parameters(variables["params"]), {**info, "preprocessing": data.preprocessing})
     if info["weights"] == "ema" and (raw := checkpoint.read_variables(path, ema=False))[1]["weights"] == "raw":
         raw_figures = figures(raw[0], "raw")

@@ -205,6 +205,8 @@ def answers(
         def outputs(files: Sequence[str | Path]) -> Array:
             return compute(variables, preprocess(files, info))
 
+    if network and task.dense:
+        batch_size = 1  # the logits of many would fill the memory; see `decoded`
     results = []
     for start in range(0, len(images), batch_size):
         files = images[start : start + batch_size]

@@ -32,6 +32,12 @@ from maxmap.ranges import CountOrZero, Fraction, Pixels, Positive, Range, Share,
 _PREFETCH = 2  # batches that are made ahead
 _MOST_THREADS = 1024  # of a process, and of worker processes
 
+# Options of `open_data` that say how labels are read.
+LABELLING = (
+    *("source", "task", "image_column", "label_columns", "split_column", "separator"),
+    *("mask_folder", "reduce_zero_label"),
+)
+
 
 def open_data(
     source: str,
