@@ -86,7 +86,7 @@ def checkpoint_folder(tmp_path_factory):
     images = jnp.zeros((1, 16, 16, 3))
     _, variables = made(model, images)
     info = {"model": given, "classes": list(CLASSES), "preprocessing": preprocessing() | {"image_size": 16}}
-    info["config"] = {"data": {"source": "folder", "path": "/home/me", "mask_folder": None, "reduce_zero_label": True}}
+    info["config"] = {"data": {"source": "folder", "path": "photos", "mask_folder": None, "reduce_zero_label": True}}
     folder = tmp_path_factory.mktemp("onnx") / "made"
     checkpoint.write_variables(folder, variables, info | {"step": 0, "weights": "raw"})
     return folder, info, lambda images: average(quick(model.apply, variables, images))
