@@ -36,8 +36,8 @@ def train_pair(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resizes an image and its mask at random, and cuts the same square out of both, as mmsegmentation does.
 
-    Up to ten squares are drawn, until in one no class has more than three quarters of the pixels that count. Where the
-    resized image is smaller than the square, it lies in the upper left corner; the rest has the mean colour, and is
+    Up to ten squares are drawn, until one has pixels that count, and no class more than three quarters of them. Where
+    the resized image is smaller than the square, it lies in the upper left corner; the rest has the mean colour, and is
     ignored in the mask.
 
     Args:
@@ -71,7 +71,7 @@ def train_pair(
             )
             cut = mask[np.ix_(rows.astype(int), columns.astype(int))]
             counts = np.bincount(cut.reshape(-1), minlength=IGNORED + 1)[:IGNORED]
-            if counts.max() <= _MOST_OF_ONE_CLASS * counts.sum():
+            if 0 < counts.max() <= _MOST_OF_ONE_CLASS * counts.sum():
                 break
         step_x, step_y = width / resized[0], height / resized[1]
         (pixels,), shrink = opened.decode(int(min(step_x, step_y)) if draft else 1)

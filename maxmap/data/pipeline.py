@@ -162,8 +162,8 @@ def open_data(
     for split in (train, val):
         if check and split is not None:
             decode.check_images(split, check, channels, max_pixels)
-    if check and train is not None and train.label_shape is None:
-        check_classes(train)
+    if check and task == "segmentation":
+        check_classes(train, val)
     if balanced and task != "single_label":
         raise UserError(
             f"data.balanced needs one class for each image, and config.data.task is {task!r}: leave it out."

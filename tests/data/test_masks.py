@@ -116,6 +116,13 @@ def test_what_is_wrong_is_one_sentence(tmp_path, change, says):
         open_data(path=tmp_path, **OPTIONS)
 
 
+def test_evaluation_masks_without_a_class_are_one_sentence(tmp_path):
+    folder(tmp_path, saved(Image.fromarray(MASK)))
+    Image.fromarray(np.full_like(MASK, IGNORED)).save(tmp_path / "masks" / "val" / "one.png")
+    with pytest.raises(UserError, match=r"val/one.png and other images show no class, beside ignored pixels"):
+        open_data(path=tmp_path, **OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -172,6 +179,15 @@ def test_a_training_crop_seldom_shows_one_class_alone():
         train_pair(image, mask, np.random.default_rng(i), size=64, zoom=(1.0, 1.0), mean=MEAN)[1] for i in range(60)
     ]
     assert np.mean([0.25 <= cut.mean() <= 0.75 for cut in drawn]) > 0.9
+
+
+def test_a_training_crop_seldom_shows_nothing_that_counts():
+    image, mask = np.zeros((64, 320, 3), np.uint8), np.full((64, 320), IGNORED, np.uint8)
+    mask[:, 128:160], mask[:, 160:192] = 0, 1
+    drawn = [
+        train_pair(image, mask, np.random.default_rng(i), size=64, zoom=(1.0, 1.0), mean=MEAN)[1] for i in range(60)
+    ]
+    assert np.mean([(cut != IGNORED).any() for cut in drawn]) > 0.9
 
 
 def test_an_array_is_cut_as_the_picture_that_it_is(tmp_path):
