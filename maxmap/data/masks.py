@@ -112,7 +112,7 @@ class MaskSource:
 
 
 def check_classes(train: ImageSource | None, val: ImageSource | None) -> None:
-    """Raises UserError if some training masks show one class alone, as masks of 0 and 255 do, or no evaluation mask any."""
+    """Raises UserError if training masks show one class alone, as masks of 0 and 255 do, or evaluation masks none."""
     for source, fewest, most in ((train, 2, _LOOKED_AT), (val, 1, None)):
         if source is None:
             continue
