@@ -74,8 +74,8 @@ class Network:
             self.info: dict[str, Any] = {
                 key: said[key] if key in ("weights", "input") else json.loads(said[key]) for key in SAID
             }
-            self.info["config"] = {"data": json.loads(said.get("labelling", "{}"))}
-        except ValueError:
+            self.info["config"] = {"data": dict(json.loads(said.get("labelling", "{}")))}
+        except (TypeError, ValueError):
             raise UserError(f"what {file} says of itself is damaged: export it again.") from None
         (self._input,) = self._session.get_inputs()
 
