@@ -198,8 +198,8 @@ def answers(
             return task.decode(bilinear(logits, pixels.shape[1:3]) if task.dense else logits)
 
     else:
-        if image_size is not None:
-            check_image_size(model, variables, info["preprocessing"])
+        if image_size is not None or window is not None:
+            check_image_size(model, variables, info["preprocessing"], window)
         compute = jax.jit(functools.partial(decoded, model, task, window=window))
 
         def outputs(files: Sequence[str | Path]) -> Array:

@@ -120,16 +120,16 @@ def validate(
         parameters = count_parameters(variables["params"])
     used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
     task = tasks.of_checkpoint(info)
+    if window and not task.dense:
+        raise UserError(f"--window is for checkpoints that classify pixels, and {path} classifies images.")
+    if task.dense and (crops or (network and window)):
+        raise UserError("--crops is for whole images, and --window not for an .onnx file: leave it out.")
     if network:
         network.check(used, pad=pad)
         if dtype != "float32" or jax.process_count() > 1:
             raise UserError("an .onnx file computes in float32, in one process: leave out --dtype and other hosts.")
     else:
-        check_image_size(model, variables, used)
-    if window and not task.dense:
-        raise UserError(f"--window is for checkpoints that classify pixels, and {path} classifies images.")
-    if task.dense and (crops or (network and window)):
-        raise UserError("--crops is for whole images, and --window not for an .onnx file: leave it out.")
+        check_image_size(model, variables, used, window)
     data = dataclasses.replace(open_images(images, split, tfds, check, info), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
