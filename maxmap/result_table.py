@@ -109,7 +109,8 @@ class Table:
 
     def close(self) -> None:
         """Closes the part of this process, which stays."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of rows that the disk has not taken, as `append` has said
+            self._file.close()
 
     def finish(self) -> None:
         """Makes the table of the parts of all processes, when these are whole, and removes them.
