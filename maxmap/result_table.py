@@ -116,7 +116,7 @@ class Table:
         """Makes the table of the parts of all processes, when these are whole, and removes them.
 
         Raises:
-          UserError: parts of other processes are on other disks, or the disk does not take the table.
+          UserError: parts of other processes are on other disks or of other images, or the disk does not take them.
         """
         if missing := [part for part in self._parts if not part.exists()]:
             raise UserError(
@@ -125,6 +125,11 @@ class Table:
             )
         joined, made = (self._target.with_name(f"{self._target.name}{end}") for end in (".joined", ".unfinished"))
         try:
+            if len({_about(part).read_bytes() for part in self._parts}) > 1:
+                raise UserError(
+                    f"{printable(self._parts[0])} and the parts of other processes are of different images or "
+                    "checkpoints: remove them, and start again when all processes see the same."
+                )
             lines = self._join(joined) if len(self._parts) > 1 else self._parts[0]
             if self._target.suffix == ".parquet":
                 _write_parquet(lines, made, self._example)

@@ -45,6 +45,12 @@ def test_parts_of_processes_become_the_table_of_one(ending, tmp_path):
     with pytest.raises(UserError, match=r"there is no .*\.part1-of-3, which another process has .* or give a file on"):
         table.finish()
     (tmp_path / "elsewhere").rename(part)
+    said = part.with_name(f"{part.name}.json")
+    text = said.read_text()
+    said.write_text(text.replace("1", "2"))
+    with pytest.raises(UserError, match=r"part0-of-3 and the parts of other processes are of different images"):
+        table.finish()
+    said.write_text(text)
     table.finish()
     assert rows_of(file) == rows_of(whole) and len(rows_of(whole)) == 7 and list(file.parent.iterdir()) == [file]
 
