@@ -278,7 +278,7 @@ def run(recipe: Recipe, workdir: str | Path) -> dict[str, Any]:
 
     result = figures(variables, info["weights"])
     if present < len(data.classes):
-        result["classes"] = f"{present} of {len(data.classes)}"
+        result.setdefault("classes", f"{present} of {len(data.classes)}")  # the figures of each say more
     result = report(result, count_parameters(variables["params"]), {**info, "preprocessing": data.preprocessing})
     if info["weights"] == "ema" and (raw := checkpoint.read_variables(path, ema=False))[1]["weights"] == "raw":
         raw_figures = figures(raw[0], "raw")
@@ -340,9 +340,15 @@ def tell(text: str) -> None:
         print(f"maxmap: {text}.", file=sys.stderr)
 
 
-def check_image_size(model: nn.Module, variables: Any, preprocessing: Mapping[str, Any]) -> None:
-    """Raises UserError unless a model takes images of the size and the channels that a preprocessing makes."""
+def check_image_size(
+    model: nn.Module, variables: Any, preprocessing: Mapping[str, Any], window: int | None = None
+) -> None:
+    """Raises UserError unless a model takes images of the size and the channels that a preprocessing makes.
+
+    With a `window` it is shown the image in windows of that side; see `maxmap.segmentation.segment`.
+    """
     size, channels = preprocessing["image_size"], len(preprocessing["mean"])
+    size = size if window is None else min(window, size)
     small = isinstance(model, Classifier) and size < _LARGEST_STRIDE
     if small and size < (stride := _stride(model, variables, channels)):
         raise UserError(f"images of {size} pixels are smaller than the model's stride of {stride}: give larger ones.")

@@ -214,6 +214,9 @@ def _mask_writer(folder: Path, images: list[Path]) -> Callable[[str | Path, np.n
             f"{stems[twice[0]]} images are called {printable(twice[0])!r}, and so would their masks be: give those of "
             "one folder at a time."
         )
+    for image in images:
+        if (there := folder / f"{image.stem}.png").exists() and there.samefile(image):
+            raise UserError(f"the mask of {printable(image)} would replace the image itself: give another folder.")
 
     def write(image: str | Path, mask: np.ndarray) -> None:
         try:

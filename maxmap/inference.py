@@ -198,19 +198,21 @@ def answers(
             return task.decode(bilinear(logits, pixels.shape[1:3]) if task.dense else logits)
 
     else:
-        if image_size is not None:
-            check_image_size(model, variables, info["preprocessing"])
+        if image_size is not None or window is not None:
+            check_image_size(model, variables, info["preprocessing"], window)
         compute = jax.jit(functools.partial(decoded, model, task, window=window))
 
         def outputs(files: Sequence[str | Path]) -> Array:
             return compute(variables, preprocess(files, info))
 
+    if network and task.dense:
+        batch_size = 1  # the logits of many would fill the memory; see `decoded`
     results = []
     for start in range(0, len(images), batch_size):
         files = images[start : start + batch_size]
         for file, row in zip(files, np.asarray(outputs(files)), strict=True):
             if task.dense:
-                row = row[np.ix_(*places(stored_size(file), info["preprocessing"]))]
+                row = row[np.ix_(*places(stored_size(file, info["preprocessing"]), info["preprocessing"]))]
             if keep:
                 keep(file, row)
             results.append(task.named(row, names, top))

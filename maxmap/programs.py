@@ -14,6 +14,7 @@ from maxmap import storage, tasks
 from maxmap.convert.load import export_target, read_weights
 from maxmap.cost import count_parameters
 from maxmap.data.augment import normalize
+from maxmap.data.pipeline import LABELLING
 from maxmap.errors import UserError
 from maxmap.kernels.target import compiled_for
 from maxmap.models import average, create_model
@@ -117,5 +118,6 @@ def describe(info: Mapping[str, Any], image: jax.ShapeDtypeStruct, output: tuple
         "output": f"float32 {list(('B', *output))}, logits".replace("'", ""),
         "classes": info["classes"],
         "task": tasks.describe(tasks.of_checkpoint(info)),
+        "labelling": {key: value for key, value in info.get("config", {}).get("data", {}).items() if key in LABELLING},
         "preprocessing": info["preprocessing"],
     }

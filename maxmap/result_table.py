@@ -109,13 +109,14 @@ class Table:
 
     def close(self) -> None:
         """Closes the part of this process, which stays."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of rows that the disk has not taken, as `append` has said
+            self._file.close()
 
     def finish(self) -> None:
         """Makes the table of the parts of all processes, when these are whole, and removes them.
 
         Raises:
-          UserError: parts of other processes are on other disks, or the disk does not take the table.
+          UserError: parts of other processes are on other disks or of other images, or the disk does not take them.
         """
         if missing := [part for part in self._parts if not part.exists()]:
             raise UserError(
@@ -124,6 +125,11 @@ class Table:
             )
         joined, made = (self._target.with_name(f"{self._target.name}{end}") for end in (".joined", ".unfinished"))
         try:
+            if len({_about(part).read_bytes() for part in self._parts}) > 1:
+                raise UserError(
+                    f"{printable(self._parts[0])} and the parts of other processes are of different images or "
+                    "checkpoints: remove them, and start again when all processes see the same."
+                )
             lines = self._join(joined) if len(self._parts) > 1 else self._parts[0]
             if self._target.suffix == ".parquet":
                 _write_parquet(lines, made, self._example)

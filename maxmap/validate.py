@@ -20,7 +20,7 @@ from maxmap.cost import count_parameters
 from maxmap.data.archives import tar_files
 from maxmap.data.folders import holds_folders
 from maxmap.data.masks import IMAGES
-from maxmap.data.pipeline import Data, open_data
+from maxmap.data.pipeline import LABELLING, Data, open_data
 from maxmap.data.preprocessing import changed, departures, in_words
 from maxmap.data.tables import ENDING, split_names
 from maxmap.errors import UserError, printable
@@ -48,7 +48,6 @@ from maxmap.tasks.task import Task
 
 BATCH, DENSE_BATCH = 128, 8  # images at a time; the logits of all pixels take much memory
 SPLITS = ("val", "validation")  # folders, archives or CSV files that hold the evaluation split
-_CSV_KEYS = ("task", "image_column", "label_columns", "split_column", "separator")  # of the section data
 
 
 def validate(
@@ -121,16 +120,16 @@ def validate(
         parameters = count_parameters(variables["params"])
     used = changed({**info["preprocessing"], "exif": info["preprocessing"].get("exif", False)}, **(changes or {}))
     task = tasks.of_checkpoint(info)
+    if window and not task.dense:
+        raise UserError(f"--window is for checkpoints that classify pixels, and {path} classifies images.")
+    if task.dense and (crops or (network and window)):
+        raise UserError("--crops is for whole images, and --window not for an .onnx file: leave it out.")
     if network:
         network.check(used, pad=pad)
         if dtype != "float32" or jax.process_count() > 1:
             raise UserError("an .onnx file computes in float32, in one process: leave out --dtype and other hosts.")
     else:
-        check_image_size(model, variables, used)
-    if window and not task.dense:
-        raise UserError(f"--window is for checkpoints that classify pixels, and {path} classifies images.")
-    if task.dense and (crops or (network and window)):
-        raise UserError("--crops is for whole images, and --window not for an .onnx file: leave it out.")
+        check_image_size(model, variables, used, window)
     data = dataclasses.replace(open_images(images, split, tfds, check, info), preprocessing=used)
     data, among, present = _match_labels(data, info, path, labels)
     if jax.process_index() == 0:
@@ -159,7 +158,7 @@ def validate(
         del result["loss"]  # of the first label alone
         result |= accuracies(rows, {row["index"]: real_labels(right, row["name"]) for row in rows})
     if present < len(info["classes"]):
-        result["classes"] = f"{present} of {len(info['classes'])}"
+        result.setdefault("classes", f"{present} of {len(info['classes'])}")
     about = {name: given for name, given in zip(COUNTED, (labels, flip, crops, window), strict=True) if given}
     result = report({**about, **result}, parameters, {**info, "preprocessing": used})
     _write(path, result, task, to_csv({info["weights"]: rows}), labels, json_file, csv_file)
@@ -227,30 +226,28 @@ def open_images(
     if os.path.isfile(path) and path.endswith(".tar"):
         source, path, split = "tar", os.path.dirname(path), os.path.basename(path)
     elif os.path.isdir(path) or (os.path.isfile(path) and path.endswith(ENDING)):
-        source, path, split = _find_split(path, split, _csv_options(info).get("split_column", "split"))
+        source, path, split = _find_split(path, split, _labelling(info, "csv").get("split_column", "split"))
     else:
         raise UserError(
             f"there is no folder of images and no tar archive or CSV file {printable(path)}: give another path."
         )
-    options |= _csv_options(info) if source == "csv" else {}
+    options |= _labelling(info, "csv") if source == "csv" else {}
     return open_data(source, path, train_split=None, val_split=split, **options)
 
 
 def _open_masks(path: str, split: str | None, check: int, info: Mapping[str, Any]) -> Data:
     """Opens images with masks, which are numbered as the run of a checkpoint numbered them."""
     found = (name for name in SPLITS if os.path.isdir(os.path.join(path, IMAGES, name)))
-    run = info.get("config", {}).get("data", {})
     return open_data(
         "masks",
         path,
-        task="segmentation",
         train_split=None,
         val_split=split or next(found, SPLITS[0]),
         classes=info["classes"],
         check=check,
         crop_pct=1.0,  # of a preprocessing that the caller replaces, as the next
         crop_mode="border",
-        **{key: run[key] for key in ("mask_folder", "reduce_zero_label") if key in run},
+        **({"task": "segmentation"} | _labelling(info, "masks")),
     )
 
 
@@ -259,10 +256,11 @@ def result_folder(path: str | Path) -> epath.Path:
     return storage.resolve(path if checkpoint.is_workdir(path) else ".")
 
 
-def _csv_options(info: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns how the run of a checkpoint read its CSV files; nothing for the usual columns and one class per image."""
+def _labelling(info: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
+    """Returns how the run of a checkpoint read the labels of such a source; nothing if it read another one."""
     data = (info or {}).get("config", {}).get("data", {})
-    return {key: data[key] for key in _CSV_KEYS} if data.get("source") == "csv" else {}
+    found = {key: data[key] for key in LABELLING if key in data}
+    return found if found.pop("source", None) == source else {}
 
 
 def _find_split(path: str, split: str | None, column: str) -> tuple[str, str, str]:

@@ -28,12 +28,10 @@ from maxmap.onnx.export import export_onnx
 from maxmap.onnx.session import Network
 from maxmap.pictures import draw_grid, overlay
 from maxmap.programs import export_program
-from maxmap.tasks import SINGLE_LABEL
 from maxmap.train import loop
 from maxmap.train.build import build
 from maxmap.train.plan import plan
 from maxmap.train.start import first_state
-from maxmap.train.teacher import matched, read_teacher
 from maxmap.validate import validate
 from tests.test_grid import BACKBONES
 from tests.tiny import (
@@ -342,7 +340,7 @@ def test_other_channels_than_the_run_has_are_one_sentence(made):
         bind(with_data(made.settings, rand_augment="rand-m9")).data()
     recipe = bind(with_data({**made.settings, "distill": {"teacher": str(made.run)}}, path=str(colours), channels=3))
     with pytest.raises(UserError, match=f"takes images of {made.channels} channels, and config.data.channels is 3"):
-        matched(read_teacher(recipe), recipe.data(), SINGLE_LABEL)
+        plan(recipe, 1, "tpu-v4", 0.3)
 
 
 def test_the_plan_counts_the_channels(made):

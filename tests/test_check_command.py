@@ -164,6 +164,14 @@ def test_bad_input_is_one_sentence(argv, says, clean, capsys):
     assert code == 2 and sentence.startswith("maxmap: ") and says in sentence and files(clean) == before
 
 
+def test_images_with_masks_are_not_taken_for_classes(tmp_path, capsys):
+    for kind in ("images", "annotations"):
+        (tmp_path / kind / "training").mkdir(parents=True)
+        picture(tmp_path / kind / "training" / "a.png", 0)
+    code, _, err = run(capsys, tmp_path)
+    assert code == 2 and "has images and annotations, and check is for folders of classes" in err
+
+
 def test_a_folder_above_the_right_one(clean, tmp_path, capsys):
     code, out, _ = run(capsys, tmp_path)
     assert code == 1 and "problem: there is one class alone, clean: give the folder that holds train and val" in out

@@ -1,5 +1,6 @@
 """A table of many rows: what processes write of it becomes the table of one, also where one was stopped."""
 
+import contextlib
 import csv
 import json
 
@@ -44,5 +45,20 @@ def test_parts_of_processes_become_the_table_of_one(ending, tmp_path):
     with pytest.raises(UserError, match=r"there is no .*\.part1-of-3, which another process has .* or give a file on"):
         table.finish()
     (tmp_path / "elsewhere").rename(part)
+    said = part.with_name(f"{part.name}.json")
+    text = said.read_text()
+    said.write_text(text.replace("1", "2"))
+    with pytest.raises(UserError, match=r"part0-of-3 and the parts of other processes are of different images"):
+        table.finish()
+    said.write_text(text)
     table.finish()
     assert rows_of(file) == rows_of(whole) and len(rows_of(whole)) == 7 and list(file.parent.iterdir()) == [file]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    (tmp_path / "table.jsonl.part").symlink_to("/dev/full")
+    with (
+        pytest.raises(UserError, match=r"cannot write .*table.jsonl.part \(No space left on device\): make room"),
+        contextlib.closing(Table(tmp_path / "table.jsonl", {"value": 0.0}, {})) as table,
+    ):
+        table.append([{"image": "0.png", "value": 1.0}])

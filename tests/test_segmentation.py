@@ -21,6 +21,7 @@ from maxmap.data.pipeline import open_data
 from maxmap.data.preprocessing import cropped
 from maxmap.errors import UserError
 from maxmap.evaluate import evaluate, make_eval_step
+from maxmap.evaluation_commands import _mask_writer
 from maxmap.inference import load, predict, predict_masks
 from maxmap.losses import total_loss
 from maxmap.metrics import IGNORED
@@ -290,6 +291,16 @@ def test_what_has_no_answer_for_pixels_says_so(run, shapes, tmp_path, capsys):
         with pytest.raises(UserError, match=says):
             loop.run(bind(settings(shapes, **changes)), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_mask_does_not_replace_its_image(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "photo.png")
+    with pytest.raises(UserError, match="would replace the image itself: give another folder"):
+        _mask_writer(tmp_path, [tmp_path / "photo.png"])
+    monkeypatch.chdir(tmp_path)
+    _mask_writer(Path("out"), [Path("photo.png")])(Path("photo.png"), np.ones((4, 4), np.uint8))
+    with Image.open("out/photo.png") as mask:
+        assert mask.mode == "P" and np.array_equal(mask, np.ones((4, 4)))
 
 
 def test_the_batch_that_is_shown_says_what_its_masks_hold():

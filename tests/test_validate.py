@@ -205,3 +205,13 @@ def test_a_size_under_the_stride_is_refused():
     check_image_size(model, variables, {**preprocessing(), "image_size": 32})
     with pytest.raises(UserError, match="images of 31 pixels are smaller than the model's stride of 32"):
         check_image_size(model, variables, {**preprocessing(), "image_size": 31})
+
+
+def test_windows_count_where_they_are_what_the_network_sees():
+    model = create_model("maxvit_mini_32", num_classes=3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    larger = {**preprocessing(), "image_size": 48}
+    check_image_size(model, variables, larger, window=32)
+    for window in (None, 20, 64):
+        with pytest.raises(UserError, match=f"does not take images of {min(window or 48, 48)} pixels: .*windows of 4"):
+            check_image_size(model, variables, larger, window=window)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maxmap.data.folders import class_folders, holds_folders, image_files, split_folder
+from maxmap.data.masks import IMAGES, MASK_FOLDERS
 from maxmap.errors import UserError
 
 SPLITS = ("train", "val", "valid", "validation", "test")  # names that folders of splits usually have
@@ -51,12 +52,19 @@ def read_contents(folder: str, splits: Sequence[str] = ()) -> Contents:
         folder itself.
 
     Raises:
-      UserError: There is no such folder or split, it holds no class folders, or images lie beside them.
+      UserError: There is no such folder or split, it holds no class folders, or images lie beside them; or it holds
+        images and masks.
     """
     if not os.path.isdir(folder):
         raise UserError(
             f"there is no folder {folder}: give one with train/CLASS/ and val/CLASS/, or with CLASS/ alone."
         )
+    for masks in MASK_FOLDERS:
+        if all(holds_folders(os.path.join(folder, name)) for name in (IMAGES, masks)):
+            raise UserError(
+                f"{folder} has {IMAGES} and {masks}, and check is for folders of classes: `maxmap show-batch "
+                f"--config=segmentation:own --config.data.path={folder}` reads them as training does."
+            )
     if splits:
         roots = {name: split_folder(folder, name) for name in dict.fromkeys(splits)}
     else:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from maxmap.classes import match, read_names
+from maxmap.data.bands import open_bands
 from maxmap.data.folders import image_files
-from maxmap.data.images import MAX_PIXELS, open_image, read_values, stated_png_size
+from maxmap.data.images import MAX_PIXELS, broken_is_oserror, read_values, stated_png_size
 from maxmap.data.labelled import ImageSource, LabelledImage
 from maxmap.errors import UserError, printable, reason, shortened
 from maxmap.metrics import IGNORED
@@ -75,7 +76,8 @@ class MaskSource:
     def __getitem__(self, index: int) -> LabelledImage:
         with open(self.name(index), "rb") as file:
             image = file.read()
-        size = open_image(image, exif=False, max_pixels=MAX_PIXELS).size
+        with broken_is_oserror():
+            size = open_bands(image, channels=3, exif=False, max_pixels=MAX_PIXELS).size
         name = self._mask(self._names[index])
         try:
             with open(name, "rb") as file:
@@ -109,19 +111,24 @@ class MaskSource:
         return classes.astype(np.uint8)
 
 
-def check_classes(source: ImageSource) -> None:
-    """Raises UserError if some masks of a source show one class alone, as masks of 0 and 255 do."""
-    found = np.zeros(IGNORED + 1, bool)
-    for index in np.unique(np.linspace(0, len(source) - 1, min(_LOOKED_AT, len(source))).astype(int)):
-        with contextlib.suppress(OSError):  # it is counted when it is read
-            found[np.unique(source[int(index)].label)] = True
-    if found[:IGNORED].sum() < 2:
-        names = [source.classes[k] for k in np.flatnonzero(found[:IGNORED])]
-        raise UserError(
-            f"the masks of {printable(source.name(0))} and other images show "
-            f"{f'the class {printable(names[0])!r} alone' if names else 'no class'}, beside ignored pixels (value "
-            f"{IGNORED}): number the classes 0, 1, 2, ... in the masks."
-        )
+def check_classes(train: ImageSource | None, val: ImageSource | None) -> None:
+    """Raises UserError if training masks show one class alone, as masks of 0 and 255 do, or evaluation masks none."""
+    for source, fewest, most in ((train, 2, _LOOKED_AT), (val, 1, None)):
+        if source is None:
+            continue
+        found = np.zeros(IGNORED, bool)
+        for index in np.unique(np.linspace(0, len(source) - 1, min(most or len(source), len(source))).astype(int)):
+            with contextlib.suppress(OSError):  # it is counted when it is read
+                found |= np.bincount(np.ravel(source[int(index)].label), minlength=IGNORED + 1)[:IGNORED] > 0
+            if found.sum() >= fewest:
+                break
+        else:
+            names = [source.classes[k] for k in np.flatnonzero(found)]
+            raise UserError(
+                f"the masks of {printable(source.name(0))} and other images show "
+                f"{f'the class {printable(names[0])!r} alone' if names else 'no class'}, beside ignored pixels (value "
+                f"{IGNORED}): number the classes 0, 1, 2, ... in the masks."
+            )
 
 
 def _require_folder(path: str | os.PathLike | None) -> str:

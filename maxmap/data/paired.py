@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from maxmap.data.bands import open_bands
 from maxmap.data.decode import draw_filter, eval_size, offset, resized_box
-from maxmap.data.images import MAX_PIXELS, broken_is_oserror, open_image, plain_rgb
+from maxmap.data.images import MAX_PIXELS, broken_is_oserror, plain_rgb
 from maxmap.data.randaugment import fill_color
 from maxmap.data.rows import preprocessed_crop
 from maxmap.errors import UserError
@@ -35,8 +36,8 @@ def train_pair(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resizes an image and its mask at random, and cuts the same square out of both, as mmsegmentation does.
 
-    Up to ten squares are drawn, until in one no class has more than three quarters of the pixels that count. Where the
-    resized image is smaller than the square, it lies in the upper left corner; the rest has the mean colour, and is
+    Up to ten squares are drawn, until one has pixels that count, and no class more than three quarters of them. Where
+    the resized image is smaller than the square, it lies in the upper left corner; the rest has the mean colour, and is
     ignored in the mask.
 
     Args:
@@ -57,7 +58,7 @@ def train_pair(
       OSError: see `maxmap.data.decode.decode`.
     """
     with broken_is_oserror():
-        opened = open_image(image, exif=False, max_pixels=max_pixels)
+        opened = open_bands(image, channels=3, exif=False, max_pixels=max_pixels)
         width, height = opened.size
         times = size * rng.uniform(*zoom) / min(width, height)
         resized = [max(1, round(side * times)) for side in (width, height)]
@@ -70,10 +71,10 @@ def train_pair(
             )
             cut = mask[np.ix_(rows.astype(int), columns.astype(int))]
             counts = np.bincount(cut.reshape(-1), minlength=IGNORED + 1)[:IGNORED]
-            if counts.max() <= _MOST_OF_ONE_CLASS * counts.sum():
+            if 0 < counts.max() <= _MOST_OF_ONE_CLASS * counts.sum():
                 break
         step_x, step_y = width / resized[0], height / resized[1]
-        pixels, shrink = opened.decode(int(min(step_x, step_y)) if draft else 1)
+        (pixels,), shrink = opened.decode(int(min(step_x, step_y)) if draft else 1)
         right, bottom = min((left + len(columns)) * step_x, width), min((top + len(rows)) * step_y, height)
         box = (left * step_x / shrink, top * step_y / shrink, right / shrink, bottom / shrink)
         part = resized_box(pixels, (len(columns), len(rows)), resample, box)

@@ -32,6 +32,12 @@ from maxmap.ranges import CountOrZero, Fraction, Pixels, Positive, Range, Share,
 _PREFETCH = 2  # batches that are made ahead
 _MOST_THREADS = 1024  # of a process, and of worker processes
 
+# Options of `open_data` that say how labels are read.
+LABELLING = (
+    *("source", "task", "image_column", "label_columns", "split_column", "separator"),
+    *("mask_folder", "reduce_zero_label"),
+)
+
 
 def open_data(
     source: str,
@@ -156,8 +162,8 @@ def open_data(
     for split in (train, val):
         if check and split is not None:
             decode.check_images(split, check, channels, max_pixels)
-    if check and train is not None and train.label_shape is None:
-        check_classes(train)
+    if check and task == "segmentation":
+        check_classes(train, val)
     if balanced and task != "single_label":
         raise UserError(
             f"data.balanced needs one class for each image, and config.data.task is {task!r}: leave it out."

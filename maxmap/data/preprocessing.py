@@ -13,8 +13,9 @@ from typing import Annotated, Any, TypeAlias
 import numpy as np
 from PIL import Image
 
+from maxmap.data.bands import open_bands
 from maxmap.data.decode import CROP_MODES, check_filter
-from maxmap.data.images import MAX_PIXELS, open_image
+from maxmap.data.images import MAX_PIXELS
 from maxmap.data.rows import preprocessed_crop
 from maxmap.errors import UserError, nearest, printable, reason
 from maxmap.ranges import Pixels, Range, check_arguments
@@ -146,7 +147,8 @@ def cropped(
         ) from error
 
 
-def stored_size(path: str | os.PathLike) -> tuple[int, int]:
+def stored_size(path: str | os.PathLike, preprocessing: Mapping[str, Any]) -> tuple[int, int]:
     """Returns width and height of an image file that `cropped` takes, as they are stored."""
+    channels = len(preprocessing["mean"])
     with open(os.path.expanduser(path), "rb") as file:
-        return open_image(file.read(), exif=False, max_pixels=MAX_PIXELS).size
+        return open_bands(file.read(), channels=channels, exif=False, max_pixels=MAX_PIXELS).size

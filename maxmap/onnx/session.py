@@ -44,8 +44,8 @@ class Network:
       file: that `maxmap export` wrote.
 
     Attributes:
-      info: 'model', 'classes', 'task', 'preprocessing', 'weights' and 'step' as `maxmap.load` returns them; the number
-        of 'parameters', and the 'input' in words.
+      info: 'model', 'classes', 'task', 'preprocessing', 'weights' and 'step' as `maxmap.load` returns them; of the
+        'config' how its run read labels; the number of 'parameters', and the 'input' in words.
 
     Raises:
       UserError: the file cannot be run, is not maxmap's, or onnxruntime is not installed.
@@ -74,7 +74,8 @@ class Network:
             self.info: dict[str, Any] = {
                 key: said[key] if key in ("weights", "input") else json.loads(said[key]) for key in SAID
             }
-        except ValueError:
+            self.info["config"] = {"data": dict(json.loads(said.get("labelling", "{}")))}
+        except (TypeError, ValueError):
             raise UserError(f"what {file} says of itself is damaged: export it again.") from None
         (self._input,) = self._session.get_inputs()
 

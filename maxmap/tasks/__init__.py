@@ -130,6 +130,17 @@ def require_classes(info: Mapping[str, Any], what: str, where: Any) -> None:
         )
 
 
+def require_task(name: str, info: Mapping[str, Any], where: Any) -> Task:
+    """Returns the task of a checkpoint; UserError unless it is the one of this name, which images are labelled for."""
+    task = of_checkpoint(info)
+    if name != task.name:
+        raise UserError(
+            f"the checkpoint in {where} was trained for the task {task.name!r}, and the images are labelled for "
+            f"{name!r}: give images with labels of its kind, or another checkpoint."
+        )
+    return task
+
+
 def require_same(data: Data, info: Mapping[str, Any], where: Any) -> Task:
     """Returns the task of a checkpoint, after a check that data is labelled for it.
 
@@ -141,12 +152,7 @@ def require_same(data: Data, info: Mapping[str, Any], where: Any) -> Task:
     Raises:
       UserError: the data is labelled for another task, or by other columns.
     """
-    task, names, stored = of_checkpoint(info), data.classes, info.get("classes", ())
-    if data.task != task.name:
-        raise UserError(
-            f"the checkpoint in {where} was trained for the task {task.name!r}, and the images are labelled for "
-            f"{data.task!r}: give images with labels of its kind, or another checkpoint."
-        )
+    task, names, stored = require_task(data.task, info, where), data.classes, info.get("classes", ())
     if task.complete and set(names) != set(stored):
         raise UserError(
             f"the checkpoint in {where} answers with {listed(stored)} ({len(stored)}), and the images are labelled by "

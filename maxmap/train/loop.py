@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from maxmap import checkpoint, evaluate, storage, tasks
+from maxmap import checkpoint, evaluate, storage
 from maxmap.checkpoint import Checkpoints
 from maxmap.config import flatten
 from maxmap.cost import count_parameters
@@ -53,7 +53,7 @@ def run(recipe: Recipe, workdir: str | Path, *, allow_changes: bool = False) -> 
     teacher = read_teacher(recipe)
     found, changes, data = find_checkpoint(recipe, workdir, data, mesh, teacher, allow_changes=allow_changes)
     if teacher is not None:
-        teacher, taught = matched(teacher, data, tasks.of_data(data))
+        teacher, taught = matched(teacher, data)
     parts = build(recipe, mesh, data, found, teacher)
     check_steps(recipe.log.profile, parts.total_steps)
     state, adapted = first_state(parts, workdir, found)

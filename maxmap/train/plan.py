@@ -53,7 +53,7 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
       'compute_seconds', 'network_seconds', 'efficiency' (if nothing overlaps), 'fits' and 'largest_batch' (images at a
       time on a device).
     """
-    machine, accumulate = HARDWARE[hardware], recipe.accumulate
+    machine, accumulate, teacher = HARDWARE[hardware], recipe.accumulate, read_teacher(recipe)
     mesh = _mesh(devices, **recipe.mesh.keywords)
     check_batch(recipe.batch_size // accumulate, mesh, "config.batch_size / config.accumulate =")
     local = recipe.batch_size // accumulate // devices
@@ -81,7 +81,7 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
         "images": local * size * size * channels * (1 + dtype.itemsize),
     }
     sent = _traffic(params, mesh, accumulate)
-    if (teacher := read_teacher(recipe)) is not None:
+    if teacher is not None:
         taught = teacher.variables["params"]
         memory["teacher"] = _held(teacher.variables, mesh) + _bytes(_split(taught, mesh))  # its parts, then gathered
         sent["teacher gathered"] = _traffic(taught, mesh, 1)["parameters gathered"]

@@ -19,7 +19,7 @@ from maxmap.progress import clock
 from maxmap.tasks import SINGLE_LABEL, TASKS
 from maxmap.tasks.task import Task
 from maxmap.train.goodput import Goodput
-from maxmap.train.trackers import EVENT, About, Tracker, known_before
+from maxmap.train.trackers import EVENT, About, Tracker, close, known_before
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,13 +90,14 @@ class Report:
         self._file = self._path.open("ab", buffering=0)
         from maxmap.train.board import Board  # it imports PyTorch if that is installed, which takes a second
 
-        self._boards: list[Board | Tracker] = [Board(self.folder / "tensorboard", step + 1)]
+        self._board = Board(self.folder / "tensorboard", step + 1)
+        self._trackers: list[Tracker] = []
         if trackers:
             known = known_before(*logs)
             self.event(EVENT, step, known)
             about = About(Path(workdir).name, config=config or {}, folder=self.folder, **known)
             self._temporary.enter_context(contextlib.redirect_stdout(sys.stderr))  # trackers greet; the result is alone
-            self._boards += [Tracker(name, about, self.warn) for name in trackers]
+            self._trackers = [Tracker(name, about, self.warn) for name in trackers]
         self._bar = tqdm(
             total=total_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
@@ -177,11 +178,15 @@ class Report:
             return
         self._check_ownership()
         for file in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-            # A file only grows, so its content is new if its size is.
-            if self._copied.get(file) != (size := file.stat().st_size):
+            try:
+                # A file only grows, so its content is new if its size is.
+                if self._copied.get(file) == (size := file.stat().st_size):
+                    continue
                 data = file.read_bytes()
-                (storage.resolve(self._workdir) / file.relative_to(self.folder).as_posix()).write_bytes(data)
-                self._copied[file] = size
+            except FileNotFoundError:  # a tracker has removed a file of its own
+                continue
+            (storage.resolve(self._workdir) / file.relative_to(self.folder).as_posix()).write_bytes(data)
+            self._copied[file] = size
 
     def close(self) -> None:
         """Closes the progress bar and the files, and draws `curves.png`."""
@@ -189,17 +194,21 @@ class Report:
             with self._temporary:
                 self._bar.close()
                 self._file.close()
-                for board in self._boards:
-                    board.close()
+                self._board.close()
                 draw_curves(self._path, self._path.with_name("curves.png"))
+                try:
+                    self.upload()  # before trackers take their time: a scheduler may kill the run soon
+                finally:
+                    close(self._trackers)
                 self.upload()
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._main:
             return
         self._file.write((json.dumps({"kind": kind, "step": step, **values}) + "\n").encode())
-        for board in self._boards:
-            board.scalars(kind, values, step)
+        self._board.scalars(kind, values, step)
+        for tracker in self._trackers:
+            tracker.scalars(kind, values, step)
 
 
 def drop_after(path: Path, step: int) -> None:

@@ -94,12 +94,19 @@ def read_teacher(recipe: Recipe) -> Teacher | None:
     """Reads the teacher of a recipe; None if it has none.
 
     Raises:
-      UserError: There is no such checkpoint, or it does not classify images.
+      UserError: There is no such checkpoint, or it is for another task or other images than the recipe's data.
     """
-    path = recipe.distill.teacher
+    path, data = recipe.distill.teacher, recipe.data.keywords
     if path is None:
         return None
+    tasks.unfitted(data["task"], 2).answers(jnp.zeros((1, 2)))  # whose sentence says that a task has no teachers
     model, variables, info = load_classifier(path)
+    tasks.require_task(data["task"], info, path)
+    if (own := len(info["preprocessing"]["mean"])) != data["channels"]:
+        raise UserError(
+            f"the teacher {path} takes images of {own} channels, and config.data.channels is {data['channels']}: give "
+            "one that takes the same images."
+        )
     digest = hashlib.sha256()
     for place, leaf in jax.tree_util.tree_leaves_with_path(variables):
         digest.update(f"{jax.tree_util.keystr(place)} {leaf.shape} {leaf.dtype}".encode())
@@ -113,20 +120,13 @@ def identity(described: Mapping[str, Any] | None) -> str | None:
     return None if described is None else f"{described['model']} with the weights {described['sha256'][:12]}"
 
 
-def matched(teacher: Teacher, data: Data, task: Task) -> tuple[Teacher, str]:
+def matched(teacher: Teacher, data: Data) -> tuple[Teacher, str]:
     """Gives a teacher the classes of a run; also returns what to say of it.
 
     Raises:
-      UserError: It is for another task, or lacks a class of the data.
+      UserError: It lacks a class of the data.
     """
     path, here, stored = teacher.path, data.classes, teacher.info["classes"]
-    task.answers(jnp.zeros((1, len(here))))  # whose sentence says that a task has no teachers
-    tasks.require_same(data, teacher.info, path)
-    if (own := len(teacher.info["preprocessing"]["mean"])) != data.channels:
-        raise UserError(
-            f"the teacher {path} takes images of {own} channels, and config.data.channels is {data.channels}: give one "
-            "that takes the same images."
-        )
     told = f"{teacher.info['model']['name']}, {count_parameters(teacher.variables['params']):,} parameters"
     known = stored_names(teacher.info)
     if known is None or data.numbered:

@@ -171,10 +171,13 @@ class Tracker:
         if step > self._about.logged.get(kind, -1):
             self._put(({f"{kind}/{key}": value for key, value in values.items()}, step))
 
-    def close(self) -> None:
-        """Waits until all is handed over, for `PATIENCE` seconds at most."""
+    def end(self) -> None:
+        """Says that no row follows."""
         self._put(None)
-        self._thread.join(PATIENCE)
+
+    def wait(self, seconds: float) -> None:
+        """Waits until all is handed over, or gives up."""
+        self._thread.join(max(seconds, 0))
         if self._thread.is_alive():
             self._give_up(f"it did not take the last rows in {PATIENCE} s")
 
@@ -200,3 +203,12 @@ class Tracker:
             service.close()
         except Exception as error:
             self._give_up(reason(error))
+
+
+def close(trackers: Sequence[Tracker]) -> None:
+    """Waits until all is handed over, for `PATIENCE` seconds at most, whatever the number of trackers."""
+    for tracker in trackers:
+        tracker.end()
+    until = time.monotonic() + PATIENCE
+    for tracker in trackers:
+        tracker.wait(until - time.monotonic())

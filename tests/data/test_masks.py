@@ -10,7 +10,7 @@ from PIL import Image
 from maxmap.data.images import read_values
 from maxmap.data.paired import check_whole, eval_pair, finest, places, train_pair
 from maxmap.data.pipeline import open_data
-from maxmap.data.preprocessing import cropped
+from maxmap.data.preprocessing import cropped, stored_size
 from maxmap.errors import UserError
 from maxmap.metrics import IGNORED
 from tests.fuzz.picture_rows import png
@@ -116,6 +116,13 @@ def test_what_is_wrong_is_one_sentence(tmp_path, change, says):
         open_data(path=tmp_path, **OPTIONS)
 
 
+def test_evaluation_masks_without_a_class_are_one_sentence(tmp_path):
+    folder(tmp_path, saved(Image.fromarray(MASK)))
+    Image.fromarray(np.full_like(MASK, IGNORED)).save(tmp_path / "masks" / "val" / "one.png")
+    with pytest.raises(UserError, match=r"val/one.png and other images show no class, beside ignored pixels"):
+        open_data(path=tmp_path, **OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -172,6 +179,37 @@ def test_a_training_crop_seldom_shows_one_class_alone():
         train_pair(image, mask, np.random.default_rng(i), size=64, zoom=(1.0, 1.0), mean=MEAN)[1] for i in range(60)
     ]
     assert np.mean([0.25 <= cut.mean() <= 0.75 for cut in drawn]) > 0.9
+
+
+def test_a_training_crop_seldom_shows_nothing_that_counts():
+    image, mask = np.zeros((64, 320, 3), np.uint8), np.full((64, 320), IGNORED, np.uint8)
+    mask[:, 128:160], mask[:, 160:192] = 0, 1
+    drawn = [
+        train_pair(image, mask, np.random.default_rng(i), size=64, zoom=(1.0, 1.0), mean=MEAN)[1] for i in range(60)
+    ]
+    assert np.mean([(cut != IGNORED).any() for cut in drawn]) > 0.9
+
+
+def test_an_array_is_cut_as_the_picture_that_it_is(tmp_path):
+    image, mask = draw(5)
+    batches = []
+    for name in ("pictures", "arrays"):
+        for kind, pixels in (("images", image), ("masks", mask)):
+            (tmp_path / name / kind / "train").mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / name / kind / "train" / "one.png")
+        (tmp_path / name / "classes.txt").write_text("ground\nsquare\ndisc\n")
+    (tmp_path / "arrays" / "images" / "train" / "one.png").unlink()
+    np.save(tmp_path / "arrays" / "images" / "train" / "one.npy", image)
+    for name in ("pictures", "arrays"):
+        data = open_data(path=tmp_path / name, val_split="train", **OPTIONS)
+        batches.append([next(data.train_batches(1, seed=0, num_steps=1)), next(data.eval_batches(1))])
+    for picture, array in zip(*batches, strict=True):
+        assert all(np.array_equal(picture[key], array[key]) for key in ("image", "label", "skipped"))
+    file = tmp_path / "arrays" / "images" / "train" / "one.npy"
+    assert stored_size(file, WHOLE) == (48, 40)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="1 of the 1 images checked are broken"):
+        open_data(path=tmp_path / "arrays", val_split=None, **OPTIONS)
 
 
 @pytest.mark.parametrize("mode", ["border", "squash"])

@@ -86,6 +86,7 @@ def checkpoint_folder(tmp_path_factory):
     images = jnp.zeros((1, 16, 16, 3))
     _, variables = made(model, images)
     info = {"model": given, "classes": list(CLASSES), "preprocessing": preprocessing() | {"image_size": 16}}
+    info["config"] = {"data": {"source": "folder", "path": "photos", "mask_folder": None, "reduce_zero_label": True}}
     folder = tmp_path_factory.mktemp("onnx") / "made"
     checkpoint.write_variables(folder, variables, info | {"step": 0, "weights": "raw"})
     return folder, info, lambda images: average(quick(model.apply, variables, images))
@@ -106,6 +107,8 @@ def test_a_file_says_what_it_is_and_takes_pixels(checkpoint_folder, tmp_path, ca
         assert json.loads(about["classes"]) == list(CLASSES)
         assert json.loads(about["preprocessing"]) == info["preprocessing"]
         assert json.loads(about["model"])["name"] == "mobilenet_v1"
+        labelling = {"source": "folder", "mask_folder": None, "reduce_zero_label": True}  # as the run read labels
+        assert Network(file).info["config"] == {"data": labelling}
         assert about["input"].startswith("uint8 [B, 16, 16, 3]" if options else "float32 [B, 16, 16, 3]")
         # Norms are folded into the convolutions, whose activations are all that is left beside the head.
         kinds = [node.op_type for node in model.graph.node]

@@ -15,7 +15,7 @@ from maxmap.losses import total_loss
 from maxmap.recipe import Distillation
 from maxmap.sharding import make_mesh
 from maxmap.tasks import SINGLE_LABEL
-from maxmap.tasks.rows import MultiLabel, Numbers
+from maxmap.tasks.rows import MultiLabel
 from maxmap.train import loop
 from maxmap.train.plan import plan
 from maxmap.train.teacher import identity, matched, read_teacher, with_teacher
@@ -146,7 +146,7 @@ def test_one_device_equals_eight(folder, student, tmp_path):
 
 def test_the_teacher_is_shown_the_same_images_in_its_own_way(folder):
     recipe = bind(settings(folder))
-    teacher, told = matched(read_teacher(recipe), recipe.data(), SINGLE_LABEL)
+    teacher, told = matched(read_teacher(recipe), recipe.data())
     assert teacher.columns == (3, 2, 0)
     assert told == "tiny, 20,612 parameters; of its 4 classes the 3 of the data count, by their names"
     pixels = np.random.default_rng(0).random((5, 8, 8, 3), np.float32)
@@ -248,7 +248,7 @@ def test_what_cannot_teach(folder, tmp_path, change, says):
     assert not (tmp_path / "run").exists()
 
 
-def test_numbers_have_no_teacher(folder):
-    recipe = bind(settings(folder))
-    with pytest.raises(UserError, match=r"config.distill.teacher is for classes and labels: leave it out"):
-        matched(read_teacher(recipe), recipe.data(), Numbers((0.0,), (1.0,)))
+def test_numbers_and_masks_have_no_teacher(folder):
+    for task, says in (("numbers", "distributions and numbers"), ("segmentation", "masks")):
+        with pytest.raises(UserError, match=f"config.distill.teacher is for class.*: leave it out for {says}"):
+            plan(bind(settings(folder, data__task=task)), 1, "tpu-v4", 0.3)

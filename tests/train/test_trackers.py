@@ -6,6 +6,7 @@ The stand-ins take the arguments that wandb 0.31.0 and trackio 0.43.0 have; trac
 import json
 import sys
 import threading
+import time
 import types
 from typing import Any
 
@@ -153,6 +154,21 @@ def test_a_tracker_that_fails_or_hangs_is_told_once(tmp_path, monkeypatch, capfd
         "wandb gets no more of this run (No API key configured. Use `wandb login`): the other logs go on",
         "wandb gets no more of this run (it did not take the last rows in 0.1 s): the other logs go on",
     ]
+
+
+def test_trackers_share_the_time_that_the_end_waits():
+    waited = []
+
+    class Slow:
+        def end(self):
+            waited.append("told")
+
+        def wait(self, seconds):
+            waited.append(seconds)
+            time.sleep(0.05)
+
+    trackers.close([Slow(), Slow()])
+    assert waited[:2] == ["told"] * 2 and waited[2] <= trackers.PATIENCE and waited[3] <= trackers.PATIENCE - 0.05
 
 
 @pytest.mark.usefixtures("tiny_models")
