@@ -42,7 +42,13 @@ def read_onnx(path: Path) -> Network:
     try:
         if path.stat().st_size > _LARGEST:
             raise MalformedMessage("it has more than 2 GB")
-        graphs = Message(path.read_bytes()).messages(7)
+        model = Message(path.read_bytes())
+        if _text(model, 2) == "maxmap":
+            raise UserError(
+                f"{path} was written by `maxmap export`, and its weights are parts of a program: predict (without "
+                "--to) and validate run it; give all else the checkpoint that it was made of."
+            )
+        graphs = model.messages(7)
         if not graphs:
             raise MalformedMessage("it has no graph")
         constants = {}

@@ -161,6 +161,9 @@ def test_predict_and_validate_take_the_file(checkpoint_folder, tmp_path, capsys,
         told[name] = named, result, (tmp_path / "rows.csv").read_text()
     assert told["made"] == told["normalised.onnx"] == told["pixels.onnx"]
     capsys.readouterr()
+    assert "its weights are parts of a program: predict" in mistake(
+        capsys, "embed", path, images[0], f"--to={path}.csv"
+    )
     assert "takes images of its own size, 16 pixels" in mistake(capsys, "predict", path, images[0], "--image-size=32")
     given = (*(part.format(path) for part in validate), "--std", "1", "1", "1")
     assert "normalises by its own mean" in mistake(capsys, *given)
