@@ -31,6 +31,7 @@ OWN_FILES = {
     "maxmap.accelerators.bundles": "what a compiler on this machine writes",
     "maxmap.bulk": "images and archives are read by the readers of rows",
     "maxmap.checkpoint": "checkpoints that maxmap wrote, by orbax; SECURITY.md says what is not promised for them",
+    "maxmap.onnx.proto": "it writes",
     "maxmap.onnx.session": "files that maxmap exported, by onnxruntime; SECURITY.md says what is not promised for them",
     "maxmap.recipe_files": "recipes of the package",
     "maxmap.report.evidence": "what maxmap wrote into the folder of a checkpoint",
