@@ -11,7 +11,7 @@ from maxmap.errors import UserError, printable
 from maxmap.recipe import Recipe
 from maxmap.tasks import TASKS, unfitted
 from maxmap.train.build import Images, make_step
-from maxmap.train.plan import Devices, plan
+from maxmap.train.plan import CLASSES, Devices, plan
 from maxmap.train.teacher import check_count, read_teacher
 
 IMAGENET = 1_281_167  # images of an epoch where no data set is opened
@@ -41,7 +41,7 @@ def compile_step(recipe: Recipe, devices: Devices, hardware: str, save: str | Pa
     data = recipe.data.keywords
     name, columns = data["task"], column_names(data["label_columns"])
     teacher = read_teacher(recipe)
-    known = 1000 if teacher is None else len(teacher.info["classes"])
+    known = CLASSES if teacher is None else len(teacher.info["classes"])
     classes = len(columns) if TASKS[name].complete else recipe.model.keywords.get("num_classes", known)
     if teacher is not None:
         check_count(teacher, classes)

@@ -32,7 +32,7 @@ from maxmap.train.teacher import read_teacher
 # with MAP, ConvNeXt-T and CAFormer-S18 in bfloat16 with 64 or 128 images a device (commit 7248d86).
 TAKEN = (0.37, 0.68)
 
-_CLASSES = 1000  # where a recipe does not say how many
+CLASSES = 1000  # where a recipe does not say how many
 
 Devices: TypeAlias = Annotated[int, Range(at_least=1, at_most=1_000_000)]
 
@@ -57,7 +57,7 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
     mesh = _mesh(devices, **recipe.mesh.keywords)
     check_batch(recipe.batch_size // accumulate, mesh, "config.batch_size / config.accumulate =")
     local = recipe.batch_size // accumulate // devices
-    model = recipe.model(num_classes=recipe.model.keywords.get("num_classes", _CLASSES))
+    model = recipe.model(num_classes=recipe.model.keywords.get("num_classes", CLASSES))
     dtype, size, channels = jnp.dtype(recipe.dtype), *(recipe.data.keywords[key] for key in ("image_size", "channels"))
     optimizer = make_optimizer(recipe, model, 1e-3)
     one = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
@@ -115,7 +115,7 @@ def _trace_step(
 
     The loss counts where it is of pixels: it keeps more than many a network.
     """
-    data, classes = recipe.data.keywords, recipe.model.keywords.get("num_classes", _CLASSES)
+    data, classes = recipe.data.keywords, recipe.model.keywords.get("num_classes", CLASSES)
     about = Images(images[1], classes, data["mean"], data["std"], tasks.unfitted(data["task"], classes))
 
     def forward(params: Any, others: Any, images: Any) -> Any:
