@@ -147,3 +147,22 @@ def _visible_entries(folder: str) -> list[os.DirEntry]:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be listed ({reason(error)}): make it readable.") from error
+
+
+class Listing:
+    """Whether files exist, by listing each folder once: a million questions would take a network disk minutes."""
+
+    def __init__(self, root: str):
+        self._root = root
+        self._folders: dict[str, frozenset[str]] = {}
+
+    def __call__(self, name: str) -> bool:
+        """Returns whether there is a file of that name, relative to the root."""
+        folder, file = os.path.split(name)
+        if folder not in self._folders:
+            try:
+                with os.scandir(os.path.join(self._root, folder)) as entries:
+                    self._folders[folder] = frozenset(entry.name for entry in entries if entry.is_file())
+            except (OSError, ValueError):
+                self._folders[folder] = frozenset()
+        return file in self._folders[folder]

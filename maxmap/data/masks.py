@@ -13,7 +13,7 @@ import numpy as np
 
 from maxmap.classes import match, read_names
 from maxmap.data.bands import open_bands
-from maxmap.data.folders import image_files
+from maxmap.data.folders import Listing, image_files
 from maxmap.data.images import MAX_PIXELS, broken_is_oserror, read_values, stated_png_size
 from maxmap.data.labelled import ImageSource, LabelledImage
 from maxmap.errors import UserError, printable, reason, shortened
@@ -57,7 +57,8 @@ class MaskSource:
         self._images = _split_folder(path, IMAGES, split)
         self._masks = _split_folder(path, files.folder or _mask_folder(path), split)
         self._names = image_files(self._images, "folder").images
-        missing = [name for name in self._names if not os.path.isfile(self._mask(name))]
+        exists = Listing(self._masks)
+        missing = [name for name in self._names if not exists(_png(name))]
         if missing:
             raise UserError(
                 f"{printable(os.path.join(self._images, missing[0]))} has no mask {printable(self._mask(missing[0]))} "
@@ -96,7 +97,7 @@ class MaskSource:
         return np.array([stated_png_size(self._mask(name)) for name in self._names], np.int64)
 
     def _mask(self, name: str) -> str:
-        return os.path.join(self._masks, os.path.splitext(name)[0] + ENDING)
+        return os.path.join(self._masks, _png(name))
 
     def _classes_in(self, values: np.ndarray) -> np.ndarray:
         """Maps the values of a mask to classes, uint8 `[H, W]`; OSError for a value of no class."""
@@ -129,6 +130,11 @@ def check_classes(train: ImageSource | None, val: ImageSource | None) -> None:
                 f"{f'the class {printable(names[0])!r} alone' if names else 'no class'}, beside ignored pixels (value "
                 f"{IGNORED}): number the classes 0, 1, 2, ... in the masks."
             )
+
+
+def _png(name: str) -> str:
+    """Returns the name of the mask of an image."""
+    return os.path.splitext(name)[0] + ENDING
 
 
 def _require_folder(path: str | os.PathLike | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from maxmap.classes import require_distinct
+from maxmap.data.folders import Listing
 from maxmap.errors import UserError, nearest, printable, quoted, reason, shortened
 
 ENDING = ".csv"
@@ -116,7 +117,7 @@ def read_table(
     )
     parse = CELLS[task](reader, columns, classes)
     folder, names, cells, lines = os.path.dirname(os.path.abspath(file)), [], [], dict[str, int]()
-    exists = _Listing(folder)
+    exists = Listing(folder)
     for line, row in reader.rows():
         if not in_split(row):
             continue
@@ -198,23 +199,6 @@ class _Reader:
             raise UserError(
                 f"cannot read {printable(self.path)} as CSV ({shortened(reason(error))}): save it as UTF-8 with commas."
             ) from None
-
-
-class _Listing:
-    """Whether files exist, by listing each folder once: a million questions would take a network disk minutes."""
-
-    def __init__(self, root: str):
-        self._root = root
-        self._folders: dict[str, frozenset[str]] = {}
-
-    def __call__(self, name: str) -> bool:
-        folder, file = os.path.split(name)
-        if folder not in self._folders:
-            try:
-                self._folders[folder] = frozenset(os.listdir(os.path.join(self._root, folder)))
-            except (OSError, ValueError):
-                self._folders[folder] = frozenset()
-        return file in self._folders[folder]
 
 
 def _in_split(reader: _Reader, split: str, column: str, *, whole: bool) -> Callable[[dict[str, str]], bool]:
