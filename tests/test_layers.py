@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 from jax.test_util import check_grads
 
 from maxmap.layers import blocks, pooling, primitives
@@ -17,6 +19,26 @@ from tests.zoo import assert_close, nchw, nhwc, numbers
 def test_convolution_names_groups_that_do_not_divide():
     with pytest.raises(ValueError, match="4 groups do not divide 6 input and 8 output channels"):
         Conv(8, groups=4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
+
+
+def test_a_parameter_of_another_shape_is_named():
+    """As Flax does, whose check traces the initialiser; ours does not."""
+
+    def never(key, shape):
+        raise AssertionError("the parameter is there")
+
+    layer = Linear(3)
+    variables = layer.init(jax.random.key(0), jnp.zeros((1, 5)))
+    assert_close(
+        Linear(3, kernel_init=never).apply(variables, jnp.ones((1, 5))), layer.apply(variables, jnp.ones((1, 5))), 0
+    )
+    with pytest.raises(ScopeParamShapeError) as ours:
+        layer.apply(variables, jnp.zeros((1, 4)))
+    with pytest.raises(ScopeParamShapeError) as flax:
+        nn.Dense(3).apply(variables, jnp.zeros((1, 4)))
+    assert str(ours.value) == str(flax.value)
+    with pytest.raises(ScopeParamNotFoundError, match="kernel"):
+        layer.apply({"params": {"bias": jnp.zeros(3)}}, jnp.zeros((1, 5)))
 
 
 def test_bias_and_mixed_precision():

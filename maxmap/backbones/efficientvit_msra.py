@@ -16,6 +16,7 @@ from flax import linen as nn
 from maxmap.backbones import Variant
 from maxmap.layers.blocks import ConvNormAct, Residual, SqueezeExcite, relative_index
 from maxmap.layers.padding import next_multiple, pad_map
+from maxmap.layers.parameters import parameter
 from maxmap.layers.primitives import Block, drop_path_rates, pair, require_divisor
 from maxmap.operations import Array, softmax
 from maxmap.ranges import Count, DropRate, Pixels
@@ -61,7 +62,7 @@ class CascadedAttention(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps `[B, S, S, C]` to `[B, S, S, C]`; the bias of the logits belongs to this S."""
         side, channels = x.shape[1], x.shape[-1]
-        table = self.param("attention_biases", zeros, (self.heads, side**2))
+        table = parameter(self, "attention_biases", zeros, (self.heads, side**2))
         biases = table[:, distance_index(side)]  # [heads, N, N]
         outputs: list[Array] = []
         for i, own in enumerate(jnp.split(x, self.heads, axis=-1)):

@@ -18,6 +18,7 @@ from flax import linen as nn
 from maxmap.backbones import Variant
 from maxmap.layers.blocks import Mlp, SelfAttention, relative_index
 from maxmap.layers.padding import pad_map, real_pixels
+from maxmap.layers.parameters import parameter
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
@@ -205,7 +206,7 @@ class AttentionBlock(Block):
         if self.layer_scale is not None:
             initial = nn.initializers.constant(self.layer_scale)
             for i in (1, 2, 3, 4) if self.carriers else (3, 4):
-                gammas[i] = self.param(f"gamma{i}", initial, (channels,))
+                gammas[i] = parameter(self, f"gamma{i}", initial, (channels,))
 
         def layer_scale(y: Array, gamma: int) -> Array:
             return scaled(y, gammas[gamma]) if gammas else y

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from maxmap.backbones import Variant
 from maxmap.layers.blocks import ConvNormAct, SelfAttention, SqueezeExcite
+from maxmap.layers.parameters import parameter
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
@@ -125,7 +126,7 @@ class ChannelScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1], 1, 1))
+        gamma = parameter(self, "gamma", nn.initializers.constant(self.initial), (x.shape[-1], 1, 1))
         return scaled(x, gamma.reshape(-1))
 
 

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from maxmap.backbones import Variant
 from maxmap.layers.blocks import PatchEmbed, ViTBlock
+from maxmap.layers.parameters import parameter
 from maxmap.layers.primitives import (
     Conv,
     Linear,
@@ -130,10 +131,10 @@ class PiT(nn.Module):
         """Maps images `[B, H, W, C]` to the map of embedded patches, the map of each stage and the class token."""
         require_image_size(x, self.image_size, "the position table is")
         x = PatchEmbed(self.embed_dim[0], self.patch_size, self.stride, "conv", name="patch_embed")(x)
-        x = x + self.param("pos_embed", trunc_normal_02, (1, *x.shape[1:])).astype(x.dtype)
+        x = x + parameter(self, "pos_embed", trunc_normal_02, (1, *x.shape[1:])).astype(x.dtype)
         token = None
         if self.class_token:
-            token = self.param("cls_token", trunc_normal_02, (1, 1, x.shape[-1])).astype(x.dtype)
+            token = parameter(self, "cls_token", trunc_normal_02, (1, 1, x.shape[-1])).astype(x.dtype)
             token = jnp.broadcast_to(token, (x.shape[0], *token.shape[1:]))
         features = [x]
         rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=self.class_token))

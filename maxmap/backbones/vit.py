@@ -14,6 +14,7 @@ from flax import linen as nn
 from maxmap.backbones import Variant
 from maxmap.layers.blocks import PatchEmbed, ViTBlock
 from maxmap.layers.padding import next_multiple, pad_map
+from maxmap.layers.parameters import parameter
 from maxmap.layers.primitives import (
     TRUNC_NORMAL,
     drop_path_rates,
@@ -82,9 +83,9 @@ class ViT(nn.Module):
         x = rearrange(x, "b h w c -> b (h w) c")
         first = int(self.class_token)  # index of the first patch token
         if self.class_token:
-            token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim)).astype(x.dtype)
+            token = parameter(self, "cls_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], *token.shape[1:])), x], axis=1)
-        x = x + self.param("pos_embed", trunc_normal_02, (1, *x.shape[1:])).astype(x.dtype)
+        x = x + parameter(self, "pos_embed", trunc_normal_02, (1, *x.shape[1:])).astype(x.dtype)
 
         def patches(x: Array) -> Array:
             return rearrange(x[:, first:], "b (h w) c -> b h w c", h=height)

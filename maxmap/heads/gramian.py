@@ -14,6 +14,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock, GroupedMlp, SqueezeExcite
+from maxmap.layers.parameters import parameter
 from maxmap.layers.pooling import (
     Weights,
     adaptive_average,
@@ -175,7 +176,7 @@ class ClassAttentionBlock(nn.Module):
         """Maps the token `[B, 1, D]` and the map `[B, N, D]`, normalised already, to a token `[B, 1, D]`."""
 
         def layer_scale(name: str, y: Array) -> Array:
-            return scaled(y, self.param(name, nn.initializers.constant(1e-4), y.shape[-1:]))
+            return scaled(y, parameter(self, name, nn.initializers.constant(1e-4), y.shape[-1:]))
 
         norm = LayerNorm(1e-5, name="norm1")
         attention = ClassAttention(self.width, self.heads, self.init_scheme, name="attn")

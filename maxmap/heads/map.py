@@ -16,6 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from maxmap.layers.blocks import GroupedMlp
+from maxmap.layers.parameters import parameter
 from maxmap.layers.pooling import (
     Weights,
     adaptive_average,
@@ -229,7 +230,7 @@ class Branch(nn.Module):
     def __call__(self, x: Array, pixels: Array, *, train: bool) -> Array:
         """Maps the fused map, as `[B, H, W, D]` and normalised as `[B, N, D]`, to tokens `[B, T (+ 1), D]`."""
         if self.gram_tokens is None:
-            learned = self.param("x_cls", nn.initializers.zeros, (1, self.tokens, x.shape[-1]))
+            learned = parameter(self, "x_cls", nn.initializers.zeros, (1, self.tokens, x.shape[-1]))
             tokens = jnp.broadcast_to(learned.astype(x.dtype), (x.shape[0], *learned.shape[1:]))
         else:
             tokens = self.gram_tokens(name="gram_token_extraction")(x, train=train)

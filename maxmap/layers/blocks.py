@@ -11,6 +11,7 @@ from flax.core import FrozenDict
 
 from maxmap.fused import fuses_mlp
 from maxmap.layers.padding import next_multiple, pad_map, real_pixels
+from maxmap.layers.parameters import parameter
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     TRUNC_NORMAL,
@@ -356,7 +357,7 @@ class ConvNeXtBlock(Block):
         conv = Conv(channels, 7, padding=3, groups=channels, name="conv_dw", **TRUNC_NORMAL)
         y, bias = conv.without_bias(x)
         norm, mlp = LayerNorm(1e-6, name="norm"), Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")
-        gamma = self.param("gamma", nn.initializers.constant(self.init_values), (channels,))
+        gamma = parameter(self, "gamma", nn.initializers.constant(self.init_values), (channels,))
         return residual_mlp(y, norm, mlp, self.drop_path, train=train, gamma=gamma, residual=x, shift=bias)
 
 

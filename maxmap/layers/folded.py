@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from maxmap.layers.parameters import parameter
 from maxmap.operations import Array, upcast
 
 
@@ -28,8 +29,8 @@ class FoldedBatchNorm(nn.Module):
 
     def setup(self) -> None:
         """Declares what `BatchNorm` declares."""
-        self.scale = self.param("scale", nn.initializers.ones, (self.channels,))
-        self.bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        self.scale = parameter(self, "scale", nn.initializers.ones, (self.channels,))
+        self.bias = parameter(self, "bias", nn.initializers.zeros, (self.channels,))
         self.running_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.channels,), jnp.float32)
         self.running_var = self.variable("batch_stats", "var", jnp.ones, (self.channels,), jnp.float32)
 

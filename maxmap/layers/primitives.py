@@ -18,6 +18,7 @@ from jax import lax
 
 from maxmap.fused import activated_batch_norm, activates_batch_norm
 from maxmap.kernels.target import erf
+from maxmap.layers.parameters import parameter
 from maxmap.operations import (
     Array,
     Padding,
@@ -203,10 +204,10 @@ class Conv(nn.Module):
         if channels % self.groups or self.channels % self.groups:
             raise ValueError(f"{self.groups} groups do not divide {channels} input and {self.channels} output channels")
         shape = (k, k, channels // self.groups, self.channels)
-        kernel = self.param("kernel", self.kernel_init or torch_kernel, shape)
+        kernel = parameter(self, "kernel", self.kernel_init or torch_kernel, shape)
         if not self.bias:
             return kernel, None
-        return kernel, self.param("bias", self.bias_init or torch_bias(math.prod(shape[:3])), (self.channels,))
+        return kernel, parameter(self, "bias", self.bias_init or torch_bias(math.prod(shape[:3])), (self.channels,))
 
     def __call__(self, x: Array) -> Array:
         x, bias = self.without_bias(x)
@@ -236,10 +237,10 @@ class Linear(nn.Module):
     @nn.compact
     def weights(self, channels: int) -> tuple[Array, Array | None]:
         """Returns the kernel `[channels, self.channels]`, and the bias or None."""
-        kernel = self.param("kernel", self.kernel_init or torch_kernel, (channels, self.channels))
+        kernel = parameter(self, "kernel", self.kernel_init or torch_kernel, (channels, self.channels))
         if not self.bias:
             return kernel, None
-        return kernel, self.param("bias", self.bias_init or torch_bias(channels), (self.channels,))
+        return kernel, parameter(self, "bias", self.bias_init or torch_bias(channels), (self.channels,))
 
     def __call__(self, x: Array) -> Array:
         x, kernel, bias = nn.dtypes.promote_dtype(x, *self.weights(x.shape[-1]))
@@ -318,8 +319,8 @@ class BatchNorm(nn.Module):
         channels = x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
-        scale = self.param("scale", self.scale_init, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = parameter(self, "scale", self.scale_init, (channels,))
+        bias = parameter(self, "bias", nn.initializers.zeros, (channels,))
         frozen = any(re.search(pattern, "/".join((*self.path, "scale"))) for pattern in _frozen_norms.get())
         if not train or frozen:
             statistics = (running_mean.value, running_var.value, upcast(scale), upcast(bias), self.epsilon)
@@ -377,8 +378,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def weights(self, channels: int) -> tuple[Array, Array | None]:
         """Returns the scale `[channels]`, and the bias or None."""
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        return scale, self.param("bias", nn.initializers.zeros, (channels,)) if self.use_bias else None
+        scale = parameter(self, "scale", nn.initializers.ones, (channels,))
+        return scale, parameter(self, "bias", nn.initializers.zeros, (channels,)) if self.use_bias else None
 
     def __call__(self, x: Array) -> Array:
         scale, bias = self.weights(x.shape[-1])
@@ -402,7 +403,7 @@ class Scale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return scaled(x, self.param("scale", nn.initializers.ones, x.shape[-1:]))
+        return scaled(x, parameter(self, "scale", nn.initializers.ones, x.shape[-1:]))
 
 
 class LayerScale(nn.Module):
@@ -417,7 +418,7 @@ class LayerScale(nn.Module):
     @nn.compact
     def weights(self, channels: int) -> Array:
         """Returns the factors `[channels]`."""
-        return self.param("gamma", nn.initializers.constant(self.initial), (channels,))
+        return parameter(self, "gamma", nn.initializers.constant(self.initial), (channels,))
 
     def __call__(self, x: Array) -> Array:
         return scaled(x, self.weights(x.shape[-1]))
@@ -433,7 +434,7 @@ class StarReLU(nn.Module):
     @nn.compact
     def weights(self) -> tuple[Array, Array]:
         """Returns scale and bias, both `[1]`."""
-        return self.param("scale", nn.initializers.ones, (1,)), self.param("bias", nn.initializers.zeros, (1,))
+        return parameter(self, "scale", nn.initializers.ones, (1,)), self.param("bias", nn.initializers.zeros, (1,))
 
     def __call__(self, x: Array) -> Array:
         scale, bias = (

@@ -13,6 +13,7 @@ from maxmap.backbones.maxxvit.convolution import LayerScale, Shortcut, layer_or_
 from maxmap.fused import attends_in_maps, fuses_attention, map_attention
 from maxmap.layers.blocks import Mlp, relative_index
 from maxmap.layers.padding import divides, next_multiple, pad_map, real_pixels
+from maxmap.layers.parameters import parameter
 from maxmap.layers.primitives import (
     Block,
     Conv,
@@ -111,10 +112,10 @@ class RelativePositionBias(nn.Module):
             return rearrange(mlp(spaced, train=train)[dy, dx], "q k h -> h q k")
         if self.kind == "bias":
             flat = ((2 * h - 1) * (2 * w - 1), self.heads)
-            table = self.param("relative_position_bias_table", trunc_normal_02, flat)
+            table = parameter(self, "relative_position_bias_table", trunc_normal_02, flat)
             return rearrange(table[dy * (2 * w - 1) + dx], "q k h -> h q k")
         shape = (self.heads, 2 * h - 1, 2 * w - 1)
-        table = self.param("relative_position_bias_table", nn.initializers.normal(0.02), shape)
+        table = parameter(self, "relative_position_bias_table", nn.initializers.normal(0.02), shape)
         return table[:, 2 * h - 2 - dy, 2 * w - 2 - dx]
 
 
