@@ -1,5 +1,6 @@
 """Eight CPU devices, strict JAX, and what several tests share."""
 
+import gc
 import importlib.metadata
 import itertools
 import json
@@ -36,6 +37,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the time goes into compiling: keep the results. The key holds the program, so a changed program compiles.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# Tracing makes many objects that last: by Python's default a tenth of the time goes into looking for cycles among them.
+gc.set_threshold(50_000, 20, 5)
 if hasattr(tarfile, "data_filter"):  # Python 3.11 has it from 3.11.4 on; newer ones warn where none is chosen
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
 
