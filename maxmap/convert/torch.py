@@ -114,11 +114,13 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
       The arrays by name, in PyTorch's layout and in the types of the variables.
 
     Raises:
-      UserError: there is no such dialect, or it does not have the backbone.
+      UserError: there is no such dialect, it does not have the backbone, or the batch norms are folded.
     """
     naming = naming_for(dialect, type(model.backbone).__name__, type(model.head).__name__)
+    leaves = traverse_util.flatten_dict(dict(variables))
+    _require_whole(leaves, model)
     state_dict = {}
-    for path, value in traverse_util.flatten_dict(dict(variables)).items():
+    for path, value in leaves.items():
         key, value = torch_name(path, model), _to_torch_layout(np.asarray(value), path)
         if re.fullmatch(naming.matrices, key):
             value = value.reshape(value.shape[:2])
@@ -126,6 +128,17 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
     if dialect is not None:
         state_dict |= counters(state_dict) | buffers(state_dict, model)
     return state_dict
+
+
+def _require_whole(leaves: Mapping[LeafPath, Any], model: Classifier) -> None:
+    """Raises UserError if batch norms are folded into the layers beside them: only their biases are left then."""
+    scales = [(*path[:-1], "scale") for path in leaves if path[-1] == "bias" and (*path[:-1], "kernel") not in leaves]
+    if any(path not in leaves for path in scales) and any(
+        path not in leaves for path in leaf_shapes(model).keys() & scales
+    ):
+        raise UserError(
+            "the variables are fused, and a state dict has no names for that: give those from before maxmap.fuse."
+        )
 
 
 def match_entries(state_dict: Mapping[str, Any], model: Classifier, shapes: LeafShapes) -> KeyMatch:

@@ -96,13 +96,6 @@ def test_fusing_changes_no_output(x64, plain_convolutions):
     zoo.assert_close(reference(nchw(x)).detach(), ours[1]["logits"][0], 1e-12)
 
 
-def test_what_cannot_be_fused():
-    with pytest.raises(UserError, match="ResNet has one form only: fuse is for FastViT"):
-        maxmap.fuse(create_model("resnet50"), {})
-    with pytest.raises(UserError, match="the model is fused already"):
-        maxmap.fuse(small(fused=True), {})
-
-
 @pytest.mark.parametrize("fused", [False, True])
 def test_initialisation_follows_timm(fused, plain_convolutions):
     zoo.assert_initialised_like(small(fused=fused), SIZE, lambda: timm_model(inference_mode=fused))
