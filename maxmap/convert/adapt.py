@@ -172,6 +172,9 @@ def _may_differ(
     optional, unwanted = set(), set(classifier)
     if other_head and old_head.isdisjoint(head):
         optional, unwanted = head, unwanted | old_head
+    auxiliary = {path for path in head if path[2] == "auxiliary_head"}  # which only training has
+    if auxiliary.isdisjoint(source):
+        optional = optional | auxiliary
     if classifier & shapes.keys() and classifier.isdisjoint(source):
         # Only a model with classes has these leaves: an MLP head has hidden layers before the classifier.
         optional = optional | (shapes.keys() - leaf_shapes(with_classes(model, 0)).keys())

@@ -211,7 +211,8 @@ def raise_faults(faults: Sequence[str], match: KeyMatch | None = None) -> None:
     about, advice = (f", {match.describe()}", match.advice(faults)) if match else ("", "")
     raise UserError(
         f"the state dict does not fit the model, {len(faults)} entries differ{about}: "
-        f"{'; '.join(listed)}; give the model, the number of classes and the image size of the state dict{advice}."
+        f"{'; '.join(listed)}; give the model, the head, the number of classes and the image size of the state "
+        f"dict{advice}."
     )
 
 
