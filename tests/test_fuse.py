@@ -10,6 +10,7 @@ from flax import traverse_util
 
 import maxmap
 from maxmap import checkpoint
+from maxmap.convert.adapt import adapt
 from maxmap.errors import UserError
 from maxmap.layers.folded import fold_batch_norms, neighbours
 from maxmap.layers.primitives import BatchNorm, Conv, Linear
@@ -126,5 +127,6 @@ def test_a_fused_model_is_a_checkpoint(fused, tmp_path, quick_compilation):
     zoo.assert_close(program.call(images), wanted, 1e-5)
     with pytest.raises(UserError, match=r"no batch norm to fold in MobileNetV1 with LinearHead, or .* fused already"):
         maxmap.fuse(model, loaded)
-    with pytest.raises(UserError, match="the variables are fused, and a state dict has no names for that"):
-        maxmap.to_torch(loaded, model)
+    for use in (maxmap.to_torch, lambda loaded, model: adapt(traverse_util.flatten_dict(loaded), model)):
+        with pytest.raises(UserError, match="the variables are fused for inference: give those from before"):
+            use(loaded, model)

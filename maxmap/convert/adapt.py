@@ -13,7 +13,15 @@ import numpy as np
 from flax import traverse_util
 
 from maxmap.convert.resize import RESIZED_LEAVES, RESIZES, resize_table, table_size, to_float32
-from maxmap.convert.torch import LeafPath, LeafShapes, image_kernels, leaf_shapes, raise_faults, torch_name
+from maxmap.convert.torch import (
+    LeafPath,
+    LeafShapes,
+    image_kernels,
+    leaf_shapes,
+    raise_faults,
+    require_whole,
+    torch_name,
+)
 from maxmap.convert.wrappers import KeyMatch
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
@@ -91,9 +99,11 @@ def adapt(
       The model's leaves by path, in float32, unchanged ones as views of the source; and the report.
 
     Raises:
-      UserError: leaves are missing, left over or of a shape that cannot be changed.
+      UserError: leaves are missing, left over, fused or of a shape that cannot be changed.
     """
     _check_resize(resize)
+    if match is None:
+        require_whole(source, model)
     shapes, classifier = trace_shapes(model)
     shapes, input_kernels = _set_channels(shapes, source, in_channels)
     optional, unwanted = _may_differ(source, model, shapes, classifier, other_head)

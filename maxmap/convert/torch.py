@@ -118,7 +118,7 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
     """
     naming = naming_for(dialect, type(model.backbone).__name__, type(model.head).__name__)
     leaves = traverse_util.flatten_dict(dict(variables))
-    _require_whole(leaves, model)
+    require_whole(leaves, model)
     state_dict = {}
     for path, value in leaves.items():
         key, value = torch_name(path, model), _to_torch_layout(np.asarray(value), path)
@@ -130,15 +130,13 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
     return state_dict
 
 
-def _require_whole(leaves: Mapping[LeafPath, Any], model: Classifier) -> None:
+def require_whole(leaves: Mapping[LeafPath, Any], model: Classifier) -> None:
     """Raises UserError if batch norms are folded into the layers beside them: only their biases are left then."""
     scales = [(*path[:-1], "scale") for path in leaves if path[-1] == "bias" and (*path[:-1], "kernel") not in leaves]
     if any(path not in leaves for path in scales) and any(
         path not in leaves for path in leaf_shapes(model).keys() & scales
     ):
-        raise UserError(
-            "the variables are fused, and a state dict has no names for that: give those from before maxmap.fuse."
-        )
+        raise UserError("the variables are fused for inference: give those from before maxmap.fuse.")
 
 
 def match_entries(state_dict: Mapping[str, Any], model: Classifier, shapes: LeafShapes) -> KeyMatch:
