@@ -234,7 +234,7 @@ def average(outputs: Mapping[str, Array]) -> Array:
 
 
 def fuse(model: Classifier, variables: Mapping[str, Any]) -> tuple[Classifier, dict[str, Any]]:
-    """Makes the form for inference, which computes the same features and outputs with fewer operations.
+    """Makes the form for inference, which computes the same features and outputs.
 
     A backbone that trains with branches (FastViT) gets its published form, with single convolutions in their place. Of
     every other model, and of that form, each batch norm is folded into the convolution or linear map beside it where
