@@ -38,7 +38,7 @@ from maxmap.backbones.maxxvit.convolution import MBConv
 from maxmap.config import bind, complete
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
-from maxmap.models import average, create_model
+from maxmap.models import average, create_model, fuse
 from maxmap.train.compile import compile_step
 
 STORED = Path(__file__).with_suffix(".csv")
@@ -79,11 +79,13 @@ def step(model: str, hardware: str, images: int, devices: int) -> Mapping[str, A
     return compile_step(bind(complete(values)), devices, hardware)
 
 
-def forward(model: str, hardware: str, images: int) -> Mapping[str, Any]:
-    """Compiles a forward pass."""
+def forward(model: str, hardware: str, images: int, *, fused: bool = False) -> Mapping[str, Any]:
+    """Compiles a forward pass, with batch norms or without those that `maxmap.fuse` folds."""
     network = create_model(model)
     size = pair(network.backbone.image_size)
     variables = jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+    if fused:
+        variables = jax.eval_shape(lambda variables: fuse(network, variables)[1], variables)
     place = _placed(hardware)
     params = {**place(variables), "params": place(variables["params"], jnp.bfloat16)}
     batch = place(jax.ShapeDtypeStruct((images, *size, 3), jnp.bfloat16))
@@ -179,6 +181,9 @@ def _rows() -> dict[str, Row]:
         for images in (64, 1):
             run = functools.partial(forward, model, "tpu-v5e", images)
             rows[f"forward {model} batch {images}"] = Row("tpu-v5e", images, run)
+    for model in (MAXVIT, "map_resnet50"):
+        run = functools.partial(forward, model, "tpu-v5e", BATCH, fused=True)
+        rows[f"forward fused {model} batch {BATCH}"] = Row("tpu-v5e", BATCH, run)
     for model in MODELS:
         rows[f"step {model}"] = Row("tpu-v5e", BATCH, functools.partial(step, model, "tpu-v5e", BATCH, 4))
     for name, make in (("half", half), ("mbconv", mbconv)):

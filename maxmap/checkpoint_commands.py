@@ -15,6 +15,7 @@ from maxmap.convert.verify import REPORT, TOLERANCES, verify
 from maxmap.cost import count_parameters
 from maxmap.data.preprocessing import in_words
 from maxmap.errors import UserError, printable
+from maxmap.models import HEADS, PIXEL_HEADS
 from maxmap.onnx.export import ENDING as ONNX
 from maxmap.onnx.export import export_onnx
 from maxmap.programs import ENDING as STABLEHLO
@@ -45,6 +46,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
         "dest", type=storage.expand, help="folder to write; init_from, --mode=eval and predict take it"
     )
     command.add_argument("--model", dest="name", help="name from 'list', where the source does not say it")
+    command.add_argument("--head", choices=HEADS | PIXEL_HEADS, help="of the source, in place of the model's own")
     _add_ema(command)
     command.add_argument(
         "--num-classes",

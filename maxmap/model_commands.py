@@ -23,7 +23,9 @@ def add_list(command: argparse.ArgumentParser) -> None:
     """Fills the parser of `list`."""
     command.add_argument("pattern", nargs="?", default="*", help="shell pattern, for example 'map_*'")
     command.add_argument("--family", choices=FAMILIES, help="only this family of backbones")
-    command.add_argument("--head", choices=HEADS, help="only this head")
+    command.add_argument(
+        "--head", choices=HEADS | PIXEL_HEADS, help="only this head; one that no model has by name, on every backbone"
+    )
     command.add_argument(
         "--pretrained", action="store_true", help="published checkpoints, which `convert` takes by name"
     )
@@ -56,6 +58,9 @@ def list_command(pattern: str, family: str | None, head: str | None, pretrained:
         known = {name: row["model"] for name, row in published().items()}
     family_of = {backbone: name for name, variants in FAMILIES.items() for backbone in variants}
     kinds = {name: (family_of[model.backbone], model.head["name"]) for name, model in MODELS.items()}
+    if head in PIXEL_HEADS and not pretrained:
+        known = {name: name for name in family_of}
+        kinds |= {name: (family_of[name], head) for name in known}
     # A checkpoint is found by its own name and by that of its model.
     names = [n for n, model in known.items() if any(fnmatch.fnmatch(text, pattern) for text in (n, model))]
     what = "published checkpoint" if pretrained else "model"
@@ -69,17 +74,25 @@ def list_command(pattern: str, family: str | None, head: str | None, pretrained:
     if pretrained:
         _print_checkpoints(names, measured)
     else:
-        _print_models(sorted(names), kinds, measured)
+        _print_models(sorted(names), kinds, measured, head if head in PIXEL_HEADS else None)
 
 
-def _print_models(names: list[str], kinds: dict[str, tuple[str, str]], measured: dict[str, dict[str, str]]) -> None:
-    """Prints models with their costs as `make parity` wrote them down, since tracing takes a second each."""
+def _print_models(
+    names: list[str], kinds: dict[str, tuple[str, str]], measured: dict[str, dict[str, str]], head: str | None
+) -> None:
+    """Prints models with their costs as `make parity` wrote them down, since tracing takes a second each.
+
+    With another head than their own they are traced, and backbones that it does not fit are left out.
+    """
     longest, family = max(map(len, names)), max(map(len, FAMILIES))
     print(
         f"{'model':{longest}}  {'family':{family}}  {'head':8}  {'parameters':>13}  {'GFLOPs':>7}  {'image':>7}  parity"
     )
     for name in names:
-        model, row = create_model(name), measured.get(name, {})
+        try:
+            model, row = create_model(name, head=head), {} if head else measured.get(name, {})
+        except UserError:
+            continue
         height, width = pair(model.backbone.image_size)
         if row:
             parameters, billions = int(row["parameters"]), float(row["gflops"])

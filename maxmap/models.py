@@ -34,6 +34,7 @@ from maxmap.heads.gramian import GramianHead
 from maxmap.heads.linear import LinearHead
 from maxmap.heads.map import MAPHead
 from maxmap.heads.upernet import UPerNetHead
+from maxmap.layers.folded import Neighbours, fold_batch_norms, neighbours
 from maxmap.layers.images import channels_error, check_images, size_error
 from maxmap.layers.primitives import Block, pair
 from maxmap.operations import Array, kernels, upcast
@@ -233,28 +234,51 @@ def average(outputs: Mapping[str, Array]) -> Array:
 
 
 def fuse(model: Classifier, variables: Mapping[str, Any]) -> tuple[Classifier, dict[str, Any]]:
-    """Replaces the branches that a backbone trains with by single convolutions, for inference.
+    """Makes the form for inference, which computes the same features and outputs.
+
+    A backbone that trains with branches (FastViT) gets its published form, with single convolutions in their place. Of
+    every other model, and of that form, each batch norm is folded into the convolution or linear map beside it where
+    that is exact. It traces the model once; a large one takes some seconds.
 
     Args:
-      model: whose backbone has the field `fused`: FastViT.
+      model: of `create_model`.
       variables: of the model.
 
     Returns:
-      The fused model and its variables, which compute the same outputs without `train`.
+      The fused model and its variables, for calls without `train`.
 
     Raises:
-      UserError: the backbone has one form only, or is fused already.
+      UserError: there is no batch norm to fold.
     """
-    if not hasattr(model.backbone, "fuse"):
-        raise UserError(f"{type(model.backbone).__name__} has one form only: fuse is for FastViT.")
-    if model.backbone.fused:
-        raise UserError("the model is fused already.")
-    params, statistics = variables["params"], variables["batch_stats"]
-    backbone, fused, running = model.backbone.fuse(params["backbone"], statistics["backbone"])
-    return model.clone(backbone=backbone), {
-        "params": {**params, "backbone": fused},
-        "batch_stats": {**statistics, "backbone": running},
-    }
+    if getattr(model.backbone, "fused", None) is False:
+        params, statistics = variables["params"], variables["batch_stats"]
+        backbone, fused, running = model.backbone.fuse(params["backbone"], statistics["backbone"])
+        return model.clone(backbone=backbone), {
+            "params": {**params, "backbone": fused},
+            "batch_stats": {**statistics, "backbone": running},
+        }
+    folded = fold_batch_norms(variables, foldable_norms(model))
+    if len(jax.tree.leaves(folded)) == len(jax.tree.leaves(variables)):
+        raise UserError(
+            f"there is no batch norm to fold in {type(model.backbone).__name__} with {type(model.head).__name__}, or "
+            "the variables are fused already: take them as they are."
+        )
+    return model, folded
+
+
+def foldable_norms(model: Classifier) -> Neighbours:
+    """Returns the batch norms of a model that `fuse` can fold."""
+
+    def run(images: Array) -> tuple[list[Array], Any]:
+        return model.init_with_output(jax.random.key(0), images, method=_features_and_outputs)[0]
+
+    with kernels("plain"):  # kernels do not call the modules that they compute
+        return neighbours(run, jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32))
+
+
+def _features_and_outputs(model: Classifier, images: Array) -> tuple[list[Array], dict[str, Array]]:
+    features = model.features(images)
+    return features, model.head(features)
 
 
 @dataclass(frozen=True)

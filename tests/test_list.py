@@ -52,6 +52,11 @@ def test_multiply_adds_by_hand():
 def test_models_are_chosen_by_head_and_family(capsys):
     assert main(["list", "*mini*", "--head", "map"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["map_maxvit_mini_32"]
+    assert (
+        main(["list", "convnext_tiny", "--head", "upernet"]) == 0
+    )  # no model has it by name; of 150 classes transformers counts 60,242,636
+    (row,) = capsys.readouterr().out.splitlines()[1:]
+    assert row.split()[:4] == ["convnext_tiny", "convnext", "upernet", f"{60_242_636 + 850 * (513 + 257):,}"]
     assert main(["list", "*mini*", "--family", "vit"]) == 2
     assert "no model that matches '*mini*' has family vit" in capsys.readouterr().err
 

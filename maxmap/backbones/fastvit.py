@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from maxmap.backbones import Variant
 from maxmap.layers.blocks import ConvNormAct, SelfAttention, SqueezeExcite
+from maxmap.layers.folded import fold_batch_norm
 from maxmap.layers.parameters import parameter
 from maxmap.layers.primitives import (
     ACTIVATIONS,
@@ -360,8 +361,7 @@ def _fuse(params: Tree, stats: Tree) -> tuple[Tree, Tree]:
 
 def _factor(norm: Tree, stats: Tree) -> tuple[Array, Array]:
     """Returns factor and summand of a batch norm with stored statistics."""
-    factor = norm["scale"] / jnp.sqrt(stats["var"] + EPSILON)
-    return factor, norm["bias"] - stats["mean"] * factor
+    return fold_batch_norm(stats["mean"], stats["var"], norm["scale"], norm["bias"], EPSILON)
 
 
 def _fold(params: Tree, stats: Tree) -> dict[str, Array]:

@@ -91,7 +91,7 @@ class Bottleneck(Block):
         """
         names = [self._names(i) for i in (1, 2, 3)]
         norms = [
-            FoldedBatchNorm(channels, name=name[1])
+            FoldedBatchNorm(channels, train=True, name=name[1])
             for channels, name in zip((width, width, self.channels), names, strict=True)
         ]
         shapes = ((x.shape[-1], width, 1), (width, width, 3), (width, self.channels, 1))

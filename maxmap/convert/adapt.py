@@ -13,7 +13,15 @@ import numpy as np
 from flax import traverse_util
 
 from maxmap.convert.resize import RESIZED_LEAVES, RESIZES, resize_table, table_size, to_float32
-from maxmap.convert.torch import LeafPath, LeafShapes, image_kernels, leaf_shapes, raise_faults, torch_name
+from maxmap.convert.torch import (
+    LeafPath,
+    LeafShapes,
+    image_kernels,
+    leaf_shapes,
+    raise_faults,
+    require_whole,
+    torch_name,
+)
 from maxmap.convert.wrappers import KeyMatch
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
@@ -91,9 +99,11 @@ def adapt(
       The model's leaves by path, in float32, unchanged ones as views of the source; and the report.
 
     Raises:
-      UserError: leaves are missing, left over or of a shape that cannot be changed.
+      UserError: leaves are missing, left over, fused or of a shape that cannot be changed.
     """
     _check_resize(resize)
+    if match is None:
+        require_whole(source, model)
     shapes, classifier = trace_shapes(model)
     shapes, input_kernels = _set_channels(shapes, source, in_channels)
     optional, unwanted = _may_differ(source, model, shapes, classifier, other_head)
@@ -172,6 +182,9 @@ def _may_differ(
     optional, unwanted = set(), set(classifier)
     if other_head and old_head.isdisjoint(head):
         optional, unwanted = head, unwanted | old_head
+    auxiliary = {path for path in head if path[2] == "auxiliary_head"}  # which only training has
+    if auxiliary.isdisjoint(source):
+        optional = optional | auxiliary
     if classifier & shapes.keys() and classifier.isdisjoint(source):
         # Only a model with classes has these leaves: an MLP head has hidden layers before the classifier.
         optional = optional | (shapes.keys() - leaf_shapes(with_classes(model, 0)).keys())

@@ -86,6 +86,50 @@ FAIR = Naming(
         ("head.bias", "head.fc.bias"),
     ),
 )
+_MMSEGMENTATION = (
+    ("backbone.norm*.", "head.norm*."),
+    ("decode_head.", "head.decode_head."),
+    ("auxiliary_head.", "head.auxiliary_head."),
+)
+FAIR_UPERNET = Naming(
+    "fair",
+    r"backbone\.stages\.0\.0\.dwconv\.",
+    (*_MMSEGMENTATION, *((f"backbone.{theirs}", ours) for theirs, ours in FAIR.rules[:-3])),
+)
+OPENMMLAB_UPERNET = Naming(
+    "openmmlab",
+    r"backbone\.stages\.0\.0\.depthwise_conv\.",
+    tuple(
+        (theirs.replace("dwconv", "depthwise_conv").replace("pwconv", "pointwise_conv"), ours)
+        for theirs, ours in FAIR_UPERNET.rules
+    ),
+)
+TRANSFORMERS_UPERNET = Naming(
+    "transformers",
+    r"backbone\.embeddings\.patch_embeddings\.",
+    (
+        ("backbone.embeddings.patch_embeddings.", "stem.0."),
+        ("backbone.embeddings.layernorm.", "stem.1."),
+        ("backbone.encoder.stages.*.downsampling_layer.*.", "stages.*.downsample.*."),
+        *(
+            (f"backbone.encoder.stages.*.layers.*.{theirs}", f"stages.*.blocks.*.{ours}")
+            for theirs, ours in (
+                *(("layer_scale_parameter", "gamma"), ("dwconv.", "conv_dw.")),
+                *(("layernorm.", "norm."), ("pwconv*.", "mlp.fc*.")),
+            )
+        ),
+        *((f"backbone.hidden_states_norms.stage{i + 1}.", f"head.norm{i}.") for i in range(4)),
+        *(
+            (f"{module}.batch_norm.", f"head.{module}.bn.")
+            for module in (
+                *("decode_head.psp_modules.*.*", "decode_head.bottleneck", "decode_head.lateral_convs.*"),
+                *("decode_head.fpn_convs.*", "decode_head.fpn_bottleneck", "auxiliary_head.convs.*"),
+            )
+        ),
+        *((f"{head}.classifier.", f"head.{head}.conv_seg.") for head in ("decode_head", "auxiliary_head")),
+        *_MMSEGMENTATION[1:],
+    ),
+)
 SAIL = Naming(
     "sail-sg",
     r"downsample_layers\.0\.post_norm\.",
@@ -307,7 +351,9 @@ DIALECTS: dict[str, Mapping[str, Naming]] = {
         "MobileNetV1": TIMM_MOBILENET,
     },
     "sail-sg": {"MetaFormer": SAIL},
-    "fair": {"ConvNeXt": FAIR},
+    "fair": {"ConvNeXt": FAIR, "ConvNeXt with UPerNetHead": FAIR_UPERNET},
+    "openmmlab": {"ConvNeXt with UPerNetHead": OPENMMLAB_UPERNET},
+    "transformers": {"ConvNeXt with UPerNetHead": TRANSFORMERS_UPERNET},
     "lab-lvm": {
         **dict.fromkeys(
             ("CSWin", "FasterViT", "MaxxViT", "MobileNetV1", "ResNet", "SEResNet", "ViT"), CANONICAL_NAMING

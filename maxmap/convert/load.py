@@ -11,7 +11,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from maxmap import checkpoint, storage, wordnet
+from maxmap import checkpoint, storage, tasks, wordnet
 from maxmap.classes import require_distinct
 from maxmap.convert import hub
 from maxmap.convert.adapt import LoadReport, adapt, trace_shapes, with_classes
@@ -22,7 +22,7 @@ from maxmap.convert.torch import as_array, image_kernels, match_entries, read_en
 from maxmap.convert.wrappers import KeyMatch, leave_out
 from maxmap.data.preprocessing import changed, in_words, of_channels
 from maxmap.errors import UserError, nearest, shortened
-from maxmap.models import MODELS, Classifier, create_model
+from maxmap.models import MODELS, Classifier, classifies_pixels, create_model
 from maxmap.ranges import Count, CountOrZero, Pixels
 
 # Microsoft's order of 21,841 classes is not released, and its map to 1,000 (Swin's map22kto1k.txt) fits no known one.
@@ -79,6 +79,7 @@ def read_foreign(
     source: str | Path,
     *,
     name: str | None = None,
+    head: str | None = None,
     ema: bool | None = None,
     num_classes: CountOrZero | None = None,
     image_size: Pixels | None = None,
@@ -95,6 +96,7 @@ def read_foreign(
     Args:
       source: file or folder, here or in a bucket (gs://, s3://), or the name of a published checkpoint.
       name: of the model; None if the source names it (a published name, a config.json, TensorFlow's MobileNetV1).
+      head: of the model, a key of `HEADS` or `PIXEL_HEADS`; None for the one that the source or the name gives.
       ema: averaged weights; see `read_source`.
       num_classes: of the model; None for as many as the source has. Where the classes of both are ImageNet's, each
         keeps its weights; see `maxmap.wordnet.rows`.
@@ -117,6 +119,7 @@ def read_foreign(
     given = changed({}, **(preprocessing or {}))
     own = _own_fields(found, source)
     fields = _sized(name, image_size or said.get("image_size") or found.image_size)
+    fields |= {"head": head} if head else {}
     if own and own["model"]["name"] == name:
         fields = {**own["model"], **({"image_size": image_size} if image_size else {})}
     model = create_model(**fields | {"num_classes": 1})
@@ -141,6 +144,10 @@ def read_foreign(
     report.prefix, report.ignored = match.prefix, [key for key in found.tensors if key not in tensors]
     usual, whose = (said, "") if said else hub.published_preprocessing(name, in_source, _side(model))
     preprocessing = usual | ({"image_size": image_size} if image_size else {}) | given
+    dense = classifies_pixels(model)
+    if dense:
+        preprocessing |= {"crop_pct": 1.0, "crop_mode": "border"} | given
+        report.notes.append("every pixel has a class, so the network sees images whole")
     for path in image_kernels(shapes)[:1]:
         for key in ("mean", "std"):
             preprocessing[key] = of_channels(preprocessing[key], leaves[path].shape[2], key)
@@ -155,7 +162,10 @@ def read_foreign(
         "weights": own["weights"] if own else found.weights,
         "source": {"path": str(source), "kind": found.kind, "dialect": match.naming.dialect},
     }
-    assumed = {key: preprocessing[key] for key in usual if not said and key not in {"image_size", *given}}
+    if dense:
+        info["task"] = tasks.describe(tasks.Segmentation())
+    sure = {"image_size", *given} | ({"crop_pct", "crop_mode"} if dense else set())
+    assumed = {key: preprocessing[key] for key in usual if not said and key not in sure}
     return ConvertedModel(
         model,
         traverse_util.unflatten_dict(leaves),
@@ -362,7 +372,9 @@ def _count_classes(tensors: Mapping[str, Any], match: KeyMatch, classifier: Coll
 
 def _class_names(found: ForeignCheckpoint, count: int, dialect: str) -> list[str]:
     """Returns the source's names of the classes, else the WordNet ids of ImageNet's set of this size, else numbers."""
-    names = found.config.get("label_names")
+    names, numbered = found.config.get("label_names"), found.config.get("id2label")
+    if names is None and isinstance(numbered, Mapping):  # of transformers
+        names = [numbered.get(str(number)) for number in range(len(numbered))]
     if isinstance(names, list) and len(names) == count == len({name for name in names if isinstance(name, str)}):
         return names
     known = None if (dialect, count) in _OWN_ORDERS else wordnet.classes(count)

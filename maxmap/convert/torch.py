@@ -114,11 +114,13 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
       The arrays by name, in PyTorch's layout and in the types of the variables.
 
     Raises:
-      UserError: there is no such dialect, or it does not have the backbone.
+      UserError: there is no such dialect, it does not have the backbone, or the batch norms are folded.
     """
     naming = naming_for(dialect, type(model.backbone).__name__, type(model.head).__name__)
+    leaves = traverse_util.flatten_dict(dict(variables))
+    require_whole(leaves, model)
     state_dict = {}
-    for path, value in traverse_util.flatten_dict(dict(variables)).items():
+    for path, value in leaves.items():
         key, value = torch_name(path, model), _to_torch_layout(np.asarray(value), path)
         if re.fullmatch(naming.matrices, key):
             value = value.reshape(value.shape[:2])
@@ -126,6 +128,15 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
     if dialect is not None:
         state_dict |= counters(state_dict) | buffers(state_dict, model)
     return state_dict
+
+
+def require_whole(leaves: Mapping[LeafPath, Any], model: Classifier) -> None:
+    """Raises UserError if batch norms are folded into the layers beside them: only their biases are left then."""
+    scales = [(*path[:-1], "scale") for path in leaves if path[-1] == "bias" and (*path[:-1], "kernel") not in leaves]
+    if any(path not in leaves for path in scales) and any(
+        path not in leaves for path in leaf_shapes(model).keys() & scales
+    ):
+        raise UserError("the variables are fused for inference: give those from before maxmap.fuse.")
 
 
 def match_entries(state_dict: Mapping[str, Any], model: Classifier, shapes: LeafShapes) -> KeyMatch:
@@ -198,7 +209,8 @@ def raise_faults(faults: Sequence[str], match: KeyMatch | None = None) -> None:
     about, advice = (f", {match.describe()}", match.advice(faults)) if match else ("", "")
     raise UserError(
         f"the state dict does not fit the model, {len(faults)} entries differ{about}: "
-        f"{'; '.join(listed)}; give the model, the number of classes and the image size of the state dict{advice}."
+        f"{'; '.join(listed)}; give the model, the head, the number of classes and the image size of the state "
+        f"dict{advice}."
     )
 
 

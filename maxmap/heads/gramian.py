@@ -348,7 +348,7 @@ class GramianHead(nn.Module):
         embedding = conv(self.channels, groups=self.embedding_groups, name=f"gram_embedding_{k}_0")
         y, kernel, bias = nn.dtypes.promote_dtype(y, *embedding.weights(y.shape[-1] * (y.shape[-1] + 1) // 2))
         values = gram_projection(y, kernel[0, 0], self.embedding_groups)
-        values = values + broadcast(bias, values.shape)
+        values = embedding.output(values + broadcast(bias, values.shape))
         token = BatchNorm(name=f"gram_embedding_{k}_1")(values, train=train)[:, None]  # [B, 1, D]
         width = self.attention_width or self.channels // 4
         mlp = functools.partial(GroupedMlp, self.mlp_groups, self.mlp_ratio, inits=CONV_INITS[self.init_scheme])

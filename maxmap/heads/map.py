@@ -87,7 +87,7 @@ class MultiScale(nn.Module):
         )
         for feature, kernel in small:
             x = x + resize_to(convolve(feature, kernel), size)
-        return ACTIVATIONS[self.activation](BatchNorm(name="concat_conv_1")(x, train=train))
+        return ACTIVATIONS[self.activation](BatchNorm(name="concat_conv_1")(conv.output(x), train=train))
 
 
 class GramTokens(nn.Module):
@@ -113,11 +113,10 @@ class GramTokens(nn.Module):
         conv = functools.partial(Conv, bias=False, **CONV_INITS[self.init_scheme])
         x = BatchNorm(name="ch_reduction_1")(conv(self.gram_channels, name="ch_reduction_0")(x), train=train)
         second_order = self.gram_channels * (self.gram_channels + 1) // 2
-        kernel, _ = conv(self.tokens * self.token_channels, groups=self.gram_groups, name="bp_reduction_0").weights(
-            second_order
-        )
+        reduction = conv(self.tokens * self.token_channels, groups=self.gram_groups, name="bp_reduction_0")
+        kernel, _ = reduction.weights(second_order)
         x, kernel = nn.dtypes.promote_dtype(x, kernel)
-        v = gram_projection(x, kernel[0, 0], self.gram_groups, self.tokens)
+        v = reduction.output(gram_projection(x, kernel[0, 0], self.gram_groups, self.tokens))
         v = BatchNorm(name="bp_reduction_1")(v, train=train)
         return rearrange(v, "b (q t) -> b t q", t=self.tokens)
 

@@ -7,7 +7,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from maxmap.layers.blocks import ConvNormAct
-from maxmap.layers.pooling import adaptive_average, bilinear, select_levels, top_down
+from maxmap.layers.pooling import adaptive_average, bilinear, require_levels, top_down
 from maxmap.layers.primitives import Conv, Initializer, LayerNorm, he_fan_out
 from maxmap.operations import Array
 from maxmap.ranges import Count, DropRate, Level, Positive
@@ -52,7 +52,8 @@ class UPerNetHead(nn.Module):
 
     @nn.nowrap
     def validate(self, num_features: int) -> None:
-        """Raises ValueError, one sentence, if the fields do not fit."""
+        """Raises ValueError, one sentence, if the fields do not fit each other or a backbone's `num_features` maps."""
+        require_levels(num_features, self.levels, "UPerNet")
         if self.auxiliary_level % num_features not in {level % num_features for level in self.levels}:
             raise ValueError(
                 f"UPerNet's auxiliary_level {self.auxiliary_level} is none of the levels that it reads, {self.levels}"
@@ -74,7 +75,7 @@ class UPerNetHead(nn.Module):
           ValueError: The fields do not fit.
         """
         self.validate(len(features))
-        maps = select_levels(features, self.levels, "UPerNet")
+        maps = [features[level] for level in self.levels]
         if self.norm:
             maps = [LayerNorm(self.epsilon, name=f"norm{i}")(x) for i, x in enumerate(maps)]
         decode = _DecodeHead(self.num_classes, self.channels, self.pool_scales, self.dropout, name="decode_head")

@@ -111,9 +111,14 @@ def kernel_calls(jaxpr: Any) -> Iterator[Any]:
         if equation.primitive.name == "pallas_call":
             yield equation
             continue
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from kernel_calls(inner)
+        for inner in programs_in(equation):
+            yield from kernel_calls(inner)
+
+
+def programs_in(equation: Any) -> list[Any]:
+    """Returns the traced programs that an equation of another one calls."""
+    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns"))
+    return [leaf for leaf in leaves if hasattr(leaf, "eqns")]
 
 
 def kernel_name(equation: Any) -> str:

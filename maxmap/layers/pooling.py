@@ -52,10 +52,15 @@ def nearest(x: Array, size: Sequence[int]) -> Array:
     return _resample(x, size, lambda n_in, n_out: np.eye(n_in)[np.arange(n_out) * n_in // n_out])
 
 
+def require_levels(count: int, levels: Sequence[int], what: str) -> None:
+    """Raises ValueError, one sentence, if `what` reads other feature maps by their numbers than the first `count`."""
+    if max(max(levels) + 1, -min(levels)) > count:
+        raise ValueError(f"{what} reads the feature maps {tuple(levels)}, and there are {count}: set levels")
+
+
 def select_levels(features: Sequence[Array], levels: Sequence[int], what: str) -> list[Array]:
     """Returns some of the feature maps by their numbers; ValueError says that `what` reads more than there are."""
-    if max(max(levels) + 1, -min(levels)) > len(features):
-        raise ValueError(f"{what} reads the feature maps {tuple(levels)}, and there are {len(features)}: set levels")
+    require_levels(len(features), levels, what)
     return [features[level] for level in levels]
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from maxmap.errors import UserError
 from maxmap.fused import activated_batch_norm, activates_batch_norm
 from maxmap.kernels.target import erf
 from maxmap.layers.parameters import parameter
@@ -218,6 +219,10 @@ class Conv(nn.Module):
         x, kernel, bias = nn.dtypes.promote_dtype(x, *self.weights(x.shape[-1]))
         return convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups), bias
 
+    def output(self, x: Array) -> Array:
+        """Returns `x` `[..., self.channels]`, which the caller computed by `weights`: norms of it can be folded."""
+        return x
+
 
 class Linear(nn.Module):
     """Linear map of the last axis, with PyTorch's default initialisation unless told otherwise.
@@ -280,6 +285,19 @@ def frozen_batch_norms(patterns: Sequence[str]) -> Iterator[None]:
         _frozen_norms.reset(token)
 
 
+def folded_bias(norm: nn.Module, *, train: bool) -> Array | None:
+    """Returns what `maxmap.fuse` left of a batch norm, in float32 or wider; None for a whole norm.
+
+    It is a bias `[C]`, or a single 0 if nothing is left. The layer beside the norm has taken in the rest, so UserError
+    says that such a norm cannot train.
+    """
+    if norm.is_initializing() or norm.has_variable("params", "scale") or not norm.has_variable("params", "bias"):
+        return None
+    if train:
+        raise UserError("the model is fused for inference and cannot train: train it first, then fuse it.")
+    return upcast(jnp.asarray(norm.get_variable("params", "bias")))
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, as PyTorch keeps its statistics.
 
@@ -287,6 +305,8 @@ class BatchNorm(nn.Module):
     stores the biased variance, which differs much where few values enter (Gram tokens, squeeze-excitation). Under jit
     with a sharded batch the statistics are those of the global batch ("sync BN"), unless `batch_norm_groups` says
     otherwise.
+
+    Without `train` it also takes what `maxmap.fuse` leaves of a norm; see `folded_bias`.
 
     Attributes:
       epsilon: added to the variance.
@@ -317,11 +337,13 @@ class BatchNorm(nn.Module):
             `[B, 1, ..., C]`; None for 1.
         """
         channels = x.shape[-1]
+        frozen = any(re.search(pattern, "/".join((*self.path, "scale"))) for pattern in _frozen_norms.get())
+        if (rest := folded_bias(self, train=train and not frozen)) is not None:
+            return _activated(lambda x: upcast(x) + broadcast(rest, x.shape) if rest.ndim else x, x, activation, gate)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = parameter(self, "scale", self.scale_init, (channels,))
         bias = parameter(self, "bias", nn.initializers.zeros, (channels,))
-        frozen = any(re.search(pattern, "/".join((*self.path, "scale"))) for pattern in _frozen_norms.get())
         if not train or frozen:
             statistics = (running_mean.value, running_var.value, upcast(scale), upcast(bias), self.epsilon)
             return _activated(lambda x: affine(upcast(x), *statistics), x, activation, gate)

@@ -75,17 +75,20 @@ def test_fused_form_equals_timm(x64, plain_convolutions):
 
 
 def test_fusing_changes_no_output(x64, plain_convolutions):
-    """And it gives timm's weights: those of `reparameterize`."""
+    """The first time it gives timm's weights, those of `reparameterize`; then it folds the norms that these have."""
     reference, weights = zoo.randomised(timm_model())
     model, x = small(), numbers(0, 2, *SIZE, 3)
     variables = from_torch(weights, model)
     fused, fused_variables = maxmap.fuse(model, variables)
     assert fused == small(fused=True)
-    wanted, ours = (
+    folded = maxmap.fuse(fused, fused_variables)[1]
+    assert list(folded["batch_stats"]["backbone"]["stages_1"]["blocks_0"]) == ["norm"]  # behind a residual sum
+    wanted, *both = (
         zoo.quick(lambda v, x, m=m: m.apply(v, x, method=zoo.run), v, x)
-        for m, v in ((model, variables), (fused, fused_variables))
+        for m, v in ((model, variables), (fused, fused_variables), (fused, folded))
     )
-    jax.tree.map(lambda a, b: zoo.assert_close(a, b, 1e-12), ours, wanted)
+    for ours in both:
+        jax.tree.map(lambda a, b: zoo.assert_close(a, b, 1e-12), ours, wanted)
     for module in reference.modules():
         if hasattr(module, "reparameterize"):
             module.reparameterize()
@@ -94,13 +97,6 @@ def test_fusing_changes_no_output(x64, plain_convolutions):
     assert set(mine) == set(theirs)
     assert all(zoo.error(mine[key], value) < 1e-12 for key, value in theirs.items())
     zoo.assert_close(reference(nchw(x)).detach(), ours[1]["logits"][0], 1e-12)
-
-
-def test_what_cannot_be_fused():
-    with pytest.raises(UserError, match="ResNet has one form only: fuse is for FastViT"):
-        maxmap.fuse(create_model("resnet50"), {})
-    with pytest.raises(UserError, match="the model is fused already"):
-        maxmap.fuse(small(fused=True), {})
 
 
 @pytest.mark.parametrize("fused", [False, True])

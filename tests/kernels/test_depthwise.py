@@ -10,7 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maxmap import operations
 from maxmap.backbones.maxxvit.convolution import MBConv
+from maxmap.errors import UserError
 from maxmap.kernels import depthwise, xla
+from maxmap.layers.folded import fold_batch_norms, neighbours
 from maxmap.operations import compiled_for, convolve
 from tests.zoo import assert_close, numbers
 
@@ -142,6 +144,18 @@ def test_blocks_are_the_same_in_one_operation(name, x64, chosen, monkeypatch):
         ours.lower().compile()(*args),
         wanted,
     )
+
+
+def test_folded_norms_are_parts_of_the_operation_too(x64, chosen):
+    block, x = MBConv(16), jnp.asarray(1 + numbers(0, 16, 4, 4, 8))
+    leaves, tree = jax.tree.flatten(jax.eval_shape(block.init, jax.random.key(0), x))
+    variables = tree.unflatten([jnp.asarray(0.5 + numbers(i, *leaf.shape) ** 2) for i, leaf in enumerate(leaves)])
+    folded = fold_batch_norms(variables, neighbours(lambda x: block.init_with_output(jax.random.key(0), x)[0], x))
+    assert not folded["batch_stats"]
+    ours, wanted = jax.jit(lambda *each: [block.apply(v, x) for v in each])(folded, variables)
+    assert_close(ours, wanted)
+    with pytest.raises(UserError, match="the model is fused for inference and cannot train"):
+        jax.eval_shape(lambda v: block.apply(v, x, train=True, mutable=["batch_stats"]), folded)
 
 
 def test_devices_share_the_batch(x64, chosen):

@@ -280,13 +280,13 @@ class MBConv(Block):
         """What `_expanded` returns, its sums, and the shortcut."""
         channels, beside = x.shape[-1], None
         if self._linear():
-            first = FoldedBatchNorm(channels, name="pre_norm")
+            first = FoldedBatchNorm(channels, train=True, name="pre_norm")
             near, norm = first.near(), [first.scale, first.bias]
         else:
             beside = shortcut(x)
             x = self._before_expansion(x, train=True)
             first, near, norm = None, jnp.zeros(channels), []
-        second = FoldedBatchNorm(width, name="norm1")
+        second = FoldedBatchNorm(width, train=True, name="norm1")
         kernel, depthwise = self._expansion_kernels(channels, width)
         fold = functools.partial(_fold, epsilon=self.epsilon)
         folding = (kernel, second.scale, second.bias, *norm)
@@ -304,7 +304,7 @@ class MBConv(Block):
     def _projected(self, x: Array, sums: Array | None, se_width: int) -> Array:
         """What follows the depthwise convolution, in one operation, from its output and, in training, its sums."""
         width = x.shape[-1]
-        norm = FoldedBatchNorm(width, name="norm2")
+        norm = FoldedBatchNorm(width, train=sums is not None, name="norm2")
         if sums is None:
             factor, summand = norm.fold(self.epsilon)
         else:
