@@ -456,7 +456,7 @@ class StarReLU(nn.Module):
     @nn.compact
     def weights(self) -> tuple[Array, Array]:
         """Returns scale and bias, both `[1]`."""
-        return parameter(self, "scale", nn.initializers.ones, (1,)), self.param("bias", nn.initializers.zeros, (1,))
+        return parameter(self, "scale", nn.initializers.ones, (1,)), parameter(self, "bias", nn.initializers.zeros, (1,))
 
     def __call__(self, x: Array) -> Array:
         scale, bias = (
