@@ -15,6 +15,8 @@ from maxmap.layers.primitives import BatchNorm, Conv, DropPath, LayerNorm, Linea
 from maxmap.operations import compiled_for
 from tests.zoo import assert_close, nchw, nhwc, numbers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_convolution_names_groups_that_do_not_divide():
     with pytest.raises(ValueError, match="4 groups do not divide 6 input and 8 output channels"):

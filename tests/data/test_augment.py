@@ -14,6 +14,8 @@ from maxmap.data import augment as aug
 from maxmap.errors import UserError
 from tests.data.statistics import assert_share, random_images
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MEAN = (0.485, 0.456, 0.406)
 RECIPE = "rand-m9-mstd0.5-inc1"
 

@@ -9,6 +9,8 @@ import pytest
 from maxmap.data import mix as mixing
 from maxmap.data.mix import cutmix_images, mix_targets, mixup_images
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 OPTIONS = ("num_classes", "mixup", "cutmix", "prob", "switch_prob", "smoothing")
 mix = jax.jit(mixing.mix, static_argnames=OPTIONS)
 cutmix_box = jax.jit(mixing.cutmix_box, static_argnums=(2, 3))

@@ -16,6 +16,8 @@ from maxmap.data import randaugment_device as device
 from maxmap.data.randaugment import OPERATIONS, WARPS, parse_rand_augment
 from tests.data.statistics import assert_share, random_images
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FILL = (124, 116, 104)
 RECIPE = "rand-m9-mstd0.5-inc1"
 DRAWS = 30_000
