@@ -126,9 +126,7 @@ def part(make: Callable[[], tuple[Any, Any]], hardware: str) -> Mapping[str, Any
         return program.compile_for(hardware, jax.jit(both), *arguments, grads)[0]
     rows = _sharding(hardware)
     chosen = Format(Layout.AUTO, rows)
-    run = jax.jit(
-        both, in_shardings=(rows, rows, chosen, rows, chosen), out_shardings=(chosen, rows, (rows, chosen))
-    )
+    run = jax.jit(both, in_shardings=(rows, rows, chosen, rows, chosen), out_shardings=(chosen, rows, (rows, chosen)))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (*arguments, grads))
     return program.compile_for(hardware, run, *shapes)[0]
 

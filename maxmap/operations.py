@@ -403,6 +403,47 @@ def explicit_padding(padding: Padding, size: Sequence[int], kernel_size: int, st
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
+def depthwise_maps(
+    x: Array, kernel: Array, stride: int, pads: Pads, *, beside: bool = False
+) -> tuple[Array, ...] | None:
+    """Convolves maps with one kernel per channel in the kernel of the platform; None where it has none for them.
+
+    Args:
+      x: `[B, H, W, C]`.
+      kernel: `[k, k, 1, C]`.
+      stride: of both axes.
+      pads: zeros before and after height and width.
+      beside: returns `x` too.
+
+    Returns:
+      `[B, H', W', C]`, and `x` if asked for, to be read in its stead by another path: the gradients are added in the
+      kernel.
+    """
+    if implementation("depthwise") != "pallas":
+        return None
+    from maxmap.kernels import depthwise  # takes half a second to import
+
+    if not depthwise.fits(x.shape, x.shape[-1], len(kernel), stride, pads, devices()):
+        return None
+    window = depthwise.Window(len(kernel), stride, (pads[0][0], pads[1][0]))
+    found = depthwise.depthwise(x.transpose(1, 2, 0, 3), kernel[:, :, 0], window, beside)
+    return tuple(y.transpose(2, 0, 1, 3) for y in found)
+
+
+def convolve_beside(x: Array, kernel: Array, padding: int) -> tuple[Array, Array]:
+    """Depthwise convolution at stride 1, and `x`, to be read in its stead by the residual path.
+
+    Args:
+      x: `[B, H, W, C]`.
+      kernel: `[k, k, 1, C]`.
+      padding: zeros on every side.
+    """
+    found = depthwise_maps(x, kernel, 1, ((padding, padding),) * 2, beside=True)
+    if found is None:
+        return convolve(x, kernel, padding=padding, groups=x.shape[-1]), x
+    return found[0], found[1]
+
+
 def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, groups: int = 1) -> Array:
     """2-d cross-correlation of NHWC maps in the way of the platform.
 
@@ -435,13 +476,8 @@ def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, 
     if groups == channels and out_channels % channels == 0 and implementation("depthwise") == "shifted_sum":
         x = jnp.repeat(x, out_channels // channels, axis=-1)  # output channel o reads input channel o // multiplier
         return cpu.depthwise_convolution(x, kernel[:, :, 0], stride, pads)
-    if groups == channels == out_channels and implementation("depthwise") == "pallas":
-        from maxmap.kernels import depthwise  # takes half a second to import
-
-        if depthwise.fits(x.shape, channels, kh, stride, pads, devices()):
-            window = depthwise.Window(kh, stride, (pads[0][0], pads[1][0]))
-            y = depthwise.depthwise(x.transpose(1, 2, 0, 3), kernel[:, :, 0], window)
-            return y.transpose(2, 0, 1, 3)
+    if groups == channels == out_channels and (found := depthwise_maps(x, kernel, stride, pads)):
+        return found[0]
     if groups == 1 and implementation("dense") == "im2col":
         return cpu.convolution(x, kernel, stride, pads)
     return xla.convolution(x, kernel, stride, pads, groups)

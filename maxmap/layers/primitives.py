@@ -209,13 +209,9 @@ class Conv(nn.Module):
         return kernel, self.param("bias", self.bias_init or torch_bias(math.prod(shape[:3])), (self.channels,))
 
     def __call__(self, x: Array) -> Array:
-        x, bias = self.without_bias(x)
-        return x if bias is None else x + broadcast(bias, x.shape)
-
-    def without_bias(self, x: Array) -> tuple[Array, Array | None]:
-        """Convolves, and returns the bias or None for the caller to add, in the type of the result."""
         x, kernel, bias = nn.dtypes.promote_dtype(x, *self.weights(x.shape[-1]))
-        return convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups), bias
+        x = convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
+        return x if bias is None else x + broadcast(bias, x.shape)
 
 
 class Linear(nn.Module):
