@@ -25,6 +25,7 @@ from maxmap.layers.primitives import (
     he_fan_out,
     round_to_eight,
 )
+from maxmap.layers.residual import kept_samples
 from maxmap.operations import Array, max_pool, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
 
@@ -196,11 +197,10 @@ class MBConv(Block):
         if self.se_early:
             x = squeeze_excite(name="se_early")(x)
         if window is not None and not self.se_early:
-            x = self._projected(x, sums, se_width)
-        else:
-            gate = None if self.se_early else squeeze_excite(name="se").gate
-            x = BatchNorm(self.epsilon, name="norm2")(x, train=train, activation=self.activation, gate=gate)
-            x = Conv(self.channels, bias=self.output_bias, name="conv3_1x1", **inits)(x)
+            return self._projected(x, sums, se_width, kept_samples(x, self.drop_path, train), beside)
+        gate = None if self.se_early else squeeze_excite(name="se").gate
+        x = BatchNorm(self.epsilon, name="norm2")(x, train=train, activation=self.activation, gate=gate)
+        x = Conv(self.channels, bias=self.output_bias, name="conv3_1x1", **inits)(x)
         return DropPath(self.drop_path)(x, train=train) + beside
 
     def _pooled(self) -> bool:
@@ -301,8 +301,11 @@ class MBConv(Block):
             beside = shortcut(pooled[0], pooled=True) if pooled else shortcut(x)
         return y, sums, beside
 
-    def _projected(self, x: Array, sums: Array | None, se_width: int) -> Array:
-        """What follows the depthwise convolution, in one operation, from its output and, in training, its sums."""
+    def _projected(self, x: Array, sums: Array | None, se_width: int, keep: Array, beside: Array) -> Array:
+        """What follows the depthwise convolution, in one operation, from its output and, in training, its sums.
+
+        The branch is multiplied by `keep` `[B]` and added to the shortcut `beside`.
+        """
         width = x.shape[-1]
         norm = FoldedBatchNorm(width, name="norm2")
         if sums is None:
@@ -318,7 +321,9 @@ class MBConv(Block):
         bias = jnp.zeros(self.channels, kernel.dtype) if bias is None else bias
         gate = functools.partial(squeeze_gate, activation=self.se_activation)
         function = FUNCTIONS[self.activation]
-        return squeeze_project(x, factor, summand, gating, kernel[0, 0], bias, function=function, gate=gate)
+        return squeeze_project(
+            x, factor, summand, gating, kernel[0, 0], bias, keep, beside, function=function, gate=gate
+        )
 
 
 def _expanded_moments(
