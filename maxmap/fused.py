@@ -384,6 +384,27 @@ def squeeze_project(
     return _images_first(y.reshape(height, width, batch, -1))
 
 
+def takes_pairs(shape: Sequence[int]) -> bool:
+    """Whether convolutions to maps `[B, H, W, C]` are to be computed on pairs of pixels; see `maxmap.layers.paired`."""
+    if implementation("stem") != "pallas":
+        return False
+    from maxmap.kernels import pairs  # takes half a second to import
+
+    return pairs.fits(shape, devices())
+
+
+def unpair(x: Array) -> tuple[Array, Array]:
+    """Takes pairs of pixels apart: `[B, H, W / 2, 2 C]` to `[B, H, W, C]`.
+
+    Returns:
+      The map twice, for two readers: their gradients are added in the kernel.
+    """
+    from maxmap.kernels import pairs
+
+    y, beside = pairs.unpair(_images_last(x))
+    return _images_first(y), _images_first(beside)
+
+
 def fuses_bottleneck(x: Array, channels: int, out_channels: int) -> bool:
     """Whether the three operations below have kernels for maps like `x`, `[B, H, W, I]`, on the target platform.
 

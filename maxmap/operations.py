@@ -56,6 +56,8 @@ Function = Callable[[Array], Array]  # of single values
 #              maxmap/kernels/tpu_mlp.py) or "rows" (one for GPUs; see maxmap/kernels/gpu_mlp.py)
 # resize       of maps for heads, in the order "images_first" [B, H, W, C] or "images_last" [H, W, B, C]; the latter is
 #              the order in memory of XLA's maps on TPUs, which slices do not keep by themselves
+# stem         convolutions to 64 channels at high resolution: "plain" or "pallas" (on pairs of pixels, which a kernel
+#              takes apart; see maxmap/layers/paired.py)
 # bottleneck   1x1 convolutions, norms and residual path of ResNet's blocks: "plain" or "pallas" (kernels for TPUs)
 #
 # The CPU's own ways pay because XLA's CPU backend takes 6 times as long for a 1x1 convolution as for the same matrix
@@ -76,6 +78,7 @@ IMPLEMENTATIONS = {
         "block": "plain",
         "resize": "images_first",
         "mlp": "plain",
+        "stem": "plain",
         "bottleneck": "plain",
     },
     # Every platform that has no entry.
@@ -93,6 +96,7 @@ IMPLEMENTATIONS = {
         "block": "plain",
         "resize": "images_first",
         "mlp": "plain",
+        "stem": "plain",
         "bottleneck": "plain",
     },
     # No platform: see `plain_operations`.
@@ -110,6 +114,7 @@ IMPLEMENTATIONS = {
         "block": "plain",
         "resize": "images_first",
         "mlp": "plain",
+        "stem": "plain",
         "bottleneck": "plain",
     },
 }
@@ -121,6 +126,7 @@ IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {
     "bottleneck": "pallas",
     "mlp": "fused",
     "resize": "images_last",
+    "stem": "pallas",
 }
 IMPLEMENTATIONS["gpu"] = IMPLEMENTATIONS["default"] | {"batch_norm": "activated", "windows": "maps", "mlp": "rows"}
 
@@ -291,7 +297,7 @@ def _layer_norm(x: Array, scale: Array, bias: Array, *, epsilon: float) -> Array
 
 
 def batch_norm(
-    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, parts: int = 1
+    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, parts: int = 1, pixels: int = 1
 ) -> tuple[Array, Array, Array]:
     """Normalises each of several equal parts of a batch over all axes but the last, in float32 or wider.
 
@@ -302,13 +308,15 @@ def batch_norm(
       near: an estimate of the mean, `[C]`, from which the "one_pass" way measures, so that its sums do not cancel.
       epsilon: added to the variance.
       parts: number of parts, each of consecutive samples; it divides B.
+      pixels: that lie side by side in the last axis of `x`, `[B, ..., pixels * C]`; the "one_pass" way alone has more
+        than 1.
 
     Returns:
       The normalised `x` in its type; mean and biased variance, both `[parts, C]`. Gradients pass only by the first.
     """
     scale, bias = upcast(scale), upcast(bias)
     if implementation("batch_norm") != "two_pass":
-        return one_pass.batch_norm(x, scale, bias, near.astype(scale.dtype), epsilon, parts)
+        return one_pass.batch_norm(x, scale, bias, near.astype(scale.dtype), epsilon, parts, pixels)
     rows = upcast(x).reshape(parts, -1, *x.shape[1:])  # [parts, B / parts, ..., C]
     axes = tuple(range(1, rows.ndim - 1))
     mean = jnp.mean(rows, axis=axes, keepdims=True)

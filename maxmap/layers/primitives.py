@@ -301,6 +301,7 @@ class BatchNorm(nn.Module):
         train: bool = False,
         activation: str | None = None,
         gate: Callable[[Array], Array] | None = None,
+        pixels: int = 1,
     ) -> Array:
         """Normalises maps or tokens.
 
@@ -310,23 +311,25 @@ class BatchNorm(nn.Module):
           activation: behind the norm, a key of `ACTIVATIONS`; None for none.
           gate: multiplies the activation's output by a function of its mean over all axes but the first and the last,
             `[B, 1, ..., C]`; None for 1.
+          pixels: that lie side by side in the last axis, `[B, ..., pixels * C]`; see `maxmap.layers.paired`.
         """
-        channels = x.shape[-1]
+        channels = x.shape[-1] // pixels
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         frozen = any(re.search(pattern, "/".join((*self.path, "scale"))) for pattern in _frozen_norms.get())
         if not train or frozen:
-            statistics = (running_mean.value, running_var.value, upcast(scale), upcast(bias), self.epsilon)
-            return _activated(lambda x: affine(upcast(x), *statistics), x, activation, gate)
+            values = (running_mean.value, running_var.value, upcast(scale), upcast(bias))
+            mean, var, scale, bias = (jnp.tile(value, pixels) for value in values)
+            return _activated(lambda x: affine(upcast(x), mean, var, scale, bias, self.epsilon), x, activation, gate)
         parts, keep_first = _batch_groups.get()
         inputs = (scale, bias, running_mean.value, self.epsilon, parts)
         if activation in DERIVATIVES and activates_batch_norm(x):
             function, derivative = FUNCTIONS[activation], DERIVATIVES[activation]
             y, mean, var = activated_batch_norm(x, *inputs, function, derivative, gate)
         else:
-            y, mean, var = batch_norm(x, *inputs)
+            y, mean, var = batch_norm(x, *inputs, pixels)
             y = _activated(lambda y: y, y, activation, gate)
         if not self.is_initializing():
             count = x.size // channels // parts
