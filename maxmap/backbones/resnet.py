@@ -181,7 +181,7 @@ def _conv_norm(
         return norm(conv(x), train=train, activation=activation)
     kernel, _ = conv.weights(x.shape[-1] // (2 if stride == 1 else 1))
     x, kernel = nn.dtypes.promote_dtype(x, kernel)
-    x = convolve_pairs(x, kernel) if stride == 1 else convolve_into_pairs(x, kernel, stride, (padding, padding))
+    x = convolve_pairs(x, kernel) if stride == 1 else convolve_into_pairs(x, kernel, stride, ((padding, padding),) * 2)
     return norm(x, train=train, activation=activation, pixels=2)
 
 

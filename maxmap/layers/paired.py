@@ -7,29 +7,30 @@ them: the convolution has more multiply-adds, with zeros among them, and takes l
 import jax.numpy as jnp
 
 from maxmap.kernels import xla
-from maxmap.operations import Array
+from maxmap.kernels.xla import Pads
+from maxmap.operations import Array, broadcast
 
 
-def convolve_into_pairs(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
+def convolve_into_pairs(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     """Convolves a map.
 
     Args:
       x: `[B, H, W, I]`.
       kernel: `[k, k, I, O]`.
       stride: of both axes.
-      padding: zeros before and after both axes; the result's width is even with them.
+      pads: zeros before and after height and width; the result's width is even with them.
 
     Returns:
       `[B, H', W' / 2, 2 O]`.
     """
-    size = kernel.shape[0]
-    pairs = ((x.shape[2] + sum(padding) - size) // stride + 1) // 2
+    size, (before, after) = kernel.shape[0], pads[1]
+    pairs = ((x.shape[2] + before + after - size) // stride + 1) // 2
     # The second pixel of a pair is `stride` columns to the right of the first.
     both = jnp.concatenate(
         [jnp.pad(kernel, ((0, 0), place, (0, 0), (0, 0))) for place in ((0, stride), (stride, 0))], axis=-1
     )
-    after = 2 * stride * (pairs - 1) + size + stride - padding[0] - x.shape[2]
-    return xla.convolution(x, both, (stride, 2 * stride), (padding, (padding[0], after)))
+    after = 2 * stride * (pairs - 1) + size + stride - before - x.shape[2]
+    return xla.convolution(x, both, (stride, 2 * stride), (pads[0], (before, after)))
 
 
 def convolve_pairs(x: Array, kernel: Array) -> Array:
@@ -52,3 +53,8 @@ def convolve_pairs(x: Array, kernel: Array) -> Array:
             both = both.at[:, reach + pair, pixel, :, place].set(kernel[:, column])
     both = both.reshape(size, 2 * reach + 1, 2 * in_channels, 2 * out_channels)
     return xla.convolution(x, both, (1, 1), ((pad, pad), (reach, reach)))
+
+
+def with_bias(x: Array, bias: Array | None) -> Array:
+    """Adds one value per channel `[C]`, or nothing, to both pixels of pairs `[B, H, W / 2, 2 C]`."""
+    return x if bias is None else x + broadcast(jnp.tile(bias, 2), x.shape)

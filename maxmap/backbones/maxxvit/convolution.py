@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.fused import expand, expand_by_moments, expansion, squeeze_project
+from maxmap.fused import expand, expand_by_moments, expansion, squeeze_project, takes_pairs, unpair
 from maxmap.layers.blocks import Mlp, SqueezeExcite, SqueezeExciteParameters, squeeze_gate
 from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
+from maxmap.layers.paired import convolve_into_pairs, convolve_pairs, with_bias
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     FUNCTIONS,
@@ -26,7 +27,7 @@ from maxmap.layers.primitives import (
     round_to_eight,
 )
 from maxmap.layers.residual import kept_samples
-from maxmap.operations import Array, max_pool, upcast
+from maxmap.operations import Array, explicit_padding, max_pool, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
 
 POOLS = ("avg2", "avg3", "max")
@@ -90,11 +91,24 @@ class ConvStem(nn.Module):
     init_scheme: str
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
+        """Maps `[B, H, W, C]` to `[B, H / 2, W / 2, O]`, twice for two readers, whose gradients a kernel adds."""
         conv = functools.partial(Conv, kernel_size=3, padding=self.padding, **conv_inits(self.init_scheme))
-        x = conv(self.width[0], stride=2, bias=self.bias[0], name="conv1")(x)
-        x = layer_or_batch_norm(x, self.norm, self.epsilon, "norm1", train, self.activation)
-        return conv(self.width[1], bias=self.bias[1], name="conv2")(x)
+        first = conv(self.width[0], stride=2, bias=self.bias[0], name="conv1")
+        second = conv(self.width[1], bias=self.bias[1], name="conv2")
+        batch, height, width, channels = x.shape
+        size = (batch, -(-height // 2), -(-width // 2))
+        pairs = self.norm == "batch" and self.padding in (1, "same") and not self.is_initializing()
+        if not (pairs and all(takes_pairs((*size, channels)) for channels in self.width)):
+            x = first(x)
+            x = second(layer_or_batch_norm(x, self.norm, self.epsilon, "norm1", train, self.activation))
+            return x, x
+        x, kernel, bias = nn.dtypes.promote_dtype(x, *first.weights(channels))
+        pads = explicit_padding(self.padding, (height, width), 3, 2)
+        x = with_bias(convolve_into_pairs(x, kernel, 2, pads), bias)
+        x = BatchNorm(self.epsilon, name="norm1")(x, train=train, activation=self.activation, pixels=2)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, *second.weights(self.width[0]))
+        return unpair(with_bias(convolve_pairs(x, kernel), bias))
 
 
 class Shortcut(nn.Module):
