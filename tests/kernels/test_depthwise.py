@@ -116,7 +116,7 @@ def test_convolutions_take_the_kernel_where_it_is_chosen(x64, chosen):
 
 
 BLOCKS = {
-    "plain": {},
+    "plain": {"drop_path": 0.5},
     "stride": {"stride": 2, "padding": "same", "activation": "gelu_tanh"},
     "pooled": {"stride": 2, "stride_mode": "pool", "pre_norm_act": True, "activation": "silu"},
     "early": {"se_early": True, "expand_output": False},
@@ -132,7 +132,8 @@ def block_and_gradients(options, batch):
 
     def run(variables, x, direction):
         def train(params, x):
-            return block.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+            rngs = {"dropout": jax.random.key(2)}
+            return block.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"], rngs=rngs)
 
         y, pull, new = jax.vjp(train, variables["params"], x, has_aux=True)
         return y, new, pull(direction), block.apply(variables, x)
