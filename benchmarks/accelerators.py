@@ -13,7 +13,8 @@ beside those of `benchmarks/accelerators.csv`, which an earlier commit stored. W
 A training step is forward, backward, AdamW and moving averages in bfloat16 with 64 images a chip on four chips (128 on
 one H100), of the model's own size, without augmentation. A part is compiled forward and backward for 64 images on one
 chip: "half" is LayerNorm, window attention and MLP of MaxViT-T, "mbconv" its convolution block, "head" the MAP head on
-its maps. A forward pass is in bfloat16 on one chip.
+its maps. The TPU's compiler chooses the layout of the maps that a part reads and writes, as it does inside of a
+network. A forward pass is in bfloat16 on one chip.
 """
 
 import argparse
@@ -30,9 +31,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from maxmap.accelerators import program, topology
+from maxmap.accelerators.hardware import HARDWARE
 from maxmap.backbones.maxxvit.attention import PartitionAttention, TransformerFields
 from maxmap.backbones.maxxvit.convolution import MBConv
 from maxmap.config import bind, complete
@@ -94,7 +97,11 @@ def forward(model: str, hardware: str, images: int, *, fused: bool = False) -> M
 
 
 def part(make: Callable[[], tuple[Any, Any]], hardware: str) -> Mapping[str, Any]:
-    """Compiles a module forward and backward; `make` returns it and the shapes that it takes."""
+    """Compiles a module forward and backward; `make` returns it and the shapes that it takes.
+
+    A TPU's compiler chooses how the maps that go in and out lie in memory, as it does inside of a network. Parameters
+    lie in rows, as those of a training step do.
+    """
     module, inputs = make()
     place = _placed(hardware)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -117,7 +124,13 @@ def part(make: Callable[[], tuple[Any, Any]], hardware: str) -> Mapping[str, Any
 
     arguments = (place(params, jnp.bfloat16), place(others), place(inputs), place(key))
     grads = place(jax.eval_shape(outputs, *arguments))
-    return program.compile_for(hardware, jax.jit(both), *arguments, grads)[0]
+    if HARDWARE[hardware].platform == "gpu":
+        return program.compile_for(hardware, jax.jit(both), *arguments, grads)[0]
+    rows = _sharding(hardware)
+    chosen = Format(Layout.AUTO, rows)
+    run = jax.jit(both, in_shardings=(rows, rows, chosen, rows, chosen), out_shardings=(chosen, rows, (rows, chosen)))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (*arguments, grads))
+    return program.compile_for(hardware, run, *shapes)[0]
 
 
 def half(model: str, stage: int) -> tuple[Any, Any]:
@@ -154,7 +167,7 @@ def _map(backbone: Any, stage: int) -> jax.ShapeDtypeStruct:
 
 def _placed(hardware: str) -> Callable[..., Any]:
     """Returns a function that puts shapes on one device of some hardware, floats in another type where one is given."""
-    sharding = SingleDeviceSharding(topology.devices_of(hardware, 1)[0])
+    sharding = _sharding(hardware)
 
     def place(tree: Any, dtype: Any = None) -> Any:
         def one(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -164,6 +177,10 @@ def _placed(hardware: str) -> Callable[..., Any]:
         return jax.tree.map(one, tree)
 
     return place
+
+
+def _sharding(hardware: str) -> SingleDeviceSharding:
+    return SingleDeviceSharding(topology.devices_of(hardware, 1)[0])
 
 
 def _rows() -> dict[str, Row]:

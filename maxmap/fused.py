@@ -349,13 +349,16 @@ def squeeze_project(
     gating: tuple[Array, ...],
     weights: Array,
     bias: Array,
+    keep: Array,
+    residual: Array,
     *,
     function: Callable[[Array], Array],
     gate: Callable[..., Array],
 ) -> Array:
-    """Norm, activation, squeeze-excitation and 1x1 convolution in one operation, behind an `expand`.
+    """Norm, activation, squeeze-excitation, 1x1 convolution and residual path in one operation, behind an `expand`.
 
-    With z = function(x * factor + summand) it computes z * gate(mean of z over the pixels, *gating) @ weights + bias.
+    With z = function(x * factor + summand) it computes
+    residual + keep * (z * gate(mean of z over the pixels, *gating) @ weights + bias).
 
     Args:
       x: what `expand` returns, `[B, H, W, C]`.
@@ -364,6 +367,8 @@ def squeeze_project(
       gating: arguments of the gate behind the mean.
       weights: `[C, O]`.
       bias: `[O]`.
+      keep: the factor of the branch for every sample, `[B]`, without a gradient.
+      residual: `[B, H, W, O]`.
       function: an activation, of single values.
       gate: a function of the mean `[B, C]` and other arrays; it returns factors `[B, C]`.
 
@@ -372,10 +377,32 @@ def squeeze_project(
     """
     from maxmap.kernels import squeeze  # takes half a second to import
 
-    batch, height, width, channels = x.shape
-    pixels = _images_last(x).reshape(-1, batch, channels)
-    y = squeeze.squeeze_project(pixels, factor, summand, gating, weights, bias, squeeze.Block(function, gate))
+    batch, height, width, _ = x.shape
+    x, residual = (_images_last(part).reshape(height * width, batch, -1) for part in (x, residual))
+    keep, block = keep.astype(accumulator(x.dtype)), squeeze.Block(function, gate)
+    y = squeeze.squeeze_project(x, factor, summand, gating, weights, bias, keep, residual, block)
     return _images_first(y.reshape(height, width, batch, -1))
+
+
+def takes_pairs(shape: Sequence[int]) -> bool:
+    """Whether convolutions to maps `[B, H, W, C]` are to be computed on pairs of pixels; see `maxmap.layers.paired`."""
+    if implementation("stem") != "pallas":
+        return False
+    from maxmap.kernels import pairs  # takes half a second to import
+
+    return pairs.fits(shape, devices())
+
+
+def unpair(x: Array) -> tuple[Array, Array]:
+    """Takes pairs of pixels apart: `[B, H, W / 2, 2 C]` to `[B, H, W, C]`.
+
+    Returns:
+      The map twice, for two readers: their gradients are added in the kernel.
+    """
+    from maxmap.kernels import pairs
+
+    y, beside = pairs.unpair(_images_last(x))
+    return _images_first(y), _images_first(beside)
 
 
 def fuses_bottleneck(x: Array, channels: int, out_channels: int) -> bool:

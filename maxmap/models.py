@@ -185,7 +185,7 @@ def _rematerialisation() -> Callable[..., Any]:
 
 
 # Methods by which modules compute, or hand out their weights to what computes with them.
-CALLED = ("__call__", "gate", "weights", "without_bias")
+CALLED = ("__call__", "gate", "weights")
 
 
 def block_paths(model: Classifier) -> list[list[str]]:

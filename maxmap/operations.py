@@ -56,6 +56,8 @@ Function = Callable[[Array], Array]  # of single values
 #              maxmap/kernels/tpu_mlp.py) or "rows" (one for GPUs; see maxmap/kernels/gpu_mlp.py)
 # resize       of maps for heads, in the order "images_first" [B, H, W, C] or "images_last" [H, W, B, C]; the latter is
 #              the order in memory of XLA's maps on TPUs, which slices do not keep by themselves
+# stem         convolutions to 64 channels at high resolution: "plain" or "pallas" (on pairs of pixels, which a kernel
+#              takes apart; see maxmap/layers/paired.py)
 # bottleneck   1x1 convolutions, norms and residual path of ResNet's blocks: "plain" or "pallas" (kernels for TPUs)
 #
 # The CPU's own ways pay because XLA's CPU backend takes 6 times as long for a 1x1 convolution as for the same matrix
@@ -76,6 +78,7 @@ IMPLEMENTATIONS = {
         "block": "plain",
         "resize": "images_first",
         "mlp": "plain",
+        "stem": "plain",
         "bottleneck": "plain",
     },
     # Every platform that has no entry.
@@ -93,6 +96,7 @@ IMPLEMENTATIONS = {
         "block": "plain",
         "resize": "images_first",
         "mlp": "plain",
+        "stem": "plain",
         "bottleneck": "plain",
     },
     # No platform: see `plain_operations`.
@@ -110,6 +114,7 @@ IMPLEMENTATIONS = {
         "block": "plain",
         "resize": "images_first",
         "mlp": "plain",
+        "stem": "plain",
         "bottleneck": "plain",
     },
 }
@@ -121,6 +126,7 @@ IMPLEMENTATIONS["tpu"] = IMPLEMENTATIONS["default"] | {
     "bottleneck": "pallas",
     "mlp": "fused",
     "resize": "images_last",
+    "stem": "pallas",
 }
 IMPLEMENTATIONS["gpu"] = IMPLEMENTATIONS["default"] | {"batch_norm": "activated", "windows": "maps", "mlp": "rows"}
 
@@ -291,7 +297,7 @@ def _layer_norm(x: Array, scale: Array, bias: Array, *, epsilon: float) -> Array
 
 
 def batch_norm(
-    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, parts: int = 1
+    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, parts: int = 1, pixels: int = 1
 ) -> tuple[Array, Array, Array]:
     """Normalises each of several equal parts of a batch over all axes but the last, in float32 or wider.
 
@@ -302,13 +308,15 @@ def batch_norm(
       near: an estimate of the mean, `[C]`, from which the "one_pass" way measures, so that its sums do not cancel.
       epsilon: added to the variance.
       parts: number of parts, each of consecutive samples; it divides B.
+      pixels: that lie side by side in the last axis of `x`, `[B, ..., pixels * C]`; the "one_pass" way alone has more
+        than 1.
 
     Returns:
       The normalised `x` in its type; mean and biased variance, both `[parts, C]`. Gradients pass only by the first.
     """
     scale, bias = upcast(scale), upcast(bias)
     if implementation("batch_norm") != "two_pass":
-        return one_pass.batch_norm(x, scale, bias, near.astype(scale.dtype), epsilon, parts)
+        return one_pass.batch_norm(x, scale, bias, near.astype(scale.dtype), epsilon, parts, pixels)
     rows = upcast(x).reshape(parts, -1, *x.shape[1:])  # [parts, B / parts, ..., C]
     axes = tuple(range(1, rows.ndim - 1))
     mean = jnp.mean(rows, axis=axes, keepdims=True)
@@ -403,6 +411,47 @@ def explicit_padding(padding: Padding, size: Sequence[int], kernel_size: int, st
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
+def depthwise_maps(
+    x: Array, kernel: Array, stride: int, pads: Pads, *, beside: bool = False
+) -> tuple[Array, ...] | None:
+    """Convolves maps with one kernel per channel in the kernel of the platform; None where it has none for them.
+
+    Args:
+      x: `[B, H, W, C]`.
+      kernel: `[k, k, 1, C]`.
+      stride: of both axes.
+      pads: zeros before and after height and width.
+      beside: returns `x` too.
+
+    Returns:
+      `[B, H', W', C]`, and `x` if asked for, to be read in its stead by another path: the gradients are added in the
+      kernel.
+    """
+    if implementation("depthwise") != "pallas":
+        return None
+    from maxmap.kernels import depthwise  # takes half a second to import
+
+    if not depthwise.fits(x.shape, x.shape[-1], len(kernel), stride, pads, devices()):
+        return None
+    window = depthwise.Window(len(kernel), stride, (pads[0][0], pads[1][0]))
+    found = depthwise.depthwise(x.transpose(1, 2, 0, 3), kernel[:, :, 0], window, beside)
+    return tuple(y.transpose(2, 0, 1, 3) for y in found)
+
+
+def convolve_beside(x: Array, kernel: Array, padding: int) -> tuple[Array, Array]:
+    """Depthwise convolution at stride 1, and `x`, to be read in its stead by the residual path.
+
+    Args:
+      x: `[B, H, W, C]`.
+      kernel: `[k, k, 1, C]`.
+      padding: zeros on every side.
+    """
+    found = depthwise_maps(x, kernel, 1, ((padding, padding),) * 2, beside=True)
+    if found is None:
+        return convolve(x, kernel, padding=padding, groups=x.shape[-1]), x
+    return found[0], found[1]
+
+
 def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, groups: int = 1) -> Array:
     """2-d cross-correlation of NHWC maps in the way of the platform.
 
@@ -435,13 +484,8 @@ def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: Padding = 0, 
     if groups == channels and out_channels % channels == 0 and implementation("depthwise") == "shifted_sum":
         x = jnp.repeat(x, out_channels // channels, axis=-1)  # output channel o reads input channel o // multiplier
         return cpu.depthwise_convolution(x, kernel[:, :, 0], stride, pads)
-    if groups == channels == out_channels and implementation("depthwise") == "pallas":
-        from maxmap.kernels import depthwise  # takes half a second to import
-
-        if depthwise.fits(x.shape, channels, kh, stride, pads, devices()):
-            window = depthwise.Window(kh, stride, (pads[0][0], pads[1][0]))
-            y = depthwise.depthwise(x.transpose(1, 2, 0, 3), kernel[:, :, 0], window)
-            return y.transpose(2, 0, 1, 3)
+    if groups == channels == out_channels and (found := depthwise_maps(x, kernel, stride, pads)):
+        return found[0]
     if groups == 1 and implementation("dense") == "im2col":
         return cpu.convolution(x, kernel, stride, pads)
     return xla.convolution(x, kernel, stride, pads, groups)

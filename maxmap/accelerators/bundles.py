@@ -37,6 +37,7 @@ class Kernel:
       programs: Of its grid; None where the grid is not known before it runs.
       loops: Of its body, outermost first: depth from 1, and how often it runs or None.
       operands: Dimensions of its operands.
+      shares: Of each operand's elements, those that all programs read together, at most 1.
       equation: Of the traced program.
     """
 
@@ -44,6 +45,7 @@ class Kernel:
     programs: int | None
     loops: tuple[tuple[int, int | None], ...]
     operands: tuple[tuple[int, ...], ...]
+    shares: tuple[float, ...]
     equation: Any
 
     def matches(self, call: hlo.Instruction, operands: Sequence[tuple[int, ...]]) -> bool:
@@ -71,12 +73,15 @@ def kernels(jaxpr: Any) -> list[Kernel]:
     """Returns the kernels of a traced program, each once."""
     found: dict[tuple[Any, ...], Kernel] = {}
     for equation in kernel_calls(jaxpr):
-        grid = equation.params["grid_mapping"].grid
+        mapping = equation.params["grid_mapping"]
+        programs = math.prod(mapping.grid) if all(isinstance(size, int) for size in mapping.grid) else None
+        operands = tuple(tuple(variable.aval.shape) for variable in equation.invars)
         kernel = Kernel(
             kernel_name(equation),
-            math.prod(grid) if all(isinstance(size, int) for size in grid) else None,
+            programs,
             tuple(_loops(equation.params["jaxpr"], 1)),
-            tuple(tuple(variable.aval.shape) for variable in equation.invars),
+            operands,
+            _shares(mapping, programs, operands),
             equation,
         )
         found.setdefault((kernel.name, kernel.programs, kernel.operands), kernel)
@@ -140,6 +145,7 @@ def read(text: str, programs: int, loops: Sequence[tuple[int, int | None]]) -> S
 def _count_bundles(text: str) -> tuple[list[int], list[int]]:
     """Returns the bundles and the depth of what is outside of loops and of every loop, as they follow one another."""
     counts, depths, stack = [0], [0], [0]  # the stack holds the loops that a line is in
+    inside = [-1]  # the last loop that started in each
     header = False
     for line in text.splitlines():
         if not (found := _BUNDLE.match(line)):
@@ -148,15 +154,31 @@ def _count_bundles(text: str) -> tuple[list[int], list[int]]:
         if found[3]:  # an empty bundle has no marks
             depth = len(stack) - 1
         del stack[depth + 1 :]
-        if depth and (len(stack) <= depth or (label in ("LH", "LB") and not header)):
+        starts = label in ("LH", "LB") and not header
+        if depth and (len(stack) <= depth or starts):
             del stack[depth:]
             while len(stack) <= depth:
-                counts.append(0)
-                depths.append(len(stack))
-                stack.append(len(counts) - 1)
+                # A single bundle in the middle of a loop may stand as if outside: what has no label goes on.
+                if starts or inside[stack[-1]] < 0:
+                    inside[stack[-1]] = len(counts)
+                    counts.append(0)
+                    depths.append(len(stack))
+                    inside.append(-1)
+                stack.append(inside[stack[-1]])
         counts[stack[-1]] += 1
         header = label == "LH"
     return counts, depths
+
+
+def _shares(mapping: Any, programs: int | None, operands: Sequence[tuple[int, ...]]) -> tuple[float, ...]:
+    """Returns `Kernel.shares`; 1 where it is not known."""
+    blocks = [block.block_shape for block in mapping.block_mappings[: len(operands)]]
+    if programs is None or len(blocks) < len(operands):
+        return (1.0,) * len(operands)
+    sizes = [math.prod(getattr(side, "block_size", 1) for side in block) for block in blocks]
+    return tuple(
+        min(1.0, programs * size / max(math.prod(shape), 1)) for size, shape in zip(sizes, operands, strict=True)
+    )
 
 
 def _loops(jaxpr: Any, depth: int) -> Iterator[tuple[int, int | None]]:

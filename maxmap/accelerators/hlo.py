@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -153,14 +153,23 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-def moved(instruction: Instruction, around: Mapping[str, Instruction]) -> int:
-    """Returns the bytes of main memory that an instruction reads and writes: operands and results, each once."""
+def moved(instruction: Instruction, around: Mapping[str, Instruction], shares: Sequence[float] = ()) -> int:
+    """Returns the bytes of main memory that an instruction reads and writes: operands and results, each once.
+
+    Args:
+      instruction: Of a program.
+      around: Its neighbours by name.
+      shares: Of the operands, the part that is read; all of each where none are given.
+    """
     if instruction.opcode.endswith("-done"):
         return 0
     if instruction.opcode == "copy-start":  # its results are the copy, the original and a flag
         return sum(array.stored for array in instruction.arrays[:2] if array.memory != FAST_MEMORY)
-    read = [array for name in instruction.operands if name in around for array in around[name].arrays]
-    return sum(array.stored for array in (*instruction.arrays, *read) if array.memory != FAST_MEMORY)
+    names = instruction.operands
+    parts = shares if len(shares) == len(names) else (1.0,) * len(names)
+    read = [(a, part) for name, part in zip(names, parts, strict=True) if name in around for a in around[name].arrays]
+    total = sum(part * array.stored for array, part in read if array.memory != FAST_MEMORY)
+    return round(total) + sum(array.stored for array in instruction.arrays if array.memory != FAST_MEMORY)
 
 
 class Collective(NamedTuple):

@@ -153,7 +153,8 @@ def _kernel_cycles(
         one, times, around = runs[at]
         operands = [around[name].arrays[0].dims for name in one.operands if name in around]
         which = next((n for n, kernel in enumerate(kernels) if kernel.matches(one, operands)), None)
-        memory = hlo.moved(one, around) * cycles_per_byte
+        shares = () if which is None else kernels[which].shares
+        memory = hlo.moved(one, around, shares) * cycles_per_byte
         schedule = f"kernel {one.name} is not among those that were traced" if which is None else found[which]
         if which is None or isinstance(schedule, str):
             missing.append(f"{schedule}: of it only the time of its memory counts")

@@ -6,17 +6,25 @@ convolutions, squeeze-excitation (Hu et al. 2018), GELU inside of the blocks, an
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
 from maxmap.backbones import Variant
-from maxmap.fused import bottleneck_activated, bottleneck_first, bottleneck_last, channel_sums, fuses_bottleneck
+from maxmap.fused import (
+    bottleneck_activated,
+    bottleneck_first,
+    bottleneck_last,
+    channel_sums,
+    fuses_bottleneck,
+    takes_pairs,
+    unpair,
+)
 from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
+from maxmap.layers.paired import convolve_into_pairs, convolve_pairs
 from maxmap.layers.primitives import (
-    ACTIVATIONS,
     DERIVATIVES,
     FUNCTIONS,
     BatchNorm,
@@ -57,9 +65,9 @@ class Bottleneck(Block):
         at_once = train and not self.is_initializing() and batch_in_one_part()
         if at_once and fuses_bottleneck(x, width, self.channels):
             return self._trained_at_once(x, width)
-        act = self._activation(ACTIVATIONS.__getitem__)
-        y = act(_conv_norm(x, self._names(1), width, train=train))
-        y = act(_conv_norm(y, self._names(2), width, 3, self.stride, train=train))
+        act = self._activation()
+        y = _conv_norm(x, self._names(1), width, activation=act, train=train)
+        y = _conv_norm(y, self._names(2), width, 3, self.stride, activation=act, train=train)
         y = _conv_norm(y, self._names(3), self.channels, zero_scale=True, train=train)
         if self.squeeze:
             y = y * self._gate(jnp.mean(y, axis=(1, 2), keepdims=True), train=train)
@@ -69,13 +77,13 @@ class Bottleneck(Block):
         """Names of the i-th convolution and its norm."""
         return (f"conv{i}_0", f"conv{i}_1") if self.squeeze else (f"conv{i}", f"bn{i}")
 
-    def _activation(self, find: Callable[[str], Callable[[Array], Array]]) -> Callable[[Array], Array]:
-        return find("gelu" if self.squeeze else "relu")
+    def _activation(self) -> str:
+        return "gelu" if self.squeeze else "relu"
 
     def _gate(self, mean: Array, *, train: bool) -> Array:
         """Squeeze-excitation's factors, from the means of the maps, both `[B, 1, 1, C]`."""
-        act = self._activation(ACTIVATIONS.__getitem__)
-        gate = act(_conv_norm(mean, ("se_1_0", "se_1_1"), self.channels // SQUEEZE, train=train))
+        names, act = ("se_1_0", "se_1_1"), self._activation()
+        gate = _conv_norm(mean, names, self.channels // SQUEEZE, activation=act, train=train)
         return nn.sigmoid(Conv(self.channels, kernel_init=he_fan_out(), name="se_2")(gate))
 
     def _shortcut(self, x: Array, *, train: bool) -> Array:
@@ -99,7 +107,8 @@ class Bottleneck(Block):
             Conv(out_channels, size, bias=False, name=name[0]).weights(in_channels)[0]
             for (in_channels, out_channels, size), name in zip(shapes, names, strict=True)
         ]
-        function = self._activation(FUNCTIONS.__getitem__)
+        activation = self._activation()
+        function = FUNCTIONS[activation]
 
         y, x, mean, var = bottleneck_first(
             x,
@@ -108,7 +117,7 @@ class Bottleneck(Block):
             norms[0].bias,
             norms[0].near(),
             function,
-            DERIVATIVES.get("gelu" if self.squeeze else "relu"),
+            DERIVATIVES.get(activation),
             EPSILON,
         )
         norms[0].follow(mean, var, y.size // width)
@@ -156,12 +165,24 @@ def _conv_norm(
     stride: int = 1,
     *,
     zero_scale: bool = False,
+    activation: str | None = None,
+    pairs: bool = False,
     train: bool,
 ) -> Array:
-    """Convolution without bias, then a batch norm whose scale starts at one, or at zero with `zero_scale`."""
-    conv = Conv(channels, kernel_size, stride, kernel_size // 2, bias=False, kernel_init=he_fan_out(), name=names[0])
+    """Convolution without bias, a batch norm whose scale starts at one, or at zero with `zero_scale`, an activation.
+
+    With `pairs` the result has pairs of pixels, and so has `x` at stride 1; see `maxmap.layers.paired`.
+    """
+    padding = kernel_size // 2
+    conv = Conv(channels, kernel_size, stride, padding, bias=False, kernel_init=he_fan_out(), name=names[0])
     scale_init = nn.initializers.zeros if zero_scale else nn.initializers.ones
-    return BatchNorm(EPSILON, scale_init=scale_init, name=names[1])(conv(x), train=train)
+    norm = BatchNorm(EPSILON, scale_init=scale_init, name=names[1])
+    if not pairs:
+        return norm(conv(x), train=train, activation=activation)
+    kernel, _ = conv.weights(x.shape[-1] // (2 if stride == 1 else 1))
+    x, kernel = nn.dtypes.promote_dtype(x, kernel)
+    x = convolve_pairs(x, kernel) if stride == 1 else convolve_into_pairs(x, kernel, stride, ((padding, padding),) * 2)
+    return norm(x, train=train, activation=activation, pixels=2)
 
 
 class ResNet(nn.Module):
@@ -202,12 +223,15 @@ class ResNet(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the stem's map before its pooling and the map of every stage."""
         if self.squeeze:
+            batch, height, width, _ = x.shape
+            pairs = not self.is_initializing() and takes_pairs((batch, -(-height // 2), -(-width // 2), 64))
             for i in range(3):
-                x = _conv_norm(x, (f"stem_{i}_0", f"stem_{i}_1"), 64, 3, 1 if i else 2, train=train)
-                x = ACTIVATIONS["gelu"](x)
+                names, stride = (f"stem_{i}_0", f"stem_{i}_1"), 1 if i else 2
+                x = _conv_norm(x, names, 64, 3, stride, activation="gelu", pairs=pairs, train=train)
+            x, beside = unpair(x) if pairs else (x, x)
         else:
-            x = nn.relu(_conv_norm(x, ("conv1", "bn1"), 64, 7, 2, train=train))
-        features = [x]
+            beside = x = _conv_norm(x, ("conv1", "bn1"), 64, 7, 2, activation="relu", train=train)
+        features = [beside]
         x = max_pool(x, 3, 2, 1)
         rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=not self.squeeze))
         for stage, (channels, depth) in enumerate(zip(self.embed_dim, self.depths, strict=True)):

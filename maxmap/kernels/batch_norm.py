@@ -15,9 +15,9 @@ from maxmap.kernels.target import Array, accumulator, upcast
 Residuals = tuple[Array, Array, Array, Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def batch_norm(
-    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, parts: int
+    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, parts: int, pixels: int = 1
 ) -> tuple[Array, Array, Array]:
     """Normalises each of several equal parts of a batch over all axes but the last.
 
@@ -26,32 +26,34 @@ def batch_norm(
     channel are kept for the backward pass, which has one pass for both sums and one for the gradient of `x`.
 
     Args:
-      x: `[B, ..., C]`.
+      x: `[B, ..., C]`; `[B, ..., pixels * C]` where several pixels lie side by side.
       scale: `[C]`, in float32 or wider.
       bias: `[C]`, in float32 or wider.
       near: an estimate of the mean, `[C]`. It has no gradient.
       epsilon: added to the variance.
       parts: number of parts, each of consecutive samples; it divides B.
+      pixels: that lie side by side in the last axis.
 
     Returns:
       The normalised `x` in its type; mean and biased variance, both `[parts, C]` and without a gradient.
     """
-    return _forward(x, scale, bias, near, epsilon, parts)[0]
+    return _forward(x, scale, bias, near, epsilon, parts, pixels)[0]
 
 
 def _forward(
-    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, parts: int
+    x: Array, scale: Array, bias: Array, near: Array, epsilon: float, parts: int, pixels: int
 ) -> tuple[tuple[Array, Array, Array], Residuals]:
-    mean, var, inverse = statistics(x, near, epsilon, parts)
-    y = normalised(x, scale, bias, mean, inverse)
+    mean, var, inverse = statistics(x, near, epsilon, parts, pixels)
+    y = normalised(x, *(jnp.tile(value, pixels) for value in (scale, bias, mean, inverse)))
     return (y.reshape(x.shape).astype(x.dtype), mean, var), (x, scale, mean, inverse)
 
 
-def statistics(x: Array, near: Array, epsilon: float, parts: int) -> tuple[Array, Array, Array]:
+def statistics(x: Array, near: Array, epsilon: float, parts: int, pixels: int = 1) -> tuple[Array, Array, Array]:
     """Returns mean, biased variance and 1 / its root with `epsilon`, each `[parts, C]`."""
     rows = in_parts(x, parts)
     near = near.astype(accumulator(x.dtype))
-    offset, square = _means((deviation := upcast(rows) - spread(near[None], rows)), jnp.square(deviation))
+    deviation = upcast(rows) - spread(jnp.tile(near, pixels)[None], rows)
+    offset, square = _means(deviation, jnp.square(deviation), pixels=pixels)
     var = jnp.maximum(square - jnp.square(offset), 0)
     return near[None] + offset, var, lax.rsqrt(var + epsilon)
 
@@ -68,17 +70,21 @@ def in_parts(x: Array, parts: int) -> Array:
 
 
 def _backward(
-    epsilon: float, parts: int, residuals: Residuals, grads: tuple[Array, Array, Array]
+    epsilon: float, parts: int, pixels: int, residuals: Residuals, grads: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array, Array]:
     x, scale, mean, inverse = residuals
     rows, grad = (upcast(value.reshape(parts, -1, *x.shape[1:])) for value in (x, grads[0]))
-    of_bias, of_scale = _means(grad, grad * ((rows - spread(mean, rows)) * spread(inverse, rows)))
+
+    def each(value: Array) -> Array:
+        return spread(jnp.tile(value, pixels), rows)
+
+    of_bias, of_scale = _means(grad, grad * ((rows - each(mean)) * each(inverse)), pixels=pixels)
     # multiplier * (grad - of_bias - normalised * of_scale), as one factor of each map and one constant per channel
     multiplier = inverse * scale[None]
     factor = -multiplier * inverse * of_scale
     constant = -multiplier * of_bias - factor * mean
-    grad_x = grad * spread(multiplier, rows) + rows * spread(factor, rows) + spread(constant, rows)
-    of_scale, of_bias = (jnp.sum(mean, axis=0) * math.prod(rows.shape[1:-1]) for mean in (of_scale, of_bias))
+    grad_x = grad * each(multiplier) + rows * each(factor) + each(constant)
+    of_scale, of_bias = (jnp.sum(mean, axis=0) * (math.prod(rows.shape[1:-1]) * pixels) for mean in (of_scale, of_bias))
     return (
         grad_x.reshape(x.shape).astype(x.dtype),
         of_scale.astype(scale.dtype),
@@ -90,10 +96,12 @@ def _backward(
 batch_norm.defvjp(_forward, _backward)
 
 
-def _means(*maps: Array) -> Array:
-    """Means of maps `[parts, ..., C]` over all other axes, `[maps, parts, C]`."""
+def _means(*maps: Array, pixels: int = 1) -> Array:
+    """Means of maps `[parts, ..., pixels * C]` over all other axes and the pixels, `[maps, parts, C]`."""
     axes = tuple(range(1, maps[0].ndim - 1))
-    return jnp.stack([jnp.sum(x, axis=axes) for x in maps]) / math.prod(maps[0].shape[1:-1])
+    sums = jnp.stack([jnp.sum(x, axis=axes) for x in maps])
+    sums = jnp.sum(sums.reshape(*sums.shape[:2], pixels, -1), axis=2)
+    return sums / (math.prod(maps[0].shape[1:-1]) * pixels)
 
 
 def spread(x: Array, rows: Array) -> Array:

@@ -67,9 +67,38 @@ def fits(shape: Sequence[int], channels: int, kernel_size: int, stride: int, pad
     )
 
 
-def depthwise(x: Array, kernel: Array, window: Window) -> Array:
-    """Depthwise convolution of `[H, W, B, C]` with `[k, k, C]`, `[H', W', B, C]`."""
-    return expand_depthwise(x, (), kernel, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise(x: Array, kernel: Array, window: Window, beside: bool = False) -> tuple[Array, ...]:
+    """Depthwise convolution of `[H, W, B, C]` with `[k, k, C]`.
+
+    Returns:
+      `[H', W', B, C]`; with `beside` also `x`, to be read in its stead by another path: the gradients are added in the
+      kernel.
+    """
+    return _depthwise_forward(x, kernel, window, beside)[0]
+
+
+def _depthwise_forward(
+    x: Array, kernel: Array, window: Window, beside: bool
+) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    y, _ = over_batch(functools.partial(_forward_call, window=window), (x, kernel), (2, None), (2, None))
+    return (y, x) if beside else (y,), (x, kernel)
+
+
+def _depthwise_backward(
+    window: Window, beside: bool, residuals: tuple[Array, Array], grads: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    of_x, of_kernel = over_batch(
+        functools.partial(_backward_alone_call, window=window),
+        (x, kernel, *grads),
+        (2, None, *[2] * len(grads)),
+        (2, None),
+    )
+    return of_x, of_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -80,7 +109,7 @@ def expand_depthwise(x: Array, pointwise: tuple[Array, ...], kernel: Array, wind
 
     Args:
       x: `[H, W, B, I]`.
-      pointwise: weights `[I, C]` and bias `[C]`; nothing for the depthwise convolution of `x` alone.
+      pointwise: weights `[I, C]` and bias `[C]`.
       kernel: `[k, k, C]`.
       window: what the kernel does.
 
@@ -107,7 +136,7 @@ def backward(
     x, pointwise, kernel, y = residuals
     shared = [None] * len(pointwise)
     of_x, of_kernel, *of_pointwise = over_batch(
-        functools.partial(_backward_call, window=window),
+        functools.partial(_backward_expanded_call, window=window),
         (x, grads[0], y, kernel, grads[1], *pointwise),
         (2, 2, 2, None, None, *shared),
         (2, None, *shared),
@@ -241,35 +270,66 @@ def _forward_kernel(*refs: Ref, window: Window, tiles: _Tiles, halo: tuple[int, 
     lax.fori_loop(0, y_ref.shape[0] * (columns // step), convolve, None)
 
 
-def _backward_call(
+def _backward_alone_call(
+    x: Array, kernel: Array, of_y: Array, of_beside: Array | None = None, *, window: Window
+) -> tuple[Array, ...]:
+    return _backward_call(x, of_y, kernel, of_beside=of_beside, window=window)
+
+
+def _backward_expanded_call(
     x: Array, of_y: Array, y: Array, kernel: Array, of_sums: Array, *pointwise: Array, window: Window
 ) -> tuple[Array, ...]:
+    return _backward_call(x, of_y, kernel, y, of_sums, pointwise, window=window)
+
+
+def _backward_call(
+    x: Array,
+    of_y: Array,
+    kernel: Array,
+    y: Array | None = None,
+    of_sums: Array | None = None,
+    pointwise: Sequence[Array] = (),
+    *,
+    of_beside: Array | None = None,
+    window: Window,
+) -> tuple[Array, ...]:
+    """The gradients that follow from that of the map, and from those of its sums or of `x` beside it."""
     (_, width, _, in_channels), channels, stride = x.shape, kernel.shape[-1], window.stride
     wide = accumulator(x.dtype)
-    tiles = _Tiles.of(y, stride)
-    inputs = [kernel.reshape(-1, channels).astype(wide), of_sums.astype(wide), *_pointwise(x, pointwise)]
+    tiles = _Tiles.of(of_y, stride)
+    inputs = [kernel.reshape(-1, channels).astype(wide)]
+    inputs += [] if of_sums is None else [of_sums.astype(wide)]
+    inputs += _pointwise(x, pointwise)
     totals: list[tuple[int, ...]] = [(window.size**2, 8, channels)]
     totals += [(in_channels, channels), (8, channels)] if pointwise else []
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype), *(jax.ShapeDtypeStruct(shape, wide) for shape in totals)]
     pixels = (tiles.images, tiles.lanes)
     line = (width // stride, stride, *pixels)
+    line_dtypes = (wide, wide, x.dtype) if pointwise else (wide, wide)
     scratch = [
         pltpu.VMEM((tiles.rows + sum(window.halo(0)), width // stride + sum(window.halo(1)), *pixels), wide),
-        *(pltpu.VMEM(line, dtype) for dtype in (wide, wide, x.dtype)),
+        *(pltpu.VMEM(line, dtype) for dtype in line_dtypes),
     ]
     if pointwise and tiles.grid[2] > 1:
         scratch.append(pltpu.VMEM((tiles.rows * stride, width * tiles.images, in_channels), wide))
     (x_spec,) = tiles.tile(x, tiles.rows * stride, whole=bool(pointwise))
-    y_specs = tiles.tile(y, tiles.rows, whole=False, halo=window.halo(0))
+    y_specs = tiles.tile(of_y, tiles.rows, whole=False, halo=window.halo(0))
+    maps = [*[of_y] * len(y_specs), *([] if y is None else [y] * len(y_specs))]
+    beside = [] if of_beside is None else [of_beside]
     of_x, of_kernel, *of_pointwise = call(
-        functools.partial(_backward_kernel, window=window, tiles=tiles),
+        functools.partial(_backward_kernel, window=window, tiles=tiles, beside=len(beside)),
         _name("backward", x, channels, window),
         tiles.grid,
         out,
-        in_specs=[x_spec, *y_specs, *y_specs, *map(tiles.channels, inputs)],
+        in_specs=[
+            x_spec,
+            *[x_spec] * len(beside),
+            *y_specs * (len(maps) // len(y_specs)),
+            *map(tiles.channels, inputs),
+        ],
         out_specs=[x_spec, *map(whole, out[1:])],
         scratch_shapes=scratch,
-    )(x, *[of_y] * len(y_specs), *[y] * len(y_specs), *inputs)
+    )(x, *beside, *maps, *inputs)
     of_kernel = jnp.sum(of_kernel, axis=1)
     if not pointwise:
         return of_x, of_kernel
@@ -277,14 +337,19 @@ def _backward_call(
     return of_x, of_kernel, of_weights, jnp.sum(of_bias, axis=0)
 
 
-def _backward_kernel(*refs: Ref, window: Window, tiles: _Tiles) -> None:
+def _backward_kernel(*refs: Ref, window: Window, tiles: _Tiles, beside: int) -> None:
     halo, expands = window.halo(0), window.activation is not None
     count = 1 + sum(halo)
-    x_ref, refs = refs[0], refs[1:]
-    of_y_refs, y_refs, refs = refs[:count], refs[count : 2 * count], refs[2 * count :]
-    kernel_ref, of_sums_ref, *pointwise = refs[: 4 if expands else 2]
-    of_x_ref, of_kernel_ref, *of_pointwise = refs[len(pointwise) + 2 :][: 4 if expands else 2]
-    grad_ref, value_ref, slope_ref, line_ref, *total_ref = refs[len(pointwise) + 2 + (4 if expands else 2) :]
+    x_ref, *beside_ref = refs[: 1 + beside]
+    refs = refs[1 + beside :]
+    of_y_refs, refs = refs[:count], refs[count:]
+    if expands:
+        y_refs, (kernel_ref, of_sums_ref, *pointwise), refs = refs[:count], refs[count : count + 4], refs[count + 4 :]
+        of_x_ref, of_kernel_ref, *of_pointwise = refs[:4]
+        grad_ref, value_ref, slope_ref, line_ref, *total_ref = refs[4:]
+    else:
+        kernel_ref, of_x_ref, of_kernel_ref, grad_ref, value_ref, line_ref = refs
+        y_refs, pointwise, of_pointwise = of_y_refs, [], []
     b, t, c = (pl.program_id(axis) for axis in range(3))
     stride, lanes, rows = window.stride, part(c, tiles.lanes, of_kernel_ref.shape[-1]), tiles.rows
     columns, left = line_ref.shape[0], window.halo(1)[0]
@@ -297,7 +362,9 @@ def _backward_kernel(*refs: Ref, window: Window, tiles: _Tiles) -> None:
             ref[...] = jnp.zeros(ref.shape, wide)
 
     def fill(to: Index, of_y: Ref, y: Ref, row: Index, inside: Array | None = None) -> None:
-        value = of_y[row].astype(wide) + 2 * y[row].astype(wide) * of_sums_ref[1:2][None] + of_sums_ref[0:1][None]
+        value = of_y[row].astype(wide)
+        if expands:
+            value += 2 * y[row].astype(wide) * of_sums_ref[1:2][None] + of_sums_ref[0:1][None]
         grad_ref[to, left : left + columns] = value if inside is None else jnp.where(inside, value, 0)
 
     for i in range(halo[0]):
@@ -334,7 +401,10 @@ def _backward_kernel(*refs: Ref, window: Window, tiles: _Tiles) -> None:
                 slope_ref[...] = slope.reshape(slope_ref.shape)
             lax.fori_loop(0, columns // step, functools.partial(chunk, row=n, phase=phase), None)
             if not expands:
-                of_x_ref[at] = line_ref[...].reshape(of_x_ref.shape[1:])
+                total = line_ref[...].reshape(of_x_ref.shape[1:])
+                for ref in beside_ref:
+                    total += ref[at].astype(wide)
+                of_x_ref[at] = total.astype(of_x_ref.dtype)
                 continue
             line = line_ref[...].reshape(-1, tiles.lanes)
             pixels = x_ref[at].reshape(-1, x_ref.shape[-1])

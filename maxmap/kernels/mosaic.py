@@ -1,14 +1,16 @@
 """What kernels in Pallas for TPUs share (Mosaic is their compiler). Programs for a CPU run them in an interpreter."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from maxmap.kernels.target import Array, accumulator, platform
+from maxmap.kernels.target import Array, accumulator, platform, short_erf
 
 Ref = Any  # JAX's reference to an array in memory, with a shape and a type
 
@@ -22,8 +24,13 @@ def call(
 ) -> Callable[..., Sequence[Array]]:
     """A `pallas_call` whose programs run one after another, the last axis of the grid fastest."""
     one_by_one: Literal["arbitrary"] = "arbitrary"
+
+    def body(*refs: Ref) -> None:
+        with short_erf() if refs[0].dtype == jnp.bfloat16 else contextlib.nullcontext():
+            kernel(*refs)
+
     return pl.pallas_call(
-        kernel,
+        body,
         name=name,
         out_shape=out_shape,
         grid=tuple(grid),

@@ -1,4 +1,4 @@
-"""Norm, activation, squeeze-excitation and 1x1 convolution in Pallas for TPUs, in one operation.
+"""Norm, activation, squeeze-excitation, 1x1 convolution and residual path in Pallas for TPUs, in one operation.
 
 Only the map before the norm and the result are in memory. The backward pass reads the map twice: once for sums per
 image and channel, on which everything that is shared depends, and once for its gradient. Maps are `[P, B, C]` with P
@@ -36,11 +36,21 @@ class Block:
     gate: Callable[..., Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
 def squeeze_project(
-    x: Array, factor: Array, summand: Array, gating: tuple[Array, ...], weights: Array, bias: Array, block: Block
+    x: Array,
+    factor: Array,
+    summand: Array,
+    gating: tuple[Array, ...],
+    weights: Array,
+    bias: Array,
+    keep: Array,
+    residual: Array,
+    block: Block,
 ) -> Array:
-    """Computes `z * gate(mean of z over the pixels) @ weights + bias` with `z = activation(x * factor + summand)`.
+    """Computes `residual + keep * (z * gate(mean of z over the pixels) @ weights + bias)`.
+
+    Here z is `activation(x * factor + summand)`.
 
     Products have the type of `x` and sum in float32 or wider; all else is computed in that wider type.
 
@@ -51,12 +61,14 @@ def squeeze_project(
       gating: arguments of the gate behind the mean.
       weights: `[C, O]`.
       bias: `[O]`.
+      keep: `[B]`, in float32 or wider. It has no gradient.
+      residual: `[P, B, O]`.
       block: activation and gate.
 
     Returns:
       `[P, B, O]` in the type of `x`.
     """
-    return _forward(x, factor, summand, gating, weights, bias, block)[0]
+    return _forward(x, factor, summand, gating, weights, bias, keep, residual, block)[0]
 
 
 def _affine(factor: Array, summand: Array) -> Array:
@@ -64,35 +76,45 @@ def _affine(factor: Array, summand: Array) -> Array:
 
 
 def _forward(
-    x: Array, factor: Array, summand: Array, gating: tuple[Array, ...], weights: Array, bias: Array, block: Block
+    x: Array,
+    factor: Array,
+    summand: Array,
+    gating: tuple[Array, ...],
+    weights: Array,
+    bias: Array,
+    keep: Array,
+    residual: Array,
+    block: Block,
 ) -> tuple[Array, tuple[Any, ...]]:
     affine = _affine(factor, summand)
     (total,) = over_batch(functools.partial(_squeeze_call, block=block), (x, affine), (1, None), (0,))
     mean = total / x.shape[0]
     gate = block.gate(mean, *gating).astype(mean.dtype)
+    kept, bias_rows = gate * keep[:, None], upcast(bias)[None] * keep[:, None]
     project = functools.partial(_project_call, block=block)
-    (y,) = over_batch(project, (x, affine, gate, weights, bias), (1, None, 0, None, None), (1,))
-    return y, (x, factor, summand, gating, weights, bias, mean, gate)
+    (y,) = over_batch(project, (x, residual, affine, kept, bias_rows, weights), (1, 1, None, 0, 0, None), (1,))
+    return y, (x, factor, summand, gating, weights, bias, keep, mean, gate)
 
 
 def _backward(block: Block, residuals: tuple[Any, ...], grad: Array) -> tuple[Any, ...]:
-    x, factor, summand, gating, weights, bias, mean, gate = residuals
-    affine = _affine(factor, summand)
-    sums, of_weights, of_bias = over_batch(
+    x, factor, summand, gating, weights, bias, keep, mean, gate = residuals
+    affine, kept = _affine(factor, summand), gate * keep[:, None]
+    sums, of_bias_rows, of_weights = over_batch(
         functools.partial(_sums_call, block=block),
-        (x, grad, affine, gate, weights),
+        (x, grad, affine, kept, weights),
         (1, 1, None, 0, None),
-        (1, None, None),
+        (1, 0, None),
     )
     of_gate, gated_slope, slope, gated_slope_x, slope_x = sums
     _, pull = jax.vjp(lambda mean, gating: block.gate(mean, *gating).astype(mean.dtype), mean, gating)
-    of_mean, of_gating = pull(of_gate)
+    of_mean, of_gating = pull(of_gate * keep[:, None])
     of_mean = of_mean / x.shape[0]
-    of_summand = jnp.sum(gate * gated_slope + of_mean * slope, axis=0)
-    of_factor = jnp.sum(gate * gated_slope_x + of_mean * slope_x, axis=0)
+    of_summand = jnp.sum(kept * gated_slope + of_mean * slope, axis=0)
+    of_factor = jnp.sum(kept * gated_slope_x + of_mean * slope_x, axis=0)
+    of_bias = jnp.sum(of_bias_rows * keep[:, None], axis=0)
     (of_x,) = over_batch(
         functools.partial(_gradient_call, block=block),
-        (x, grad, affine, gate, of_mean, weights),
+        (x, grad, affine, kept, of_mean, weights),
         (1, 1, None, 0, 0, None),
         (1,),
     )
@@ -103,6 +125,8 @@ def _backward(block: Block, residuals: tuple[Any, ...], grad: Array) -> tuple[An
         of_gating,
         of_weights.astype(weights.dtype),
         of_bias.astype(bias.dtype),
+        jnp.zeros_like(keep),
+        grad,
     )
 
 
@@ -190,19 +214,29 @@ def _squeeze_call(x: Array, affine: Array, *, block: Block) -> Sequence[Array]:
 
 
 def _project_call(
-    x: Array, affine: Array, gate: Array, weights: Array, bias: Array, *, block: Block
+    x: Array, residual: Array, affine: Array, gate: Array, bias: Array, weights: Array, *, block: Block
 ) -> Sequence[Array]:
     tiles, out_channels, wide = _Tiles.of(x, "bpc"), weights.shape[1], accumulator(x.dtype)
     last = tiles.grid[2] - 1
 
     def kernel(
-        x_ref: Ref, affine_ref: Ref, gate_ref: Ref, weights_ref: Ref, bias_ref: Ref, y_ref: Ref, total_ref: Ref
+        x_ref: Ref,
+        residual_ref: Ref,
+        affine_ref: Ref,
+        gate_ref: Ref,
+        bias_ref: Ref,
+        weights_ref: Ref,
+        y_ref: Ref,
+        total_ref: Ref,
     ) -> None:
         c = tiles.at("c")
 
         @pl.when(c == 0)
         def _() -> None:
-            total_ref[...] = jnp.broadcast_to(bias_ref[...][None], total_ref.shape)
+            def start(at: Any) -> None:
+                total_ref[at] = residual_ref[at].astype(wide) + bias_ref[...][None]
+
+            tiles.pieces(start)
 
         def add(at: Any) -> None:
             z = block.activation(_normalised(x_ref, affine_ref, at)[1]) * gate_ref[...][None]
@@ -216,16 +250,22 @@ def _project_call(
         def _() -> None:
             tiles.pieces(lambda at: y_ref.__setitem__(at, total_ref[at].astype(y_ref.dtype)))
 
-    bias_spec = pl.BlockSpec((1, out_channels), lambda *_: (0, 0))
     return call(
         kernel,
         _name("project", x, out_channels),
         tiles.grid,
         [jax.ShapeDtypeStruct((*x.shape[:2], out_channels), x.dtype)],
-        in_specs=[tiles.x, tiles.affine, tiles.images, tiles.weights(weights), bias_spec],
+        in_specs=[
+            tiles.x,
+            tiles.y(out_channels),
+            tiles.affine,
+            tiles.images,
+            tiles.spec((IMAGES, out_channels), "b-"),
+            tiles.weights(weights),
+        ],
         out_specs=[tiles.y(out_channels)],
         scratch_shapes=[pltpu.VMEM((tiles.pixels, IMAGES, out_channels), wide)],
-    )(x, affine, gate, weights.astype(x.dtype), bias.astype(wide)[None])
+    )(x, residual, affine, gate, bias, weights.astype(x.dtype))
 
 
 def _sums_call(
@@ -241,8 +281,8 @@ def _sums_call(
         gate_ref: Ref,
         weights_ref: Ref,
         sums_ref: Ref,
-        of_weights_ref: Ref,
         of_bias_ref: Ref,
+        of_weights_ref: Ref,
     ) -> None:
         b, c, p = (tiles.at(axis) for axis in "bcp")
         rows = part(c, tiles.lanes, channels)
@@ -255,7 +295,7 @@ def _sums_call(
         def _() -> None:
             of_weights_ref[rows] = jnp.zeros((tiles.lanes, out_channels), wide)
 
-        @pl.when((b == 0) & (p == 0) & (c == 0))
+        @pl.when((p == 0) & (c == 0))
         def _() -> None:
             of_bias_ref[...] = jnp.zeros(of_bias_ref.shape, wide)
 
@@ -281,18 +321,22 @@ def _sums_call(
 
     out = [
         jax.ShapeDtypeStruct((5, *x.shape[1:]), wide),
+        jax.ShapeDtypeStruct((x.shape[1], out_channels), wide),
         jax.ShapeDtypeStruct(weights.shape, wide),
-        jax.ShapeDtypeStruct((IMAGES, out_channels), wide),
     ]
-    sums, of_weights, of_bias = call(
+    sums, of_bias, of_weights = call(
         kernel,
         _name("sums", x, out_channels),
         tiles.grid,
         out,
         in_specs=[tiles.x, tiles.y(out_channels), tiles.affine, tiles.images, tiles.weights(weights)],
-        out_specs=[tiles.spec((5, IMAGES, tiles.lanes), "-bc"), *map(whole, out[1:])],
+        out_specs=[
+            tiles.spec((5, IMAGES, tiles.lanes), "-bc"),
+            tiles.spec((IMAGES, out_channels), "b-"),
+            whole(out[2]),
+        ],
     )(x, grad, affine, gate, weights.astype(x.dtype))
-    return sums, of_weights, jnp.sum(of_bias, axis=0)
+    return sums, of_bias, of_weights
 
 
 def _gradient_call(

@@ -8,12 +8,12 @@ from maxmap.kernels.target import Array
 Pads = tuple[tuple[int, int], ...]  # zeros before and after, for height and width
 
 
-def convolution(x: Array, kernel: Array, stride: int, pads: Pads, groups: int = 1) -> Array:
+def convolution(x: Array, kernel: Array, stride: int | tuple[int, int], pads: Pads, groups: int = 1) -> Array:
     """2-d cross-correlation of `[B, H, W, C]` with `[kh, kw, C / groups, O]`, `[B, H', W', O]`."""
     return lax.conv_general_dilated(
         x,
         kernel,
-        (stride, stride),
+        (stride, stride) if isinstance(stride, int) else stride,
         pads,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,

@@ -25,7 +25,7 @@ from maxmap.layers.primitives import (
     spatial_mean,
 )
 from maxmap.layers.residual import Compute, mlp_weights, residual_mlp, unweighted
-from maxmap.operations import Array, attention, linear
+from maxmap.operations import Array, attention, convolve_beside, linear
 
 
 class Mlp(nn.Module):
@@ -354,8 +354,10 @@ class ConvNeXtBlock(Block):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         channels = x.shape[-1]
-        conv = Conv(channels, 7, padding=3, groups=channels, name="conv_dw", **TRUNC_NORMAL)
-        y, bias = conv.without_bias(x)
+        padding = 3
+        conv = Conv(channels, 7, padding=padding, groups=channels, name="conv_dw", **TRUNC_NORMAL)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, *conv.weights(channels))
+        y, x = convolve_beside(x, kernel, padding)
         norm, mlp = LayerNorm(1e-6, name="norm"), Mlp(4 * channels, channels, inits=TRUNC_NORMAL, name="mlp")
         gamma = parameter(self, "gamma", nn.initializers.constant(self.init_values), (channels,))
         return residual_mlp(y, norm, mlp, self.drop_path, train=train, gamma=gamma, residual=x, shift=bias)

@@ -211,13 +211,9 @@ class Conv(nn.Module):
         return kernel, parameter(self, "bias", self.bias_init or torch_bias(math.prod(shape[:3])), (self.channels,))
 
     def __call__(self, x: Array) -> Array:
-        x, bias = self.without_bias(x)
-        return x if bias is None else x + broadcast(bias, x.shape)
-
-    def without_bias(self, x: Array) -> tuple[Array, Array | None]:
-        """Convolves, and returns the bias or None for the caller to add, in the type of the result."""
         x, kernel, bias = nn.dtypes.promote_dtype(x, *self.weights(x.shape[-1]))
-        return convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups), bias
+        x = convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
+        return x if bias is None else x + broadcast(bias, x.shape)
 
     def output(self, x: Array) -> Array:
         """Returns `x` `[..., self.channels]`, which the caller computed by `weights`: norms of it can be folded."""
@@ -326,6 +322,7 @@ class BatchNorm(nn.Module):
         train: bool = False,
         activation: str | None = None,
         gate: Callable[[Array], Array] | None = None,
+        pixels: int = 1,
     ) -> Array:
         """Normalises maps or tokens.
 
@@ -335,25 +332,30 @@ class BatchNorm(nn.Module):
           activation: behind the norm, a key of `ACTIVATIONS`; None for none.
           gate: multiplies the activation's output by a function of its mean over all axes but the first and the last,
             `[B, 1, ..., C]`; None for 1.
+          pixels: that lie side by side in the last axis, `[B, ..., pixels * C]`; see `maxmap.layers.paired`.
         """
-        channels = x.shape[-1]
+        channels = x.shape[-1] // pixels
         frozen = any(re.search(pattern, "/".join((*self.path, "scale"))) for pattern in _frozen_norms.get())
         if (rest := folded_bias(self, train=train and not frozen)) is not None:
-            return _activated(lambda x: upcast(x) + broadcast(rest, x.shape) if rest.ndim else x, x, activation, gate)
+            rest = jnp.tile(rest, pixels) if rest.ndim else None
+            return _activated(
+                lambda x: x if rest is None else upcast(x) + broadcast(rest, x.shape), x, activation, gate
+            )
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = parameter(self, "scale", self.scale_init, (channels,))
         bias = parameter(self, "bias", nn.initializers.zeros, (channels,))
         if not train or frozen:
-            statistics = (running_mean.value, running_var.value, upcast(scale), upcast(bias), self.epsilon)
-            return _activated(lambda x: affine(upcast(x), *statistics), x, activation, gate)
+            values = (running_mean.value, running_var.value, upcast(scale), upcast(bias))
+            mean, var, scale, bias = (jnp.tile(value, pixels) for value in values)
+            return _activated(lambda x: affine(upcast(x), mean, var, scale, bias, self.epsilon), x, activation, gate)
         parts, keep_first = _batch_groups.get()
         inputs = (scale, bias, running_mean.value, self.epsilon, parts)
         if activation in DERIVATIVES and activates_batch_norm(x):
             function, derivative = FUNCTIONS[activation], DERIVATIVES[activation]
             y, mean, var = activated_batch_norm(x, *inputs, function, derivative, gate)
         else:
-            y, mean, var = batch_norm(x, *inputs)
+            y, mean, var = batch_norm(x, *inputs, pixels)
             y = _activated(lambda y: y, y, activation, gate)
         if not self.is_initializing():
             count = x.size // channels // parts
@@ -456,7 +458,9 @@ class StarReLU(nn.Module):
     @nn.compact
     def weights(self) -> tuple[Array, Array]:
         """Returns scale and bias, both `[1]`."""
-        return parameter(self, "scale", nn.initializers.ones, (1,)), parameter(self, "bias", nn.initializers.zeros, (1,))
+        return parameter(self, "scale", nn.initializers.ones, (1,)), parameter(
+            self, "bias", nn.initializers.zeros, (1,)
+        )
 
     def __call__(self, x: Array) -> Array:
         scale, bias = (

@@ -125,6 +125,15 @@ def test_a_loop_that_the_compiler_has_unrolled_is_counted():
     assert bundles.read(straight, 16, [(1, 7)]) == bundles.Schedule(3 + 16 * 5, 5, True)
 
 
+def test_a_bundle_that_stands_as_if_outside_does_not_end_a_loop():
+    """The compiler marks single bundles between an inner loop and what follows it as those of a shallower loop."""
+    last = "   0x5   : >> { %v2 = vadd %v1, %v1 }\n"
+    text = SCHEDULE.replace(last, f"   0x5 LB: >>> {{ %v3 = vld }}\n   0x5   : > {{ %v4 = vnop }}\n{last}")
+    assert bundles.read(text, 16, [(1, 7), (2, 5)]) == bundles.Schedule(
+        3 + 16 * (4 + 7 * (2 + 5)), 4 + 7 * (2 + 5), True
+    )
+
+
 @pytest.mark.parametrize(
     ("hardware", "devices", "name"),
     [("tpu-v5e", 16, "v5e:4x4"), ("tpu-v5e", 1, "v5e:1x1"), ("tpu-v4", 256, "v4:4x8x8"), ("h100-80", 16, "1x2x8")],

@@ -60,19 +60,30 @@ def pulled(function, args, directions):
     return jax.jit(run)(*args)
 
 
+def kernels(window, pointwise, *, beside=True):
+    """The kernels' form of `convolved`: with the map's sums behind a 1x1 convolution, else with `x` beside or alone."""
+    if pointwise:
+        return functools.partial(depthwise.expand_depthwise, window=window)
+    return lambda x, _, kernel: depthwise.depthwise(x, kernel, window, beside)
+
+
 @pytest.mark.parametrize("name", [*EXPANDED, *ALONE])
 def test_the_kernels_equal_xlas(name, x64):
-    """Results, sums and all gradients, where the sums have gradients too."""
+    """Results and all gradients, where the sums or what is beside the map have gradients too."""
     expand = name in EXPANDED
     case = EXPANDED[name] if expand else ALONE[name]
     height, width, batch, channels, out_channels, size, stride, pads = case
     assert depthwise.fits((batch, height, width, channels), out_channels, size, stride, (pads, pads), 1)
     plain, window = convolved(case, jnp.tanh if expand else None)
     args = operands(case, jnp.float64, expand=expand)
-    directions = [numbers(i, *leaf.shape) for i, leaf in enumerate(jax.eval_shape(plain, *args))]
-    wanted = pulled(plain, args, directions)
-    ours = pulled(functools.partial(depthwise.expand_depthwise, window=window), args, directions)
-    jax.tree.map(assert_close, ours, wanted)
+    wanted_form = plain if expand else lambda x, pointwise, kernel: (plain(x, pointwise, kernel)[0], x)
+    directions = [numbers(i, *leaf.shape) for i, leaf in enumerate(jax.eval_shape(wanted_form, *args))]
+    wanted = pulled(wanted_form, args, directions)
+    jax.tree.map(assert_close, pulled(kernels(window, args[1]), args, directions), wanted)
+    if not expand:
+        (y, _), (of_x, *others) = wanted
+        found = pulled(kernels(window, (), beside=False), args, directions[:1])
+        jax.tree.map(assert_close, found, ((y,), (of_x - directions[1], *others)))
 
 
 def test_bfloat16_is_rounded_once():
@@ -107,7 +118,7 @@ def test_convolutions_take_the_kernel_where_it_is_chosen(x64, chosen):
 
 
 BLOCKS = {
-    "plain": {},
+    "plain": {"drop_path": 0.5},
     "stride": {"stride": 2, "padding": "same", "activation": "gelu_tanh"},
     "pooled": {"stride": 2, "stride_mode": "pool", "pre_norm_act": True, "activation": "silu"},
     "early": {"se_early": True, "expand_output": False},
@@ -123,7 +134,8 @@ def block_and_gradients(options, batch):
 
     def run(variables, x, direction):
         def train(params, x):
-            return block.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+            rngs = {"dropout": jax.random.key(2)}
+            return block.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"], rngs=rngs)
 
         y, pull, new = jax.vjp(train, variables["params"], x, has_aux=True)
         return y, new, pull(direction), block.apply(variables, x)
@@ -178,12 +190,12 @@ def test_devices_share_the_batch(x64, chosen):
 def test_the_kernels_are_written_for_a_tpu(name):
     """Lowers to Mosaic, which needs no TPU: every operation of both directions is one that it has."""
     case = (EXPANDED | ALONE)[name]
-    plain, window = convolved(case, jax.nn.silu if name in EXPANDED else None)
+    _, window = convolved(case, jax.nn.silu if name in EXPANDED else None)
     args = operands(case, jnp.bfloat16, expand=name in EXPANDED)
-    directions = [jnp.ones(leaf.shape, leaf.dtype) for leaf in jax.eval_shape(plain, *args)]
+    directions = [jnp.ones(leaf.shape, leaf.dtype) for leaf in jax.eval_shape(kernels(window, args[1]), *args)]
 
     def run(args, directions):
-        y, pull = jax.vjp(functools.partial(depthwise.expand_depthwise, window=window), *args)
+        y, pull = jax.vjp(kernels(window, args[1]), *args)
         return y, pull(tuple(directions))
 
     with compiled_for("tpu"):

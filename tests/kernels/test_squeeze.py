@@ -4,7 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
 
 from maxmap.kernels import squeeze
 from maxmap.operations import compiled_for
@@ -21,16 +23,18 @@ def gate(mean, weights):
 def operands(size, dtype):
     pixels, batch, channels, out_channels = size
     shapes = [(pixels, batch, channels), (channels,), (channels,), (channels, 4), (channels, out_channels)]
-    x, factor, summand, gating, weights, bias, direction = (
+    x, factor, summand, gating, weights, bias, residual, direction = (
         jnp.asarray(numbers(i, *shape), dtype)
-        for i, shape in enumerate([*shapes, (out_channels,), (pixels, batch, out_channels)])
+        for i, shape in enumerate([*shapes, (out_channels,), *[(pixels, batch, out_channels)] * 2])
     )
-    return (x, factor, summand, (gating,), weights / channels**0.5, bias), direction
+    keep = jnp.asarray(1.25 * (np.arange(batch) % 4 > 0), jnp.promote_types(dtype, jnp.float32))
+    return (x, factor, summand, (gating,), weights / channels**0.5, bias, keep, residual), direction
 
 
-def plain(x, factor, summand, gating, weights, bias):
+def plain(x, factor, summand, gating, weights, bias, keep, residual):
     z = jnp.tanh(x * factor[None, None] + summand[None, None])
-    return (z * gate(jnp.mean(z, axis=0), *gating)[None]) @ weights + bias[None, None]
+    branch = (z * gate(jnp.mean(z, axis=0), *gating)[None]) @ weights + bias[None, None]
+    return residual + lax.stop_gradient(keep)[None, :, None] * branch
 
 
 def pulled(function, args, direction):
@@ -55,9 +59,12 @@ def test_bfloat16_is_rounded_in_products_only():
     half, direction = operands(SIZES["one"], jnp.bfloat16)
     exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
     wanted = pulled(plain, exact, direction)
-    for result, leaf in zip(jax.tree.leaves(pulled(ours, half, direction)), jax.tree.leaves(wanted), strict=True):
-        assert result.dtype == jnp.bfloat16
-        assert jnp.linalg.norm((result.astype(jnp.float32) - leaf).ravel()) < 2**-8 * jnp.linalg.norm(leaf.ravel())
+    found = pulled(ours, half, direction)
+    for result, leaf in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert jnp.linalg.norm((result.astype(jnp.float32) - leaf).ravel()) <= 2**-8 * jnp.linalg.norm(leaf.ravel())
+    y, (*of_operands, of_keep, of_residual) = found
+    assert {leaf.dtype for leaf in jax.tree.leaves((y, of_operands, of_residual))} == {jnp.dtype(jnp.bfloat16)}
+    assert of_keep.dtype == jnp.float32
 
 
 def test_the_kernels_are_written_for_a_tpu():

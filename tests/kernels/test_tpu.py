@@ -13,6 +13,7 @@ from maxmap import operations
 from maxmap.backbones.maxxvit.attention import PartitionAttention, TransformerBlock, TransformerFields
 from maxmap.backbones.metaformer import MetaFormerBlock
 from maxmap.kernels import tpu_attention, tpu_mlp
+from maxmap.kernels.target import erf, short_erf
 from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock
 from maxmap.sharding import make_mesh, split_batch, traced_on
 from tests.zoo import QUICK
@@ -108,6 +109,15 @@ def test_bfloat16_kernels_are_no_further_from_float32_than_the_plain_way(fused: 
         return float(np.mean(errors))
 
     assert distance(ours) <= distance(wanted)
+
+
+def test_the_short_error_function_errs_less_than_bfloat16_rounds() -> None:
+    x = jnp.linspace(-9, 9, 4001)
+    with short_erf():
+        ours, slope = jax.jvp(erf, (x,), (jnp.ones_like(x),))
+    wanted, slope_wanted = jax.jvp(erf, (x,), (jnp.ones_like(x),))
+    assert jnp.abs(ours - wanted).max() < 4e-6
+    np.testing.assert_allclose(slope, slope_wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_stochastic_depth_drops_the_same_samples(fused: None, x64: None) -> None:

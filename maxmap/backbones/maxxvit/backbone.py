@@ -167,7 +167,7 @@ class MaxxViT(nn.Module):
         """Maps images `[B, H, W, C]` to the stem's map and the map of every stage."""
         self._check_size(x.shape[1:3])
         conv = self.nested_fields()["conv"]  # the stem follows the convolution blocks
-        x = ConvStem(
+        x, beside = ConvStem(
             pair(self.stem_width),
             (self.stem_bias, self.stem_bias) if isinstance(self.stem_bias, bool) else tuple(self.stem_bias),
             "layer" if self.conv_block == "convnext" else "batch",
@@ -177,7 +177,7 @@ class MaxxViT(nn.Module):
             self.init_scheme,
             name="stem",
         )(x, train=train)
-        features = [x]
+        features = [beside]
         rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=self.drop_path_endpoint))
         for stage, channels in enumerate(self.embed_dim):
             blocks = [

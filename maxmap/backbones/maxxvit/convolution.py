@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.fused import expand, expand_by_moments, expansion, squeeze_project
+from maxmap.fused import expand, expand_by_moments, expansion, squeeze_project, takes_pairs, unpair
 from maxmap.layers.blocks import Mlp, SqueezeExcite, SqueezeExciteParameters, squeeze_gate
 from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
+from maxmap.layers.paired import convolve_into_pairs, convolve_pairs, with_bias
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     FUNCTIONS,
@@ -25,7 +26,8 @@ from maxmap.layers.primitives import (
     he_fan_out,
     round_to_eight,
 )
-from maxmap.operations import Array, max_pool, upcast
+from maxmap.layers.residual import kept_samples
+from maxmap.operations import Array, explicit_padding, max_pool, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
 
 POOLS = ("avg2", "avg3", "max")
@@ -89,11 +91,24 @@ class ConvStem(nn.Module):
     init_scheme: str
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
+        """Maps `[B, H, W, C]` to `[B, H / 2, W / 2, O]`, twice for two readers, whose gradients a kernel adds."""
         conv = functools.partial(Conv, kernel_size=3, padding=self.padding, **conv_inits(self.init_scheme))
-        x = conv(self.width[0], stride=2, bias=self.bias[0], name="conv1")(x)
-        x = layer_or_batch_norm(x, self.norm, self.epsilon, "norm1", train, self.activation)
-        return conv(self.width[1], bias=self.bias[1], name="conv2")(x)
+        first = conv(self.width[0], stride=2, bias=self.bias[0], name="conv1")
+        second = conv(self.width[1], bias=self.bias[1], name="conv2")
+        batch, height, width, channels = x.shape
+        size = (batch, -(-height // 2), -(-width // 2))
+        pairs = self.norm == "batch" and self.padding in (1, "same") and not self.is_initializing()
+        if not (pairs and all(takes_pairs((*size, channels)) for channels in self.width)):
+            x = first(x)
+            x = second(layer_or_batch_norm(x, self.norm, self.epsilon, "norm1", train, self.activation))
+            return x, x
+        x, kernel, bias = nn.dtypes.promote_dtype(x, *first.weights(channels))
+        pads = explicit_padding(self.padding, (height, width), 3, 2)
+        x = with_bias(convolve_into_pairs(x, kernel, 2, pads), bias)
+        x = BatchNorm(self.epsilon, name="norm1")(x, train=train, activation=self.activation, pixels=2)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, *second.weights(self.width[0]))
+        return unpair(with_bias(convolve_pairs(x, kernel), bias))
 
 
 class Shortcut(nn.Module):
@@ -196,11 +211,10 @@ class MBConv(Block):
         if self.se_early:
             x = squeeze_excite(name="se_early")(x)
         if window is not None and not self.se_early:
-            x = self._projected(x, sums, se_width)
-        else:
-            gate = None if self.se_early else squeeze_excite(name="se").gate
-            x = BatchNorm(self.epsilon, name="norm2")(x, train=train, activation=self.activation, gate=gate)
-            x = Conv(self.channels, bias=self.output_bias, name="conv3_1x1", **inits)(x)
+            return self._projected(x, sums, se_width, kept_samples(x, self.drop_path, train), beside)
+        gate = None if self.se_early else squeeze_excite(name="se").gate
+        x = BatchNorm(self.epsilon, name="norm2")(x, train=train, activation=self.activation, gate=gate)
+        x = Conv(self.channels, bias=self.output_bias, name="conv3_1x1", **inits)(x)
         return DropPath(self.drop_path)(x, train=train) + beside
 
     def _pooled(self) -> bool:
@@ -301,8 +315,11 @@ class MBConv(Block):
             beside = shortcut(pooled[0], pooled=True) if pooled else shortcut(x)
         return y, sums, beside
 
-    def _projected(self, x: Array, sums: Array | None, se_width: int) -> Array:
-        """What follows the depthwise convolution, in one operation, from its output and, in training, its sums."""
+    def _projected(self, x: Array, sums: Array | None, se_width: int, keep: Array, beside: Array) -> Array:
+        """What follows the depthwise convolution, in one operation, from its output and, in training, its sums.
+
+        The branch is multiplied by `keep` `[B]` and added to the shortcut `beside`.
+        """
         width = x.shape[-1]
         norm = FoldedBatchNorm(width, train=sums is not None, name="norm2")
         if sums is None:
@@ -318,7 +335,9 @@ class MBConv(Block):
         bias = jnp.zeros(self.channels, kernel.dtype) if bias is None else bias
         gate = functools.partial(squeeze_gate, activation=self.se_activation)
         function = FUNCTIONS[self.activation]
-        return squeeze_project(x, factor, summand, gating, kernel[0, 0], bias, function=function, gate=gate)
+        return squeeze_project(
+            x, factor, summand, gating, kernel[0, 0], bias, keep, beside, function=function, gate=gate
+        )
 
 
 def _expanded_moments(
