@@ -69,6 +69,10 @@ def list_command(pattern: str, family: str | None, head: str | None, pretrained:
     names = [n for n in names if family in (None, kinds[known[n]][0]) and head in (None, kinds[known[n]][1])]
     if not names:
         raise UserError(f"no {what} that matches '{pattern}' has family {family or '*'} and head {head or '*'}.")
+    if head in PIXEL_HEADS and not pretrained:
+        names = [name for name in names if _fits(name, head)]
+        if not names:
+            raise UserError(f"the head {head} fits no backbone that matches '{pattern}'.")
     with PARITY.open(encoding="utf-8") as file:
         measured = {row["name"]: row for row in csv.DictReader(file)}
     if pretrained:
@@ -77,22 +81,28 @@ def list_command(pattern: str, family: str | None, head: str | None, pretrained:
         _print_models(sorted(names), kinds, measured, head if head in PIXEL_HEADS else None)
 
 
+def _fits(backbone: str, head: str) -> bool:
+    """Whether a backbone has the maps that a head reads."""
+    try:
+        create_model(backbone, head=head)
+    except UserError:
+        return False
+    return True
+
+
 def _print_models(
     names: list[str], kinds: dict[str, tuple[str, str]], measured: dict[str, dict[str, str]], head: str | None
 ) -> None:
     """Prints models with their costs as `make parity` wrote them down, since tracing takes a second each.
 
-    With another head than their own they are traced, and backbones that it does not fit are left out.
+    With another head than their own they are traced.
     """
     longest, family = max(map(len, names)), max(map(len, FAMILIES))
     print(
         f"{'model':{longest}}  {'family':{family}}  {'head':8}  {'parameters':>13}  {'GFLOPs':>7}  {'image':>7}  parity"
     )
     for name in names:
-        try:
-            model, row = create_model(name, head=head), {} if head else measured.get(name, {})
-        except UserError:
-            continue
+        model, row = create_model(name, head=head), {} if head else measured.get(name, {})
         height, width = pair(model.backbone.image_size)
         if row:
             parameters, billions = int(row["parameters"]), float(row["gflops"])

@@ -250,6 +250,8 @@ def fuse(model: Classifier, variables: Mapping[str, Any]) -> tuple[Classifier, d
     Raises:
       UserError: there is no batch norm to fold.
     """
+    if missing := sorted({"params", "batch_stats"} - variables.keys()):
+        raise UserError(f"there is no batch norm to fold: the variables have no {' and no '.join(missing)}.")
     if getattr(model.backbone, "fused", None) is False:
         params, statistics = variables["params"], variables["batch_stats"]
         backbone, fused, running = model.backbone.fuse(params["backbone"], statistics["backbone"])

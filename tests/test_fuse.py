@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import traverse_util
+from flax.errors import ScopeParamNotFoundError
 
 import maxmap
 from maxmap import checkpoint
@@ -130,6 +131,12 @@ def test_a_fused_model_is_a_checkpoint(fused, tmp_path, quick_compilation):
     export_program(tmp_path / "fused", tmp_path / "fused.stablehlo", platforms=["cpu"])
     program = jax.export.deserialize((tmp_path / "fused.stablehlo").read_bytes())
     zoo.assert_close(program.call(images), wanted, 1e-5)
+    with pytest.raises(UserError, match=r"no batch norm to fold: the variables have no batch_stats\."):
+        maxmap.fuse(model, {"params": variables["params"]})
+    damaged = traverse_util.flatten_dict(variables)
+    del damaged["params", *next(path for path in damaged if path[-1] == "mean")[1:-1], "scale"]
+    with pytest.raises(ScopeParamNotFoundError, match="scale"):
+        model.apply(traverse_util.unflatten_dict(damaged), images)
     with pytest.raises(UserError, match=r"no batch norm to fold in MobileNetV1 with LinearHead, or .* fused already"):
         maxmap.fuse(model, loaded)
     for use in (maxmap.to_torch, lambda loaded, model: adapt(traverse_util.flatten_dict(loaded), model)):

@@ -57,6 +57,8 @@ def test_models_are_chosen_by_head_and_family(capsys):
     )  # no model has it by name; of 150 classes transformers counts 60,242,636
     (row,) = capsys.readouterr().out.splitlines()[1:]
     assert row.split()[:4] == ["convnext_tiny", "convnext", "upernet", f"{60_242_636 + 850 * (513 + 257):,}"]
+    assert main(["list", "maxvit_mini_32", "--head", "upernet"]) == 2
+    assert capsys.readouterr().err == "maxmap: the head upernet fits no backbone that matches 'maxvit_mini_32'.\n"
     assert main(["list", "*mini*", "--family", "vit"]) == 2
     assert "no model that matches '*mini*' has family vit" in capsys.readouterr().err
 

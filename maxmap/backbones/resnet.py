@@ -25,6 +25,7 @@ from maxmap.fused import (
 from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
 from maxmap.layers.paired import convolve_into_pairs, convolve_pairs
 from maxmap.layers.primitives import (
+    ACTIVATIONS,
     DERIVATIVES,
     FUNCTIONS,
     BatchNorm,
@@ -82,8 +83,9 @@ class Bottleneck(Block):
 
     def _gate(self, mean: Array, *, train: bool) -> Array:
         """Squeeze-excitation's factors, from the means of the maps, both `[B, 1, 1, C]`."""
-        names, act = ("se_1_0", "se_1_1"), self._activation()
-        gate = _conv_norm(mean, names, self.channels // SQUEEZE, activation=act, train=train)
+        # A norm of one pixel an image gains nothing by a kernel that activates it as well.
+        gate = _conv_norm(mean, ("se_1_0", "se_1_1"), self.channels // SQUEEZE, train=train)
+        gate = ACTIVATIONS[self._activation()](gate)
         return nn.sigmoid(Conv(self.channels, kernel_init=he_fan_out(), name="se_2")(gate))
 
     def _shortcut(self, x: Array, *, train: bool) -> Array:

@@ -397,8 +397,9 @@ def naming_for(dialect: str | None, backbone: str, head: str) -> Naming:
     for what in (f"{backbone} with {head}", backbone):
         if what in DIALECTS[dialect]:
             return DIALECTS[dialect][what]
-    others = ", ".join(name for name, backbones in DIALECTS.items() if backbone in backbones)
-    raise UserError(f"there is no {backbone} in the dialect {dialect}: give one of {others}.")
+    both = f"{backbone} with {head}"
+    others = ", ".join(name for name, backbones in DIALECTS.items() if {backbone, both} & backbones.keys())
+    raise UserError(f"there is no {both} in the dialect {dialect}: give one of {others}.")
 
 
 def rename(key: str, renames: Iterable[tuple[str, str]]) -> str:

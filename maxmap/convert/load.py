@@ -119,9 +119,9 @@ def read_foreign(
     given = changed({}, **(preprocessing or {}))
     own = _own_fields(found, source)
     fields = _sized(name, image_size or said.get("image_size") or found.image_size)
-    fields |= {"head": head} if head else {}
     if own and own["model"]["name"] == name:
         fields = {**own["model"], **({"image_size": image_size} if image_size else {})}
+    fields |= {"head": head} if head else {}
     model = create_model(**fields | {"num_classes": 1})
     shapes, of_classes = trace_shapes(model)
     tensors = leave_out(found.tensors, ignore)

@@ -132,10 +132,9 @@ def to_torch(variables: Mapping[str, Any], model: Classifier, dialect: str | Non
 
 def require_whole(leaves: Mapping[LeafPath, Any], model: Classifier) -> None:
     """Raises UserError if batch norms are folded into the layers beside them: only their biases are left then."""
-    scales = [(*path[:-1], "scale") for path in leaves if path[-1] == "bias" and (*path[:-1], "kernel") not in leaves]
-    if any(path not in leaves for path in scales) and any(
-        path not in leaves for path in leaf_shapes(model).keys() & scales
-    ):
+    biases = [path[1:-1] for path in leaves if path[-1] == "bias" and (*path[:-1], "kernel") not in leaves]
+    means = {("batch_stats", *path, "mean") for path in biases if ("params", *path, "scale") not in leaves}
+    if means - leaves.keys() and leaf_shapes(model).keys() & (means - leaves.keys()):
         raise UserError("the variables are fused for inference: give those from before maxmap.fuse.")
 
 

@@ -45,11 +45,19 @@ class KeyMatch:
         """Returns the end of an error message: how to leave out the entries beside the model that `faults` name."""
         left_over = [fault.removeprefix("left over: ") for fault in faults if fault.startswith("left over: ")]
         outside = [key for key in left_over if not (self.prefix and key.startswith(self.prefix))]
-        patterns = list(dict.fromkeys(f"{key.partition('.')[0]}.*" if "." in key else key for key in outside))
+        fitting = self.names.keys() - set(left_over)
+        patterns = list(dict.fromkeys(_pattern(key, fitting) for key in outside))
         if not patterns or len(patterns) > _MOST_PATTERNS or 2 * self.fitting < len(self.names) - len(outside):
             return ""
         options = " ".join(f"--ignore '{pattern}'" for pattern in patterns)
         return f", or leave out what is no part of the model: {options}"
+
+
+def _pattern(key: str, others: Collection[str]) -> str:
+    """Returns the shortest shell pattern of a key and what is named like it that leaves out none of `others`."""
+    parts = key.split(".")
+    starts = (".".join(parts[:number]) + "." for number in range(1, len(parts)))
+    return next((f"{start}*" for start in starts if not any(other.startswith(start) for other in others)), key)
 
 
 def match_keys(keys: Iterable[str], wanted: Collection[str]) -> KeyMatch:

@@ -15,12 +15,13 @@ from maxmap.kernels.mosaic import IMAGES, LANES, Ref, call
 from maxmap.kernels.target import Array, accumulator, over_batch
 
 ROWS = 8  # of one program, at most
+PAIRS = 1024  # of one program, at most: three blocks of float32, twice each, are 84 MB of the memory on the chip
 
 
 def fits(shape: Sequence[int], devices: int) -> bool:
     """Tells whether there is a kernel for maps `[B, H, W, C]` on so many devices: pairs fill a register's lanes."""
     batch, _, width, channels = shape
-    return batch % (IMAGES * devices) == 0 and width % 2 == 0 and 2 * channels == LANES
+    return batch % (IMAGES * devices) == 0 and width % 2 == 0 and width <= 2 * PAIRS and 2 * channels == LANES
 
 
 @jax.custom_vjp
@@ -47,7 +48,7 @@ unpair.defvjp(_unpair_forward, _unpair_backward, symbolic_zeros=True)
 
 def _specs(height: int, pairs: int, channels: int) -> tuple[tuple[int, ...], pl.BlockSpec, pl.BlockSpec]:
     """The rows' part of the grid, and blocks of maps with pairs and without, `[H, W / 2, 2, B, C]`."""
-    rows = max(n for n in range(1, ROWS + 1) if height % n == 0)
+    rows = max(n for n in range(1, ROWS + 1) if height % n == 0 and n * pairs <= PAIRS)
     paired = pl.BlockSpec((rows, pairs, IMAGES, 2 * channels), lambda b, t: (t, 0, b, 0))
     single = pl.BlockSpec((rows, pairs, 2, IMAGES, channels), lambda b, t: (t, 0, 0, b, 0))
     return (height // rows,), paired, single

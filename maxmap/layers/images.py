@@ -48,8 +48,10 @@ def check_images(images: Array, params: Mapping[str, Any] | None) -> None:
 
 def channels_error(images: Array, error: FlaxError) -> UserError | None:
     """Returns what to raise for a kernel that reads other channels than the images have, None for other errors."""
-    wanted, found = (re.findall(r"\d+", text) for text in re.findall(r"\(([\d, ]+)\)", str(error))[:2])
-    channels = str(images.shape[-1])
+    shapes = [re.findall(r"\d+", text) for text in re.findall(r"\(([\d, ]+)\)", str(error))[:2]]
+    if len(shapes) < 2:  # a parameter that is missing has no shape
+        return None
+    (wanted, found), channels = shapes, str(images.shape[-1])
     if len(wanted) == len(found) == 4 and channels in (wanted[2], found[2]) and wanted[:2] == found[:2]:
         return _wrong_channels(images.shape[-1], int(wanted[2] if channels == found[2] else found[2]))
     return None

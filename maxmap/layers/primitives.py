@@ -287,7 +287,8 @@ def folded_bias(norm: nn.Module, *, train: bool) -> Array | None:
     It is a bias `[C]`, or a single 0 if nothing is left. The layer beside the norm has taken in the rest, so UserError
     says that such a norm cannot train.
     """
-    if norm.is_initializing() or norm.has_variable("params", "scale") or not norm.has_variable("params", "bias"):
+    whole = norm.has_variable("params", "scale") or norm.has_variable("batch_stats", "mean")
+    if norm.is_initializing() or whole or not norm.has_variable("params", "bias"):
         return None
     if train:
         raise UserError("the model is fused for inference and cannot train: train it first, then fuse it.")

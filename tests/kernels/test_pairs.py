@@ -4,17 +4,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from maxmap import operations
 from maxmap.backbones.maxxvit.convolution import ConvStem
 from maxmap.backbones.resnet import SEResNet
+from maxmap.fused import unpair
 from maxmap.operations import compiled_for
 from tests.zoo import numbers, quick
 
+
+class Twice(nn.Module):
+    """A stem's map for two readers, as MaxViT's backbone has it."""
+
+    stem: ConvStem
+
+    def __call__(self, x, *, train):
+        y = self.stem(x, train=train)
+        return unpair(y) if y.shape[-1] == 2 * self.stem.width[1] else (y, y)
+
+
 STEMS = {
     "resnet": SEResNet(embed_dim=(256,), depths=(0,)),
-    "maxvit": ConvStem((64, 64), (True, True), "batch", "gelu_tanh", 1e-3, "same", "vit_eff"),
-    "torch": ConvStem((64, 64), (False, False), "batch", "silu", 1e-5, 1, "vit_eff"),
+    "maxvit": Twice(ConvStem((64, 64), (True, True), "batch", "gelu_tanh", 1e-3, "same", "vit_eff")),
+    "torch": Twice(ConvStem((64, 64), (False, False), "batch", "silu", 1e-5, 1, "vit_eff")),
 }
 SHAPE = (16, 6, 8, 3)
 

@@ -11,6 +11,7 @@ from flax.core import FrozenDict
 
 from maxmap.backbones.maxxvit.attention import MultiAxisBlock, PartitionAttention, TransformerBlock, TransformerFields
 from maxmap.backbones.maxxvit.convolution import POOLS, ConvStem, MBConv, StridedConvNeXtBlock
+from maxmap.fused import unpair
 from maxmap.layers.blocks import Stage
 from maxmap.layers.primitives import ACTIVATIONS, drop_path_rates, pair, require_divisor, require_one_of
 from maxmap.operations import Array
@@ -167,8 +168,9 @@ class MaxxViT(nn.Module):
         """Maps images `[B, H, W, C]` to the stem's map and the map of every stage."""
         self._check_size(x.shape[1:3])
         conv = self.nested_fields()["conv"]  # the stem follows the convolution blocks
-        x, beside = ConvStem(
-            pair(self.stem_width),
+        width = pair(self.stem_width)
+        x = ConvStem(
+            width,
             (self.stem_bias, self.stem_bias) if isinstance(self.stem_bias, bool) else tuple(self.stem_bias),
             "layer" if self.conv_block == "convnext" else "batch",
             conv["activation"],
@@ -177,6 +179,7 @@ class MaxxViT(nn.Module):
             self.init_scheme,
             name="stem",
         )(x, train=train)
+        x, beside = unpair(x) if x.shape[-1] == 2 * width[1] else (x, x)
         features = [beside]
         rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=self.drop_path_endpoint))
         for stage, channels in enumerate(self.embed_dim):

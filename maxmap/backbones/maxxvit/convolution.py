@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maxmap.fused import expand, expand_by_moments, expansion, squeeze_project, takes_pairs, unpair
+from maxmap.fused import expand, expand_by_moments, expansion, squeeze_project, takes_pairs
 from maxmap.layers.blocks import Mlp, SqueezeExcite, SqueezeExciteParameters, squeeze_gate
 from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
 from maxmap.layers.paired import convolve_into_pairs, convolve_pairs, with_bias
@@ -91,8 +91,8 @@ class ConvStem(nn.Module):
     init_scheme: str
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
-        """Maps `[B, H, W, C]` to `[B, H / 2, W / 2, O]`, twice for two readers, whose gradients a kernel adds."""
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Maps `[B, H, W, C]` to `[B, H / 2, W / 2, O]`, or to pairs of pixels `[B, H / 2, W / 4, 2 O]`."""
         conv = functools.partial(Conv, kernel_size=3, padding=self.padding, **conv_inits(self.init_scheme))
         first = conv(self.width[0], stride=2, bias=self.bias[0], name="conv1")
         second = conv(self.width[1], bias=self.bias[1], name="conv2")
@@ -101,14 +101,13 @@ class ConvStem(nn.Module):
         pairs = self.norm == "batch" and self.padding in (1, "same") and not self.is_initializing()
         if not (pairs and all(takes_pairs((*size, channels)) for channels in self.width)):
             x = first(x)
-            x = second(layer_or_batch_norm(x, self.norm, self.epsilon, "norm1", train, self.activation))
-            return x, x
+            return second(layer_or_batch_norm(x, self.norm, self.epsilon, "norm1", train, self.activation))
         x, kernel, bias = nn.dtypes.promote_dtype(x, *first.weights(channels))
         pads = explicit_padding(self.padding, (height, width), 3, 2)
         x = with_bias(convolve_into_pairs(x, kernel, 2, pads), bias)
         x = BatchNorm(self.epsilon, name="norm1")(x, train=train, activation=self.activation, pixels=2)
         x, kernel, bias = nn.dtypes.promote_dtype(x, *second.weights(self.width[0]))
-        return unpair(with_bias(convolve_pairs(x, kernel), bias))
+        return with_bias(convolve_pairs(x, kernel), bias)
 
 
 class Shortcut(nn.Module):
