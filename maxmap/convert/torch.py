@@ -55,11 +55,14 @@ def torch_name(path: LeafPath, model: Classifier) -> str:
 
 def abstract_variables(model: Classifier, channels: int = 3) -> dict[str, Any]:
     """Returns the shapes and types of a model's variables; computes nothing, and traces each model once."""
-    return jax.tree.map(lambda leaf: leaf, _traced(model, channels))  # dicts that the caller may change
+    return jax.tree.map(
+        lambda leaf: leaf, _traced(model, channels, jnp.result_type(float))
+    )  # dicts that the caller may change
 
 
 @functools.lru_cache(maxsize=64)
-def _traced(model: Classifier, channels: int) -> dict[str, Any]:
+def _traced(model: Classifier, channels: int, dtype: Any) -> dict[str, Any]:
+    del dtype  # of the variables, which float64 mode makes wider: a part of the cache's key
     images = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), channels), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
