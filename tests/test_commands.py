@@ -52,7 +52,7 @@ def test_list_names_parameters_and_sizes(capsys):
 
 def test_list_takes_shell_patterns(capsys, monkeypatch):
     @functools.wraps(create_model)  # whose annotations the parser reads
-    def fast(name):
+    def fast(name, head):
         return create_model("maxvit_mini_32")  # tracing all takes long
 
     monkeypatch.setattr(model_commands, "create_model", fast)

@@ -135,9 +135,10 @@ def test_a_network_of_pixels_that_says_no_task_is_refused(tmp_path, capsys):
     checkpoint.write_variables(tmp_path / "pixels", zeros, info)
     images, written = write_folder(tmp_path / "images", 0, 2, ("a", "b")), str(tmp_path / "pixels")
     photo = str(images / "val" / "a" / "000.png")
+    other = ("--config.model.name=convnext_tiny", "--config.model.head.name=upernet")
     for command in (
         *(["predict", written, photo], ["validate", written, str(images)]),
-        ["train", "--config=quickstart", f"--workdir={tmp_path / 'run'}", "--config.model.head.name=upernet"],
+        ["train", "--config=quickstart", f"--workdir={tmp_path / 'run'}", *other],
     ):
         assert main(command) == 2, command
         assert "has a head that classifies pixels, not images" in capsys.readouterr().err, command
