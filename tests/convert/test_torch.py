@@ -339,7 +339,7 @@ def test_a_strict_load_succeeds(dialect, name):
 
 
 def test_a_dialect_without_the_backbone_says_who_has_it(model, variables):
-    with pytest.raises(UserError, match="no MaxxViT in the dialect fair: give one of timm, lab-lvm"):
+    with pytest.raises(UserError, match="no MaxxViT with MAPHead in the dialect fair: give one of timm, lab-lvm"):
         to_torch(variables, model, "fair")
     with pytest.raises(UserError, match="no dialect 'keras', only timm, "):
         to_torch(variables, model, "keras")
