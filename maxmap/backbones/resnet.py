@@ -23,7 +23,7 @@ from maxmap.fused import (
     unpair,
 )
 from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
-from maxmap.layers.paired import convolve_into_pairs, convolve_pairs
+from maxmap.layers.paired import convolve_in_pairs
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     DERIVATIVES,
@@ -175,16 +175,12 @@ def _conv_norm(
 
     With `pairs` the result has pairs of pixels, and so has `x` at stride 1; see `maxmap.layers.paired`.
     """
-    padding = kernel_size // 2
-    conv = Conv(channels, kernel_size, stride, padding, bias=False, kernel_init=he_fan_out(), name=names[0])
+    conv = Conv(channels, kernel_size, stride, kernel_size // 2, bias=False, kernel_init=he_fan_out(), name=names[0])
     scale_init = nn.initializers.zeros if zero_scale else nn.initializers.ones
     norm = BatchNorm(EPSILON, scale_init=scale_init, name=names[1])
-    if not pairs:
-        return norm(conv(x), train=train, activation=activation)
-    kernel, _ = conv.weights(x.shape[-1] // (2 if stride == 1 else 1))
-    x, kernel = nn.dtypes.promote_dtype(x, kernel)
-    x = convolve_pairs(x, kernel) if stride == 1 else convolve_into_pairs(x, kernel, stride, ((padding, padding),) * 2)
-    return norm(x, train=train, activation=activation, pixels=2)
+    if pairs:
+        return norm(convolve_in_pairs(conv, x), train=train, activation=activation, pixels=2)
+    return norm(conv(x), train=train, activation=activation)
 
 
 class ResNet(nn.Module):

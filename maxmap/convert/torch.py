@@ -55,9 +55,8 @@ def torch_name(path: LeafPath, model: Classifier) -> str:
 
 def abstract_variables(model: Classifier, channels: int = 3) -> dict[str, Any]:
     """Returns the shapes and types of a model's variables; computes nothing, and traces each model once."""
-    return jax.tree.map(
-        lambda leaf: leaf, _traced(model, channels, jnp.result_type(float))
-    )  # dicts that the caller may change
+    traced = _traced(model, channels, jnp.result_type(float))
+    return jax.tree.map(lambda leaf: leaf, traced)  # dicts that the caller may change
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,7 +136,8 @@ def require_whole(leaves: Mapping[LeafPath, Any], model: Classifier) -> None:
     """Raises UserError if batch norms are folded into the layers beside them: only their biases are left then."""
     biases = [path[1:-1] for path in leaves if path[-1] == "bias" and (*path[:-1], "kernel") not in leaves]
     means = {("batch_stats", *path, "mean") for path in biases if ("params", *path, "scale") not in leaves}
-    if means - leaves.keys() and leaf_shapes(model).keys() & (means - leaves.keys()):
+    missing = means - leaves.keys()
+    if missing and leaf_shapes(model).keys() & missing:  # the model is traced only then
         raise UserError("the variables are fused for inference: give those from before maxmap.fuse.")
 
 

@@ -46,18 +46,22 @@ class KeyMatch:
         left_over = [fault.removeprefix("left over: ") for fault in faults if fault.startswith("left over: ")]
         outside = [key for key in left_over if not (self.prefix and key.startswith(self.prefix))]
         fitting = self.names.keys() - set(left_over)
-        patterns = list(dict.fromkeys(_pattern(key, fitting) for key in outside))
+        taken = {start for key in fitting for start in _starts(key)}
+        patterns = list(dict.fromkeys(_pattern(key, taken) for key in outside))
         if not patterns or len(patterns) > _MOST_PATTERNS or 2 * self.fitting < len(self.names) - len(outside):
             return ""
         options = " ".join(f"--ignore '{pattern}'" for pattern in patterns)
         return f", or leave out what is no part of the model: {options}"
 
 
-def _pattern(key: str, others: Collection[str]) -> str:
-    """Returns the shortest shell pattern of a key and what is named like it that leaves out none of `others`."""
-    parts = key.split(".")
-    starts = (".".join(parts[:number]) + "." for number in range(1, len(parts)))
-    return next((f"{start}*" for start in starts if not any(other.startswith(start) for other in others)), key)
+def _starts(key: str) -> list[str]:
+    """Returns what a key starts with up to each of its points, the shortest first."""
+    return [key[: point.end()] for point in re.finditer(r"\.", key)]
+
+
+def _pattern(key: str, taken: Collection[str]) -> str:
+    """Returns the shortest shell pattern of a key that is no start in `taken`, else the key."""
+    return next((f"{start}*" for start in _starts(key) if start not in taken), key)
 
 
 def match_keys(keys: Iterable[str], wanted: Collection[str]) -> KeyMatch:

@@ -5,10 +5,32 @@ them: the convolution has more multiply-adds, with zeros among them, and takes l
 """
 
 import jax.numpy as jnp
+from flax import linen as nn
 
 from maxmap.kernels import xla
 from maxmap.kernels.xla import Pads
-from maxmap.operations import Array, broadcast
+from maxmap.layers.primitives import Conv
+from maxmap.operations import Array, broadcast, explicit_padding
+
+
+def convolve_in_pairs(conv: Conv, x: Array) -> Array:
+    """Computes what a layer does, as pairs of pixels.
+
+    Args:
+      conv: of stride 2, or of stride 1 with zeros around a map that keep its size.
+      x: `[B, H, W, I]` for stride 2; pairs `[B, H, W / 2, 2 I]` for stride 1.
+
+    Returns:
+      `[B, H', W' / 2, 2 O]`.
+    """
+    channels = x.shape[-1] if conv.stride == 2 else x.shape[-1] // 2
+    x, kernel, bias = nn.dtypes.promote_dtype(x, *conv.weights(channels))
+    if conv.stride == 2:
+        pads = explicit_padding(conv.padding, x.shape[1:3], conv.kernel_size, conv.stride)
+        x = convolve_into_pairs(x, kernel, conv.stride, pads)
+    else:
+        x = convolve_pairs(x, kernel)
+    return x if bias is None else x + broadcast(jnp.tile(bias, 2), x.shape)
 
 
 def convolve_into_pairs(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
@@ -53,8 +75,3 @@ def convolve_pairs(x: Array, kernel: Array) -> Array:
             both = both.at[:, reach + pair, pixel, :, place].set(kernel[:, column])
     both = both.reshape(size, 2 * reach + 1, 2 * in_channels, 2 * out_channels)
     return xla.convolution(x, both, (1, 1), ((pad, pad), (reach, reach)))
-
-
-def with_bias(x: Array, bias: Array | None) -> Array:
-    """Adds one value per channel `[C]`, or nothing, to both pixels of pairs `[B, H, W / 2, 2 C]`."""
-    return x if bias is None else x + broadcast(jnp.tile(bias, 2), x.shape)

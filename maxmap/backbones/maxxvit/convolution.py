@@ -10,7 +10,7 @@ from flax import linen as nn
 from maxmap.fused import expand, expand_by_moments, expansion, squeeze_project, takes_pairs
 from maxmap.layers.blocks import Mlp, SqueezeExcite, SqueezeExciteParameters, squeeze_gate
 from maxmap.layers.folded import FoldedBatchNorm, fold_batch_norm
-from maxmap.layers.paired import convolve_into_pairs, convolve_pairs, with_bias
+from maxmap.layers.paired import convolve_in_pairs
 from maxmap.layers.primitives import (
     ACTIVATIONS,
     FUNCTIONS,
@@ -27,7 +27,7 @@ from maxmap.layers.primitives import (
     round_to_eight,
 )
 from maxmap.layers.residual import kept_samples
-from maxmap.operations import Array, explicit_padding, max_pool, upcast
+from maxmap.operations import Array, max_pool, upcast
 from maxmap.ranges import Count, CountOrZero, DropRate, Fraction, NonNegative, Positive
 
 POOLS = ("avg2", "avg3", "max")
@@ -96,18 +96,15 @@ class ConvStem(nn.Module):
         conv = functools.partial(Conv, kernel_size=3, padding=self.padding, **conv_inits(self.init_scheme))
         first = conv(self.width[0], stride=2, bias=self.bias[0], name="conv1")
         second = conv(self.width[1], bias=self.bias[1], name="conv2")
-        batch, height, width, channels = x.shape
+        batch, height, width, _ = x.shape
         size = (batch, -(-height // 2), -(-width // 2))
         pairs = self.norm == "batch" and self.padding in (1, "same") and not self.is_initializing()
         if not (pairs and all(takes_pairs((*size, channels)) for channels in self.width)):
             x = first(x)
             return second(layer_or_batch_norm(x, self.norm, self.epsilon, "norm1", train, self.activation))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, *first.weights(channels))
-        pads = explicit_padding(self.padding, (height, width), 3, 2)
-        x = with_bias(convolve_into_pairs(x, kernel, 2, pads), bias)
+        x = convolve_in_pairs(first, x)
         x = BatchNorm(self.epsilon, name="norm1")(x, train=train, activation=self.activation, pixels=2)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, *second.weights(self.width[0]))
-        return with_bias(convolve_pairs(x, kernel), bias)
+        return convolve_in_pairs(second, x)
 
 
 class Shortcut(nn.Module):
