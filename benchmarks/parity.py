@@ -67,6 +67,7 @@ FASTERVIT_TOLERANCE = 1e-7  # the reference computes its table of offsets in flo
 WITHOUT_REFERENCE = {
     "ga_resnet50": "no released code",
     "ga_vit_small": "no released code",
+    **dict.fromkeys(list_models("fcaformer_*"), "from the paper, no reference"),
     "map_maxvit_mini_32": "maxmap's own",
     "mobilenet_v1_025_leaky": "compared with its released weights, docs/conversion.md",
     **dict.fromkeys(list_models("mobilenet_v1_*_tf"), "compared with its released weights, docs/conversion.md"),

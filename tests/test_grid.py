@@ -56,6 +56,10 @@ BACKBONES = {
             "head_width": 0,
         },
     ),
+    "fcaformer": (
+        "fcaformer_l1",
+        {"image_size": 32, "embed_dim": (8, 16), "depths": (1, 2), "blocks": ("conv", "attention"), "head_dim": 8},
+    ),
     "maxxvit": (
         "maxvit_mini_32",
         {"image_size": 16, "window_size": None, "embed_dim": (8, 16), "depths": (1, 1), "transformer": {"head_dim": 8}},
@@ -110,6 +114,7 @@ LAST_SHIFTS = {
     "convnext": "backbone/stages_1/blocks_0/mlp/fc2/bias",
     "cswin": "backbone/stage2_0/mlp/fc2/bias",
     "fastvit": "backbone/stages_1/blocks_0/mlp/fc2/bias",
+    "fcaformer": "backbone/stages_1/blocks_1/mlp/fc2/bias",
     "maxxvit": "backbone/stages_1/blocks_0/attn_grid/mlp/fc2/bias",
     "metaformer": "backbone/stages_1/blocks_0/mlp/act/bias",
     "pit": "backbone/transformers_1/blocks_0/mlp/fc2/bias",
@@ -326,6 +331,7 @@ STEMS = {
     "efficientvit_msra": "patch_embed/conv1/conv",
     "fastervit": "patch_embed/conv_down_0",
     "fastvit": "stem_0/conv_*/conv",
+    "fcaformer": "stem_0",
     "maxxvit": "stem/conv1",
     "metaformer": "stem/conv",
     "mobilenet": "layers_0_0_0",
