@@ -1,22 +1,29 @@
 """`python -m maxmap benchmark`: what it measures and says."""
 
+import dataclasses
 import json
 
 import jax
 import pytest
 
+from maxmap import models
 from maxmap.__main__ import main
+from maxmap.cost import cost
+from tests.test_grid import BACKBONES
 
 
 @pytest.mark.parametrize("task", ["forward pass", "training step"])
-def test_a_benchmark_says_what_it_measured(task, tmp_path, capsys, quick_compilation):
+def test_a_benchmark_says_what_it_measured(task, tmp_path, capsys, monkeypatch, quick_compilation):
+    name, fields = BACKBONES["mobilenet"]
+    monkeypatch.setitem(models.MODELS, name, dataclasses.replace(models.MODELS[name], fields=fields))
     train = ["--train"] * (task == "training step")
-    command = ["benchmark", "mobilenet_v1_025_tf", "--image-size=32", "--batch-size=8", "--seconds=0.01"]
+    command = ["benchmark", name, "--image-size=32", "--batch-size=8", "--seconds=0.01"]
     assert main([*command, *train, f"--json={tmp_path / 'result.json'}"]) == 0
     out = capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
-    assert f"mobilenet_v1_025_tf, {task}, 8 images of 32 px, float32, on {jax.device_count()} x cpu" in out
-    assert result["parameters"] == 470_072 and "470,072 parameters" in out
+    assert f"{name}, {task}, 8 images of 32 px, float32, on {jax.device_count()} x cpu" in out
+    parameters = cost(models.create_model(name))[0]
+    assert result["parameters"] == parameters and f"{parameters:,} parameters" in out
     assert result["batches"] >= 5
     assert result["milliseconds_low"] <= result["milliseconds"] <= result["milliseconds_high"]
     assert result["images_per_second"] == pytest.approx(8e3 / result["milliseconds"])

@@ -19,6 +19,8 @@ from tests.test_readme import BLOCK
 from tests.tiny import CLASSES, ROOT, preprocessing, write_image
 from tests.zoo import quick
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HEADS = {
     "MAP": ("map", {"branches": 2, "tokens": 2}),
     "MAP, linear classifiers": ("map", {"classifier": "linear", "self_distill": False, "branches": 2}),
@@ -121,7 +123,7 @@ def test_an_overlay_is_red_where_a_map_is_largest():
     assert red[7, 7] == red.max() > 0 and blue[0, 0] > 0
 
 
-def test_the_command(tmp_path, capsys, quick_compilation):
+def test_the_command(tmp_path, capsys):
     """Pictures, numbers that add up, and the probability that `predict` gives; mistakes are one sentence."""
     name, fields = BACKBONES["convnext"]
     head = {"name": "map", **HEAD_FIELDS["map"], "branches": 2}

@@ -111,13 +111,7 @@ SHIFT = "shifts whole channels in front of a batch norm, which subtracts their m
 SOFTMAX = "adds the same to all logits of a softmax"
 # The last layer that shifts the last feature map: heads that fuse maps by a 1x1 convolution and a batch norm undo it.
 LAST_SHIFTS = {
-    "convnext": "backbone/stages_1/blocks_0/mlp/fc2/bias",
-    "cswin": "backbone/stage2_0/mlp/fc2/bias",
-    "fastvit": "backbone/stages_1/blocks_0/mlp/fc2/bias",
-    "fcaformer": "backbone/stages_1/blocks_1/mlp/fc2/bias",
     "maxxvit": "backbone/stages_1/blocks_0/attn_grid/mlp/fc2/bias",
-    "metaformer": "backbone/stages_1/blocks_0/mlp/act/bias",
-    "pit": "backbone/transformers_1/blocks_0/mlp/fc2/bias",
     "vit": "backbone/blocks_1/mlp/fc2/bias",
 }
 IDLE = {
@@ -212,6 +206,11 @@ def test_the_grid_is_complete():
 PAIRS = [(family, "linear") for family in FAMILIES] + [("resnet", head) for head in HEADS if head != "linear"]
 
 
+def heads_on(family):
+    """Heads to compute with on a backbone: every one on three, of which ViT's last map is a class token."""
+    return HEADS if family in ("maxxvit", "resnet", "vit") else ["linear"]
+
+
 @pytest.mark.parametrize("family, head", PAIRS)
 def test_no_layer_widens_the_type(family, head):
     """In bfloat16 every map and every output is of that type: one float32 count would make all that follows float32."""
@@ -231,8 +230,8 @@ def test_no_layer_widens_the_type(family, head):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_head_on(family, x64, plain_convolutions):
-    models = {kind: small(family, kind) for kind in HEADS}
+def test_what_learns_and_what_differs_in_training(family, x64, plain_convolutions):
+    models = {kind: small(family, kind) for kind in heads_on(family)}
     backbone = models["linear"].backbone
     rng = np.random.default_rng(0)
     images, others = rng.standard_normal((2, BATCH, backbone.image_size, backbone.image_size, 3))

@@ -5,6 +5,7 @@ The README's blocks run in order, in one folder with the configs. What differs f
 - the environment is there already, so the commands of `SETUP` are left out;
 - `make demo` is replaced by the commands of its recipe in the Makefile;
 - `SHORT` is appended to every command that trains or evaluates a config, which trains for two steps then;
+- `benchmark` measures for a moment, not for ten seconds;
 - commands run in this process (test_main.py starts main.py in another);
 - one block of ConvNeXt stands for the demo's MaxViT.
 
@@ -37,6 +38,7 @@ BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>[^\n]+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 MAIN = re.compile(r"^python (?:main\.py|-m maxmap train)(?:\\\n|[^\n#\\])*", re.MULTILINE)
+BENCHMARK = re.compile(r"^python -m maxmap benchmark [^\n#]*", re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -69,6 +71,7 @@ def commands(text: str) -> list[str]:
     lines = [line for line in text.splitlines() if not line.startswith(SETUP)]
     text = "\n".join(demo() if line.startswith("make demo") else line for line in lines)
     text = MAIN.sub(lambda command: f"{command[0].rstrip()} {SHORT} ", text)
+    text = BENCHMARK.sub(lambda command: f"{command[0].rstrip()} --seconds=0.01 ", text)
     return [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
 
 

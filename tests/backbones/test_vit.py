@@ -17,6 +17,7 @@ from tests.zoo import (
     assert_size,
     named,
     nchw,
+    quick,
     randomised,
     run,
 )
@@ -80,9 +81,8 @@ def test_initialisation_follows_timm(timm_model):
 def test_block_drops_in_training_only():
     """Each of the three rates; stochastic depth by whole images, the others by single values."""
     x = np.random.default_rng(0).standard_normal((64, 4, 8)).astype(np.float32)
-    variables = jax.jit(ViTBlock(2).init)(jax.random.key(0), x)
+    variables = quick(ViTBlock(2).init, jax.random.key(0), x)
 
-    @jax.jit
     def outputs(variables, x, key):
         blocks = {field: ViTBlock(2, **{field: 0.5}) for field in ("drop_path", "attn_drop", "proj_drop")}
         return {
@@ -91,7 +91,7 @@ def test_block_drops_in_training_only():
             for train in (False, True)
         }
 
-    outputs = outputs(variables, x, jax.random.key(1))
+    outputs = quick(outputs, variables, x, jax.random.key(1))
     evaluated = outputs["none", False]
     np.testing.assert_allclose(outputs["none", True], evaluated, rtol=1e-5, atol=1e-6)
     for field in ("drop_path", "attn_drop", "proj_drop"):

@@ -7,14 +7,14 @@ import pytest
 
 from maxmap.heads.linear import LinearHead
 from maxmap.models import create_model
-from tests.zoo import numbers
+from tests.zoo import numbers, quick
 
 FEATURES = [numbers(0, 4, 6, 4, 3), numbers(1, 4, 3, 2, 8)]
 
 
 def randomised(head):
     """Variables with every leaf random, variances positive."""
-    variables = head.init(jax.random.key(0), [jnp.asarray(feature) for feature in FEATURES])
+    variables = jax.eval_shape(head.init, jax.random.key(0), [jnp.asarray(feature) for feature in FEATURES])
     leaves, tree = jax.tree.flatten(variables)
     return jax.tree.unflatten(tree, [0.5 + np.abs(numbers(10 + i, *leaf.shape)) for i, leaf in enumerate(leaves)])
 
@@ -81,7 +81,7 @@ FORMS = {
 def test_equals_its_definition(form, x64):
     head = LinearHead(5, **FORMS[form])
     variables = randomised(head)
-    outputs = jax.jit(head.apply)(variables, FEATURES)
+    outputs = quick(head.apply, variables, FEATURES)
     logits, embedding = expected(variables, FEATURES[-1], form)
     assert outputs["logits"].shape == (1, 4, 5)
     assert np.allclose(outputs["logits"][0], logits, rtol=1e-12, atol=1e-12)

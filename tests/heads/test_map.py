@@ -304,23 +304,26 @@ def test_training_differs_by_batch_statistics_and_dropout_alone(x64):
     assert np.abs(evaluated["logits"] - trained["logits"]).max() < 1e-9
 
 
-@pytest.mark.parametrize("field", ["attention_dropout", "token_dropout", "dropout"])
-def test_dropout_only_while_training(field):
-    head = small(**{field: 0.5})
-    variables = jax.tree.map(lambda leaf: leaf.astype(np.float32), randomised(head))
+def test_dropout_only_while_training():
+    heads = {field: small(**{field: 0.5}) for field in ("attention_dropout", "token_dropout", "dropout")}
+    variables = jax.tree.map(lambda leaf: leaf.astype(np.float32), randomised(small()))
     features = [feature.astype(np.float32) for feature in FEATURES]
+
+    def train(head, variables, features, **rngs):
+        return head.apply(variables, features, train=True, mutable=["batch_stats"], rngs=rngs)[0]["logits"]
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def logits(variables, features, key):
-        rngs = {"dropout": key}
-        return head.apply(variables, features, train=True, mutable=["batch_stats"], rngs=rngs)[0]["logits"]
+        return {field: train(head, variables, features, dropout=key) for field, head in heads.items()}
 
     first, again, second = (logits(variables, features, jax.random.key(seed)) for seed in (0, 0, 1))
-    assert np.array_equal(first, again)
-    assert np.abs(first - second).max() > 1e-3
-    assert np.array_equal(apply(head, variables, features)["logits"], apply(small(), variables, features)["logits"])
-    with pytest.raises(InvalidRngError):
-        head.apply(variables, features, train=True, mutable=["batch_stats"])
+    evaluation = jax.make_jaxpr(small().apply)(variables, features)
+    for field, head in heads.items():
+        assert np.array_equal(first[field], again[field])
+        assert np.abs(first[field] - second[field]).max() > 1e-3
+        assert str(jax.make_jaxpr(head.apply)(variables, features)) == str(evaluation)
+        with pytest.raises(InvalidRngError):
+            jax.eval_shape(functools.partial(train, head), variables, features)
 
 
 def test_published_dropout_rates():
@@ -406,10 +409,11 @@ def test_map_maxvit_equals_the_published_network(goldens, x64):
         return [feature.mean((1, 2)) for feature in features], *both
 
     images = np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32).astype(np.float64)
+    images = images[:1]  # the second image would show nothing more
     features, logits, distill = quick(run, variables, images.transpose(0, 2, 3, 1), level=1)
     for i, feature in enumerate(features):
-        wanted = arrays[f"feature_{i}_f64"]
+        wanted = arrays[f"feature_{i}_f64"][:1]
         assert np.abs(feature - wanted).max() < 1e-9 * np.abs(wanted).max()
     for ours, key in ((logits, "head_logits_f64"), (distill, "distill_logits_f64")):
-        for branch, wanted in zip(ours, arrays[key], strict=True):
+        for branch, wanted in zip(ours, arrays[key][:, :1], strict=True):
             assert np.abs(branch - wanted).max() < 1e-9 * wanted.std()
