@@ -80,14 +80,15 @@ def test_batch_norm_equals_torch(shape, platform, x64):
     assert np.array_equal(stats["mean"], np.zeros(5))  # initialising counts nothing
     assert np.array_equal(stats["var"], np.ones(5))
     stats = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), stats)
+
+    def loss(params, x, stats, direction):
+        y, new = norm.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
+        return jnp.sum(y * direction), (y, new["batch_stats"])
+
+    learn = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
     for step in (2, 3):
         x, direction = 1 + 2 * numbers(step, *shape), numbers(10 + step, *shape)
-
-        def loss(params, x, stats, direction):
-            y, new = norm.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
-            return jnp.sum(y * direction), (y, new["batch_stats"])
-
-        gradients, (y, stats) = jax.grad(loss, (0, 1), has_aux=True)(params, jnp.asarray(x), stats, direction)
+        gradients, (y, stats) = learn(params, x, stats, direction)
         theirs.zero_grad()
         x = torch.from_numpy(x.reshape(-1, 5)).requires_grad_()
         wanted = theirs(x)
@@ -99,7 +100,7 @@ def test_batch_norm_equals_torch(shape, platform, x64):
         assert_close(stats["mean"], theirs.running_mean)
         assert_close(stats["var"], theirs.running_var)
     x = numbers(4, *shape)
-    y = norm.apply({"params": params, "batch_stats": stats}, jnp.asarray(x))
+    y = jax.jit(norm.apply)({"params": params, "batch_stats": stats}, x)
     assert_close(y.reshape(-1, 5), theirs.eval()(torch.from_numpy(x.reshape(-1, 5))).detach())
 
 
@@ -118,8 +119,9 @@ def test_batch_norms_of_groups_are_those_of_each_alone(groups, keep_first, platf
         return y, pull(direction), new["batch_stats"]
 
     with batch_norm_groups(groups, keep_first=keep_first):
-        y, (of_params, of_x), stats = pulled(x, direction)
-    alone = [pulled(*pair) for pair in zip(jnp.split(x, groups), np.split(direction, groups), strict=True)]
+        y, (of_params, of_x), stats = jax.jit(pulled)(x, direction)
+    one = jax.jit(lambda x, direction: pulled(x, direction))  # another function: traced without groups
+    alone = [one(*pair) for pair in zip(jnp.split(x, groups), np.split(direction, groups), strict=True)]
     assert_close(y, jnp.concatenate([y for y, _, _ in alone]))
     assert_close(of_x, jnp.concatenate([of_x for _, (_, of_x), _ in alone]))
     jax.tree.map(lambda leaf, *leaves: assert_close(leaf, sum(leaves)), of_params, *(one[0] for _, one, _ in alone))
