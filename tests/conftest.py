@@ -1,5 +1,6 @@
 """Eight CPU devices, strict JAX, and what several tests share."""
 
+import dataclasses
 import gc
 import importlib.metadata
 import itertools
@@ -104,6 +105,20 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_folder
 
     return write_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of ConvNeXt with a narrow MAP head stands for `map_maxvit_mini_32`, which the documents train."""
+    from maxmap import models
+
+    name = "map_maxvit_mini_32"
+    head = {"channels": 8, "level": 0, "branches": 1, "gram_channels": 4, "gram_groups": 2, "heads": 2}
+    fields = {"image_size": 32, "depths": (1,), "embed_dim": (8,)}
+    described = dataclasses.replace(
+        models.MODELS["convnext_tiny"], head={**models.MODELS[name].head, **head}, fields=fields
+    )
+    monkeypatch.setitem(models.MODELS, name, described)
 
 
 @pytest.fixture

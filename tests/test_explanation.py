@@ -160,7 +160,7 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("maxmap: cannot read ")
 
 
-def test_the_documents_snippet_runs(quick_compilation):
+def test_the_documents_snippet_runs(small_demo):
     (block,) = (m["text"] for m in BLOCK.finditer((ROOT / "docs" / "explain.md").read_text("utf-8")) if m["language"])
     session = {}
     exec(compile(block, "docs/explain.md", "exec"), session)

@@ -7,12 +7,11 @@ The README's blocks run in order, in one folder with the configs. What differs f
 - `SHORT` is appended to every command that trains or evaluates a config, which trains for two steps then;
 - `benchmark` measures for a moment, not for ten seconds;
 - commands run in this process (test_main.py starts main.py in another);
-- one block of ConvNeXt stands for the demo's MaxViT.
+- one block of ConvNeXt stands for the demo's MaxViT (`small_demo` in conftest.py).
 
 A comment `<!-- needs: WHAT -->` above a block says what the block needs and the tests do not have: it is not run.
 """
 
-import dataclasses
 import pkgutil
 import re
 import subprocess
@@ -21,7 +20,6 @@ from typing import NamedTuple
 
 import pytest
 
-from maxmap import models
 from maxmap.__main__ import main
 from tests.tiny import ROOT, write_folder
 
@@ -29,7 +27,6 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md"))]
 SETUP = ("make setup", "make test", "make docs", "source ", "pip install ")
 SHORT = "--config.steps=2 --config.batch_size=8 --config.checkpoint.every=1 --config.mesh.data=1"
-DEMO = "map_maxvit_mini_32"  # the README's network
 MOST_SKIPPED = 2
 MOST_WORDS = 1000
 
@@ -84,14 +81,10 @@ def run(command: str) -> None:
     assert main(argv) == 0, command
 
 
-def test_every_block_of_the_readme_runs(tmp_path, monkeypatch, quick_compilation):
+def test_every_block_of_the_readme_runs(tmp_path, monkeypatch, small_demo, quick_compilation):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     write_folder(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
-    head = {**models.MODELS[DEMO].head, "channels": 8, "level": 0, "branches": 1, "gram_channels": 4, "gram_groups": 2}
-    network = models.MODELS["convnext_tiny"]
-    fields = {"image_size": 32, "depths": (1,), "embed_dim": (8,)}
-    monkeypatch.setitem(models.MODELS, DEMO, dataclasses.replace(network, head=head | {"heads": 2}, fields=fields))
     session: dict[str, object] = {}
     for block in BLOCKS:
         if block.needs or not block.language:
