@@ -225,8 +225,9 @@ def test_another_head_only_where_that_is_wanted():
     assert all(name.startswith(("head.", "norm.")) for name in report.dropped) and report.dropped
     assert set(report.initialised) == {name for name in after if name.startswith("head.")}
     # The head is as its own initialisers draw it: constant leaves are equal, the others as large.
-    drawn = jax.jit(mapped.init)(jax.random.key(1), np.zeros((1, 64, 64, 3), np.float32))
-    drawn = to_torch(jax.tree.map(np.asarray, drawn), mapped)
+    features, _ = jax.eval_shape(mapped.backbone.init_with_output, jax.random.key(0), np.zeros((1, 64, 64, 3)))
+    drawn = jax.jit(mapped.head.init)(jax.random.key(1), [np.zeros(feature.shape, np.float32) for feature in features])
+    drawn = to_torch({kind: {"head": jax.tree.map(np.asarray, leaves)} for kind, leaves in drawn.items()}, mapped)
     for name in report.initialised:
         constant = drawn[name].min() == drawn[name].max()
         assert np.array_equal(after[name], drawn[name]) == constant, name
