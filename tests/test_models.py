@@ -195,11 +195,10 @@ def test_outputs_features_and_embedding(small):
     model, variables, images = small
 
     def run(variables, images):
-        outputs = model.apply(variables, images)
-        features = model.apply(variables, images, method="features")
-        return outputs, features, model.apply(variables, images, method="embed")
+        return model.apply(variables, images), model.apply(variables, images, method="embed")
 
-    outputs, features, embedding = jax.jit(run, compiler_options=QUICK)(variables, images)
+    outputs, embedding = jax.jit(run, compiler_options=QUICK)(variables, images)
+    features = jax.eval_shape(lambda *args: model.apply(*args, method="features"), variables, images)
     assert set(outputs) == {"logits", "embedding"}
     assert outputs["logits"].shape == (2, 2, 3)
     sizes = zip((32, 16, 8, 4, 2), (32, 32, 64, 96, 128), strict=True)
@@ -385,6 +384,8 @@ def residual_bytes(model, variables, images) -> int:
 @pytest.mark.parametrize("name", ["convnext_tiny", "faster_vit_0_224", "maxvit_mini_32", "pit_s"])
 def test_recomputed_blocks_keep_little(name):
     model = create_model(name, num_classes=3, remat=True)
+    if name != "faster_vit_0_224":  # with one block a stage, half of its values lie outside
+        model = create_model(name, num_classes=3, remat=True, depths=(1,) * len(model.backbone.depths))
     size = model.backbone.image_size
     images = jnp.zeros((2, size, size, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)

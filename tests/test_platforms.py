@@ -14,10 +14,17 @@ from maxmap.operations import compiled_for, kernels
 
 # A small network of each family whose operations have ways of their own on a CPU.
 NETWORKS = {
-    "map_maxvit_mini_32": {},
-    "convnext_tiny": {"depths": (1, 1, 1, 1), "embed_dim": (32, 64, 64, 64), "image_size": 32},
-    "caformer_s18": {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 32, 32), "image_size": 64},
-    "map_mobilenet_v1": {"image_size": 32},
+    "map_maxvit_mini_32": {
+        "depths": (2,),
+        "embed_dim": (32,),
+        "block_types": ("M",),
+        "strides": (2,),
+        "image_size": 16,
+        "head": {"level": 0, "heads": 2, "channels": 32},
+    },
+    "convnext_tiny": {"depths": (1, 1), "embed_dim": (32, 64), "image_size": 16},
+    "caformer_s18": {"depths": (1, 1), "embed_dim": (32, 32), "mixers": ("conv", "attention"), "image_size": 32},
+    "map_mobilenet_v1": {"depths": (1, 1, 1), "stem_width": 8, "embed_dim": (8, 16, 32), "image_size": 32},
 }
 
 

@@ -29,6 +29,7 @@ from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import cast, make_train_step
 from tests.collectives import collectives, on_tpu
 from tests.tiny import Tiny
+from tests.zoo import filled
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -56,9 +57,11 @@ def split_small(monkeypatch):
     monkeypatch.setattr(sharding, "MIN_PART", 1)
 
 
-def start(model, optimizer) -> TrainState:
-    """A first state in float64, with averages."""
-    variables = cast(dict(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))), jnp.float64)
+def start(model, optimizer, variables=None) -> TrainState:
+    """A first state in float64, with averages; of the model's initial variables where none are given."""
+    if variables is None:
+        variables = cast(dict(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))), jnp.float64)
+    variables = dict(variables)
     params = variables.pop("params")
     ema = jax.tree.map(jnp.copy, {"params": params, **variables})
     return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params), ema)
@@ -106,14 +109,14 @@ def test_every_mesh_trains_as_one_device_does():
     # recomputed blocks. Not Adam: it blows up the rounding in gradients that are zero by nature (biases that a norm or
     # softmax cancels).
     model, optimizer = create_model(**MODEL), optax.sgd(1e-2, momentum=0.9)
-    first = start(model, optimizer)
+    first = start(model, optimizer, jax.tree.map(jnp.asarray, filled(model, (8, 8))))
 
     def train(data, fsdp):
         mesh = make_mesh(data=data, fsdp=fsdp)
         remat = create_model(**MODEL, remat=True) if fsdp == 2 else model
         step, state, key = compiled_step(remat, optimizer, first, mesh, dtype=jnp.float64, ema_decay=0.5, accumulate=2)
         losses = []
-        for batch in batches(10):
+        for batch in batches(4):
             state, metrics = step(state, to_devices(batch, mesh), key)
             losses.append(float(metrics["loss"]))
         return jax.device_get(state), losses
@@ -126,7 +129,7 @@ def test_every_mesh_trains_as_one_device_does():
     moved = jax.tree.map(
         lambda a, b: bool(np.any(a != b)), one.model_state["batch_stats"], first.model_state["batch_stats"]
     )
-    assert all(jax.tree.leaves(moved)) and len(set(losses)) == 10
+    assert all(jax.tree.leaves(moved)) and len(set(losses)) == 4
 
 
 def size(tree) -> int:

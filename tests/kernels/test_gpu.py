@@ -12,6 +12,8 @@ from maxmap.layers.blocks import ConvNeXtBlock
 from maxmap.operations import compiled_for
 from maxmap.sharding import make_mesh, split_batch, traced_on
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WAYS = {"windows": "maps", "mlp": "rows"}
 PLAIN = dict.fromkeys(WAYS, "plain")
 FIELDS = TransformerFields(head_dim=8, rel_pos_type="bias_tf", activation="gelu_tanh")

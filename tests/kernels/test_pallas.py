@@ -12,6 +12,8 @@ from maxmap.layers.blocks import SelfAttention, StripeAttention
 from maxmap.operations import attention, compiled_for
 from maxmap.sharding import make_mesh, split_batch, traced_on
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
