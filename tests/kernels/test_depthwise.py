@@ -82,7 +82,7 @@ def test_the_kernels_equal_xlas(name, x64):
     directions = [numbers(i, *leaf.shape) for i, leaf in enumerate(jax.eval_shape(wanted_form, *args))]
     wanted = pulled(wanted_form, args, directions)
     jax.tree.map(assert_close, pulled(kernels(window, args[1]), args, directions), wanted)
-    if name == "1x1":  # the other way, where nothing is beside the map
+    if name in ("7x7", "1x1"):  # the other way, where nothing is beside the map
         (y, _), (of_x, *others) = wanted
         found = pulled(kernels(window, (), beside=False), args, directions[:1])
         jax.tree.map(assert_close, found, ((y,), (of_x - directions[1], *others)))
