@@ -44,8 +44,9 @@ def write_shapes(root: Path, train: int = 64, val: int = 22) -> Path:
 def settings(path: Path, **changes: Any) -> dict[str, Any]:
     """A config for the folder of `write_shapes`; changes are as in `tests.tiny.settings_for`."""
     values = settings_for(path)
-    head = {"name": "upernet", "channels": 16, "auxiliary_channels": 16, "norm": False}
-    fields = {"image_size": 32, "embed_dim": (16, 24, 32, 48), "depths": (1, 1, 1, 1)}
+    levels = {"levels": (-2, -1), "pool_scales": (1, 3)}  # of two maps: each is a part of the program to compile
+    head = {"name": "upernet", "channels": 16, "auxiliary_channels": 16, "norm": False, **levels}
+    fields = {"image_size": 32, "embed_dim": (16, 32), "depths": (1, 1)}
     values |= {"model": {"name": "resnet50", "head": head, **fields}, "mix": {}, "loss": {}, "ema_decay": None}
     values["data"] |= {"source": "masks", "task": "segmentation", "image_size": 32, "eval_image_size": 48}
     values["data"] |= {"crop_mode": "border", "zoom": (0.8, 1.4)}

@@ -53,7 +53,7 @@ class Mean(nn.Module):
 IMAGES = jnp.linspace(-1, 1, 2 * 16 * 16 * 3).reshape(2, 16, 16, 3)
 
 
-def test_own_modules_compute_what_they_compute_alone():
+def test_own_modules_compute_what_they_compute_alone(quick_compilation):
     model = create_model(Maps(), head=Mean())
     params = jax.jit(model.init)(jax.random.key(0), IMAGES)["params"]
 
@@ -152,7 +152,13 @@ def test_a_config_holds_no_module(tmp_path):
     assert "Module" not in str(schema({})["model.name"].type)
 
 
-def test_the_document_runs(quick_compilation):
+def test_the_document_runs(quick_compilation, monkeypatch):
+    small = {"embed_dim": (16, 16), "depths": (1, 1), "stem_width": (8, 8), "transformer": {"head_dim": 8}}
+
+    def create(backbone, **fields):
+        return create_model(backbone, **fields, **(small if backbone == "maxvit_mini_32" else {}))
+
+    monkeypatch.setattr(maxmap, "create_model", create)
     session: dict[str, Any] = {}
     blocks = [match["text"] for match in BLOCK.finditer((ROOT / "docs" / "own_modules.md").read_text("utf-8"))]
     assert len(blocks) == 4

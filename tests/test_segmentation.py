@@ -212,13 +212,13 @@ def test_a_run_learns_the_shapes_that_it_is_shown(run):
 
 def test_a_resumed_run_takes_the_same_steps(run, shapes, tmp_path):
     values = settings(shapes, **LONG)
-    for steps in (5, 12):
+    for steps in (5, 8):
         loop.run(bind({**values, "steps": steps}), tmp_path / "run")
     found, wanted = (
         {row["step"]: without_timings(row) for row in read_lines(each / "metrics.jsonl") if row["kind"] == "train"}
         for each in (tmp_path / "run", run)
     )
-    for step in (2, 4, 6, 8, 10, 12):  # the first ones were taken before the stop
+    for step in (2, 4, 6, 8):  # the first ones were taken before the stop
         assert found[step] == wanted[step]
 
 
@@ -242,7 +242,7 @@ def test_validate_and_predict_say_the_same(run, shapes, tmp_path, capsys):
         assert right == pytest.approx(float(row["pixel_accuracy"]), abs=1e-3) and right > 80
         share = 100 * np.mean(found == 0)
         assert line.startswith(f"{image}: ground {share:.1f} %, ")
-    assert dict(predict(run, images[3:4])[0])["ground"] == share / 100
+    assert dict(predict(run, images[3:4])[0])["ground"] == np.mean(found == 0)
     (mask,) = predict_masks(run, images[3:4], window=48)  # one window, as large as what the network sees
     assert np.array_equal(mask, found)
 

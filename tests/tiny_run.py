@@ -1,10 +1,12 @@
 """A training run of the tests' network in a process of its own, which can be made to die: python -m tests.tiny_run.
 
   --images FOLDER --workdir FOLDER [--devices N] [--set section__key=JSON ...] [--at WHERE:N:WHAT ...]
+  [--killed WHERE:N:die ...]
   [--cache FOLDER] [--coordinator HOST:PORT --num_processes N --process_id I]
 
-At the N-th time that it comes to WHERE, one of the keys of PLACES, WHAT happens, one of the keys of EVENTS. The samples
-of every step are appended to `order.jsonl` in the workdir, unless that is in a bucket.
+At the N-th time that it comes to WHERE, one of the keys of PLACES, WHAT happens, one of the keys of EVENTS. For every
+`--killed` a process is forked first, which trains until it dies there: it need not import all that once more. The
+samples of every step are appended to `order.jsonl` in the workdir, unless that is in a bucket.
 """
 
 import argparse
@@ -132,6 +134,14 @@ def start(
         )
 
 
+def run_here(images: Path, workdir: Path, **changes: Any) -> None:
+    """The same run in this process, which has to use the fixture `tiny_models`: it costs no imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Data, "train_batches", Data.train_batches)  # which is so put back in the end
+        note_order(workdir)
+        loop.run(bind(tiny.settings_for(images, **changes)), workdir)
+
+
 def log_of(workdir: Path) -> str:
     """What all runs in a workdir printed."""
     return workdir.with_name(workdir.name + ".log").read_text()
@@ -173,11 +183,18 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--at", action="append", default=[])
+    parser.add_argument("--killed", action="append", default=[])
     parser.add_argument("--cache")  # of its own, where every compiled program is kept
     parser.add_argument("--coordinator")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
     arguments = parser.parse_args()
+    for planned in arguments.killed:  # before JAX has threads, which a fork would lose
+        if (child := os.fork()) == 0:
+            arguments.at.append(planned)
+            break
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (planned, status)
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", arguments.devices)
@@ -194,7 +211,7 @@ def main() -> int:
         happen_at(place, int(count), functools.partial(EVENTS[event], first_image))
     changes = {key: json.loads(value) for key, value in (change.split("=", 1) for change in arguments.set)}
     try:
-        loop.run(bind(tiny.settings_for(arguments.images, mesh__data=-1, **changes)), arguments.workdir)
+        loop.run(bind(tiny.settings_for(arguments.images, **{"mesh__data": -1, **changes})), arguments.workdir)
     except UserError as error:
         print(f"maxmap: {error}", file=sys.stderr)
         return 2

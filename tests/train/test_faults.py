@@ -3,6 +3,9 @@
 `make soak` tries the same at random moments, and what takes longer.
 """
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,8 +15,10 @@ import pytest
 from maxmap.errors import UserError
 from maxmap.sharding import initialize_processes
 from maxmap.train.resume import check_changes, only_run
-from tests.tiny import assert_equal, free_port, read_lines, settings_for
-from tests.tiny_run import log_of, outcome, start
+from tests.tiny import ROOT, assert_equal, free_port, read_lines, settings_for
+from tests.tiny_run import log_of, outcome, run_here, start
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 TIMEOUT = 240  # seconds, for a process that takes ten on an idle machine
 
@@ -24,42 +29,25 @@ def end(process, workdir: Path, code: int = 0) -> None:
 
 @pytest.mark.fault("kill -9 of a run")
 def test_killed_runs_end_as_one_that_was_not(images, tmp_path):
-    whole = start(images, tmp_path / "whole")
     broken = tmp_path / "broken"
     # Before the line of step 4 is in the log; while step 8 is being looked through, when step 9 is not yet begun.
-    end(start(images, broken, "--at=step:4:die"), broken, -9)
-    end(start(images, broken, "--at=sums:2:die"), broken, -9)
-    end(start(images, broken), broken)
-    end(whole, tmp_path / "whole")
+    process = start(images, broken, "--killed=step:4:die", "--killed=sums:2:die")
+    run_here(images, tmp_path / "whole")
+    end(process, broken)
     wanted, found = outcome(tmp_path / "whole"), outcome(broken)
     assert_equal(found.pop("state"), wanted.pop("state"))
     assert found == wanted and found["step"] == 9 and sorted(found["order"]) == list(range(9))
 
 
-@pytest.fixture(scope="module")
-def four_steps(images, tmp_path_factory):
-    """The workdir of four steps on eight devices of one process."""
-    workdir = tmp_path_factory.mktemp("single") / "one"
-    end(start(images, workdir, "--devices=8", "--set", "steps=4"), workdir)
-    return workdir
-
-
-@pytest.mark.parametrize("environment", ["flags", "open mpi"])
-def test_two_processes_train_as_one_does(images, four_steps, tmp_path, environment):
-    sets = ("--set", "steps=4", "--set", f"mesh__fsdp={2 if environment == 'flags' else 1}")
-    one, two = four_steps, tmp_path / "two"
+def test_two_processes_train_as_one_does(images, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
     number = free_port()
     processes = []
     for i in range(2):
         flags = (f"--coordinator=127.0.0.1:{number}", "--num_processes=2", f"--process_id={i}")
-        variables = {
-            "OMPI_COMM_WORLD_SIZE": "2",
-            "OMPI_COMM_WORLD_RANK": str(i),
-            "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
-            "OMPI_MCA_orte_hnp_uri": f"{4096 * number}.0;tcp://127.0.0.1:34911",
-        }
-        given = {"flags": (flags, None), "open mpi": ((), variables)}[environment]
-        processes.append(start(images, two, "--devices=4", *sets, *given[0], environment=given[1]))
+        sets = ("--set", "steps=4", "--set", "mesh__fsdp=2")
+        processes.append(start(images, two, "--devices=4", *sets, *flags))
+    run_here(images, one, steps=4, mesh__data=-1)
     for process in processes:
         end(process, two)
     wanted, found = outcome(one), outcome(two)
@@ -73,6 +61,25 @@ def test_two_processes_train_as_one_does(images, four_steps, tmp_path, environme
         assert ours == pytest.approx(theirs, rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found["state"], wanted["state"])
     assert log_of(two).count("step 4/4") == 1
+
+
+def test_processes_of_open_mpi_find_each_other():
+    number = free_port()
+    command = (
+        "import jax\nfrom maxmap.sharding import initialize_processes\ninitialize_processes()\n"
+        "print(jax.process_index(), jax.process_count(), len(jax.local_devices()), len(jax.devices()))"
+    )
+    processes = []
+    for i in range(2):
+        variables = {
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": str(i),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+            "OMPI_MCA_orte_hnp_uri": f"{4096 * number}.0;tcp://127.0.0.1:34911",
+        }
+        given = {"cwd": ROOT, "env": {**os.environ, **variables}, "stdout": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, "-c", command], **given))
+    assert [process.communicate(timeout=TIMEOUT)[0] for process in processes] == ["0 2 1 2\n", "1 2 1 2\n"]
 
 
 def test_processes_that_are_only_half_described(monkeypatch):

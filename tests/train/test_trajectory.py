@@ -5,7 +5,6 @@ the norm ('l2'), the sum and the product with a random tensor ('dot_probe') that
 loss, and timm's optimizers arrived at. All dropout is off.
 """
 
-import math
 import zlib
 
 import jax
@@ -26,21 +25,18 @@ from tests.zoo import QUICK
 # parameters. A hundred times as much is still the same computation; ReLU and the first steps, which are nearly signs,
 # multiply rounding by about ten with every step.
 CHAOS = {
-    # The golden file's "a_lamb" is this one at a rate that makes rounding grow.
+    # The golden file's "a_lamb" is this one at a rate that makes rounding grow; "a3" and "a4" differ in its epsilon and
+    # its clip, with which tests/test_optim.py compares it.
     "a2_lamb_lr5e-4": (
         (5e-15, 6e-13, 2e-14, 1e-12, 5e-13, 2e-12),
         (6e-13, 6e-13, 6e-13, 7e-13, 9e-13, 1e-12),
     ),
-    "a3_lamb_eps1e-8": ((5e-15, 3e-12, 3e-11, 1e-9, 2e-9, 1e-7), (7e-12, 8e-11, 3e-10, 4e-9, 3e-8, 2e-6)),
-    "a4_lamb_noclip": ((5e-15, 2e-12, 1e-10, 4e-9), (8e-12, 6e-11, 1e-9, 2e-6)),  # then 1e-4 and more
     "b_adamw": ((5e-15, 4e-12, 2e-10, 1e-9, 8e-10, 1e-8), (2e-11, 5e-11, 1e-10, 4e-10, 2e-9, 5e-9)),
     "c_lamb_clip_ema": ((1e-8,) * 6, (*(1e-8,) * 5, 1e-6)),  # torch adds 1e-6 to the norm by which it clips
 }
 LAMB = {"name": "lamb_timm", "learning_rate": 5e-3, "weight_decay": 0.02}
 OPTIMIZERS = {
     "a2_lamb_lr5e-4": LAMB | {"learning_rate": 5e-4},
-    "a3_lamb_eps1e-8": LAMB | {"eps": 1e-8},
-    "a4_lamb_noclip": LAMB | {"max_grad_norm": math.inf},
     "b_adamw": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05},
     "c_lamb_clip_ema": LAMB | {"clip_norm": 1.0},
 }
