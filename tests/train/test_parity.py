@@ -20,7 +20,7 @@ from maxmap.train.step import make_train_step
 from tests.backbones.test_maxxvit import CLASSES, SIZE, exactly_randomised, shrunken, timm_config, timm_model
 from tests.reference import fill_state_dict, import_timm, read_manifest
 from tests.train.test_trajectory import worst
-from tests.zoo import quick
+from tests.zoo import QUICK, quick
 
 
 def batch(seed):
@@ -40,8 +40,10 @@ def test_five_steps_of_a_maxvit_are_timms(x64):
     from timm.scheduler import CosineLRScheduler
     from timm.utils import ModelEmaV2
 
-    model = shrunken("maxvit_tiny_tf")
-    reference, weights = exactly_randomised(timm_model(timm_config("maxvit_tiny_tf")))
+    cut = {"embed_dim": (32, 64), "depths": (1, 1)}
+    model = shrunken("maxvit_tiny_tf", block_types=("M", "M"), strides=(2, 2), window_size=(2, 3), **cut)
+    config = timm_config("maxvit_tiny_tf", block_type=("M", "M"), head_hidden_size=64, **cut)
+    reference, weights = exactly_randomised(timm_model(config))
     variables = from_torch(weights, model)
     schedule = make_schedule(steps_per_epoch=2, epochs=5, lr=5e-4, warmup_epochs=1, warmup_lr=1e-4, min_lr=1e-6)
     optimizer = make_optimizer(schedule, name="lamb_timm", weight_decay=0.05, clip_norm=1.0)
@@ -49,7 +51,7 @@ def test_five_steps_of_a_maxvit_are_timms(x64):
     stats = {"batch_stats": variables["batch_stats"]}
     state = TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), variables)
     step = make_train_step(model, optimizer, total_loss, lambda key, *given: given, dtype=jnp.float64, ema_decay=0.5)
-    step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+    step = jax.jit(step, compiler_options=QUICK)
 
     reference = reference.train()
     torch_optimizer = create_optimizer_v2(reference, opt="lamb", lr=5e-4, weight_decay=0.05)
