@@ -14,12 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from maxmap.errors import UserError
+from maxmap.layers.primitives import pair
 from maxmap.models import block_paths, create_model
 from maxmap.optim import OPTIMIZERS, decay_mask, depths, make_optimizer, trainable_mask
 from maxmap.schedule import make_schedule
 from tests.reference import import_timm
+from tests.zoo import traced_once
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GROUPS = json.loads((pathlib.Path(__file__).parent / "goldens" / "weight_decay_groups.json").read_text())
 
@@ -339,16 +344,37 @@ def test_layer_decay_is_timms_for_a_family_that_it_numbers_by_blocks():
 
 
 @pytest.mark.parametrize(
-    ("name", "blocks", "order"),
+    ("name", "fields", "blocks", "order"),
     [
-        ("map_maxvit_tiny_tf_224", 11, ("stem/conv1", "stages_0/blocks_0", "stages_0/blocks_1", "stages_1/blocks_0")),
-        ("caformer_s18", 18, ("stem/conv", "stages_0/blocks_2", "stages_1/downsample", "stages_1/blocks_1")),
-        ("resnet50_se_deep", 16, ("stem_0_0/kernel", "layer1_0/conv1_0", "layer1_2/conv1_0", "layer4_2/conv1_0")),
-        ("map_mobilenet_v1", 14, ("layers_0_0_0", "layers_0_1_0", "layers_3_5_0", "layers_4_1_0")),
-        ("map_pit_s", 12, ("pos_embed", "transformers_0/blocks_1", "transformers_1/pool", "transformers_1/blocks_1")),
+        (
+            "map_maxvit_tiny_tf_224",
+            {"depths": (2, 1, 1, 1)},
+            5,
+            ("stem/conv1", "stages_0/blocks_0", "stages_0/blocks_1", "stages_1/blocks_0"),
+        ),
+        (
+            "caformer_s18",
+            {"depths": (3, 2, 1, 1)},
+            7,
+            ("stem/conv", "stages_0/blocks_2", "stages_1/downsample", "stages_1/blocks_1"),
+        ),
+        (
+            "resnet50_se_deep",
+            {"depths": (3, 1, 1, 3)},
+            8,
+            ("stem_0_0/kernel", "layer1_0/conv1_0", "layer1_2/conv1_0", "layer4_2/conv1_0"),
+        ),
+        ("map_mobilenet_v1", {}, 14, ("layers_0_0_0", "layers_0_1_0", "layers_3_5_0", "layers_4_1_0")),
+        (
+            "map_pit_s",
+            {"depths": (2, 2, 1)},
+            5,
+            ("pos_embed", "transformers_0/blocks_1", "transformers_1/pool", "transformers_1/blocks_1"),
+        ),
         (
             "faster_vit_0_224",
-            16,
+            {"depths": (2, 1, 2, 1)},
+            6,
             (
                 "patch_embed",
                 "levels_0/blocks_1",
@@ -357,15 +383,20 @@ def test_layer_decay_is_timms_for_a_family_that_it_numbers_by_blocks():
                 "levels_2/blocks_1",
             ),
         ),
-        ("CSWin_64_12211_tiny_224", 25, ("stage1_conv_embed_0", "stage1_0", "merge1", "stage2_1")),
-        ("vit_small_patch16_224", 12, ("cls_token", "blocks_0", "blocks_9", "blocks_10")),
+        (
+            "CSWin_64_12211_tiny_224",
+            {"depths": (1, 2, 1, 1)},
+            5,
+            ("stage1_conv_embed_0", "stage1_0", "merge1", "stage2_1"),
+        ),
+        ("vit_small_patch16_224", {}, 12, ("cls_token", "blocks_0", "blocks_9", "blocks_10")),
     ],
 )
-def test_blocks_of_every_family_are_numbered_in_order(name, blocks, order):
-    model = create_model(name)
-    size = model.backbone.image_size
-    images = jnp.zeros((1, size, size, 3)) if isinstance(size, int) else jnp.zeros((1, *size, 3))
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), images))["params"]
+def test_blocks_of_every_family_are_numbered_in_order(name, fields, blocks, order, plain_convolutions):
+    model = create_model(name, **fields)
+    images = jnp.zeros((1, *pair(model.backbone.image_size), 3))
+    with nn.intercept_methods(traced_once):
+        params = jax.eval_shape(lambda: model.init(jax.random.key(0), images))["params"]
     numbers = {
         jax.tree_util.keystr(path, simple=True, separator="/"): number
         for path, number in jax.tree_util.tree_leaves_with_path(depths(params, block_paths(model)))

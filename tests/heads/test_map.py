@@ -38,16 +38,16 @@ SMALL = {
     "attention_dropout": 0.0,
     "token_dropout": 0.0,
 }
-CASES = {
-    "as published": {},
+CASES = {  # with one branch, where nothing else is said: every branch is made alike
+    "as published": {"branches": 2},
     "interactive": {"interactive": True},
     "three tokens": {"tokens": 3, "gram_groups": 6, "mlp_groups": 1, "activation": "relu"},
     "narrow tokens": {"token_channels": 6},
     "narrow tokens, interactive": {"token_channels": 6, "interactive": True, "attention_width": 6},
     "wide attention": {"attention_width": 24},
     "two layers": {"layers": 2},
-    "one branch without distillation": {"branches": 1, "self_distill": False},
-    "learned tokens": {"gram": False},
+    "without distillation": {"self_distill": False},
+    "learned tokens": {"gram": False, "branches": 2},
     "last map, converted": {"level": -1},
     "last map as it is": {"level": 0, "channels": 6},
     "linear classifier": {"classifier": "linear"},
@@ -225,9 +225,16 @@ class Expected:
         return {"logits": np.stack(main), "distill": distill, "embedding": np.concatenate(embedding, axis=-1)}
 
 
-def apply(head, variables, features, train=False):
+def apply(head, variables, features):
+    return quick(head.apply, variables, features)
+
+
+def apply_both(head, variables, features):
+    """Outputs in evaluation and in training, by one program."""
+
     def run(variables, features):
-        return head.apply(variables, features, train=train, mutable=["batch_stats"])[0]
+        trained, _ = head.apply(variables, features, train=True, mutable=["batch_stats"])
+        return head.apply(variables, features), trained
 
     return quick(run, variables, features)
 
@@ -238,18 +245,18 @@ def assert_close(ours, wanted):
     assert np.abs(ours - wanted).max() < 1e-11 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_its_description(case, train, x64):
-    head = small(**CASES[case])
+def test_equals_its_description(case, x64):
+    head = small(**{"branches": 1} | CASES[case])
     head.validate(len(FEATURES))
     variables = randomised(head)
-    outputs, wanted = apply(head, variables, FEATURES, train), Expected(head, train)(variables, FEATURES)
-    assert_close(outputs["logits"], wanted["logits"])
-    assert_close(outputs["embedding"], wanted["embedding"])
-    assert ("distill" in outputs) == (train and head.self_distill)
-    if "distill" in outputs:
-        assert_close(outputs["distill"], wanted["distill"])
+    for train, outputs in enumerate(apply_both(head, variables, FEATURES)):
+        wanted = Expected(head, train)(variables, FEATURES)
+        assert_close(outputs["logits"], wanted["logits"])
+        assert_close(outputs["embedding"], wanted["embedding"])
+        assert ("distill" in outputs) == (train and head.self_distill)
+        if "distill" in outputs:
+            assert_close(outputs["distill"], wanted["distill"])
 
 
 def test_light_mode_predicts_with_the_second_classifiers(x64):
@@ -257,19 +264,19 @@ def test_light_mode_predicts_with_the_second_classifiers(x64):
     variables = randomised(full)
     assert jax.tree.structure(randomised(light)) == jax.tree.structure(variables)
     wanted = Expected(full, False)(variables, FEATURES)
-    assert_close(apply(light, variables, FEATURES)["logits"], wanted["distill"])
-    trained, trained_light = (apply(head, variables, FEATURES, train=True) for head in (full, light))
+    predicted, trained_light = apply_both(light, variables, FEATURES)
+    assert_close(predicted["logits"], wanted["distill"])
+    _, trained = apply_both(full, variables, FEATURES)
     assert_close(trained_light["logits"], trained["logits"])
     assert_close(trained_light["distill"], trained["distill"])
 
 
-@pytest.mark.parametrize("classifier", ["norm", "linear"])
-@pytest.mark.parametrize("light", [False, True])
+@pytest.mark.parametrize("light, classifier", [(False, "norm"), (True, "linear")])
 def test_every_parameter_learns(light, classifier, x64):
     """Except for a bias of the keys, which the softmax cancels, and in light mode the first classifiers."""
-    head = small(light=light, classifier=classifier)
+    head = small(light=light, classifier=classifier, branches=1)
     variables = randomised(head)
-    direction = numbers(3, 2, 2, 4, 5)
+    direction = numbers(3, 2, 1, 4, 5)
 
     def loss(params):
         outputs, _ = head.apply({**variables, "params": params}, FEATURES, train=True, mutable=["batch_stats"])
@@ -285,7 +292,7 @@ def test_every_parameter_learns(light, classifier, x64):
 
 def test_training_differs_by_batch_statistics_and_dropout_alone(x64):
     """With the batch's own statistics kept as running ones, evaluation gives what training gave."""
-    head = small(interactive=True)
+    head = small(interactive=True, branches=1)
     variables = randomised(head)
     count = {"multi_scale": 4 * 6 * 5, "ch_reduction_1": 4 * 6 * 5, "bp_reduction_1": 4}  # values per channel
     train = functools.partial(head.apply, train=True, mutable=["batch_stats"])
@@ -305,8 +312,8 @@ def test_training_differs_by_batch_statistics_and_dropout_alone(x64):
 
 
 def test_dropout_only_while_training():
-    heads = {field: small(**{field: 0.5}) for field in ("attention_dropout", "token_dropout", "dropout")}
-    variables = jax.tree.map(lambda leaf: leaf.astype(np.float32), randomised(small()))
+    heads = {field: small(**{"branches": 1, field: 0.5}) for field in ("attention_dropout", "token_dropout", "dropout")}
+    variables = jax.tree.map(lambda leaf: leaf.astype(np.float32), randomised(small(branches=1)))
     features = [feature.astype(np.float32) for feature in FEATURES]
 
     def train(head, variables, features, **rngs):
@@ -317,7 +324,7 @@ def test_dropout_only_while_training():
         return {field: train(head, variables, features, dropout=key) for field, head in heads.items()}
 
     first, again, second = (logits(variables, features, jax.random.key(seed)) for seed in (0, 0, 1))
-    evaluation = jax.make_jaxpr(small().apply)(variables, features)
+    evaluation = jax.make_jaxpr(small(branches=1).apply)(variables, features)
     for field, head in heads.items():
         assert np.array_equal(first[field], again[field])
         assert np.abs(first[field] - second[field]).max() > 1e-3
@@ -391,7 +398,7 @@ def test_fields_that_do_not_fit_are_named_with_their_numbers(fields, message):
         small(**fields).validate(len(FEATURES))
 
 
-def test_map_maxvit_equals_the_published_network(goldens, x64):
+def test_map_maxvit_equals_the_published_network(goldens, x64, plain_convolutions):
     """`map_maxvit_tiny_tf_224` at its size: features, branches, and the classifiers that learn from them."""
     name = "map_maxvit_tiny_tf_224"
     manifest, arrays = json.loads((goldens / f"{name}.json").read_text()), np.load(goldens / f"{name}.npz")
@@ -410,7 +417,7 @@ def test_map_maxvit_equals_the_published_network(goldens, x64):
 
     images = np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32).astype(np.float64)
     images = images[:1]  # the second image would show nothing more
-    features, logits, distill = quick(run, variables, images.transpose(0, 2, 3, 1), level=1)
+    features, logits, distill = quick(run, variables, images.transpose(0, 2, 3, 1))
     for i, feature in enumerate(features):
         wanted = arrays[f"feature_{i}_f64"][:1]
         assert np.abs(feature - wanted).max() < 1e-9 * np.abs(wanted).max()
