@@ -14,6 +14,8 @@ import pytest
 from maxmap.errors import UserError
 from maxmap.losses import binary_cross_entropy, earth_movers_distance, softmax_cross_entropy, total_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDENS = np.load(pathlib.Path(__file__).parent / "goldens" / "map_loss.npz")
 KEPT_CLASSES = 24
 WEIGHT = -0.8

@@ -69,7 +69,8 @@ def traced_once(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.mo
     if context.method_name != "__call__":
         return call(*args, **kwargs)
     leaves, structure = jax.tree.flatten((args, kwargs))
-    key = (module.clone(parent=None, name=None), structure, *map(shape, leaves))
+    width = jnp.result_type(float)  # of the variables, in float64 mode or not
+    key = (module.clone(parent=None, name=None), width, structure, *map(shape, leaves))
     try:
         hash(key)
     except TypeError:  # a field holds a module that is bound to where it was made
@@ -263,9 +264,10 @@ def numbers(seed: int, *shape: int) -> np.ndarray:
 
 def filled(model: nn.Module, size: Sequence[int]) -> dict[str, Any]:
     """Random variables of a model by the rule of the golden files, in float64."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
-    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
-    return from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
+    with nn.intercept_methods(traced_once):
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+        named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
+        return from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
 
 
 def randomised(reference: Any) -> tuple[Any, dict[str, Any]]:

@@ -13,7 +13,7 @@ from maxmap.models import create_model
 from tests.convert.test_torch import HEAD, random_variables
 from tests.reference import import_timm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "plain_convolutions")
 
 CONVNEXT = {"embed_dim": (8, 16, 24, 32), "depths": (1, 1, 1, 1)}
 COATNET = {"embed_dim": (32, 32, 32, 64), "stem_width": (16, 32)}

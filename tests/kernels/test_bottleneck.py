@@ -12,6 +12,8 @@ from maxmap.kernels import bottleneck
 from maxmap.operations import compiled_for
 from tests.zoo import assert_close, numbers, quick
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Height, width, batch, channels in front, inside and behind: one program, and several of each axis.
 SIZES = {"one": (2, 2, 16, 8, 8, 24), "several": (6, 34, 32, 192, 64, 2048)}
 

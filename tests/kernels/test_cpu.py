@@ -5,7 +5,22 @@ import jax.numpy as jnp
 import pytest
 
 from maxmap.kernels import cpu, xla
-from tests.zoo import assert_close, numbers, with_gradients
+from tests.zoo import assert_close, numbers, quick
+
+
+def assert_same_way(ours, wanted, *args):
+    """Compares results and gradients of two functions, by one program."""
+    direction = numbers(2, *jax.eval_shape(wanted, *args).shape)
+
+    def run(direction, *args):
+        found = []
+        for function in (ours, wanted):
+            y, pull = jax.vjp(function, *args)
+            found.append((y, *pull(direction)))
+        return found
+
+    for mine, theirs in zip(*quick(run, direction, *args), strict=True):
+        assert_close(mine, theirs)
 
 
 # The window does not divide what stride 2 walks over: (10 - 3) % 2 and (12 - 7) % 2 leave a row or column unread.
@@ -16,14 +31,12 @@ from tests.zoo import assert_close, numbers, with_gradients
 @pytest.mark.parametrize("kernel_size", [3, 7])
 def test_depthwise_convolution_equals_xlas(kernel_size, size, stride, pads, x64):
     x, kernel = numbers(0, 2, *size, 3), numbers(1, kernel_size, kernel_size, 3)
-    wanted, wanted_vjp = jax.vjp(lambda x, kernel: xla.convolution(x, kernel[:, :, None], stride, pads, 3), x, kernel)
-    direction = numbers(2, *wanted.shape)
-    ours, gradients = with_gradients(
-        lambda x, kernel: cpu.depthwise_convolution(x, kernel, stride, pads), direction, x, kernel
+    assert_same_way(
+        lambda x, kernel: cpu.depthwise_convolution(x, kernel, stride, pads),
+        lambda x, kernel: xla.convolution(x, kernel[:, :, None], stride, pads, 3),
+        x,
+        kernel,
     )
-    assert_close(ours, wanted)
-    for gradient, wanted_gradient in zip(gradients, wanted_vjp(direction), strict=True):
-        assert_close(gradient, wanted_gradient)
 
 
 def test_depthwise_kernel_gradient_accumulates_in_float32():
@@ -43,9 +56,9 @@ def test_depthwise_kernel_gradient_accumulates_in_float32():
 def test_convolution_equals_xlas(rows, stride, pads, x64):
     """Maps with more pixels than are taken at a time; 37 rows can only be taken one by one."""
     x, kernel = numbers(0, 2, rows, 40, 3), numbers(1, 3, 3, 3, 5)
-    wanted, wanted_vjp = jax.vjp(lambda x, kernel: xla.convolution(x, kernel, stride, pads), x, kernel)
-    direction = numbers(2, *wanted.shape)
-    ours, vjp = jax.vjp(lambda x, kernel: cpu.convolution(x, kernel, stride, pads), x, kernel)
-    assert_close(ours, wanted)
-    for gradient, wanted_gradient in zip(vjp(direction), wanted_vjp(direction), strict=True):
-        assert_close(gradient, wanted_gradient)
+    assert_same_way(
+        lambda x, kernel: cpu.convolution(x, kernel, stride, pads),
+        lambda x, kernel: xla.convolution(x, kernel, stride, pads),
+        x,
+        kernel,
+    )

@@ -12,6 +12,8 @@ from maxmap.kernels import squeeze
 from maxmap.operations import compiled_for
 from tests.zoo import assert_close, numbers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Pixels, batch, channels, output channels: one tile, and several of each axis.
 SIZES = {"one": (20, 16, 24, 8), "several": (900, 32, 256, 8)}
 
