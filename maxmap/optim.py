@@ -34,13 +34,14 @@ Rate: TypeAlias = optax.ScalarOrSchedule
 Transformation: TypeAlias = optax.GradientTransformation
 
 # Searched in paths such as 'backbone/stages_0/blocks_1/attn_block/attn/rel_pos/relative_position_bias_table'.
-# The last two must be whole leaf names: FasterViT has position MLPs below 'pos_embed/', and those decay.
+# The last three must be whole leaf names: FasterViT has position MLPs below 'pos_embed/', and those decay.
 NO_DECAY = (
     r"(^|/)relative_position_bias_table$",
     r"(^|/)attention_biases$",
     r"(^|/)rel_pos/mlp/",
     r"(^|/)pos_embed$",
     r"(^|/)cls_token$",
+    r"(^|/)cross_scale$",  # FcaFormer's factors of tokens, which are layer scales in shape of a matrix
 )
 # The classifiers of all heads, which adaptive clipping leaves alone.
 CLASSIFIER = r"^head/((fc|heads|self_dt_heads)(_\d+)?|(decode|auxiliary)_head/conv_seg)/"
@@ -51,7 +52,8 @@ def decay_mask(params: PyTree, no_decay: Sequence[str] = NO_DECAY) -> PyTree:
     """Marks what weight decay applies to: leaves of two or more axes that are no bias and match no `no_decay` regex.
 
     These are timm's groups for every model here. Norm scales, layer scales, biases, relative position tables (and the
-    MLPs that replace them in timm's MaxxViT), absolute position embeddings and class tokens do not decay.
+    MLPs that replace them in timm's MaxxViT), absolute position embeddings, class tokens and FcaFormer's scale factors
+    do not decay.
 
     Args:
       params: nested dicts of arrays (or of anything with `.ndim`).

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from maxmap.backbones import fcaformer
 from maxmap.convert.torch import to_torch
 from maxmap.errors import UserError
 from maxmap.layers import residual
 from maxmap.models import create_model
+from maxmap.optim import decay_mask
 from tests import zoo
 from tests.zoo import named, nchw, nhwc, numbers
 
@@ -101,6 +103,17 @@ def test_equals_the_equations(stride, x64, plain_convolutions):
     with torch.no_grad():
         wanted = equations(nchw(features[1]), weights, heads=2, stride=stride)
     assert zoo.error(features[2], nhwc(wanted)) < 1e-12
+
+
+def test_scale_factors_do_not_decay():
+    params = jax.eval_shape(small().init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))["params"]
+    decays = traverse_util.flatten_dict(decay_mask(params), sep="/")
+    factors = {path for path in decays if path.endswith("cross_scale")}
+    assert len(factors) == 2 and not any(decays[path] for path in factors)
+    assert {path for path, leaf in traverse_util.flatten_dict(params, sep="/").items() if leaf.ndim > 1} == {
+        *factors,
+        *(path for path, value in decays.items() if value),
+    }
 
 
 def test_other_sizes_take_the_same_weights():
