@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from maxmap.backbones import Variant
 from maxmap.layers.blocks import ConvNeXtBlock, tapped_blocks
-from maxmap.layers.primitives import TRUNC_NORMAL, Conv, LayerNorm, drop_path_rates, pair
+from maxmap.layers.primitives import TRUNC_NORMAL, Conv, LayerNorm, drop_path_rates, pair, require_pixels
 from maxmap.operations import Array
 from maxmap.ranges import Count, CountOrZero, DropRate, NonNegative, Pixels
 
@@ -79,19 +79,12 @@ class ConvNeXt(nn.Module):
         if len(self.embed_dim) != len(self.depths):
             raise ValueError("embed_dim and depths need one entry for each stage")
         tapped_blocks(self.depths, self.taps)
-        self._check_size(pair(self.image_size))
-
-    @nn.nowrap
-    def _check_size(self, size: Sequence[int]) -> None:
-        """Raises ValueError if an image is too small to leave a pixel in the last stage."""
-        least = 4 * 2 ** (len(self.depths) - 1)
-        if min(size) < least:
-            raise ValueError(f"image side {min(size)} is too small for {len(self.depths)} stages; the least is {least}")
+        require_pixels(pair(self.image_size), len(self.depths))
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the stem's map, the tapped maps and the map of every stage, in order."""
-        self._check_size(x.shape[1:3])
+        require_pixels(x.shape[1:3], len(self.depths))
         x = Conv(self.embed_dim[0], 4, stride=4, name="stem_0", **TRUNC_NORMAL)(x)
         features = [LayerNorm(1e-6, name="stem_1")(x)]
         rates = iter(drop_path_rates(self.drop_path, sum(self.depths), endpoint=self.drop_path_endpoint))

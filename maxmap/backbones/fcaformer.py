@@ -26,6 +26,7 @@ from maxmap.layers.primitives import (
     pair,
     require_divisor,
     require_one_of,
+    require_pixels,
 )
 from maxmap.operations import Array, attention
 from maxmap.ranges import Count, DropRate, NonNegative, Pixels, Positive
@@ -180,19 +181,12 @@ class FcaFormer(nn.Module):
             raise ValueError(
                 f"merge_kernel {self.merge_kernel} is not an odd number; the next is {self.merge_kernel + 1}"
             )
-        self._check_size(pair(self.image_size))
-
-    @nn.nowrap
-    def _check_size(self, size: Sequence[int]) -> None:
-        """Raises ValueError if an image is too small to leave a pixel in the last stage."""
-        least = 4 * 2 ** (len(self.depths) - 1)
-        if min(size) < least:
-            raise ValueError(f"image side {min(size)} is too small for {len(self.depths)} stages; the least is {least}")
+        require_pixels(pair(self.image_size), len(self.depths))
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> list[Array]:
         """Maps images `[B, H, W, C]` to the stem's map and the map of every stage."""
-        self._check_size(x.shape[1:3])
+        require_pixels(x.shape[1:3], len(self.depths))
         x = Conv(self.embed_dim[0], 4, stride=4, name="stem_0", **TRUNC_NORMAL)(x)
         features = [norm(name="stem_1")(x)]
         rates = iter(drop_path_rates(self.drop_path, sum(self.depths)))

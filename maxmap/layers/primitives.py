@@ -160,6 +160,13 @@ def require_image_size(images: Array, image_size: int | Sequence[int], what: str
         )
 
 
+def require_pixels(size: Sequence[int], stages: int) -> None:
+    """Raises ValueError if images are too small to leave a pixel: strides are 4 of the stem and 2 between stages."""
+    least = 4 * 2 ** (stages - 1)
+    if min(size) < least:
+        raise ValueError(f"image side {min(size)} is too small for {stages} stages; the least is {least}")
+
+
 def require_one_of(value: str, what: str, allowed: Iterable[str]) -> None:
     """Raises ValueError, one sentence, unless a choice is one of the allowed."""
     if value not in (allowed := list(allowed)):
