@@ -30,12 +30,13 @@ def test_multiply_adds_are_the_published_ones(name, billions, plain_convolutions
     assert counted(name, 224) / 1e9 == pytest.approx(billions, rel=0.015)
 
 
-def test_multiply_adds_do_not_depend_on_how_a_platform_computes(monkeypatch):
+@pytest.mark.parametrize("name", ["mobilenet_v1", "test_maxvit"])
+def test_multiply_adds_do_not_depend_on_how_a_platform_computes(name, monkeypatch):
     counts = []
     cpu, default = (operations.IMPLEMENTATIONS[platform] for platform in ("cpu", "default"))
     for ways in cpu, default, default | {"attention": "pallas"}:
         monkeypatch.setitem(operations.IMPLEMENTATIONS, "cpu", ways)
-        counts.append(counted("test_maxvit", 160))
+        counts.append(counted(name, 160))
     assert counts[0] == counts[1] == counts[2]
 
 

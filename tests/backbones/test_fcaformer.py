@@ -12,7 +12,6 @@ from flax import traverse_util
 from maxmap.backbones import fcaformer
 from maxmap.convert.torch import to_torch
 from maxmap.errors import UserError
-from maxmap.layers import residual
 from maxmap.models import create_model
 from maxmap.optim import decay_mask
 from tests import zoo
@@ -126,7 +125,7 @@ def test_other_sizes_take_the_same_weights():
 
 def test_stochastic_depth(monkeypatch, plain_convolutions):
     """Rising over the blocks; an attention block has two branches of one rate."""
-    rates = zoo.rates_of(small(drop_path=0.3), SIZE, monkeypatch, residual, fcaformer)
+    rates = zoo.rates_of(small(drop_path=0.3), SIZE, monkeypatch, fcaformer)
     assert rates == pytest.approx([0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
     zoo.assert_drops_in_training_only(small(drop_path=0.3), SIZE)
 
