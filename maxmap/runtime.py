@@ -74,6 +74,7 @@ class FreedMemory:
 
     def __init__(self) -> None:
         self._keeping = False
+        self._no_room = False  # from the start: memory was kept and is no longer
         self._steps: int | None = None  # since the last trim, None before the first
         self._usual_size = 0  # bytes, the largest size of the process while its steps settle
         self._trimmed_size = 0  # bytes, the size right after the last trim: without the memory of a step
@@ -112,6 +113,8 @@ class FreedMemory:
         - When the machine has no room for what a step takes a second time. If that is so from the start, the process
           stops keeping memory.
         """
+        if self._no_room:
+            ctypes.CDLL(None).malloc_trim(0)  # of gaps between blocks that stay, which the allocator would keep
         if not self._keeping:
             return
         if self._steps is None:
@@ -122,6 +125,7 @@ class FreedMemory:
             self._usual_size = max(size, self._usual_size)
         no_room = available_bytes() < self._usual_size - self._trimmed_size
         if no_room and self._steps == 1:
+            self._no_room = True
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_MAX, _MMAP_MAX)
             libc.mallopt(M_TRIM_THRESHOLD, _TRIM_THRESHOLD)

@@ -20,7 +20,8 @@ import ctypes, resource, sys, time
 import jax, jax.numpy as jnp, numpy as np
 from maxmap import runtime
 
-assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE: no huge pages, a fault is one of 4 kB
+libc = ctypes.CDLL(None)
+assert libc.prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE: no huge pages, a fault is one of 4 kB
 if sys.argv[1] != "return":
     assert runtime.freed_memory.keep()
 if sys.argv[1] == "full":
@@ -29,22 +30,32 @@ if sys.argv[1] == "compiled":
     runtime.available_bytes = lambda: 1 << 28
     np.ones(1 << 26)  # 512 MB, for which there is no room a second time, and free before the first step
 
+class Allocated(ctypes.Structure):  # what mallinfo2(3) returns: ten numbers
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks used free keep"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+libc.mallinfo2.restype = Allocated
+
+def used():  # bytes that are allocated and not freed
+    return (info := libc.mallinfo2()).used + info.hblkhd
+
 @jax.jit
 def product(x):
-    return jnp.sin(jnp.outer(x, x)) @ x  # the left side fills 36 MB
+    return jnp.sin(jnp.outer(x, x)) @ x  # the left side fills 4 size^2 bytes: 36 MB
 
-def faults(size, wait=0):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def faults(size):
+    before, begun = used(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     product(jnp.ones(size)).block_until_ready()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    time.sleep(wait)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun
+    deadline = time.monotonic() + 60
+    while used() > before + 2 * size**2:  # another thread frees it, on a busy machine late
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     runtime.freed_memory.trim_if_grown()
     return faults
 
-for _ in range(2):
-    faults(3072, wait=1)  # memory is trimmed now; on a busy machine XLA frees it late
 print(sum([faults(3072) for _ in range(20)][12:]))
-faults(10240, wait=2)  # the process grows by 364 MB, which XLA frees soon after
+faults(10240)  # the process grows by 364 MB
 print(faults(3072))
 """
 
@@ -56,8 +67,9 @@ def test_steps_take_no_pages_from_the_kernel_until_the_process_has_grown(memory:
     command = [sys.executable, "-c", STEPS, memory]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     faults, after_growth = map(int, output.split())
-    # On a busy machine XLA may free a step's memory after the next one has begun, which then takes its own, once.
-    assert faults < 4 * PAGES if memory in ("keep", "compiled") else faults >= 8 * PAGES
+    # On a busy machine a small block may land in the gap that a step left; the next step then takes its own, once.
+    kept = memory in ("keep", "compiled")
+    assert (faults / PAGES < 3) if kept else (faults / PAGES > 5), faults
     assert after_growth >= PAGES  # given back, or never kept: the pages are taken anew
 
 
