@@ -4,11 +4,15 @@ It compiles programs for devices that are not here, each in a process of its own
 beside those of `benchmarks/accelerators.csv`, which an earlier commit stored. What they are and what they leave out,
 `maxmap/accelerators/program.py` says. Nothing has been measured on a chip.
 
-    make accelerators                                 every program for the TPU: over an hour on two cores
+    make accelerators                                 every program that changed; all of them: over an hour on two cores
     make accelerators ARGS=--quick                    parts of networks: some minutes
+    make accelerators ARGS="--again step"             compiles what did not change, too
     make accelerators ARGS="half mbconv"              the rows whose names hold one of these words
     make accelerators GPU=1 ARGS=h100                 rows for the H100; installs CUDA's compiler, 5.5 GB
     make accelerators ARGS="--quick --store"          writes what it found into the file
+
+An estimate follows from the program, the compiler and the way of counting alone. So a row is traced, and compiled only
+where a digest of the three is not that of the file.
 
 A training step is forward, backward, AdamW and moving averages in bfloat16 with 64 images a chip on four chips (128 on
 one H100), of the model's own size, without augmentation. A part is compiled forward and backward for 64 images on one
@@ -21,6 +25,7 @@ import argparse
 import csv
 import datetime
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -42,7 +47,7 @@ from maxmap.config import bind, complete
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
 from maxmap.models import average, create_model, fuse
-from maxmap.train.compile import compile_step
+from maxmap.train.compile import lower_step
 
 STORED = Path(__file__).with_suffix(".csv")
 MODELS = (
@@ -53,20 +58,23 @@ MAXVIT, MAP, SMALL = "maxvit_tiny_tf_224", "map_maxvit_tiny_tf_224", "map_maxvit
 BATCH = 64  # images of a chip
 COLUMNS = (
     *("program", "target", "mcycles", "milliseconds", "bytes_gb", "accessed_gb", "temporaries_gb", "images"),
-    *("collectives", "compile_seconds", "compiler", "commit", "date"),
+    *("collectives", "compile_seconds", "compiler", "commit", "date", "digest", "note"),
 )
 
 
+NUMBERS = COLUMNS[2 : COLUMNS.index("compiler")]
+
+
 class Row(NamedTuple):
-    """A row of the table: the hardware, the images of a device, and what compiles it and returns the report."""
+    """A row of the table: the hardware, the images of a device, and what traces its program."""
 
     hardware: str
     images: int
-    compile: Callable[[], Mapping[str, Any]]
+    lower: Callable[[], program.Lowered]
 
 
-def step(model: str, hardware: str, images: int, devices: int) -> Mapping[str, Any]:
-    """Compiles a training step."""
+def step(model: str, hardware: str, images: int, devices: int) -> program.Lowered:
+    """A training step."""
     size = pair(create_model(model).backbone.image_size)[0]
     values = {
         "epochs": 300,
@@ -79,11 +87,11 @@ def step(model: str, hardware: str, images: int, devices: int) -> Mapping[str, A
         "optim": {"name": "adamw", "weight_decay": 0.05},
         "schedule": {"lr": 1e-3},
     }
-    return compile_step(bind(complete(values)), devices, hardware)
+    return lower_step(bind(complete(values)), devices, hardware)[0]
 
 
-def forward(model: str, hardware: str, images: int, *, fused: bool = False) -> Mapping[str, Any]:
-    """Compiles a forward pass, with batch norms or without those that `maxmap.fuse` folds."""
+def forward(model: str, hardware: str, images: int, *, fused: bool = False) -> program.Lowered:
+    """A forward pass, with batch norms or without those that `maxmap.fuse` folds."""
     network = create_model(model)
     size = pair(network.backbone.image_size)
     variables = jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
@@ -93,11 +101,11 @@ def forward(model: str, hardware: str, images: int, *, fused: bool = False) -> M
     params = {**place(variables), "params": place(variables["params"], jnp.bfloat16)}
     batch = place(jax.ShapeDtypeStruct((images, *size, 3), jnp.bfloat16))
     run = jax.jit(lambda variables, images: average(network.apply(variables, images)))
-    return program.compile_for(hardware, run, params, batch)[0]
+    return program.lower_for(hardware, run, params, batch)
 
 
-def part(make: Callable[[], tuple[Any, Any]], hardware: str) -> Mapping[str, Any]:
-    """Compiles a module forward and backward; `make` returns it and the shapes that it takes.
+def part(make: Callable[[], tuple[Any, Any]], hardware: str) -> program.Lowered:
+    """A module forward and backward; `make` returns it and the shapes that it takes.
 
     A TPU's compiler chooses how the maps that go in and out lie in memory, as it does inside of a network. Parameters
     lie in rows, as those of a training step do.
@@ -125,12 +133,12 @@ def part(make: Callable[[], tuple[Any, Any]], hardware: str) -> Mapping[str, Any
     arguments = (place(params, jnp.bfloat16), place(others), place(inputs), place(key))
     grads = place(jax.eval_shape(outputs, *arguments))
     if HARDWARE[hardware].platform == "gpu":
-        return program.compile_for(hardware, jax.jit(both), *arguments, grads)[0]
+        return program.lower_for(hardware, jax.jit(both), *arguments, grads)
     rows = _sharding(hardware)
     chosen = Format(Layout.AUTO, rows)
     run = jax.jit(both, in_shardings=(rows, rows, chosen, rows, chosen), out_shardings=(chosen, rows, (rows, chosen)))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (*arguments, grads))
-    return program.compile_for(hardware, run, *shapes)[0]
+    return program.lower_for(hardware, run, *shapes)
 
 
 def half(model: str, stage: int) -> tuple[Any, Any]:
@@ -217,11 +225,10 @@ QUICK = tuple(name for name in ROWS if name.startswith(("half", "mbconv", "head"
 CHECKED = ("small half", "small mbconv")  # by the tests
 
 
-def compile_row(name: str) -> dict[str, Any]:
-    """Compiles a row in a process of its own; returns its columns, or 'note' where it cannot be compiled."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks.accelerators", "--one", name], capture_output=True, text=True
-    )
+def in_a_process(name: str, again: bool) -> dict[str, Any]:
+    """Calls `found_in` in a process of its own; returns its columns, or 'note' where the row cannot be compiled."""
+    command = [sys.executable, "-m", "benchmarks.accelerators", "--one", name, *["--again"][:again]]
+    finished = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in finished.stdout.splitlines() if line.startswith("{")]
     if lines:
         return json.loads(lines[-1])
@@ -229,14 +236,20 @@ def compile_row(name: str) -> dict[str, Any]:
     return {"program": name, "target": ROWS[name].hardware, "note": said[-1] if said else "ended without a word"}
 
 
-def found_in(name: str) -> dict[str, Any]:
-    """Compiles a row in this process; returns its columns."""
-    row = ROWS[name]
+def found_in(name: str, again: bool = False) -> dict[str, Any]:
+    """Compiles a row in this process if it changed, or `again`; returns its columns."""
+    row, before = ROWS[name], stored().get(name)
     try:
-        found = row.compile()
+        lowered = row.lower()
+        digest = program.digest(lowered)
+        if before and before.get("digest") == digest and not again:
+            numbers = {key: json.loads(value or "null") for key, value in before.items() if key in NUMBERS}
+            return {**before, **numbers, "unchanged": True}
+        found, _ = program.compile_lowered(lowered)
     except UserError as error:
         return {"program": name, "target": row.hardware, "note": str(error)}
     return {
+        "digest": digest,
         "program": name,
         "target": row.hardware,
         "mcycles": None if found["cycles"] is None else round(found["cycles"] / 1e6, 3),
@@ -261,15 +274,19 @@ def stored() -> dict[str, dict[str, str]]:
 
 
 def store(found: Iterable[Mapping[str, Any]]) -> None:
-    """Writes rows into the file, in place of those of the same programs; others stay."""
+    """Writes rows that were compiled into the file, in place of those of the same programs; others stay."""
     shown = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     today = datetime.date.today().isoformat()
-    new = {row["program"]: {**row, "commit": shown, "date": today} for row in found if "milliseconds" in row}
+    new = {row["program"]: {**row, "commit": shown, "date": today} for row in found if _compiled(row)}
     rows = {**stored(), **new}
     with STORED.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[name] for name in ROWS if name in rows)
+
+
+def _compiled(row: Mapping[str, Any]) -> bool:
+    return "milliseconds" in row and not row.get("unchanged")
 
 
 def line(row: Mapping[str, Any], before: Mapping[str, str] | None) -> str:
@@ -290,6 +307,8 @@ def line(row: Mapping[str, Any], before: Mapping[str, str] | None) -> str:
     note = row.get("note") or ""
     if before and before["compiler"] != row["compiler"]:
         note = f"{note}; stored with {before['compiler']}".lstrip("; ")
+    if row.get("unchanged"):
+        note = f"{note}; the program of {row['commit']}, not compiled again".lstrip("; ")
     cells = (*map(cell, ("mcycles", "milliseconds")), change, *map(cell, ("bytes_gb", "accessed_gb", "temporaries_gb")))
     cells = (*cells, f"{per_image:.1f}", cell("collectives"), f"{row['compile_seconds']}", row["compiler"], note)
     return f"| {row['program']} | {row['target']} | {' | '.join(cells)} |"
@@ -308,10 +327,13 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="parts of networks alone")
     parser.add_argument("--store", action="store_true", help=f"write the figures into {STORED.name}")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time (default: 2); a step takes some GB each")
+    parser.add_argument("--again", action="store_true", help="compile programs that did not change, too")
     parser.add_argument("--one", help=argparse.SUPPRESS, choices=ROWS)  # in the process of one row
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(found_in(arguments.one)))
+        # Kernels name the lines of their source, where the digest shall be that of what they compute.
+        jax.config.update("jax_traceback_in_locations_limit", 0)
+        print(json.dumps(found_in(arguments.one, arguments.again)))
         return 0
     names = QUICK if arguments.quick else tuple(ROWS)
     names = tuple(name for name in names if not arguments.words or any(word in name for word in arguments.words))
@@ -321,7 +343,7 @@ def main() -> int:
     print(HEADER, flush=True)
     before, done = stored(), []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for row in pool.map(compile_row, names):
+        for row in pool.map(in_a_process, names, itertools.repeat(arguments.again)):
             done.append(row)
             print(line(row, before.get(row["program"])), flush=True)
             if arguments.store:

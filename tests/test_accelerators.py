@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from benchmarks import accelerators
 from maxmap.__main__ import main
+from maxmap.errors import UserError
 from tests.tiny import ROOT
 
 SLOWER = 1.1  # past which a program's cycles are a fault
@@ -58,6 +60,7 @@ def run(*arguments: str) -> dict:
 @needs_libtpu
 @pytest.mark.parametrize("name", accelerators.CHECKED)
 def test_no_program_is_slower_than_the_stored_figures(name):
+    """A program that did not change is not compiled again: the same compiler says the same."""
     found, before = run("-m", "benchmarks.accelerators", "--one", name), accelerators.stored()[name]
     assert found["compiler"] == before["compiler"], f"store the figures of this compiler: {STORE}"
     assert found["note"] == ""
@@ -96,8 +99,9 @@ def test_the_table_of_programs(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerators, "STORED", tmp_path / "stored.csv")
     row = {"program": "head", "target": "tpu-v5e", "mcycles": 30.0, "milliseconds": 20.0, "bytes_gb": 1.0}
     row |= {"accessed_gb": 2.0, "temporaries_gb": 0.64, "images": 64, "collectives": 0, "compile_seconds": 9}
-    row |= {"compiler": "libtpu 1", "note": ""}
-    accelerators.store([row, {"program": "half stage 0", "note": "the compiler is not installed"}])
+    row |= {"compiler": "libtpu 1", "note": "", "digest": "of the program"}
+    missing = {"program": "half stage 0", "note": "the compiler is not installed"}
+    accelerators.store([row, missing, row | {"program": "small head", "unchanged": True}])
     assert list(accelerators.stored()) == ["head"]
     line = accelerators.line({**row, "mcycles": 33.0, "milliseconds": 22.0}, accelerators.stored()["head"])
     assert line.startswith("| head | tpu-v5e | 33.0 (30.0) | 22.0 (20.0) | +10.0 % |") and "| 10.0 |" in line
@@ -108,3 +112,28 @@ def test_the_compiler_belongs_to_the_version_of_jax():
     (needed,) = [each for each in importlib.metadata.requires("jax") if each.startswith("libtpu")]
     if importlib.metadata.version("jax") == "0.10.2":
         assert needed.partition("==")[2].partition("*")[0] in wanted[0]
+
+
+def test_only_a_program_that_changed_is_compiled(tmp_path, monkeypatch):
+    """By its text, its compiler and the files that count; a row whose figures are in the file returns them."""
+    monkeypatch.setattr(accelerators, "STORED", tmp_path / "stored.csv")
+    monkeypatch.setattr(accelerators.program.topology, "compiler", lambda hardware: "a compiler")
+    programs = [jax.jit(function).lower(1.0) for function in (lambda x: x + 1, lambda x: x + 2)]
+    wrapped = [accelerators.program.Lowered("tpu-v5e", None, lowered, 0.0) for lowered in (*programs, programs[0])]
+    digests = [accelerators.program.digest(each) for each in wrapped]
+    assert digests[0] == digests[2] != digests[1]
+    row = dict.fromkeys(accelerators.NUMBERS, 2) | {"program": "head", "target": "tpu-v5e", "compiler": "a compiler"}
+    accelerators.store([row | {"mcycles": None, "digest": digests[0]}])
+    monkeypatch.setitem(accelerators.ROWS, "head", accelerators.ROWS["head"]._replace(lower=lambda: wrapped[2]))
+    found = accelerators.found_in("head")
+    assert found["unchanged"] and found["mcycles"] is None and found["milliseconds"] == 2
+    assert "not compiled again" in accelerators.line(found, accelerators.stored()["head"])
+
+    def compiled(lowered):
+        raise UserError(f"compiles {lowered is wrapped[0]}")
+
+    monkeypatch.setattr(accelerators.program, "compile_lowered", compiled)
+    monkeypatch.setitem(accelerators.ROWS, "head", accelerators.ROWS["head"]._replace(lower=lambda: wrapped[1]))
+    assert accelerators.found_in("head")["note"] == "compiles False"
+    monkeypatch.setitem(accelerators.ROWS, "head", accelerators.ROWS["head"]._replace(lower=lambda: wrapped[0]))
+    assert accelerators.found_in("head", again=True)["note"] == "compiles True"

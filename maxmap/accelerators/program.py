@@ -6,9 +6,11 @@ those that their operands and results take from and to memory. A GPU's compiler 
 the bytes that every instruction reads and writes at the memory's bandwidth. Collectives are counted, their time is not.
 """
 
+import hashlib
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,13 +22,44 @@ from maxmap.operations import compiled_for
 PARTS = 25  # rows of the report's tables
 
 
-def compile_for(hardware: str, function: jax.stages.Wrapped, *arguments: Any) -> tuple[dict[str, Any], str]:
-    """Compiles a function and reports what the compiler says.
+class Lowered(NamedTuple):
+    """A program for some hardware that is not compiled yet."""
+
+    hardware: str
+    traced: jax.stages.Traced
+    lowered: jax.stages.Lowered
+    seconds: float  # that it took
+
+
+def lower_for(hardware: str, function: jax.stages.Wrapped, *arguments: Any) -> Lowered:
+    """Traces a function for some hardware.
 
     Args:
       hardware: A key of `HARDWARE`.
       function: Jitted; it is traced as for that hardware.
       arguments: Shapes, types and shardings over devices of `topology.devices_of`.
+    """
+    began = time.perf_counter()
+    with compiled_for(HARDWARE[hardware].platform):
+        traced = function.trace(*arguments)
+    return Lowered(hardware, traced, traced.lower(), time.perf_counter() - began)
+
+
+def digest(program: Lowered) -> str:
+    """Returns a digest of what a report follows from: program, compiler, and how `maxmap.accelerators` counts."""
+    parts = [program.lowered.as_text(), topology.compiler(program.hardware), jax.__version__]
+    parts.append(str(sorted(topology.options_of(program.hardware).items())))
+    parts += [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def compile_for(hardware: str, function: jax.stages.Wrapped, *arguments: Any) -> tuple[dict[str, Any], str]:
+    """Traces and compiles a function; see `lower_for` and `compile_lowered`."""
+    return compile_lowered(lower_for(hardware, function, *arguments))
+
+
+def compile_lowered(program: Lowered) -> tuple[dict[str, Any], str]:
+    """Compiles a program and reports what the compiler says.
 
     Returns:
       The report of `report`, with 'compile_seconds' and 'compiler', and the text of the compiled program.
@@ -35,14 +68,13 @@ def compile_for(hardware: str, function: jax.stages.Wrapped, *arguments: Any) ->
       UserError: The program does not fit into the memory of the hardware, as its compiler says.
     """
     jax.config.update("jax_enable_compilation_cache", False)  # what is read from there was compiled without dumps
+    hardware, traced, lowered, seconds = program
     began = time.perf_counter()
-    with compiled_for(HARDWARE[hardware].platform):
-        traced = function.trace(*arguments)
     try:
-        compiled = traced.lower().compile(compiler_options=topology.options_of(hardware))
+        compiled: Any = lowered.compile(compiler_options=topology.options_of(hardware))
     except jax.errors.JaxRuntimeError as error:
         raise _does_not_fit(hardware, error) or error from None
-    seconds = time.perf_counter() - began
+    seconds += time.perf_counter() - began
     text = compiled.as_text() or ""
     found = report(text, hardware, bundles.kernels(traced.jaxpr))
     sizes, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}

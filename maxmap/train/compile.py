@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from maxmap.accelerators import program, topology
 from maxmap.accelerators.hardware import HARDWARE, slice_of
 from maxmap.data.preprocessing import of_channels
@@ -35,20 +37,8 @@ def compile_step(recipe: Recipe, devices: Devices, hardware: str, save: str | Pa
     Raises:
       UserError: no slice has so many devices, the compiler is not installed, or the step does not fit.
     """
-    available = topology.devices_of(hardware, devices)
-    planned = plan(recipe, devices, hardware, 1.0)
-    mesh = recipe.mesh(available)
-    data = recipe.data.keywords
-    name, columns = data["task"], column_names(data["label_columns"])
-    teacher = read_teacher(recipe)
-    known = CLASSES if teacher is None else len(teacher.info["classes"])
-    classes = len(columns) if TASKS[name].complete else recipe.model.keywords.get("num_classes", known)
-    if teacher is not None:
-        check_count(teacher, classes)
-    mean, std = (of_channels(data[key], data["channels"], f"data.{key}") for key in ("mean", "std"))
-    images = Images(data["image_size"], classes, mean, std, unfitted(name, classes))
-    step = make_step(recipe, mesh, images, max(1, IMAGENET // recipe.batch_size), teacher)
-    found, text = program.compile_for(hardware, step.function, *step.arguments())
+    lowered, planned, mesh = lower_step(recipe, devices, hardware)
+    found, text = program.compile_lowered(lowered)
     if save is not None:
         try:
             Path(save).write_text(text, encoding="utf-8")
@@ -69,6 +59,24 @@ def compile_step(recipe: Recipe, devices: Devices, hardware: str, save: str | Pa
         "network_seconds": planned["network_seconds"],
         **found,
     }
+
+
+def lower_step(recipe: Recipe, devices: Devices, hardware: str) -> tuple[program.Lowered, dict[str, Any], Mesh]:
+    """Traces the step that `compile_step` compiles; returns it, what `plan` says of the job, and the job's mesh."""
+    available = topology.devices_of(hardware, devices)
+    planned = plan(recipe, devices, hardware, 1.0)
+    mesh = recipe.mesh(available)
+    data = recipe.data.keywords
+    name, columns = data["task"], column_names(data["label_columns"])
+    teacher = read_teacher(recipe)
+    known = CLASSES if teacher is None else len(teacher.info["classes"])
+    classes = len(columns) if TASKS[name].complete else recipe.model.keywords.get("num_classes", known)
+    if teacher is not None:
+        check_count(teacher, classes)
+    mean, std = (of_channels(data[key], data["channels"], f"data.{key}") for key in ("mean", "std"))
+    images = Images(data["image_size"], classes, mean, std, unfitted(name, classes))
+    step = make_step(recipe, mesh, images, max(1, IMAGENET // recipe.batch_size), teacher)
+    return program.lower_for(hardware, step.function, *step.arguments()), planned, mesh
 
 
 def describe_step(found: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ OWN_FILES = {
     "maxmap.push": "the eval.json of a run of its own",
     "maxmap.model_commands": "a table of the package",
     "maxmap.accelerators.bundles": "what a compiler on this machine writes",
+    "maxmap.accelerators.program": "source files of the package",
     "maxmap.bulk": "images and archives are read by the readers of rows",
     "maxmap.checkpoint": "checkpoints that maxmap wrote, by orbax; SECURITY.md says what is not promised for them",
     "maxmap.onnx.proto": "it writes",
