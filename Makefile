@@ -1,6 +1,7 @@
 # make setup   a virtual environment with all that demo and test need
 # make demo    train the embedded default on handwritten digits, evaluate, name a few images, write a report
-# make test    the tests
+# make test    the tests, but for the long ones
+# make long    the long tests: whole training steps beside the references, more cases of kernels and crashes
 # make check   format, lint, types
 # make docs    the site: README, docs/, notebooks/ and the API, in build/site, without a warning (mkdocs.yml)
 # make soak    runs that are killed, starved and lied to: a table of what survived; half an hour (tests/soak/__main__.py)
@@ -27,7 +28,7 @@ DEMO := runs/quickstart
 AOT ?= $(VENV)-aot
 GPU ?=
 
-.PHONY: help setup lock demo test check docs soak fuzz bench parity accelerators
+.PHONY: help setup lock demo test long check docs soak fuzz bench parity accelerators
 help:
 	@sed -n 's/^# \(make [a-z]*  .*\)/\1/p' Makefile
 
@@ -41,6 +42,9 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+long: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from maxmap.accelerators import hlo
 from maxmap.accelerators.topology import devices_of
 from maxmap.losses import total_loss
+from maxmap.shapes import eval_shape_of_init
 from maxmap.sharding import make_mesh, replicated, split_batch
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import make_train_step
@@ -36,7 +37,7 @@ def tiny_step(mesh: Mesh, dtype: Any, **fields: Any) -> tuple[jax.stages.Lowered
     """The step of a network with two equal heads, lowered for a mesh; and its state, abstract."""
     model, optimizer = Tiny(**fields, constant=False), optax.adamw(1e-3)
     one = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-    state = abstract(jax.eval_shape(lambda: create(model, optimizer, jax.random.key(0), one, ema=True)), mesh)
+    state = abstract(eval_shape_of_init(lambda: create(model, optimizer, jax.random.key(0), one, ema=True)), mesh)
     same, split, size = replicated(mesh), split_batch(mesh), 2 * mesh.size
 
     def prepare(key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -35,17 +35,22 @@ from maxmap import operations
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the time goes into compiling: keep the results. The key holds the program, so a changed program compiles.
+# Most of the time goes into compiling: keep what takes long. The key holds the program, so a changed program compiles.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 # Tracing makes many objects that last: by Python's default a tenth of the time goes into looking for cycles among them.
-gc.set_threshold(50_000, 20, 5)
+gc.set_threshold(100_000, 50, 10)
 if hasattr(tarfile, "data_filter"):  # Python 3.11 has it from 3.11.4 on; newer ones warn where none is chosen
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(name): injects a fault; the run ends with a table of them")
+    config.addinivalue_line("markers", "long: `make long` runs it; shorter tests see most of what it would find")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()  # modules, and the tests themselves: no cycles of theirs will ever be free
 
 
 @pytest.hookimpl(wrapper=True)

@@ -49,6 +49,7 @@ def test_operations_of_inner_functions_count_and_their_calls_do_not():
     assert graph.operations(jax.make_jaxpr(function)(1.0)) == 4
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("plain_convolutions")
 def test_memory_grows_with_the_batch_as_predicted(monkeypatch):
     monkeypatch.setattr(memory, "create_model", lambda name, remat: SMALL(depths=(1,), remat=remat))

@@ -44,7 +44,7 @@ from tests.tiny import (
     use_models,
     without_timings,
 )
-from tests.zoo import filled, quick
+from tests.zoo import filled, initial_values, quick
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -241,7 +241,7 @@ def test_the_stem_takes_weights_for_colours(tmp_path):
 
 def test_what_is_exported_takes_the_channels(tmp_path):
     model = create_model(**GIVEN)
-    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 5)))
+    variables = initial_values(model, jnp.zeros((1, 16, 16, 5)))
     pre = preprocessing() | {"image_size": 16, "mean": [0.1, 0.2, 0.3, 0.4, 0.5], "std": [0.2] * 5}
     info = {"model": GIVEN, "classes": list(CLASSES), "preprocessing": pre, "step": 0, "weights": "raw"}
     run, pixels = tmp_path / "run", RNG.integers(0, 256, (2, 16, 16, 5), np.uint8)

@@ -23,6 +23,7 @@ from maxmap.errors import UserError
 from maxmap.inference import predict
 from maxmap.models import create_model
 from maxmap.predictions import make_rows, to_csv
+from maxmap.shapes import eval_shape_of_init
 from maxmap.tasks.task import caption
 from tests.test_ranges import numbers as ranges_in
 from tests.test_ranges import outside
@@ -43,7 +44,7 @@ def test_list_names_parameters_and_sizes(capsys):
     assert header.split() == ["model", "family", "head", "parameters", "GFLOPs", "image", "parity"]
     assert [line.split()[0] for line in lines] == ["map_maxvit_mini_32", "maxvit_mini_32"]
     model = create_model("maxvit_mini_32")
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = eval_shape_of_init(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     fields = lines[1].split()
     assert fields[1:4] == ["maxxvit", "linear", f"{count:,}"] and fields[5] == "32x32"

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from maxmap.pictures import overlay
 from tests.test_grid import BACKBONES, HEAD_FIELDS, made, small
 from tests.test_readme import BLOCK
 from tests.tiny import CLASSES, ROOT, preprocessing, write_image
-from tests.zoo import quick
+from tests.zoo import initial_values, quick
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -134,7 +133,7 @@ def test_the_command(tmp_path, capsys):
         "preprocessing": preprocessing() | {"image_size": 32, "crop_pct": 0.75},
     }
     model = maxmap.create_model(**given)
-    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables = initial_values(model, jnp.zeros((1, 32, 32, 3)))
     folder, photo, out = tmp_path / "made", tmp_path / "photo.png", tmp_path / "out"
     checkpoint.write_variables(folder, variables, info | {"step": 0, "weights": "raw"})
     write_image(photo, 0, 1, size=40)

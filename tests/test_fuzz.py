@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.fuzz.readers import OWN_FILES, ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +47,7 @@ def test_every_module_that_reads_has_a_row():
     assert not in_rows & OWN_FILES.keys()
 
 
+@pytest.mark.long
 def test_files_from_strangers_end_in_a_sentence(tmp_path):
     """A few hostile and spoiled files of each kind but those that take a second each; these have other tests."""
     rows = [row for row in ROWS if row.name.partition(",")[0] not in ("config.json", "metrics.jsonl")]

@@ -34,6 +34,7 @@ from maxmap.models import (
     create_model,
     list_models,
 )
+from maxmap.shapes import eval_shape_of_init
 from tests.test_grid import small as small_member
 from tests.tiny import ROOT, create_tiny
 from tests.zoo import QUICK
@@ -45,7 +46,7 @@ def shapes(model, size, channels=3):
     """Shapes of a model's parameters by path, without computing anything."""
     size = (size, size) if isinstance(size, int) else size
     images = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    params = eval_shape_of_init(model.init, jax.random.key(0), images)["params"]
     return {"/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(params).items()}
 
 
@@ -55,7 +56,7 @@ def small():
     model = create_model("test_maxvit", image_size=64, head=SMALL_MAP, num_classes=3)
     random = np.random.default_rng(0)
     images = random.standard_normal((2, 64, 64, 3)).astype(np.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = eval_shape_of_init(model.init, jax.random.key(0), images)
     return model, jax.tree.map(lambda leaf: random.uniform(0.1, 0.3, leaf.shape).astype(np.float32), variables), images
 
 
@@ -136,7 +137,7 @@ def test_images_of_a_size_that_the_model_is_not_made_for():
 def test_weights_that_are_made_for_another_size():
     model, size = create_model("test_coatnet"), (96, 64)
     own = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), own)
+    variables = eval_shape_of_init(model.init, jax.random.key(0), own)
     pixels = rf"{size[0]} x {size[1]} pixels, and the weights are made for {own.shape[1]} x "
     with pytest.raises(UserError, match=rf"the images are {pixels}.* with image_size=\(?{size[0]}"):
         jax.eval_shape(model.apply, variables, jnp.zeros((1, *size, 3)))
@@ -186,7 +187,7 @@ def test_the_map_head_fits_any_backbone(name):
     model = create_model(name, head=SMALL_MAP, num_classes=3)
     size = model.backbone.image_size
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    outputs, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), images)
+    outputs, _ = eval_shape_of_init(lambda x: model.init_with_output(jax.random.key(0), x), images)
     assert outputs["logits"].shape == (2, 2, 3)
     assert outputs["embedding"].shape == (2, 2 * 2 * 24)
 
@@ -230,7 +231,7 @@ def test_average_is_of_logits_and_in_float32():
 def test_no_classes():
     plain = create_model("maxvit_tiny_tf_224", image_size=32, depths=(1, 1, 1, 1), num_classes=0)
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-    outputs, variables = jax.eval_shape(lambda x: plain.init_with_output(jax.random.key(0), x), images)
+    outputs, variables = eval_shape_of_init(lambda x: plain.init_with_output(jax.random.key(0), x), images)
     assert outputs["logits"].shape == (1, 2, 512)
     assert set(variables["params"]["head"]) == {"norm", "pre_logits"}
 
@@ -388,7 +389,7 @@ def test_recomputed_blocks_keep_little(name):
         model = create_model(name, num_classes=3, remat=True, depths=(1,) * len(model.backbone.depths))
     size = model.backbone.image_size
     images = jnp.zeros((2, size, size, 3))
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = eval_shape_of_init(model.init, jax.random.key(0), images)
     kept, whole = (residual_bytes(m, variables, images) for m in (model, model.clone(remat=False)))
     assert kept < 0.4 * whole
 
@@ -398,7 +399,7 @@ def test_every_block_is_recomputed_once(family, plain_convolutions):
     """One `jax.checkpoint` for each block of the backbone, and none for the head's or for a block inside of a block."""
     model = small_member(family, "gramian" if family == "convnext" else "linear", remat=True)
     images = jax.ShapeDtypeStruct((2, *pair(model.backbone.image_size), 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = eval_shape_of_init(model.init, jax.random.key(0), images)
 
     def count(jaxpr):
         inner = [leaf for leaf in jax.tree.leaves([e.params for e in jaxpr.eqns]) if hasattr(leaf, "eqns")]
@@ -494,7 +495,7 @@ def test_networks_of_other_channels_say_how_many(name, trained, given):
     model = create_model(name, num_classes=3, depths=(1, 1, 1, 1))
     size = model.backbone.image_size
     images = {n: jax.ShapeDtypeStruct((1, size, size, n), jnp.float32) for n in (trained, given)}
-    variables = jax.eval_shape(model.init, jax.random.key(0), images[trained])
+    variables = eval_shape_of_init(model.init, jax.random.key(0), images[trained])
     jax.eval_shape(model.apply, variables, images[trained])
     with pytest.raises(UserError, match=f"the images have {given} channels, .* a network for {trained}:"):
         jax.eval_shape(model.apply, variables, images[given])
@@ -571,6 +572,7 @@ def test_a_model_can_be_a_static_argument(small):
     assert np.array_equal(f(model, variables, images), f(twin, variables, images)) and len(traced) == 1
 
 
+@pytest.mark.long
 def test_models_map_over_images_and_export_with_any_batch(small, quick_compilation):
     model, variables, images = small
 

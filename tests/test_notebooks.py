@@ -93,6 +93,7 @@ def test_the_whole_way(tmp_path, monkeypatch, quick_compilation):
         assert answer[name] == pytest.approx(expected[name], rel=1e-4) == pytest.approx(probability, rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_backbone_of_ones_own(quick_compilation):
     """Both heads learn within some steps, and what is drawn adds up to the logits."""
     session = execute("map_on_your_backbone", STEPS=20, BATCH=32, BRANCHES=1)

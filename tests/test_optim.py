@@ -14,15 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
 from maxmap.models import block_paths, create_model
 from maxmap.optim import OPTIMIZERS, decay_mask, depths, make_optimizer, trainable_mask
 from maxmap.schedule import make_schedule
+from maxmap.shapes import eval_shape_of_init
 from tests.reference import import_timm
-from tests.zoo import traced_once
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -395,8 +394,7 @@ def test_layer_decay_is_timms_for_a_family_that_it_numbers_by_blocks():
 def test_blocks_of_every_family_are_numbered_in_order(name, fields, blocks, order, plain_convolutions):
     model = create_model(name, **fields)
     images = jnp.zeros((1, *pair(model.backbone.image_size), 3))
-    with nn.intercept_methods(traced_once):
-        params = jax.eval_shape(lambda: model.init(jax.random.key(0), images))["params"]
+    params = eval_shape_of_init(lambda: model.init(jax.random.key(0), images))["params"]
     numbers = {
         jax.tree_util.keystr(path, simple=True, separator="/"): number
         for path, number in jax.tree_util.tree_leaves_with_path(depths(params, block_paths(model)))

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from maxmap.convert.torch import to_torch
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests.tiny import CLASSES, ROOT, write_image
 
 MODEL = "maxvit_mini_32"
@@ -107,9 +108,10 @@ def test_the_installed_command_has_the_recipes(run):
     assert wrong.returncode == 2 and wrong.stderr.endswith("; maxmap --help lists what it takes.\n")
 
 
+@pytest.mark.long
 def test_the_installed_package_converts_and_predicts(run, tmp_path):
     model = create_model(MODEL, num_classes=3)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    shapes = eval_shape_of_init(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype(leaf.dtype), shapes)
     weights = {key: np.ascontiguousarray(value) for key, value in to_torch(variables, model).items()}

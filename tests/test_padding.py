@@ -19,14 +19,11 @@ from maxmap.errors import UserError
 from maxmap.inference import preprocess
 from maxmap.layers.blocks import StripeAttention
 from maxmap.layers.primitives import Conv
-from maxmap.models import FAMILIES, create_model
-from tests.test_grid import BACKBONES, made, small
+from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
+from tests.test_grid import BACKBONES, WINDOWED, made, small
 from tests.tiny import CLASSES, preprocessing, write_folder
 from tests.zoo import QUICK, quick
-
-WINDOWED = ("cswin", "fastervit", "maxxvit")
-# Families that take images of any size, whatever they were made for.
-ANY = (*WINDOWED, "convnext", "metaformer", "mobilenet", "resnet")
 
 
 def noise(*shape, seed=0):
@@ -35,7 +32,7 @@ def noise(*shape, seed=0):
 
 def random_variables(module, *args, **kwargs):
     """Variables of a module with every leaf random."""
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))
+    shapes = eval_shape_of_init(lambda: module.init(jax.random.key(0), *args, **kwargs))
 
     def value(path, leaf):
         values = 0.3 * noise(*leaf.shape, seed=leaf.size)
@@ -133,22 +130,16 @@ def test_what_lies_in_the_padding_changes_no_logit(x64, family, monkeypatch):
 def test_sizes_that_windows_divide_compute_the_same_program(family):
     plain, padding = (small(family, pad=pad) for pad in (False, True))
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    variables = jax.eval_shape(plain.init, jax.random.key(0), images)
+    variables = eval_shape_of_init(plain.init, jax.random.key(0), images)
     programs = {str(jax.make_jaxpr(model.apply)(variables, images)) for model in (plain, padding)}
     assert len(programs) == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_small_and_oblong_images(family, x64, plain_convolutions):
-    """The logits of a MAP head are numbers, and so are their gradients; where maps are padded, every row and
-    column of pixels has one.
-
-    Families with tables for whole maps are made for the size; the others were made for another.
-    """
-
-    size = (52, 76)
-    model = small(family, "map", pad=True, **({} if family in ANY else {"image_size": size}))
-    images = noise(1, *size, 3)
+@pytest.mark.parametrize("family", WINDOWED)
+def test_every_pixel_of_a_small_or_oblong_image_counts(family, x64, plain_convolutions):
+    """Every row and column of pixels has a gradient, and all is finite; test_grid.py has the other families."""
+    model = small(family, "map", pad=True)
+    images = noise(1, 52, 76, 3)
     variables = random_variables(model, images)
 
     def loss(params, images):
@@ -157,11 +148,9 @@ def test_small_and_oblong_images(family, x64, plain_convolutions):
 
     gradients = jax.grad(loss, argnums=(0, 1), has_aux=True)
     (of_params, of_images), logits = quick(gradients, variables["params"], images)
-    leaves = [logits, of_images, *jax.tree.leaves(of_params)]
-    if family in WINDOWED:
-        assert all(np.any(of_images, axis=axes).all() for axes in ((0, 2, 3), (0, 1, 3)))
-        leaves.append(quick(loss, variables["params"], noise(1, 40, 40, 3))[1])
-    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert all(np.any(of_images, axis=axes).all() for axes in ((0, 2, 3), (0, 1, 3)))
+    smaller = quick(loss, variables["params"], noise(1, 40, 40, 3))[1]
+    assert all(np.isfinite(leaf).all() for leaf in (logits, smaller, of_images, *jax.tree.leaves(of_params)))
 
 
 @pytest.mark.parametrize("family", WINDOWED)
@@ -174,7 +163,7 @@ def test_weights_of_a_head_for_another_size_are_one_sentence():
     """CSWin's stripes halve a map of even sides and cover one of odd sides, so that the weights differ."""
     head = {"channels": 64, "gram_channels": 64, "aggregation": "cswin", "block": "cswin", "aggregation_mlp_groups": 1}
     model = small("cswin", "gramian", head, pad=True)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    variables = eval_shape_of_init(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
     with pytest.raises(UserError, match=r"^the images are 36 x 36 pixels, and the weights are made for 32 x 32"):
         jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((1, 36, 36, 3), jnp.float32))
 

@@ -17,7 +17,7 @@ from maxmap.models import average
 from maxmap.programs import PLATFORMS
 from tests.test_grid import BACKBONES, HEAD_FIELDS
 from tests.tiny import CLASSES, preprocessing
-from tests.zoo import quick
+from tests.zoo import initial_values, quick
 
 # Reads images of a file and writes logits into another, with JAX and NumPy alone.
 RUN = """
@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     name, fields = BACKBONES["maxxvit"]
     given = {"name": name, **fields, "head": {"name": "map", **HEAD_FIELDS["map"]}, "num_classes": 3}
     model = create_model(**given)
-    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    variables = initial_values(model, jnp.zeros((1, 16, 16, 3)))
     variables = jax.tree.map(lambda x: x + 0.05 * np.random.default_rng(x.size).random(x.shape, np.float32), variables)
     info = {"model": given, "classes": list(CLASSES), "preprocessing": preprocessing() | {"image_size": 16}}
     folder = tmp_path_factory.mktemp("program")

@@ -38,7 +38,7 @@ FLOORS = (
     {"maxmap.fused"},
     {"maxmap.layers"},
     {"maxmap.backbones", "maxmap.heads"},
-    {"maxmap.models"},
+    {"maxmap.models", "maxmap.shapes"},
     {"maxmap.features", "maxmap.losses", "maxmap.optim", "maxmap.schedule", "maxmap.segmentation"},
     {"maxmap.tasks"},
     {"maxmap.recipe"},

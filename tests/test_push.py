@@ -17,6 +17,7 @@ import maxmap
 from maxmap import checkpoint
 from maxmap.__main__ import main
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests.test_commands import mistake
 from tests.test_grid import BACKBONES
 from tests.tiny import CLASSES, assert_equal, preprocessing
@@ -29,7 +30,7 @@ MODEL = {"name": "mobilenet_v1", **BACKBONES["mobilenet"][1], "head": {"name": "
 def folder(tmp_path_factory):
     """A checkpoint with fields of its own, averaged weights and figures."""
     model = create_model(**MODEL)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    shapes = eval_shape_of_init(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), dict(shapes))
     info = {"model": MODEL, "classes": list(CLASSES), "step": 7, "weights": "ema"}

@@ -28,6 +28,7 @@ from maxmap.metrics import IGNORED
 from maxmap.models import create_model
 from maxmap.pictures import lay_mask
 from maxmap.segmentation import confusion, figures, segment
+from maxmap.shapes import eval_shape_of_init
 from maxmap.sharding import make_mesh
 from maxmap.tasks.segmentation import Segmentation
 from maxmap.train import loop
@@ -107,7 +108,7 @@ def test_figures_are_counted_by_hand():
 def test_misuse_is_one_sentence():
     images = jnp.zeros((1, 32, 32, 3))
     plain = create_model("maxvit_mini_32", num_classes=3)
-    variables = jax.eval_shape(plain.init, jax.random.key(0), images)
+    variables = eval_shape_of_init(plain.init, jax.random.key(0), images)
     with pytest.raises(UserError, match="LinearHead classifies whole images: build the model with head='upernet'"):
         jax.eval_shape(lambda v, x: segment(plain, v, x), variables, images)
     with pytest.raises(UserError, match="leaves out pixels between windows"):

@@ -9,6 +9,7 @@ import pytest
 from maxmap import checkpoint, storage
 from maxmap.errors import UserError
 from tests import kill_at_writes
+from tests.marks import cases
 
 
 def test_paths_are_absolute_or_keep_their_scheme(tmp_path, monkeypatch):
@@ -54,7 +55,7 @@ def test_errors_of_the_disk_become_a_sentence_and_bugs_do_not():
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize("kind", kill_at_writes.COMMANDS)
+@pytest.mark.parametrize("kind", cases(kill_at_writes.COMMANDS, long=("average", "export")))
 @pytest.mark.fault("killed while it writes a target")
 def test_a_command_that_is_killed_at_any_write(kind, tmp_path):
     """The target is whole or absent, the old one comes back, and the same command again succeeds."""

@@ -16,6 +16,7 @@ from maxmap.config import bind
 from maxmap.errors import UserError
 from maxmap.evaluate import check_image_size
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests.tiny import CLASSES, copied, create_tiny, preprocessing, settings_for, write_folder
 
 TINY = {"name": "tiny", "norm": False, "constant": False}
@@ -201,7 +202,7 @@ def test_a_mean_is_three_numbers_from_0_to_1(values, capsys):
 
 def test_a_size_under_the_stride_is_refused():
     model = create_model("map_mobilenet_v1", num_classes=3)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    variables = eval_shape_of_init(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     check_image_size(model, variables, {**preprocessing(), "image_size": 32})
     with pytest.raises(UserError, match="images of 31 pixels are smaller than the model's stride of 32"):
         check_image_size(model, variables, {**preprocessing(), "image_size": 31})
@@ -209,7 +210,7 @@ def test_a_size_under_the_stride_is_refused():
 
 def test_windows_count_where_they_are_what_the_network_sees():
     model = create_model("maxvit_mini_32", num_classes=3)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables = eval_shape_of_init(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     larger = {**preprocessing(), "image_size": 48}
     check_image_size(model, variables, larger, window=32)
     for window in (None, 20, 64):

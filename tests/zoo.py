@@ -1,5 +1,6 @@
 """What the tests of backbones and heads share."""
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import linen as nn
 from flax import traverse_util
+from flax.core.scope import Scope
 from flax.errors import InvalidRngError
 
 from maxmap.convert.torch import from_torch, to_torch
@@ -17,6 +20,7 @@ from maxmap.convert.verify import keeping_float64
 from maxmap.layers import residual
 from maxmap.layers.primitives import DropPath, pair
 from maxmap.models import FAMILIES, MODELS
+from maxmap.shapes import eval_shape_of_init
 from tests.reference import fill
 
 # Has XLA optimise little: for programs that compile far longer than they run.
@@ -55,45 +59,12 @@ def pyramid(size: int, strides: Sequence[int], channels: Sequence[int]) -> list[
     return [(1, size // stride, size // stride, c) for stride, c in zip(strides, channels, strict=True)]
 
 
-# By a module without its name and the shapes of its arguments: shapes of its results and of its variables.
-_TRACED: dict[Any, tuple[Any, Any]] = {}
-
-
-def traced_once(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """A Flax interceptor for shapes alone: modules that are equal, on arguments of equal shapes, are traced once."""
-
-    def shape(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
-
-    module = context.module
-    if context.method_name != "__call__":
-        return call(*args, **kwargs)
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    width = jnp.result_type(float)  # of the variables, in float64 mode or not
-    key = (module.clone(parent=None, name=None), width, structure, *map(shape, leaves))
-    try:
-        hash(key)
-    except TypeError:  # a field holds a module that is bound to where it was made
-        return call(*args, **kwargs)
-    if key not in _TRACED:
-        results = call(*args, **kwargs)
-        _TRACED[key] = jax.tree.map(shape, (results, dict(module.variables)))
-        return results
-    results, variables = _TRACED[key]
-    for collection, values in variables.items():
-        for name, value in values.items():
-            zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), value)
-            module.put_variable(collection, name, zeros)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), results)
-
-
 def traced(model: nn.Module) -> tuple[dict[tuple[str, ...], int], list[tuple[int, ...]]]:
     """Sizes of a model's variables, by path, and shapes of its features at its own image size; computes nothing."""
     images = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), 3), jnp.float32)
-    with nn.intercept_methods(traced_once):
-        (features, _), variables = jax.eval_shape(
-            lambda images: model.init_with_output(jax.random.key(0), images, method=run), images
-        )
+    (features, _), variables = eval_shape_of_init(
+        lambda images: model.init_with_output(jax.random.key(0), images, method=run), images
+    )
     sizes = {path: leaf.size for path, leaf in traverse_util.flatten_dict(variables).items()}
     return sizes, [feature.shape for feature in features]
 
@@ -248,11 +219,50 @@ def assert_equals_timm(
     assert_same_names(variables, model, weights, *([dialect] if dialect else []))
 
 
+def initial_values(module: nn.Module, *args: Any) -> Any:
+    """The variables of `module.init` for these arguments, with NumPy's random numbers.
+
+    XLA takes ten seconds to compile the draws of a network, so every initialiser is called by itself, uncompiled.
+    """
+    makers: dict[tuple[str, ...], Callable[[], Any]] = {}
+    rng, param, variable = np.random.default_rng(0), Scope.param, Scope.variable
+
+    def recorded_param(scope: Scope, name: str, init: Any, *rest: Any, **options: Any) -> Any:
+        keywords = {key: value for key, value in options.items() if key != "unbox"}
+        makers["params", *scope.path, name] = lambda: init(None, *rest, **keywords)
+        return param(scope, name, init, *rest, **options)
+
+    def recorded_variable(scope: Scope, collection: str, name: str, init: Any, *rest: Any, **options: Any) -> Any:
+        makers[collection, *scope.path, name] = lambda: init(*rest)
+        return variable(scope, collection, name, init, *rest, **options)
+
+    def normal(key: Any, shape: Any = (), dtype: Any = float, **_: Any) -> np.ndarray:
+        return rng.standard_normal(shape).astype(dtype)
+
+    def uniform(
+        key: Any, shape: Any = (), dtype: Any = float, minval: Any = 0, maxval: Any = 1, **_: Any
+    ) -> np.ndarray:
+        return rng.uniform(minval, maxval, shape).astype(dtype)
+
+    def truncated_normal(key: Any, lower: Any, upper: Any, shape: Any = (), dtype: Any = float, **_: Any) -> np.ndarray:
+        return scipy.special.ndtri(rng.uniform(*scipy.special.ndtr([lower, upper]), shape)).astype(dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scope, "param", recorded_param)
+        patch.setattr(Scope, "variable", recorded_variable)
+        jax.eval_shape(module.init, jax.random.key(0), *args)
+    with pytest.MonkeyPatch.context() as patch:
+        own = jax.nn.initializers.normal.__globals__["random"]  # where JAX's initialisers look
+        for draw, library in itertools.product((normal, uniform, truncated_normal), (own, jax.random)):
+            patch.setattr(library, draw.__name__, draw)
+        return jax.tree.map(np.asarray, traverse_util.unflatten_dict({path: make() for path, make in makers.items()}))
+
+
 def assert_initialised_like(model: nn.Module, size: Sequence[int], reference: Callable[[], Any]) -> None:
     """Compares a model's initial values with those of a torch model, see `assert_same_moments`."""
     import torch
 
-    ours = to_torch(quick(model.init, jax.random.key(0), jnp.zeros((1, *size, 3))), model)
+    ours = to_torch(initial_values(model, jnp.zeros((1, *size, 3))), model)
     torch.manual_seed(0)
     assert_same_moments(ours, reference().state_dict())
 
@@ -264,10 +274,9 @@ def numbers(seed: int, *shape: int) -> np.ndarray:
 
 def filled(model: nn.Module, size: Sequence[int]) -> dict[str, Any]:
     """Random variables of a model by the rule of the golden files, in float64."""
-    with nn.intercept_methods(traced_once):
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
-        named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
-        return from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
+    shapes = eval_shape_of_init(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+    named = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model)
+    return from_torch({key: fill(key, value.shape).astype(np.float64) for key, value in named.items()}, model)
 
 
 def randomised(reference: Any) -> tuple[Any, dict[str, Any]]:

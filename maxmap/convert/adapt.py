@@ -26,6 +26,7 @@ from maxmap.convert.wrappers import KeyMatch
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
 from maxmap.models import Classifier
+from maxmap.shapes import eval_shape_of_init
 
 _PROBE_CLASSES = 10_007  # a size that no model has anywhere else, so it marks the leaves of the classifier
 _SHOWN = 4  # names that the summary shows of each group
@@ -235,7 +236,7 @@ def _initialise(model: Classifier, paths: Sequence[LeafPath], seed: int) -> dict
         return {}
     height, width = pair(model.backbone.image_size)
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    features, _ = jax.eval_shape(model.backbone.init_with_output, jax.random.key(0), images)
+    features, _ = eval_shape_of_init(model.backbone.init_with_output, jax.random.key(0), images)
 
     def initialise(key: jax.Array) -> dict[LeafPath, jax.Array]:
         variables = model.head.init(key, [jnp.zeros(leaf.shape) for leaf in features])

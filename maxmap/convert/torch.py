@@ -22,6 +22,7 @@ from maxmap.errors import UserError, shortened
 from maxmap.heads.linear import LinearHead
 from maxmap.layers.primitives import pair
 from maxmap.models import Classifier
+from maxmap.shapes import eval_shape_of_init
 
 LeafPath = tuple[str, ...]  # from the collection to the leaf, for example ('params', 'backbone', 'stem', 'bias')
 LeafShapes = dict[LeafPath, jax.ShapeDtypeStruct]
@@ -63,7 +64,7 @@ def abstract_variables(model: Classifier, channels: int = 3) -> dict[str, Any]:
 def _traced(model: Classifier, channels: int, dtype: Any) -> dict[str, Any]:
     del dtype  # of the variables, which float64 mode makes wider: a part of the cache's key
     images = jax.ShapeDtypeStruct((1, *pair(model.backbone.image_size), channels), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
+    return eval_shape_of_init(model.init, jax.random.key(0), images)
 
 
 def leaf_shapes(model: Classifier) -> LeafShapes:

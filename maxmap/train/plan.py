@@ -22,6 +22,7 @@ from maxmap.models import Classifier
 from maxmap.operations import compiled_for
 from maxmap.ranges import Fraction, Range
 from maxmap.recipe import Recipe
+from maxmap.shapes import eval_shape_of_init
 from maxmap.sharding import DATA, FSDP, check_batch, state_sharding
 from maxmap.train.build import Images, make_loss, make_optimizer
 from maxmap.train.state import create
@@ -62,7 +63,7 @@ def plan(recipe: Recipe, devices: Devices, hardware: str, utilisation: Fraction)
     optimizer = make_optimizer(recipe, model, 1e-3)
     one = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     averaged = recipe.ema_decay is not None
-    state = jax.eval_shape(lambda: create(model, optimizer, jax.random.key(0), one, ema=averaged))
+    state = eval_shape_of_init(lambda: create(model, optimizer, jax.random.key(0), one, ema=averaged))
     params = jax.eval_shape(lambda params: cast(params, dtype), state.params)
 
     with compiled_for(machine.platform):

@@ -16,9 +16,10 @@ from maxmap.layers import blocks
 from maxmap.layers.blocks import tapped_blocks
 from maxmap.losses import total_loss
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests import zoo
 from tests.reference import fill_state_dict, import_timm, read_golden, read_manifest
-from tests.zoo import named, numbers, quick
+from tests.zoo import initial_values, named, numbers, quick
 
 # Parameters with 1000 classes, channels of the stem's and the stages' maps.
 ROWS = {
@@ -65,6 +66,7 @@ def summaries(key, value):
     return np.linalg.norm(value), value.sum(), (value * probe).sum(), np.linalg.norm(probe)
 
 
+@pytest.mark.long
 def test_training_step_of_map(goldens, x64):
     """Loss, gradient of every parameter and running statistics of the released network, under FAIR's names."""
     manifest = read_manifest(goldens, "map_convnext_tiny")
@@ -136,7 +138,7 @@ def test_initialisation_of_map(plain_convolutions):
     """Convolutions and linear maps 0.02 wide, their biases zero, in the head as in the backbone."""
     head = {"channels": 48, "gram_channels": 32, "gram_groups": 8, "branches": 2, "heads": 3}
     model = create_model("map_convnext_tiny", head=head, **SMALL)
-    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    variables = initial_values(model, jnp.zeros((1, *SIZE, 3)))
     for key, value in to_torch({"params": variables["params"]}, model).items():
         if value.ndim > 1:
             assert value.std() == pytest.approx(0.02, rel=5 / value.size**0.5), key
@@ -161,7 +163,7 @@ def test_any_size_above_the_least(plain_convolutions):
     model = create_model("convnext_tiny", **SMALL)
     shapes = [
         f.shape[1:3]
-        for f in jax.eval_shape(model.backbone.init_with_output, jax.random.key(0), jnp.zeros((1, 75, 101, 3)))[0]
+        for f in eval_shape_of_init(model.backbone.init_with_output, jax.random.key(0), jnp.zeros((1, 75, 101, 3)))[0]
     ]
     assert shapes == [(18, 25), (18, 25), (9, 12), (4, 6), (2, 3)]
 

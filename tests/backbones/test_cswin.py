@@ -15,7 +15,7 @@ from maxmap.layers.blocks import CSWinBlock
 from maxmap.models import create_model
 from tests import zoo
 from tests.reference import read_golden
-from tests.zoo import error, named, numbers, quick, run
+from tests.zoo import error, initial_values, named, numbers, quick, run
 
 # Parameters with 1000 classes, image sizes, channels of the first stage.
 MODELS = {
@@ -139,7 +139,7 @@ def test_gradients_reach_every_parameter(deep_stem, x64, plain_convolutions):
 def test_initialisation(plain_convolutions):
     """Linear maps 0.02 wide with zero biases, convolutions by torch's default."""
     model = create_model("CSWin_64_12211_tiny_224", **SMALL | {"depths": (1, 1, 1, 1)})
-    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    variables = initial_values(model, jnp.zeros((1, *SIZE, 3)))
     leaves = to_torch(variables, model)
     for key, value in leaves.items():
         weight = leaves[re.sub(r"bias$", "weight", key)]

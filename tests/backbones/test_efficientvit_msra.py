@@ -7,6 +7,7 @@ import pytest
 from maxmap.errors import UserError
 from maxmap.layers import blocks
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests import zoo
 from tests.reference import import_timm
 from tests.zoo import named, numbers
@@ -77,7 +78,7 @@ def test_initialisation_follows_timm(plain_convolutions):
 def test_other_sizes_are_padded():
     """The windows, and so the tables, stay those of the model's own size."""
     model = small()
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    variables = eval_shape_of_init(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
     for height, width, maps in ((32, 400, (2, 25)), (100, 100, (7, 7))):
         shape = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
         features = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, shape)

@@ -16,9 +16,10 @@ from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.layers.primitives import drop_path_rates
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests import zoo
 from tests.reference import fill, fill_state_dict
-from tests.zoo import assert_drops_in_training_only, idle_parameters, named, quick, traced
+from tests.zoo import assert_drops_in_training_only, idle_parameters, initial_values, named, quick, traced
 
 # Parameters with 1000 classes, image size, channels of the patch embedding.
 ROWS = {
@@ -199,7 +200,7 @@ def test_level_with_carriers_and_propagation(x64):
         [0.0, 0.0], windows=2, carriers=2, propagate=True, downsample=True, heads=2, mlp_ratio=4.0, layer_scale=1e-5
     )
     x = np.random.default_rng(0).standard_normal((2, 6, 6, 4))
-    shapes = jax.eval_shape(functools.partial(level.init, train=False), jax.random.key(0), x)
+    shapes = eval_shape_of_init(functools.partial(level.init, train=False), jax.random.key(0), x)
     variables = randomised(shapes)
     ours = quick(functools.partial(level.apply, train=False), variables, x)
     slow = SlowLevel(variables["params"], windows=2, carriers=2, heads=2)
@@ -247,7 +248,7 @@ def test_initialisation(plain_convolutions):
     model = create_model(
         "faster_vit_3_224", **TINY | {"embed_dim": 16, "depths": (1, 1, 1, 1)}, head=head | {"init_scheme": scheme}
     )
-    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    variables = initial_values(model, jnp.zeros((1, 64, 64, 3)))
     params = traverse_util.flatten_dict(variables["params"])
     for path, leaf in params.items():
         name, kind = "/".join(path), path[-1]
@@ -274,9 +275,9 @@ def test_parameters_do_not_depend_on_the_image_size(name, plain_convolutions):
 def test_position_tables():
     """One vector per pixel and one value per pair, the same for equal offsets, zero for carriers."""
     code = PositionCode(3, side=4)
-    assert jax.eval_shape(code.init_with_output, jax.random.key(0))[0].shape == (16, 3)
+    assert eval_shape_of_init(code.init_with_output, jax.random.key(0))[0].shape == (16, 3)
     bias = PositionBias(2, side=3, carriers=4)
-    variables = randomised(jax.eval_shape(bias.init, jax.random.key(0)))
+    variables = randomised(eval_shape_of_init(bias.init, jax.random.key(0)))
     table = jax.jit(bias.apply)(variables)
     assert table.shape == (2, 13, 13)
     assert not np.any(table[:, :4]) and not np.any(table[:, :, :4])

@@ -14,6 +14,7 @@ from maxmap.convert.torch import to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
 from maxmap.optim import decay_mask
+from maxmap.shapes import eval_shape_of_init
 from tests import zoo
 from tests.zoo import named, nchw, nhwc, numbers
 
@@ -105,7 +106,7 @@ def test_equals_the_equations(stride, x64, plain_convolutions):
 
 
 def test_scale_factors_do_not_decay():
-    params = jax.eval_shape(small().init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))["params"]
+    params = eval_shape_of_init(small().init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))["params"]
     decays = traverse_util.flatten_dict(decay_mask(params), sep="/")
     factors = {path for path in decays if path.endswith("cross_scale")}
     assert len(factors) == 2 and not any(decays[path] for path in factors)
@@ -117,7 +118,7 @@ def test_scale_factors_do_not_decay():
 
 def test_other_sizes_take_the_same_weights():
     model = small()
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    variables = eval_shape_of_init(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
     shape = jax.ShapeDtypeStruct((1, 8, 100, 3), jnp.float32)
     features = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, shape)
     assert [feature.shape for feature in features] == [(1, 2, 25, 8), (1, 2, 25, 8), (1, 1, 12, 16)]

@@ -10,14 +10,15 @@ import pytest
 from maxmap.convert.torch import to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests.reference import import_timm, read_golden
 from tests.zoo import (
-    QUICK,
     assert_equals_golden,
     assert_equals_timm,
     assert_same_names,
     assert_size,
     idle_parameters,
+    initial_values,
     named,
     numbers,
     pyramid,
@@ -71,7 +72,7 @@ def test_names_with_a_digit_of_their_own(plain_convolutions):
     """Tokens of another width have two first norms; their numbers are no list indices."""
     head = {"channels": 64, "token_channels": 32, "gram_channels": 16, "gram_groups": 4, "heads": 2}
     model = create_model("map_mobilenet_v1", embed_dim=(8,) * 5, head=head, num_classes=3)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    shapes = eval_shape_of_init(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     keys = set(to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), model))
     attention = "fc.mmcap.mmcap.0.attention.0"
     assert {f"{attention}.norm1_1.weight", f"{attention}.norm1_2.bias", f"{attention}.attn.k2.weight"} <= keys
@@ -81,7 +82,7 @@ def test_names_with_a_digit_of_their_own(plain_convolutions):
 def test_initialisation_is_torchs_default(plain_convolutions):
     """U(+-1/sqrt(fan_in)) everywhere, also in the head."""
     model = create_model("map_mobilenet_v1")
-    variables = jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables = initial_values(model, jnp.zeros((1, 32, 32, 3)))
     leaves = to_torch({"params": variables["params"]}, model)
     for key, value in leaves.items():
         weight = leaves[re.sub(r"bias$", "weight", key)]

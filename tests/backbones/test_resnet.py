@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from maxmap.errors import UserError
 from maxmap.models import create_model
 from tests import zoo
 from tests.reference import import_timm, read_golden
-from tests.zoo import error, named, numbers, quick
+from tests.zoo import error, initial_values, named, numbers, quick
 
 # Parameters with 1000 classes, channels of the stem's and the stages' maps.
 ROWS = {
@@ -86,7 +85,7 @@ def test_initialisation_follows_timm(plain_convolutions):
 def test_initialisation_of_map(plain_convolutions):
     """Convolutions by He's rule over fan_out, linear maps 0.02 wide, the last norm of every block zero."""
     model = create_model("map_resnet50", **SMALL)
-    variables = quick(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    variables = initial_values(model, jnp.zeros((1, *SIZE, 3)))
     leaves = to_torch({"params": variables["params"]}, model)
     for key, value in leaves.items():
         weight = leaves[re.sub(r"bias$", "weight", key)]
@@ -104,6 +103,7 @@ def test_initialisation_of_map(plain_convolutions):
             assert value.mean() == pytest.approx(0, abs=5 * std / value.size**0.5), key
 
 
+@pytest.mark.long
 def test_gradients_of_map(x64, plain_convolutions):
     """They reach every parameter but the biases that a softmax cancels."""
     cancelled = {f"head.mmcap.mmcap.{g}.attention.0.attn.{name}.bias" for g in range(2) for name in ("k", "w1")}

@@ -9,6 +9,7 @@ from maxmap.convert.torch import from_torch
 from maxmap.errors import UserError
 from maxmap.layers.blocks import ViTBlock
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests.reference import import_timm
 from tests.zoo import (
     assert_drops_in_training_only,
@@ -110,7 +111,7 @@ def test_rates_reach_the_blocks(field):
 def test_map_head_reads_the_patch_tokens_and_the_class_token():
     model = create_model("vit_small_patch16_224", head={"name": "map", "level": 3})
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    outputs, variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), x)
+    outputs, variables = eval_shape_of_init(lambda x: model.init_with_output(jax.random.key(0), x), x)
     assert outputs["logits"].shape == (4, 1, 1000)
     fusion = variables["params"]["head"]["mmcap"]["multi_scale"]["concat_conv_0"]["kernel"]
     assert fusion.shape == (1, 1, 6 * 384, 384)

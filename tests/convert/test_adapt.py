@@ -10,6 +10,7 @@ from maxmap.convert.resize import resize_table
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests.convert.test_torch import HEAD, random_variables
 from tests.reference import import_timm
 
@@ -225,7 +226,7 @@ def test_another_head_only_where_that_is_wanted():
     assert all(name.startswith(("head.", "norm.")) for name in report.dropped) and report.dropped
     assert set(report.initialised) == {name for name in after if name.startswith("head.")}
     # The head is as its own initialisers draw it: constant leaves are equal, the others as large.
-    features, _ = jax.eval_shape(mapped.backbone.init_with_output, jax.random.key(0), np.zeros((1, 64, 64, 3)))
+    features, _ = eval_shape_of_init(mapped.backbone.init_with_output, jax.random.key(0), np.zeros((1, 64, 64, 3)))
     drawn = jax.jit(mapped.head.init)(jax.random.key(1), [np.zeros(feature.shape, np.float32) for feature in features])
     drawn = to_torch({kind: {"head": jax.tree.map(np.asarray, leaves)} for kind, leaves in drawn.items()}, mapped)
     for name in report.initialised:

@@ -4,27 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax import traverse_util
 
 from maxmap.convert.torch import abstract_variables, from_torch, to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
 from tests.reference import fill, import_timm, read_manifest
-from tests.zoo import traced_once
 
 pytestmark = pytest.mark.usefixtures("plain_convolutions")
 
 
-def shapes_of(model, channels=3):
-    """Of a model's variables; equal modules are traced once, and the room under test keeps the result."""
-    with nn.intercept_methods(traced_once):
-        return abstract_variables(model, channels)
-
-
 def random_variables(model, channels=3):
     """Variables with every leaf random and different."""
-    flat = traverse_util.flatten_dict(shapes_of(model, channels))
+    flat = traverse_util.flatten_dict(abstract_variables(model, channels))
     return traverse_util.unflatten_dict(
         {path: fill("/".join(path), leaf.shape, prefix="flax:") for path, leaf in flat.items()}
     )
@@ -308,7 +300,7 @@ def test_every_dialect_there_and_back(dialect, name, fields, shapes):
 def test_an_export_has_every_key_of_the_authors(dialect, name, goldens):
     """Counters, second names and tables too: key by key, shape by shape and type by type, so a strict load succeeds."""
     model = create_model(name)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes_of(model))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_variables(model))
     exported = to_torch(zeros, model, dialect)
     wanted = {key: (tuple(shape), kind) for key, shape, kind, *_ in read_manifest(goldens, name)["state_dict"]}
     assert {key: (value.shape, str(value.dtype)) for key, value in exported.items()} == wanted

@@ -26,6 +26,7 @@ def write(name, path, **fields):
     return variables, model
 
 
+@pytest.mark.long
 def test_both_run_and_agree(tmp_path, capsys):
     import_timm()
     source, dest = tmp_path / "in.safetensors", tmp_path / "dest"

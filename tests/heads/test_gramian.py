@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from maxmap.convert.torch import from_torch, to_torch
 from maxmap.cost import cost
@@ -15,8 +14,10 @@ from maxmap.heads import gramian
 from maxmap.heads.gramian import GramianHead, concatenate_features
 from maxmap.layers import blocks
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
+from tests.marks import cases
 from tests.reference import read_golden
-from tests.zoo import assert_same_names, error, idle_parameters, named, numbers, quick, rates_of, run, traced_once
+from tests.zoo import assert_same_names, error, idle_parameters, initial_values, named, numbers, quick, rates_of, run
 
 # Parameters with 1000 classes, taps inside of the third stage.
 ROWS = {
@@ -68,10 +69,9 @@ def test_parameters_and_outputs(name, plain_convolutions):
     params, taps = ROWS[name]
     model = create_model(name)
     x = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
-    with nn.intercept_methods(traced_once):
-        (features, outputs), variables = jax.eval_shape(
-            lambda x: model.init_with_output(jax.random.key(0), x, method=run), x
-        )
+    (features, outputs), variables = eval_shape_of_init(
+        lambda x: model.init_with_output(jax.random.key(0), x, method=run), x
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == params
     assert len(features) == model.backbone.num_features() == 5 + taps
     assert outputs["logits"].shape == (5, 2, 1000)
@@ -89,7 +89,7 @@ def test_without_aggregation_the_last_map_is_read(x64):
     """The maps before it change nothing, and it has to have the head's channels."""
     head = GramianHead(num_classes=3, branches=2, aggregation="none", **dict(channels=64, gram_channels=16, heads=4))
     first, last = numbers(0, 2, 6, 4, 8), numbers(1, 2, 3, 5, 64)
-    shapes = jax.eval_shape(head.init, jax.random.key(0), [first, last])
+    shapes = eval_shape_of_init(head.init, jax.random.key(0), [first, last])
     variables = jax.tree.map(lambda leaf: np.abs(numbers(leaf.size, *leaf.shape)), shapes)
     logits, again = quick(
         lambda *maps: [head.apply(variables, [x, last])["logits"] for x in maps], first, first[:, ::2] + 1
@@ -102,7 +102,7 @@ def test_without_aggregation_the_last_map_is_read(x64):
         jax.eval_shape(head.init, jax.random.key(0), [last, first])
 
 
-@pytest.mark.parametrize("name", ["ga_convnext_tiny_688", "ga_cswin_tiny_p42"])
+@pytest.mark.parametrize("name", cases(SMALL, long=["ga_cswin_tiny_p42"]))
 def test_golden(name, goldens, x64, plain_convolutions):
     """Branch by branch; the features are the stem's, the stages' and the aggregated map."""
     weights, images, wanted = read_golden(goldens, name)
@@ -148,7 +148,7 @@ def test_features_are_concatenated_at_one_size(x64):
     assert error(x, np.concatenate([halved, tap, middle, enlarged], axis=-1)) < 1e-12
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", cases(SMALL, long=["ga_cswin_tiny_p42"]))
 def test_gradients(name, x64, plain_convolutions):
     """They reach every parameter but the biases that a batch norm takes out again."""
     cancelled = {f"gram_{part}.{k}.0.bias" for part in ("contraction", "embedding") for k in range(2)}
@@ -163,7 +163,7 @@ def test_initialisation(name, plain_convolutions):
     """GA-ConvNeXt: everything 0.02 wide. GA-CSWin: convolutions by torch's default."""
     model = small(name, branches=1)
     features = [jnp.zeros((1, 4, 6, 24))] * 3
-    variables = quick(model.head.init, jax.random.key(0), features)
+    variables = initial_values(model.head, features)
     leaves = to_torch({"params": {"head": variables["params"]}}, model)
     for key, value in leaves.items():
         weight = leaves[re.sub(r"bias$", "weight", key)]
@@ -200,7 +200,7 @@ def test_any_backbone_at_its_own_size(name, plain_convolutions):
     model = create_model(name, head={"name": "gramian", "branches": 1}, num_classes=CLASSES)
     size = model.backbone.image_size
     x = jnp.zeros((2, size, size, 3))
-    outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+    outputs, _ = eval_shape_of_init(model.init_with_output, jax.random.key(0), x)
     assert outputs["logits"].shape == (1, 2, CLASSES)
 
 
@@ -209,13 +209,13 @@ def test_cswin_blocks_on_odd_maps(x64):
     head = GramianHead(CLASSES, aggregation="cswin", block="cswin", **NARROW | {"gram_channels": 64})
     for size, branches in (((4, 6), 2), ((4, 7), 2), ((7, 7), 1)):
         features = [jnp.zeros((1, *size, 8))] * 3
-        params = jax.eval_shape(head.init, jax.random.key(0), features)["params"]
+        params = eval_shape_of_init(head.init, jax.random.key(0), features)["params"]
         assert len([key for key in params["stage5_2"] if key.startswith("attns")]) == branches
 
 
 def test_without_classes(plain_convolutions):
     model = create_model("ga_convnext_tiny_688", num_classes=0, depths=(1, 1, 3, 1))
-    outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((2, 224, 224, 3)))
+    outputs, variables = eval_shape_of_init(model.init_with_output, jax.random.key(0), jnp.zeros((2, 224, 224, 3)))
     assert outputs["logits"].shape == (5, 2, 688)
     assert outputs["embedding"].shape == (2, 3440)
     assert not any(name.startswith("fc") for name in variables["params"]["head"])

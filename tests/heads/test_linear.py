@@ -7,6 +7,7 @@ import pytest
 
 from maxmap.heads.linear import LinearHead
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests.zoo import numbers, quick
 
 FEATURES = [numbers(0, 4, 6, 4, 3), numbers(1, 4, 3, 2, 8)]
@@ -14,7 +15,7 @@ FEATURES = [numbers(0, 4, 6, 4, 3), numbers(1, 4, 3, 2, 8)]
 
 def randomised(head):
     """Variables with every leaf random, variances positive."""
-    variables = jax.eval_shape(head.init, jax.random.key(0), [jnp.asarray(feature) for feature in FEATURES])
+    variables = eval_shape_of_init(head.init, jax.random.key(0), [jnp.asarray(feature) for feature in FEATURES])
     leaves, tree = jax.tree.flatten(variables)
     return jax.tree.unflatten(tree, [0.5 + np.abs(numbers(10 + i, *leaf.shape)) for i, leaf in enumerate(leaves)])
 

@@ -14,6 +14,7 @@ from flax.errors import InvalidRngError
 from maxmap.convert.torch import from_torch
 from maxmap.heads.map import MAPHead, resize_to
 from maxmap.models import create_model
+from maxmap.shapes import eval_shape_of_init
 from tests.reference import fill_state_dict
 from tests.zoo import QUICK, numbers, quick
 
@@ -60,7 +61,7 @@ def small(**fields):
 
 def randomised(head, features=FEATURES):
     """Variables with every leaf random; scales near one, variances positive."""
-    shapes = jax.eval_shape(head.init, jax.random.key(0), features)
+    shapes = eval_shape_of_init(head.init, jax.random.key(0), features)
     flat = {}
     for i, (path, leaf) in enumerate(sorted(traverse_util.flatten_dict(shapes).items())):
         z = numbers(100 + i, *leaf.shape)
@@ -343,7 +344,7 @@ def test_without_classes_it_returns_the_tokens(x64):
     variables = randomised(small())
     with_classes = apply(small(), variables, FEATURES)
     without = small(num_classes=0)
-    assert set(jax.eval_shape(without.init, jax.random.key(0), FEATURES)["params"]) == {"mmcap"}
+    assert set(eval_shape_of_init(without.init, jax.random.key(0), FEATURES)["params"]) == {"mmcap"}
     outputs = apply(without, {**variables, "params": {"mmcap": variables["params"]["mmcap"]}}, FEATURES)
     assert_close(outputs["embedding"], with_classes["embedding"])
     tokens = outputs["logits"]  # [G, B, T * D]

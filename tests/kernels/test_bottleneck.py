@@ -10,6 +10,7 @@ from maxmap import operations
 from maxmap.backbones.resnet import Bottleneck
 from maxmap.kernels import bottleneck
 from maxmap.operations import compiled_for
+from tests.marks import cases
 from tests.zoo import assert_close, numbers, quick
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -143,7 +144,7 @@ def close(ours, wanted):
     np.testing.assert_allclose(ours, wanted, rtol=1e-9, atol=1e-9 * max(1, np.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", cases(BLOCKS, long=("plain", "squeeze")))  # the others have both
 def test_blocks_are_the_same_with_kernels(name, x64, chosen, monkeypatch):
     run, args = block_and_gradients(name, 16)
     assert str(jax.make_jaxpr(run)(*args)).count("pallas_call") == 6

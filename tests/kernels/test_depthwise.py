@@ -15,6 +15,7 @@ from maxmap.kernels import depthwise, xla
 from maxmap.kernels.mosaic import LANES
 from maxmap.layers.folded import fold_batch_norms, neighbours
 from maxmap.operations import compiled_for, convolve
+from tests.marks import cases
 from tests.zoo import QUICK, assert_close, numbers, quick
 
 # Height, width, batch, input and output channels, kernel size, stride, zeros before and after each axis.
@@ -69,7 +70,10 @@ def kernels(window, pointwise, *, beside=True):
     return lambda x, _, kernel: depthwise.depthwise(x, kernel, window, beside)
 
 
-@pytest.mark.parametrize("name", [*EXPANDED, *ALONE])
+LONG = ("3x3", "stride 2", "5x5, stride 2")  # each has a neighbour that needs more
+
+
+@pytest.mark.parametrize("name", cases([*EXPANDED, *ALONE], long=LONG))
 def test_the_kernels_equal_xlas(name, x64):
     """Results and all gradients, where the sums or what is beside the map have gradients too."""
     expand = name in EXPANDED
@@ -145,7 +149,7 @@ def block_and_gradients(options, batch):
     return run, (variables, x, direction)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", cases(BLOCKS, long=("stride", "early")))
 def test_blocks_are_the_same_in_one_operation(name, x64, chosen, monkeypatch):
     run, args = block_and_gradients(BLOCKS[name], 16)
     ours = jax.jit(lambda *args: run(*args), compiler_options=QUICK).trace(*args)

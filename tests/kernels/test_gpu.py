@@ -10,7 +10,9 @@ from maxmap.backbones.maxxvit.attention import PartitionAttention, TransformerFi
 from maxmap.kernels import gpu_attention, gpu_mlp
 from maxmap.layers.blocks import ConvNeXtBlock
 from maxmap.operations import compiled_for
+from maxmap.shapes import eval_shape_of_init
 from maxmap.sharding import make_mesh, split_batch, traced_on
+from tests.marks import cases
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -34,7 +36,7 @@ def numbers(shapes, dtype="float64", seed=0):
 
 def setting(block, shape, dtype="float64"):
     x = jax.ShapeDtypeStruct(shape, dtype)
-    params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x), x)
+    params = eval_shape_of_init(lambda x: block.init(jax.random.key(0), x), x)
     return numbers(params, dtype), *numbers([x, x], dtype, 1)
 
 
@@ -77,7 +79,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", cases(BLOCKS, long=("windows of 7", "grid of 7", "grid not square")))
 def test_kernels_equal_one_module_after_another(name, x64, choose):
     block, shape = BLOCKS[name]
     inputs = setting(block, shape)

@@ -11,6 +11,7 @@ from maxmap.kernels import gpu_norm
 from maxmap.layers.blocks import SqueezeExcite
 from maxmap.layers.primitives import ACTIVATIONS, BatchNorm, batch_norm_groups
 from maxmap.operations import compiled_for
+from maxmap.shapes import eval_shape_of_init
 from maxmap.sharding import make_mesh, split_batch, traced_on
 
 
@@ -64,7 +65,7 @@ def both_directions(net, variables, x, direction, train=True):
 
 def setting(net, shape, dtype="float64"):
     x = jax.ShapeDtypeStruct(shape, dtype)
-    variables = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=True), x)
+    variables = eval_shape_of_init(lambda x: net.init(jax.random.key(0), x, train=True), x)
     variables = numbers(variables, dtype)
     variables["batch_stats"] = jax.tree.map(jnp.abs, variables["batch_stats"])
     x, direction = numbers([x, x], dtype)

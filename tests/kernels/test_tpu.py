@@ -15,6 +15,7 @@ from maxmap.kernels import tpu_attention, tpu_mlp
 from maxmap.kernels.target import erf, short_erf
 from maxmap.layers.blocks import ConvNeXtBlock, CSWinBlock
 from maxmap.sharding import make_mesh, split_batch, traced_on
+from tests.marks import cases
 from tests.zoo import QUICK
 
 
@@ -94,7 +95,7 @@ MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", cases(MODULES, long=("narrow", "large", "wide", "whole map")))
 def test_kernels_equal_the_plain_modules(name: str, fused: None, x64: None) -> None:
     module, shape = MODULES[name]
     wanted, ours, kernels = both(module, shape, "float64")

@@ -18,6 +18,8 @@ from maxmap.onnx import export, proto
 from maxmap.onnx import lower as lowering
 from maxmap.onnx.lower import lower
 from maxmap.onnx.session import SAID, Network
+from maxmap.shapes import eval_shape_of_init
+from tests.marks import cases
 from tests.test_commands import mistake
 from tests.test_grid import BACKBONES, heads_on, small
 from tests.tiny import CLASSES, preprocessing, write_folder
@@ -38,7 +40,7 @@ def written(path, function, variables, size):
 
 def made(module, x):
     """What a module returns, as shapes, and random variables that do not amplify roundings as trained ones do not."""
-    outputs, shapes = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    outputs, shapes = eval_shape_of_init(module.init_with_output, jax.random.key(0), x)
     rng = np.random.default_rng(0)
 
     def leaf(shape):
@@ -49,7 +51,10 @@ def made(module, x):
     return outputs, jax.tree.map(lambda each: leaf(each.shape), dict(shapes))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+OFTEN = {"convnext", "cswin", "fastervit", "maxxvit", "metaformer", "resnet", "vit"}  # `make long` has the others
+
+
+@pytest.mark.parametrize("family", cases(FAMILIES, long=set(FAMILIES) - OFTEN))
 def test_every_family_and_head(family, tmp_path, plain_convolutions):
     """One graph has a backbone and its heads; onnxruntime returns our logits for several batches."""
     models = {kind: small(family, kind) for kind in heads_on(family)}

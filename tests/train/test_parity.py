@@ -80,6 +80,7 @@ def test_five_steps_of_a_maxvit_are_timms(x64):
                 np.testing.assert_allclose(value, wanted[key].numpy().reshape(value.shape), atol=2e-6, err_msg=key)
 
 
+@pytest.mark.long
 def test_a_step_of_ga_is_the_references(goldens, x64, plain_convolutions):
     """Loss, the gradient of every parameter and the running statistics of the released GA-ConvNeXt-T at 224 pixels."""
     weights = fill_state_dict(read_manifest(goldens, "ga_convnext_tiny_688")["state_dict"])

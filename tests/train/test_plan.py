@@ -9,6 +9,7 @@ from maxmap.config import bind
 from maxmap.errors import UserError
 from maxmap.models import create_model
 from maxmap.optim import make_optimizer
+from maxmap.shapes import eval_shape_of_init
 from maxmap.sharding import make_mesh
 from maxmap.train.plan import plan
 from maxmap.train.state import abstract, create
@@ -33,7 +34,7 @@ def test_the_state_is_counted_to_the_byte():
     optimizer = make_optimizer(1e-3, **values["optim"])
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     model = create_model("maxvit_mini_32", num_classes=10)
-    like = jax.eval_shape(lambda: create(model, optimizer, jax.random.key(0), images, ema=True))
+    like = eval_shape_of_init(lambda: create(model, optimizer, jax.random.key(0), images, ema=True))
     state = jax.jit(
         lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract(like, make_mesh(data=4, fsdp=2))),

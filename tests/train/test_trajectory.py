@@ -132,6 +132,7 @@ def test_decayed_parameters(problem, goldens):
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", OPTIMIZERS)
 def test_trajectory(variant, problem, goldens, x64):
     model, variables, gradients = problem
