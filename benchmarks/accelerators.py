@@ -6,7 +6,7 @@ beside those of `benchmarks/accelerators.csv`, which an earlier commit stored. W
 
     make accelerators                                 every program that changed; all of them: over an hour on two cores
     make accelerators ARGS=--quick                    parts of networks: some minutes
-    make accelerators ARGS="--again step"             compiles what did not change, too
+    make accelerators ARGS="--again step"             also compiles what did not change
     make accelerators ARGS="half mbconv"              the rows whose names hold one of these words
     make accelerators GPU=1 ARGS=h100                 rows for the H100; installs CUDA's compiler, 5.5 GB
     make accelerators ARGS="--quick --store"          writes what it found into the file
@@ -242,7 +242,7 @@ def found_in(name: str, again: bool = False) -> dict[str, Any]:
     try:
         lowered = row.lower()
         digest = program.digest(lowered)
-        if before and before.get("digest") == digest and not again:
+        if before and before.get("digest") == digest and not before["note"] and not again:
             numbers = {key: json.loads(value or "null") for key, value in before.items() if key in NUMBERS}
             return {**before, **numbers, "unchanged": True}
         found, _ = program.compile_lowered(lowered)
@@ -279,10 +279,12 @@ def store(found: Iterable[Mapping[str, Any]]) -> None:
     today = datetime.date.today().isoformat()
     new = {row["program"]: {**row, "commit": shown, "date": today} for row in found if _compiled(row)}
     rows = {**stored(), **new}
-    with STORED.open("w", encoding="utf-8", newline="") as file:
+    unfinished = STORED.with_suffix(".new")  # other rows may be reading the file
+    with unfinished.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[name] for name in ROWS if name in rows)
+    unfinished.replace(STORED)
 
 
 def _compiled(row: Mapping[str, Any]) -> bool:
@@ -327,11 +329,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="parts of networks alone")
     parser.add_argument("--store", action="store_true", help=f"write the figures into {STORED.name}")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time (default: 2); a step takes some GB each")
-    parser.add_argument("--again", action="store_true", help="compile programs that did not change, too")
+    parser.add_argument("--again", action="store_true", help="also compile programs that did not change")
     parser.add_argument("--one", help=argparse.SUPPRESS, choices=ROWS)  # in the process of one row
     arguments = parser.parse_args()
     if arguments.one:
-        # Kernels name the lines of their source, where the digest shall be that of what they compute.
+        # Kernels name the lines of their source, but the digest depends on what they compute alone.
         jax.config.update("jax_traceback_in_locations_limit", 0)
         print(json.dumps(found_in(arguments.one, arguments.again)))
         return 0

@@ -74,7 +74,7 @@ class FreedMemory:
 
     def __init__(self) -> None:
         self._keeping = False
-        self._no_room = False  # from the start: memory was kept and is no longer
+        self._no_room = False  # for a second step from the start: no memory is kept since then
         self._steps: int | None = None  # since the last trim, None before the first
         self._usual_size = 0  # bytes, the largest size of the process while its steps settle
         self._trimmed_size = 0  # bytes, the size right after the last trim: without the memory of a step
@@ -99,6 +99,7 @@ class FreedMemory:
         # The alternative is one pool for all threads (M_ARENA_MAX), but then the threads wait for each other.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
+        self._no_room, self._steps = False, None
         self._keeping = all([libc.mallopt(parameter, value) == 1 for parameter, value in settings])
         return self._keeping
 
@@ -111,7 +112,7 @@ class FreedMemory:
         - After the first step, because the compiler used most of it.
         - When the process is `GROWTH` times as large as its steps need.
         - When the machine has no room for what a step takes a second time. If that is so from the start, the process
-          stops keeping memory.
+          stops keeping memory, and returns what is free after every step.
         """
         if self._no_room:
             ctypes.CDLL(None).malloc_trim(0)  # of gaps between blocks that stay, which the allocator would keep

@@ -46,7 +46,7 @@ if hasattr(tarfile, "data_filter"):  # Python 3.11 has it from 3.11.4 on; newer 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(name): injects a fault; the run ends with a table of them")
-    config.addinivalue_line("markers", "long: `make long` runs it; shorter tests see most of what it would find")
+    config.addinivalue_line("markers", "long: `make long` runs it, `make test` does not")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

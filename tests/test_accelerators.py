@@ -122,6 +122,15 @@ def test_only_a_program_that_changed_is_compiled(tmp_path, monkeypatch):
     wrapped = [accelerators.program.Lowered("tpu-v5e", None, lowered, 0.0) for lowered in (*programs, programs[0])]
     digests = [accelerators.program.digest(each) for each in wrapped]
     assert digests[0] == digests[2] != digests[1]
+    others = [accelerators.program.digest(wrapped[0]._replace(hardware="tpu-v6e"))]
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "--another=flag")
+            others.append(accelerators.program.digest(wrapped[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerators.program.topology, "compiler", lambda hardware: "another compiler")
+        others.append(accelerators.program.digest(wrapped[0]))
+    assert len({*others, *digests}) == 6
     row = dict.fromkeys(accelerators.NUMBERS, 2) | {"program": "head", "target": "tpu-v5e", "compiler": "a compiler"}
     accelerators.store([row | {"mcycles": None, "digest": digests[0]}])
     monkeypatch.setitem(accelerators.ROWS, "head", accelerators.ROWS["head"]._replace(lower=lambda: wrapped[2]))

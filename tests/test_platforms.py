@@ -11,7 +11,6 @@ from jax.extend.core import Literal
 
 from maxmap.models import create_model
 from maxmap.operations import compiled_for, kernels
-from maxmap.shapes import eval_shape_of_init
 
 # A small network of each family whose operations have ways of their own on a CPU.
 NETWORKS = {
@@ -70,7 +69,7 @@ def traced(name: str, platform: str, choice: str) -> Any:
         return jnp.sum(outputs["logits"].astype(jnp.float32))
 
     with compiled_for(platform), kernels(choice):
-        variables = eval_shape_of_init(model.init, jax.random.key(0), images)
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), variables["params"])
         others = {key: value for key, value in variables.items() if key != "params"}
         return jax.make_jaxpr(jax.grad(loss))(params, others, images)

@@ -49,7 +49,7 @@ def faults(size):
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun
     deadline = time.monotonic() + 60
     while used() > before + 2 * size**2:  # another thread frees it, on a busy machine late
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"{used() - before} bytes of a step are not free"
         time.sleep(0.005)
     runtime.freed_memory.trim_if_grown()
     return faults

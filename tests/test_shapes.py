@@ -69,6 +69,43 @@ def test_a_module_is_traced_again_where_something_differs():
         assert traced(np.zeros((2, 4), np.float32))[0] == ["part_0", "part_1", "part_3"]  # part_0 returns float64
 
 
+class WithoutFirst(Counted):
+    """The linear map of the class above, on one channel less."""
+
+    def __call__(self, x: jax.Array, scale: float = 1.0) -> jax.Array:
+        return super().__call__(x[:, 1:], scale)
+
+
+def test_a_call_of_the_class_above_is_another_call():
+    """It has the same module and the same name."""
+    for channels in (4, 3):
+        params = eval_shape_of_init(WithoutFirst(5).init, jax.random.key(0), np.zeros((2, channels)))["params"]
+        assert params["linear"]["kernel"].shape == (channels - 1, 5)
+
+
+class Twice(nn.Module):
+    """A module that is called twice, in the second call with what it has learned of the first."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        part = Remembering(name="part")
+        return part(part(x))
+
+
+class Remembering(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        calls = sum(self.has_variable("memory", f"call_{i}") for i in range(2))
+        self.variable("memory", f"call_{calls}", lambda: x)
+        return x
+
+
+def test_a_second_call_adds_to_the_variables_of_the_first():
+    for _ in range(2):
+        found = eval_shape_of_init(Twice().init, jax.random.key(0), np.zeros((2, 3)))
+        assert set(found["memory"]["part"]) == {"call_0", "call_1"}
+
+
 def test_variables_are_drawn_afterwards():
     """JAX keeps what it traces; zeros in the place of parameters must not be found again."""
     init, x = Chain().init, np.zeros((2, 4), np.float32)

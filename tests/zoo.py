@@ -233,24 +233,28 @@ def initial_values(module: nn.Module, *args: Any) -> Any:
         return param(scope, name, init, *rest, **options)
 
     def recorded_variable(scope: Scope, collection: str, name: str, init: Any, *rest: Any, **options: Any) -> Any:
-        makers[collection, *scope.path, name] = lambda: init(*rest)
+        keywords = {key: value for key, value in options.items() if key != "unbox"}
+        makers[collection, *scope.path, name] = lambda: init(*rest, **keywords)
         return variable(scope, collection, name, init, *rest, **options)
 
     def normal(key: Any, shape: Any = (), dtype: Any = float, **_: Any) -> np.ndarray:
-        return rng.standard_normal(shape).astype(dtype)
+        return rng.standard_normal(shape).astype(jnp.result_type(dtype))
 
     def uniform(
         key: Any, shape: Any = (), dtype: Any = float, minval: Any = 0, maxval: Any = 1, **_: Any
     ) -> np.ndarray:
-        return rng.uniform(minval, maxval, shape).astype(dtype)
+        return rng.uniform(minval, maxval, shape).astype(jnp.result_type(dtype))
 
     def truncated_normal(key: Any, lower: Any, upper: Any, shape: Any = (), dtype: Any = float, **_: Any) -> np.ndarray:
-        return scipy.special.ndtri(rng.uniform(*scipy.special.ndtr([lower, upper]), shape)).astype(dtype)
+        return scipy.special.ndtri(rng.uniform(*scipy.special.ndtr([lower, upper]), shape)).astype(
+            jnp.result_type(dtype)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scope, "param", recorded_param)
         patch.setattr(Scope, "variable", recorded_variable)
-        jax.eval_shape(module.init, jax.random.key(0), *args)
+        shapes = jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args), *args)
+    assert set(makers) == set(traverse_util.flatten_dict(shapes))
     with pytest.MonkeyPatch.context() as patch:
         own = jax.nn.initializers.normal.__globals__["random"]  # where JAX's initialisers look
         for draw, library in itertools.product((normal, uniform, truncated_normal), (own, jax.random)):

@@ -6,7 +6,9 @@ those that their operands and results take from and to memory. A GPU's compiler 
 the bytes that every instruction reads and writes at the memory's bandwidth. Collectives are counted, their time is not.
 """
 
+import ast
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from maxmap.errors import UserError, shortened
 from maxmap.operations import compiled_for
 
 PARTS = 25  # rows of the report's tables
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 class Lowered(NamedTuple):
@@ -46,10 +49,14 @@ def lower_for(hardware: str, function: jax.stages.Wrapped, *arguments: Any) -> L
 
 
 def digest(program: Lowered) -> str:
-    """Returns a digest of what a report follows from: program, compiler, and how `maxmap.accelerators` counts."""
-    parts = [program.lowered.as_text(), topology.compiler(program.hardware), jax.__version__]
+    """Returns a digest of what a report follows from.
+
+    That is the program, the hardware, the compiler with its flags, and how `maxmap.accelerators` counts.
+    """
+    parts = [program.lowered.as_text(), program.hardware, topology.compiler(program.hardware), jax.__version__]
     parts.append(str(sorted(topology.options_of(program.hardware).items())))
-    parts += [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    parts += [os.environ.get(name, "") for name in _FLAGS]
+    parts += [ast.unparse(ast.parse(path.read_text("utf-8"))) for path in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

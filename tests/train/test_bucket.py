@@ -59,11 +59,11 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def runs(bucket, images, tmp_path_factory) -> tuple[str, Path]:
-    """The workdirs of a run in the bucket, which was killed, and of one in a folder, which was not."""
+    """The workdirs of a run in the bucket, which was killed twice, and of one in a folder, which was not."""
     logs = tmp_path_factory.mktemp("runs")
     workdir, local = f"{bucket}/runs/one", logs / "local"
-    # While step 8 is being looked through, after its log was copied.
-    options = ("--killed=sums:2:die", "--set=mesh__data=1")
+    # Before the line of step 4; while step 8 is being looked through, after its log was copied.
+    options = ("--killed=log:4:die", "--killed=sums:2:die", "--set=mesh__data=1")
     process = start(images, workdir, *options, log=logs / "bucket.log")
     run_here(images, local)
     assert process.wait(TIMEOUT) == 0, (logs / "bucket.log").read_text()[-3000:]
@@ -85,7 +85,7 @@ def test_what_a_run_leaves_in_a_bucket(runs):
     assert (remote / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (remote / "checkpoints").iterdir()} == {"8", "9"}
     # A board of every start: each lived to its first evaluation.
-    assert len(list((remote / "tensorboard").iterdir())) == 2
+    assert len(list((remote / "tensorboard").iterdir())) == 3
 
 
 def test_what_is_used_from_a_bucket(runs, images, tmp_path, capsys):
