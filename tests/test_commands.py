@@ -313,6 +313,7 @@ def test_an_unknown_command_is_no_stack_trace(capsys):
     assert stopped.value.code == 2 and "predikt" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_show_batch_draws_what_a_step_trains_on(capsys, tmp_path, monkeypatch):
     """The pictures are the first images that the training step itself prepares, and the captions are their targets."""
     from maxmap.train import build, preview

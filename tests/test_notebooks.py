@@ -55,6 +55,7 @@ def execute(name: str, **parameters: Any) -> dict[str, Any]:
     return session
 
 
+@pytest.mark.long
 def test_the_whole_way(tmp_path, monkeypatch, quick_compilation):
     """Check, split, train, report, explain, export, embed by the notebook; then serve, and ask."""
     monkeypatch.chdir(tmp_path)

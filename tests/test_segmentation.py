@@ -211,6 +211,7 @@ def test_a_run_learns_the_shapes_that_it_is_shown(run):
     assert (run / "curves.png").is_file() and load(run)[2]["classes"] == list(CLASSES)
 
 
+@pytest.mark.long
 def test_a_resumed_run_takes_the_same_steps(run, shapes, tmp_path):
     values = settings(shapes, **LONG)
     for steps in (5, 8):

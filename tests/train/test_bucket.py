@@ -70,6 +70,7 @@ def runs(bucket, images, tmp_path_factory) -> tuple[str, Path]:
     return workdir, local
 
 
+@pytest.mark.long
 def test_a_killed_run_in_a_bucket_ends_as_one_in_a_folder(runs):
     found, wanted = outcome(runs[0]), outcome(runs[1])
     assert_equal(found.pop("state"), wanted.pop("state"))
@@ -77,6 +78,7 @@ def test_a_killed_run_in_a_bucket_ends_as_one_in_a_folder(runs):
     assert found == wanted and found["step"] == 9
 
 
+@pytest.mark.long
 def test_what_a_run_leaves_in_a_bucket(runs):
     remote, local = storage.resolve(runs[0]), runs[1]
     names = {path.name for path in remote.iterdir()}
@@ -88,6 +90,7 @@ def test_what_a_run_leaves_in_a_bucket(runs):
     assert len(list((remote / "tensorboard").iterdir())) == 3
 
 
+@pytest.mark.long
 def test_what_is_used_from_a_bucket(runs, images, tmp_path, capsys):
     workdir, local = runs
     settings = settings_for(images, mesh__data=1)
@@ -105,6 +108,7 @@ def test_what_is_used_from_a_bucket(runs, images, tmp_path, capsys):
     assert result["step"] == 1
 
 
+@pytest.mark.long
 def test_a_checkpoint_in_a_bucket_that_is_damaged(runs, bucket, capsys):
     workdir, copy = storage.resolve(runs[0]), storage.resolve(f"{bucket}/copy")
     for file in storage.walk(workdir / "checkpoints"):

@@ -31,6 +31,7 @@ def batch(seed):
     return {"image": jnp.asarray(random.standard_normal((4, *SIZE, 3))), "label": jnp.asarray(targets, jnp.float64)}
 
 
+@pytest.mark.long
 def test_five_steps_of_a_maxvit_are_timms(x64):
     """The step of the trainer against timm's model, loss, optimizer, scheduler, clipping and average, loss by loss."""
     import_timm()
