@@ -47,6 +47,7 @@ from maxmap.config import bind, complete
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
 from maxmap.models import average, create_model, fuse
+from maxmap.shapes import eval_shape_of_init
 from maxmap.train.compile import lower_step
 
 STORED = Path(__file__).with_suffix(".csv")
@@ -60,8 +61,6 @@ COLUMNS = (
     *("program", "target", "mcycles", "milliseconds", "bytes_gb", "accessed_gb", "temporaries_gb", "images"),
     *("collectives", "compile_seconds", "compiler", "commit", "date", "digest", "note"),
 )
-
-
 NUMBERS = COLUMNS[2 : COLUMNS.index("compiler")]
 
 
@@ -94,7 +93,7 @@ def forward(model: str, hardware: str, images: int, *, fused: bool = False) -> p
     """A forward pass, with batch norms or without those that `maxmap.fuse` folds."""
     network = create_model(model)
     size = pair(network.backbone.image_size)
-    variables = jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+    variables = eval_shape_of_init(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
     if fused:
         variables = jax.eval_shape(lambda variables: fuse(network, variables)[1], variables)
     place = _placed(hardware)
@@ -162,7 +161,7 @@ def head(name: str) -> tuple[Any, Any]:
     model = create_model(name)
     size = pair(model.backbone.image_size)
     images = jax.ShapeDtypeStruct((BATCH, *size, 3), jnp.float32)
-    maps = jax.eval_shape(lambda images: model.backbone.init_with_output(jax.random.key(0), images)[0], images)
+    maps, _ = eval_shape_of_init(model.backbone.init_with_output, jax.random.key(0), images)
     return model.head, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), maps)
 
 

@@ -67,9 +67,9 @@ def test_steps_take_no_pages_from_the_kernel_until_the_process_has_grown(memory:
     command = [sys.executable, "-c", STEPS, memory]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     faults, after_growth = map(int, output.split())
-    # On a busy machine a small block may land in the gap that a step left; the next step then takes its own, once.
+    # On a busy machine a small block may land in the gap that a step left: two of eight steps may differ.
     kept = memory in ("keep", "compiled")
-    assert (faults / PAGES < 3) if kept else (faults / PAGES > 5), faults
+    assert (faults / PAGES < 3) if kept else (faults / PAGES >= 6), faults
     assert after_growth >= PAGES  # given back, or never kept: the pages are taken anew
 
 
