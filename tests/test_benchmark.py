@@ -8,10 +8,11 @@ import pytest
 
 from maxmap import models
 from maxmap.__main__ import main
+from tests.marks import cases
 from tests.test_grid import BACKBONES
 
 
-@pytest.mark.parametrize("task", ["forward pass", "training step"])
+@pytest.mark.parametrize("task", cases(["forward pass", "training step"], long=["training step"]))
 def test_a_benchmark_says_what_it_measured(task, tmp_path, capsys, monkeypatch, quick_compilation):
     name, fields = BACKBONES["mobilenet"]
     monkeypatch.setitem(models.MODELS, name, dataclasses.replace(models.MODELS[name], fields=fields))

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import graph, memory
 from maxmap.models import block_paths, create_model
 from maxmap.train.plan import largest_batch
+from tests.marks import cases
 from tests.tiny import ROOT
 
 SMALL = functools.partial(
@@ -26,7 +27,7 @@ def test_every_benchmark_imports(path):
     importlib.import_module(f"benchmarks.{path.stem}")
 
 
-@pytest.mark.parametrize("task", ["forward", "train"])
+@pytest.mark.parametrize("task", cases(["forward", "train"], long=["train"]))
 @pytest.mark.usefixtures("plain_convolutions")
 def test_every_operation_belongs_to_a_block(task):
     model, deeper = SMALL(depths=(3,)), SMALL(depths=(4,))

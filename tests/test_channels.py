@@ -33,6 +33,7 @@ from maxmap.train.build import build
 from maxmap.train.plan import plan
 from maxmap.train.start import first_state
 from maxmap.validate import validate
+from tests.marks import cases
 from tests.test_grid import BACKBONES
 from tests.tiny import (
     CLASSES,
@@ -275,7 +276,7 @@ def with_data(settings: dict, **changes) -> dict:
     return {**settings, "data": {**settings["data"], **changes}}
 
 
-@pytest.fixture(scope="module", params=[1, 5])
+@pytest.fixture(scope="module", params=cases([1, 5], long=[1]))
 def made(request, tmp_path_factory) -> SimpleNamespace:
     """A run of two steps, of the small network."""
     channels, root = request.param, tmp_path_factory.mktemp("channels")

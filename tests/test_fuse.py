@@ -19,6 +19,7 @@ from maxmap.models import create_model
 from maxmap.programs import export_program
 from maxmap.shapes import eval_shape_of_init
 from tests import zoo
+from tests.marks import cases
 from tests.test_grid import BACKBONES, BATCH, small
 from tests.tiny import CLASSES, preprocessing
 
@@ -42,7 +43,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("family, head, count, stay", CASES)
+@pytest.mark.parametrize("family, head, count, stay", cases(CASES, long=[CASES[0], CASES[1], CASES[5]]))
 def test_features_and_outputs_stay_the_same(family, head, count, stay, x64, plain_convolutions):
     model = small(family, head)
     size = model.backbone.image_size

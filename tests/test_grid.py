@@ -16,6 +16,7 @@ from maxmap.errors import UserError
 from maxmap.layers.primitives import BatchNorm, pair
 from maxmap.models import FAMILIES, HEADS, create_model
 from maxmap.shapes import eval_shape_of_init
+from tests.marks import cases
 from tests.reference import fill
 from tests.zoo import QUICK, run
 
@@ -236,7 +237,14 @@ WINDOWED = ("cswin", "fastervit", "maxxvit")
 ANY = ("convnext", "metaformer", "mobilenet", "resnet")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# The tests of these families compare gradients and statistics with the reference's.
+COMPARED = (
+    *("convnext", "efficientvit", "efficientvit_msra", "fastvit", "metaformer", "mobilenet", "mobilevit", "pit"),
+    "resnet",
+)
+
+
+@pytest.mark.parametrize("family", cases(FAMILIES, long=COMPARED))
 def test_what_learns_and_what_differs_in_training(family, x64, plain_convolutions):
     """On oblong images where no window has to divide them, with maps of odd sides where any size is taken."""
     own = pair(BACKBONES[family][1]["image_size"])

@@ -35,6 +35,7 @@ from maxmap.models import (
     list_models,
 )
 from maxmap.shapes import eval_shape_of_init
+from tests.marks import cases
 from tests.test_grid import small as small_member
 from tests.tiny import ROOT, create_tiny
 from tests.zoo import QUICK
@@ -382,7 +383,10 @@ def residual_bytes(model, variables, images) -> int:
 
 
 # Blocks of convolutions, of attention, and of both; the next test finds that every family checkpoints every block.
-@pytest.mark.parametrize("name", ["convnext_tiny", "faster_vit_0_224", "maxvit_mini_32", "pit_s"])
+@pytest.mark.parametrize(
+    "name",
+    cases(["convnext_tiny", "faster_vit_0_224", "maxvit_mini_32", "pit_s"], long=["faster_vit_0_224", "pit_s"]),
+)
 def test_recomputed_blocks_keep_little(name):
     model = create_model(name, num_classes=3, remat=True)
     if name != "faster_vit_0_224":  # with one block a stage, half of its values lie outside

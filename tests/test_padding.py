@@ -21,6 +21,7 @@ from maxmap.layers.blocks import StripeAttention
 from maxmap.layers.primitives import Conv
 from maxmap.models import create_model
 from maxmap.shapes import eval_shape_of_init
+from tests.marks import cases
 from tests.test_grid import BACKBONES, WINDOWED, made, small
 from tests.tiny import CLASSES, preprocessing, write_folder
 from tests.zoo import QUICK, quick
@@ -100,7 +101,7 @@ def test_carrier_tokens_are_means_of_real_pixels(x64):
     assert np.array_equal(keys[3], [1, 1, 0, 0] + [1, 1, 1, 0] + 12 * [0])  # below and right: 1 x 3 of the pixels
 
 
-@pytest.mark.parametrize("family", ["fastervit", "maxxvit"])
+@pytest.mark.parametrize("family", cases(["fastervit", "maxxvit"], long=["maxxvit"]))
 def test_what_lies_in_the_padding_changes_no_logit(x64, family, monkeypatch):
     """Not in one bit. CSWin's convolution needs zeros there, as at the border of any map: see its own test."""
     model = small(family, "map", pad=True)
@@ -135,7 +136,7 @@ def test_sizes_that_windows_divide_compute_the_same_program(family):
     assert len(programs) == 1
 
 
-@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize("family", cases(WINDOWED, long=["fastervit"]))
 def test_every_pixel_of_a_small_or_oblong_image_counts(family, x64, plain_convolutions):
     """Every row and column of pixels has a gradient, and all is finite; test_grid.py has the other families."""
     model = small(family, "map", pad=True)

@@ -19,13 +19,13 @@ from tests.test_grid import BACKBONES, HEAD_FIELDS
 from tests.tiny import CLASSES, preprocessing
 from tests.zoo import initial_values, quick
 
-# Reads images of a file and writes logits into another, with JAX and NumPy alone.
+# Of every program that is named, reads images of a file and writes logits into another, with JAX and NumPy alone.
 RUN = """
 import sys, jax, jax.export, numpy as np
-program, images, logits = sys.argv[1:]
-call = jax.export.deserialize(open(program, "rb").read()).call
-with np.load(images) as file:
-    np.savez(logits, **{name: call(file[name]) for name in file})
+for name in sys.argv[1:]:
+    call = jax.export.deserialize(open(name + ".stablehlo", "rb").read()).call
+    with np.load(name + ".npz") as file:
+        np.savez(name + "_logits.npz", **{batch: call(file[batch]) for batch in file})
 assert not [name for name in sys.modules if name.split(".")[0] in ("maxmap", "flax")]
 """
 
@@ -53,19 +53,21 @@ def test_a_program_runs_without_maxmap(made, capsys, quick_compilation):
         name: np.asarray(normalize(x, *(info["preprocessing"][k] for k in ("mean", "std"))))
         for name, x in pixels.items()
     }
-    for name, inputs, options in (("all", images, []), ("pixels", pixels, ["--pixels", "--platforms", "cpu"])):
+    programs = {"all": (images, []), "pixels": (pixels, ["--pixels", "--platforms", "cpu"])}
+    for name, (inputs, options) in programs.items():
         program = folder / f"{name}.stablehlo"
         assert main(["export", str(folder / "made"), str(program), *options]) == 0
         assert capsys.readouterr().out.startswith(f"{program}: ")
         np.savez(folder / f"{name}.npz", **inputs)
-        command = [sys.executable, "-c", RUN, program, folder / f"{name}.npz", folder / f"{name}_logits.npz"]
-        environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        ran = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-c", RUN, *programs]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    for name, (_, options) in programs.items():
         with np.load(folder / f"{name}_logits.npz") as logits:
             for batch, normalised in images.items():
                 np.testing.assert_allclose(logits[batch], wanted(normalised), rtol=2e-4, atol=2e-5)
-        about = json.loads(program.with_suffix(".json").read_text())
+        about = json.loads((folder / f"{name}.json").read_text())
         assert about["classes"] == list(CLASSES) and about["preprocessing"] == info["preprocessing"]
         assert about["platforms"] == (["cpu"] if options else list(PLATFORMS))
         assert about["input"].startswith("uint8 [B, 16, 16, 3]" if options else "float32 [B, 16, 16, 3]")

@@ -28,6 +28,7 @@ from maxmap.train.plan import _traffic as planned_traffic
 from maxmap.train.state import TrainState, abstract, create
 from maxmap.train.step import cast, make_train_step
 from tests.collectives import collectives, on_tpu
+from tests.marks import cases
 from tests.tiny import Tiny
 from tests.zoo import filled
 
@@ -104,17 +105,23 @@ MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "1x8": (1, 8)}
 
 
 @pytest.mark.usefixtures("x64", "split_small")
-def test_every_mesh_trains_as_one_device_does():
+@pytest.mark.parametrize("kind", cases(["tiny", "map_maxvit"], long=["map_maxvit"]))
+def test_every_mesh_trains_as_one_device_does(kind):
     # Batch norm over the whole batch, drop path and dropout with masks that do not know the devices, micro-batches,
     # recomputed blocks. Not Adam: it blows up the rounding in gradients that are zero by nature (biases that a norm or
     # softmax cancels).
-    model, optimizer = create_model(**MODEL), optax.sgd(1e-2, momentum=0.9)
-    first = start(model, optimizer, jax.tree.map(jnp.asarray, filled(model, (8, 8))))
+    optimizer = optax.sgd(1e-2, momentum=0.9)
+    if kind == "tiny":
+        model = recomputed = Tiny(3, drop_path=0.5, dropout=0.5)
+        first = start(model, optimizer)
+    else:
+        model, recomputed = (create_model(**MODEL, remat=remat) for remat in (False, True))
+        first = start(model, optimizer, jax.tree.map(jnp.asarray, filled(model, (8, 8))))
 
     def train(data, fsdp):
         mesh = make_mesh(data=data, fsdp=fsdp)
-        remat = create_model(**MODEL, remat=True) if fsdp == 2 else model
-        step, state, key = compiled_step(remat, optimizer, first, mesh, dtype=jnp.float64, ema_decay=0.5, accumulate=2)
+        shared = recomputed if fsdp > 1 else model
+        step, state, key = compiled_step(shared, optimizer, first, mesh, dtype=jnp.float64, ema_decay=0.5, accumulate=2)
         losses = []
         for batch in batches(4):
             state, metrics = step(state, to_devices(batch, mesh), key)
@@ -169,7 +176,7 @@ def test_what_a_step_sends(name):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), (4, 4)])
+@pytest.mark.parametrize(("data", "fsdp"), cases([(2, 2), (4, 4)], long=[(2, 2)]))
 def test_what_a_step_sends_on_tpus(data, fsdp):
     """The TPU's compiler adds up and scatters in one, and the plan counts what it sends."""
     sent = on_tpu(data * fsdp, fsdp)

@@ -51,6 +51,7 @@ def test_parameters_and_features(name, plain_convolutions):
     zoo.assert_size(create_model(name), params, zoo.pyramid(224, (4, 4, 8, 16, 32), channels))
 
 
+@pytest.mark.long
 def test_golden(goldens, x64, plain_convolutions):
     """The authors' network under their own names."""
     golden = read_golden(goldens, "convnext_tiny")

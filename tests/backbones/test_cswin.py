@@ -14,6 +14,7 @@ from maxmap.layers import blocks
 from maxmap.layers.blocks import CSWinBlock
 from maxmap.models import create_model
 from tests import zoo
+from tests.marks import cases
 from tests.reference import read_golden
 from tests.zoo import error, initial_values, named, numbers, quick, run
 
@@ -130,7 +131,7 @@ def test_stripes_follow_the_image_size(plain_convolutions):
         jax.eval_shape(small.apply, shapes[0], jnp.zeros((1, 128, 128, 3)))
 
 
-@pytest.mark.parametrize("deep_stem", [False, True])
+@pytest.mark.parametrize("deep_stem", cases([False, True], long=[False]))  # test_grid.py has the other stem
 def test_gradients_reach_every_parameter(deep_stem, x64, plain_convolutions):
     model = create_model("CSWin_64_12211_tiny_224", deep_stem=deep_stem, taps=1, **SMALL)
     assert zoo.idle_parameters(model, SIZE, least=1e-6) == set()

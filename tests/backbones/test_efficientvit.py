@@ -9,6 +9,7 @@ from maxmap.errors import UserError
 from maxmap.layers import blocks
 from maxmap.models import create_model
 from tests import zoo
+from tests.marks import cases
 from tests.reference import import_timm
 from tests.zoo import named, numbers
 
@@ -61,7 +62,7 @@ SHIFTS = {
 }
 
 
-@pytest.mark.parametrize("series", DEPTHS)
+@pytest.mark.parametrize("series", cases(DEPTHS, long=["l"]))
 def test_equals_timm(series, x64, plain_convolutions):
     idle = {f"{block}.main.point_conv.norm.bias" for block in SHIFTS[series]}
     zoo.assert_equals_timm(small(series), timm_model(series), numbers(0, 2, *SIZE, 3), slice(1, None), idle=idle)

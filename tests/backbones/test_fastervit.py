@@ -220,6 +220,7 @@ def test_carriers_are_the_means_of_overlapping_squares():
     np.testing.assert_allclose(tokens[0, 6], x[0, 3:8, 6:11].mean((0, 1)), atol=1e-6)
 
 
+@pytest.mark.long
 def test_gradients_reach_every_parameter(x64, plain_convolutions):
     """While training; but what moves a whole channel in front of a batch norm moves nothing."""
     convolutions = {f"levels.{i}.blocks.0.conv{j}.bias" for i in (0, 1) for j in (1, 2)}

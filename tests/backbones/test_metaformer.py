@@ -120,7 +120,7 @@ def test_blocks_are_alike(name, plain_convolutions):
     assert count(create_model(name), (1, 1, 1, 1))[0] == {"params": params, "constants": constants}
 
 
-@pytest.mark.parametrize("family", cases(GOLDENS, long=set(GOLDENS) - {"caformer"}))
+@pytest.mark.parametrize("family", cases(GOLDENS, long=set(GOLDENS) - {"identityformer"}))
 def test_goldens(family, goldens, x64):
     """The authors' code: also the names of the authors' checkpoints."""
     name = f"{family}_{FAMILIES[family]}"

@@ -11,6 +11,7 @@ from maxmap.convert.torch import to_torch
 from maxmap.errors import UserError
 from maxmap.models import create_model
 from maxmap.shapes import eval_shape_of_init
+from tests.marks import cases
 from tests.reference import import_timm, read_golden
 from tests.zoo import (
     assert_equals_golden,
@@ -61,7 +62,7 @@ def test_equals_timm(x64):
     assert_equals_timm(model, reference, numbers(0, 2, 40, 48, 3), slice(0, 5), dialect="timm")
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v1", "map_mobilenet_v1"])
+@pytest.mark.parametrize("name", cases(["mobilenet_v1", "map_mobilenet_v1"], long=["mobilenet_v1"]))
 def test_goldens(name, goldens, x64):
     golden = read_golden(goldens, name)
     model = create_model(name)
@@ -97,6 +98,7 @@ def test_initialisation_is_torchs_default(plain_convolutions):
             assert value.std() == pytest.approx(bound / 3**0.5, rel=0.1), key
 
 
+@pytest.mark.long
 def test_gradients_reach_every_parameter(x64, plain_convolutions):
     """But the two biases that a softmax cancels."""
     model = create_model(

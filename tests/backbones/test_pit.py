@@ -70,6 +70,7 @@ def test_parameters_and_features(name):
     assert_size(create_model(name), *ROWS[name])
 
 
+@pytest.mark.long
 def test_goldens(goldens, x64):
     """MAP's `pit_s` and `map_pit_s`, whose backbones have the same weights, branch by branch."""
 

@@ -148,7 +148,8 @@ def test_features_are_concatenated_at_one_size(x64):
     assert error(x, np.concatenate([halved, tap, middle, enlarged], axis=-1)) < 1e-12
 
 
-@pytest.mark.parametrize("name", cases(SMALL, long=["ga_cswin_tiny_p42"]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", SMALL)
 def test_gradients(name, x64, plain_convolutions):
     """They reach every parameter but the biases that a batch norm takes out again."""
     cancelled = {f"gram_{part}.{k}.0.bias" for part in ("contraction", "embedding") for k in range(2)}

@@ -84,7 +84,7 @@ def pulled(name, which, args, directions):
     return jax.jit(run)(args, directions)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", cases(SIZES, long=["several"]))
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_kernels_equal_their_definition(name, size, x64):
     args, directions = operands(name, size, jnp.float64)

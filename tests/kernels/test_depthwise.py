@@ -70,7 +70,7 @@ def kernels(window, pointwise, *, beside=True):
     return lambda x, _, kernel: depthwise.depthwise(x, kernel, window, beside)
 
 
-LONG = ("3x3", "stride 2")  # each has a neighbour that needs more
+LONG = ("3x3", "several tiles", "stride 2", "5x5, stride 2")  # each has a neighbour that needs as much
 
 
 @pytest.mark.parametrize("name", cases([*EXPANDED, *ALONE], long=LONG))
@@ -149,7 +149,7 @@ def block_and_gradients(options, batch):
     return run, (variables, x, direction)
 
 
-@pytest.mark.parametrize("name", cases(BLOCKS, long=["stride"]))
+@pytest.mark.parametrize("name", cases(BLOCKS, long=["stride", "pooled", "early"]))
 def test_blocks_are_the_same_in_one_operation(name, x64, chosen, monkeypatch):
     run, args = block_and_gradients(BLOCKS[name], 16)
     ours = jax.jit(lambda *args: run(*args), compiler_options=QUICK).trace(*args)
@@ -176,6 +176,7 @@ def test_folded_norms_are_parts_of_the_operation_too(x64, chosen):
         jax.eval_shape(lambda v: block.apply(v, x, train=True, mutable=["batch_stats"]), folded)
 
 
+@pytest.mark.long
 def test_devices_share_the_batch(x64, chosen):
     """Each has its images; statistics and gradients are sums over all of them."""
     run, args = block_and_gradients(BLOCKS["stride"], 32)

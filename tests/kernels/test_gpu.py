@@ -79,7 +79,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", cases(BLOCKS, long=("windows of 7", "grid of 7")))
+@pytest.mark.parametrize("name", cases(BLOCKS, long=("windows of 7", "grid of 7", "windows of 4", "no attention")))
 def test_kernels_equal_one_module_after_another(name, x64, choose):
     block, shape = BLOCKS[name]
     inputs = setting(block, shape)
@@ -91,6 +91,7 @@ def test_kernels_equal_one_module_after_another(name, x64, choose):
     assert_equal(*(traced.lower().compile()(*inputs) for traced in (ours, wanted)))
 
 
+@pytest.mark.long
 def test_eight_devices_compute_what_one_does(x64, choose):
     choose(WAYS)
     block, _ = BLOCKS["windows of 7"]

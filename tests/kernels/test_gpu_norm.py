@@ -13,6 +13,7 @@ from maxmap.layers.primitives import ACTIVATIONS, BatchNorm, batch_norm_groups
 from maxmap.operations import compiled_for
 from maxmap.shapes import eval_shape_of_init
 from maxmap.sharding import make_mesh, split_batch, traced_on
+from tests.marks import cases
 
 
 class Net(nn.Module):
@@ -87,7 +88,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "gated", "activation", "groups"), CASES)
+@pytest.mark.parametrize(("shape", "gated", "activation", "groups"), cases(CASES, long=CASES[1:3]))
 def test_one_kernel_equals_one_module_after_another(shape, gated, activation, groups, x64, chosen):
     variables, x, direction = setting(Plain(activation, gated), shape)
     with batch_norm_groups(groups):

@@ -44,7 +44,7 @@ def results(stem, variables, x, directions):
     return maps, new, pull(type(maps)(directions)), pull(beside), stem.apply(variables, x, train=False)
 
 
-@pytest.mark.parametrize("name", cases(STEMS, long=["torch"]))
+@pytest.mark.parametrize("name", cases(STEMS, long=["resnet", "torch"]))
 def test_stems_on_pairs_are_the_same(name, x64, monkeypatch):
     stem, x = STEMS[name], jnp.asarray(numbers(0, *SHAPE))
     like = jax.eval_shape(lambda x: stem.init(jax.random.key(0), x, train=False), x)

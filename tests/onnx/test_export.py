@@ -51,7 +51,7 @@ def made(module, x):
     return outputs, jax.tree.map(lambda each: leaf(each.shape), dict(shapes))
 
 
-OFTEN = {"convnext", "cswin", "fastervit", "maxxvit", "metaformer", "resnet", "vit"}  # `make long` has the others
+OFTEN = {"convnext", "cswin", "maxxvit", "metaformer", "resnet"}  # `make long` has the others
 
 
 @pytest.mark.parametrize("family", cases(FAMILIES, long=set(FAMILIES) - OFTEN))
