@@ -31,6 +31,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 import pytest
+from PIL import Image
 
 from maxmap import operations
 
@@ -78,6 +79,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{'fault':{width}}  tries  survived  lost")
         for name, (survived, lost) in sorted(faults.items()):
             terminalreporter.write_line(f"{name:{width}}  {survived + lost:5}  {survived:8}  {lost:4}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_curves() -> Iterator[None]:
+    """Runs leave a blank `curves.png`: drawing takes as long as training a small network. test_report.py draws."""
+    from maxmap.train import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_curves", lambda metrics, picture: Image.new("L", (1, 1)).save(picture))
+        yield
 
 
 @pytest.fixture

@@ -29,6 +29,12 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    """Here curves are drawn; conftest.py leaves them blank."""
+    monkeypatch.setattr(module, "draw_curves", draw_curves)
+
+
 def spend(report: Report, clock: Clock, **seconds: float) -> None:
     """Lets seconds of phases go by, one after another."""
     for phase, count in seconds.items():
