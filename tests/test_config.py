@@ -1,6 +1,7 @@
 """The schema of the config: every key is there, overrides mean the same everywhere, and mistakes are one sentence."""
 
 import ast
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -155,6 +156,7 @@ def test_overrides_are_told_from_flags():
 KEY = re.compile(r"(?:--)?config\.([a-z_]+(?:\.[a-z_]+)*)")
 
 
+@functools.cache
 def told() -> dict[str, set[str]]:
     """Every key that the README, the documents, the configs or a message name, and where."""
     found: dict[str, set[str]] = {}
@@ -181,6 +183,7 @@ def test_every_key_that_is_told_of_can_be_set(file):
             assert name in keys, f"{file} has no key {name}, which {places} names"
 
 
+@functools.cache
 def messages() -> dict[str, str]:
     """Every text in an error that the package raises, and where; what an f-string fills in is `{}`."""
     found = {}

@@ -82,7 +82,10 @@ def test_a_file_says_nothing_that_a_default_says(name):
 
 
 # Tracing takes a second: one config for each way to augment.
-TRACED = {repr([load(name)[key] for key in ("augment", "mix", "erase", "loss")]): name for name in BUILDS}
+TRACED = {
+    repr([config[key] for key in ("augment", "mix", "erase", "loss")]): name
+    for name, config in zip(BUILDS, map(load, BUILDS), strict=True)
+}
 
 
 @pytest.mark.parametrize("name", TRACED.values())
