@@ -51,6 +51,7 @@ def small(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.long  # test_readme.py does this in one process
 def test_train_then_evaluate(small, tmp_path, capsys, quick_compilation):
     flags = (f"--config={small}", "--config.steps=2", "--config.batch_size=16", "--config.mesh.data=1")
     trained = start(*flags, cwd=tmp_path)

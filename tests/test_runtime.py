@@ -9,6 +9,7 @@ import pytest
 
 from maxmap import runtime
 from maxmap.runtime import freed_memory
+from tests.marks import cases
 from tests.tiny import ROOT
 
 # Whole pages of the 36 MB that a step takes, which is more than glibc ever keeps by itself. The first and the last may
@@ -61,7 +62,7 @@ print(faults(3072))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-@pytest.mark.parametrize("memory", ["keep", "compiled", "return", "full"])
+@pytest.mark.parametrize("memory", cases(["keep", "compiled", "return", "full"], long=["compiled"]))
 def test_steps_take_no_pages_from_the_kernel_until_the_process_has_grown(memory: str) -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", STEPS, memory]

@@ -305,7 +305,7 @@ def test_rows_of_a_batch_go_to_the_devices_in_order():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("mode", ["averaged", "per_device"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", cases([1, 2], long=[1]))
 def test_batch_norms_of_each_device_are_those_of_eight_separate_trainers(mode, accumulate):
     """Three steps against eight copies of the network that share gradients only, as PyTorch's do."""
     steps, rate = 3, 0.1

@@ -3,14 +3,21 @@
 import os
 import socket
 import struct
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-
 from maxmap.checksums import masked_crc32c
+
+# tensorboardX imports torch where it is installed, which takes two seconds. Its messages do without.
+_torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+try:
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+finally:
+    if _torch is None:
+        del sys.modules["torch"]
 
 
 class Board:

@@ -52,6 +52,7 @@ def test_parameters_and_features(name, row, plain_convolutions):
     zoo.assert_size(create_model(name), params, zoo.pyramid(224, (2, 4, 8, 16, 32), channels))
 
 
+@pytest.mark.long
 def test_golden(goldens, x64):
     """The published network, branch by branch; its light mode shows the self-distillation classifiers."""
     weights, images, wanted = read_golden(goldens, "map_resnet50")

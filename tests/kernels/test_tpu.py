@@ -188,6 +188,7 @@ def test_what_fits(allowed: bool, fits: bool) -> None:
     assert fits == allowed
 
 
+@pytest.mark.long
 def test_each_device_computes_its_own_part_of_the_batch(fused: None, x64: None) -> None:
     module, shape = attention((2, 2), "grid", 32), (32, 4, 4, 32)
     mesh = make_mesh(data=2, fsdp=2)

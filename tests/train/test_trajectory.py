@@ -94,6 +94,7 @@ def worst(named, keys, norms, products, floor=0.0):
     return max((error, key) for key, error in errors.items())
 
 
+@pytest.mark.long
 def test_gradients_and_statistics_of_one_step(problem, goldens, x64):
     model, variables, gradients = problem
     loss, outputs, stats, grads = gradients(variables["params"], variables["batch_stats"], *batch(11, 12))
