@@ -22,7 +22,7 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of what a test starts, too: libtpu is there to compile, not to run
 # Compiling is what the tests wait for. XLA's older emitters compile gradients in about half the time; a program in one
-# piece, not in 32 for threads that are not there, compiles a fifth faster. What a test starts inherits both flags, so
+# piece, not in 32 for threads that are not there, takes a fifth less time. What a test starts inherits both flags, so
 # that both sides of a bitwise comparison compile alike. XLA aborts at a flag that it does not know, and after jaxlib
 # 0.10 it does not know the first.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -137,6 +137,17 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         models.MODELS["convnext_tiny"], head={**models.MODELS[name].head, **head}, fields=fields
     )
     monkeypatch.setitem(models.MODELS, name, described)
+
+
+@pytest.fixture
+def small_mini(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A narrower `maxvit_mini_32` of one block a stage, with maps of the same sizes, for documents that use that."""
+    from maxmap import models
+
+    name = "maxvit_mini_32"
+    fields = {"stem_width": (8, 8), "embed_dim": (8, 96), "depths": (1, 1), "transformer": {"head_dim": 8}}
+    described = models.MODELS[name]
+    monkeypatch.setitem(models.MODELS, name, dataclasses.replace(described, fields={**described.fields, **fields}))
 
 
 @pytest.fixture

@@ -99,14 +99,11 @@ def test_forward_features_before_other_heads_is_the_last_map(network):
     np.testing.assert_array_equal(plain, maps[-1])  # MaxViT with Google's names normalises behind the pooling
 
 
-def test_the_documents_snippets_run(quick_compilation, monkeypatch):
-    narrow = {"stem_width": (8, 8), "embed_dim": (8, 16), "depths": (1, 1), "transformer": {"head_dim": 8}}
-    create = maxmap.create_model
-    monkeypatch.setattr(maxmap, "create_model", lambda name, **fields: create(name, **fields, **narrow))
+def test_the_documents_snippets_run(quick_compilation, small_mini):
     session: dict[str, Any] = {}
     blocks = [match["text"] for match in BLOCK.finditer((ROOT / "docs" / "features.md").read_text("utf-8"))]
     assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, "docs/features.md", "exec"), session)
     assert session["outputs"]["logits"].shape == (2, 2, 10)
-    assert jnp.shape(session["maps"][-1]) == (2, 4, 4, 16)
+    assert jnp.shape(session["maps"][-1]) == (2, 4, 4, 96)

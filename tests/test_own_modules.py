@@ -152,13 +152,7 @@ def test_a_config_holds_no_module(tmp_path):
     assert "Module" not in str(schema({})["model.name"].type)
 
 
-def test_the_document_runs(quick_compilation, monkeypatch):
-    small = {"embed_dim": (16, 16), "depths": (1, 1), "stem_width": (8, 8), "transformer": {"head_dim": 8}}
-
-    def create(backbone, **fields):
-        return create_model(backbone, **fields, **(small if backbone == "maxvit_mini_32" else {}))
-
-    monkeypatch.setattr(maxmap, "create_model", create)
+def test_the_document_runs(quick_compilation, small_mini):
     session: dict[str, Any] = {}
     blocks = [match["text"] for match in BLOCK.finditer((ROOT / "docs" / "own_modules.md").read_text("utf-8"))]
     assert len(blocks) == 4

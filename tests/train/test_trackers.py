@@ -15,15 +15,8 @@ import pytest
 from maxmap.config import bind
 from maxmap.errors import UserError
 from maxmap.train import loop, trackers
-from maxmap.train import report as report_module
 from maxmap.train.report import Report
 from tests.tiny import read_lines, settings_for
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Drawing them takes half a second; tests/train/test_report.py looks at them."""
-    monkeypatch.setattr(report_module, "draw_curves", lambda metrics, picture: None)
 
 
 class Recorder:
