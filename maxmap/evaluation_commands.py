@@ -194,7 +194,7 @@ def predict_command(
     rows = [
         {"image": printable(path), **record}
         for path, named in zip(images, results, strict=True)
-        for record in records(named)
+        for record in records(named) or [dict.fromkeys(columns)]  # no image is left out
     ]
     if json_file is not None:
         storage.write_named(json_file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from maxmap import __main__ as commands
-from maxmap import checkpoint, model_commands, storage, training_commands
+from maxmap import checkpoint, model_commands, storage, tasks, training_commands
 from maxmap.arguments import Number, local_path
 from maxmap.config import bind, read
 from maxmap.errors import UserError
@@ -24,6 +24,7 @@ from maxmap.inference import predict
 from maxmap.models import create_model
 from maxmap.predictions import make_rows, to_csv
 from maxmap.shapes import eval_shape_of_init
+from maxmap.tasks.rows import MultiLabel
 from maxmap.tasks.task import caption
 from tests.test_ranges import numbers as ranges_in
 from tests.test_ranges import outside
@@ -127,7 +128,7 @@ def test_predict_prints_a_line_for_every_image(capsys, tmp_path, workdir):
 
 
 def test_predict_says_what_ids_of_wordnet_mean(capsys, tmp_path, monkeypatch):
-    """On the terminal the first word, in the files all of them."""
+    """On the terminal the first word, in the files all of them, and a row for an image of which nothing is said."""
     use_models(create_tiny, monkeypatch)
     model = {"name": "tiny", "num_classes": 3}
     variables = create_tiny(**model).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
@@ -151,6 +152,16 @@ def test_predict_says_what_ids_of_wordnet_mean(capsys, tmp_path, monkeypatch):
         {key: value if value is None else str(value) for key, value in row.items()} for row in rows
     ]
     assert "cannot write" in mistake_after_output(capsys, *argv[:3], f"--json={tmp_path}/no/a.json")
+
+    several = info | {"task": tasks.describe(MultiLabel(thresholds=1.0))}  # no image has any of the labels
+    checkpoint.write_variables(tmp_path / "labels", copied(variables), several)
+    assert commands.main(["predict", str(tmp_path / "labels"), *argv[2:]]) == 0
+    assert capsys.readouterr().out.count(": none of the labels\n") == 2
+    empty = {"rank": None, "class": None, "words": None, "probability": None}
+    wanted = [{"image": f"{tmp_path}/{i}.png", **empty} for i in range(2)]
+    assert json.loads((tmp_path / "a.json").read_text()) == wanted
+    table = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [{key: value or None for key, value in row.items()} for row in table] == wanted
 
 
 def mistake_after_output(capsys, *argv: str) -> str:

@@ -172,7 +172,14 @@ def _of_recipe(path: str | Path, info: Mapping[str, Any]) -> tuple[ImageSource |
     recipe = bind({**with_defaults(info["config"]), "mesh": {}})  # this machine may have other devices
     if recipe.values["data"]["val_split"] is None:
         raise UserError("The recipe has no evaluation split: give labelled images behind the checkpoint.")
-    return recipe.data(train_split=None, check=0).val, functools.partial(evaluate.run, recipe, path)
+    try:
+        source = recipe.data(train_split=None, check=0).val
+    except UserError as error:
+        raise UserError(
+            "Give labelled images behind the checkpoint, as in maxmap report CHECKPOINT IMAGES; those of its recipe "
+            f"cannot be opened: {error}"
+        ) from error
+    return source, functools.partial(evaluate.run, recipe, path)
 
 
 def _evaluation(

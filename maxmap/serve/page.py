@@ -82,7 +82,7 @@ def draw(info: Mapping[str, Any], most_bytes: int, *, explained: bool) -> str:
     heat = '<img id="heat" alt="where the network looked" title="where the network looked" hidden>' if explained else ""
     body = (
         f"<h1>{escaped(name)}</h1>\n<p>{len(info['classes']):,} classes, step {info['step']:,}</p>\n"
-        '<label id="zone"><input id="file" type="file" accept="image/*">'
+        '<label id="zone"><input id="file" type="file" accept="image/*,.npy">'
         f"<span>Drop a photo here, or choose one (at most {most_bytes / 1e6:g} MB)</span></label>\n"
         f'<p id="said" role="status"></p><div id="seen"><img id="photo" alt="the photo" hidden>{heat}</div>\n'
         f'<div id="classes"></div>\n<p class="note">curl --data-binary @photo.jpg <span id="address"></span></p>'

@@ -163,7 +163,8 @@ def test_what_is_missing_has_a_sentence(odd_run, reported, tmp_path, capsys):
     finally:
         (tmp_path / "gone").rename(odd_run.photos)
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("missing: ") and str(odd_run.photos) in told[0] and told[1:] == [f"{tmp_path}/a.html"]
+    assert re.match(r"missing: Give labelled images .* maxmap report CHECKPOINT IMAGES; those", told[0])
+    assert str(odd_run.photos) in told[0] and told[1:] == [f"{tmp_path}/a.html"]
     page = (tmp_path / "a.html").read_text("utf-8")
     assert "<img " not in page and "Calibration" in page
 
