@@ -200,7 +200,7 @@ def main() -> int:
     jax.config.update("jax_num_cpu_devices", arguments.devices)
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", arguments.cache or str(tiny.ROOT / ".cache" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0 if arguments.cache else 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0 if arguments.cache else 0.1)
     initialize_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
     tiny.use_models(tiny.create_tiny, pytest.MonkeyPatch())
     if not storage.in_bucket(arguments.workdir):
