@@ -239,8 +239,8 @@ ANY = ("convnext", "metaformer", "mobilenet", "resnet")
 
 # The tests of these families compare gradients and statistics with the reference's.
 COMPARED = (
-    *("convnext", "efficientvit", "efficientvit_msra", "fastvit", "metaformer", "mobilenet", "mobilevit", "pit"),
-    "resnet",
+    *("convnext", "efficientvit", "efficientvit_msra", "fastvit", "maxxvit", "metaformer", "mobilenet", "mobilevit"),
+    *("pit", "resnet"),
 )
 
 

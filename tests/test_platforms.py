@@ -11,6 +11,7 @@ from jax.extend.core import Literal
 
 from maxmap.models import create_model
 from maxmap.operations import compiled_for, kernels
+from tests.marks import cases
 
 # A small network of each family whose operations have ways of their own on a CPU.
 NETWORKS = {
@@ -97,6 +98,6 @@ def test_programs_for_accelerators_have_no_detours_made_for_the_cpu(name: str, p
     assert (kernels_used > 0) == (choice == "auto" and not without)
 
 
-@pytest.mark.parametrize("name", ["map_maxvit_mini_32", "convnext_tiny"])
+@pytest.mark.parametrize("name", cases(["map_maxvit_mini_32", "convnext_tiny"], long=["map_maxvit_mini_32"]))
 def test_the_test_finds_the_detours_of_the_cpu(name: str) -> None:
     assert set(detours(traced(name, "cpu", "auto"))) == {"branch", "sum as a product with ones"}
