@@ -1,4 +1,4 @@
-"""What the commands set before JAX computes: where compiled programs are cached, and that freed memory is kept.
+"""How JAX compiles and allocates: where programs are cached, how little some are optimised, that freed memory is kept.
 
 JAX is imported by the functions that set something of it, so that commands without it start at once.
 
@@ -58,6 +58,23 @@ def cache_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX's default skips what compiles in a second
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def options_to_run_once(platform: str) -> dict[str, int | bool] | None:
+    """Returns the `compiler_options` of `jax.jit` for a program that runs once, such as that of an initial state.
+
+    Such a program has some operations for each parameter, and waits for its compiler. XLA's for CPUs needs about half
+    the time for little optimisation, and the random numbers are computed as fast.
+
+    Args:
+      platform: that the program is compiled for, such as "cpu".
+
+    Returns:
+      The options; None for the default ones, where nothing was measured.
+    """
+    if platform != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 
 
 def cache_folder() -> Path:

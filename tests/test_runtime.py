@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from maxmap import runtime
-from maxmap.runtime import freed_memory
+from maxmap.runtime import freed_memory, options_to_run_once
 from tests.marks import cases
 from tests.tiny import ROOT
 
@@ -144,3 +146,18 @@ def test_the_commands_cache_programs(command, tmp_path):
     )
     run([*command, "--config=quickstart", "--help_config"], tmp_path, PYTHONPATH=str(tmp_path))
     assert told.read_text() == str(tmp_path / ".cache/maxmap/xla")
+
+
+def test_a_program_that_runs_once_makes_the_same_numbers():
+    """But for the rounding of sums and products that other instructions compute."""
+
+    def make(key):
+        return jax.random.truncated_normal(key, -2.0, 2.0, (64, 33)), jax.random.bits(key, (5,))
+
+    key = jax.random.key(3)
+    (found, bits), (wanted, wanted_bits) = (
+        jax.jit(make, compiler_options=options)(key) for options in (options_to_run_once("cpu"), None)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(bits, wanted_bits)
+    assert options_to_run_once("tpu") is None and options_to_run_once("gpu") is None
