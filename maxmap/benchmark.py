@@ -17,7 +17,7 @@ from maxmap.losses import total_loss
 from maxmap.models import Classifier, average, classifies_pixels, create_model
 from maxmap.optim import make_optimizer
 from maxmap.ranges import Count, Pixels, Positive, check_arguments
-from maxmap.runtime import options_to_run_once
+from maxmap.runtime import jit_to_run_once
 from maxmap.sharding import check_batch, make_mesh, replicated, split_batch, to_devices, traced_on
 from maxmap.train.state import TrainState, create
 from maxmap.train.step import cast, make_train_step
@@ -123,18 +123,12 @@ def training_step(
 
 def _training(model: Classifier, shape: tuple[int, ...], dtype: jnp.dtype, mesh: Mesh) -> _Task:
     step, create_state = training_step(model, dtype, mesh=mesh)
-    state = _made_once(create_state, mesh)
+    state = jit_to_run_once(create_state, replicated(mesh))(jax.random.key(0))
     random = np.random.default_rng(0)
     labels = random.integers(0, 1000, shape[:3] if classifies_pixels(model) else shape[:1], np.int32)
     batch = {"image": random.integers(0, 256, shape, np.uint8), "label": labels}
     inputs = (to_devices(batch, mesh), jax.device_put(jax.random.key(0), replicated(mesh)))
     return step, state, inputs, jax.eval_shape(lambda: state.variables())
-
-
-def _made_once(make: Callable[[jax.Array], Any], mesh: Mesh) -> Any:
-    """Returns what a function makes of a key, on every device."""
-    options = options_to_run_once(mesh.devices.flat[0].platform)
-    return jax.jit(make, out_shardings=replicated(mesh), compiler_options=options)(jax.random.key(0))
 
 
 def _forward_pass(model: Classifier, shape: tuple[int, ...], dtype: jnp.dtype, mesh: Mesh) -> _Task:
@@ -146,7 +140,7 @@ def _forward_pass(model: Classifier, shape: tuple[int, ...], dtype: jnp.dtype, m
         variables = dict(model.init(key, jnp.zeros((1, *shape[1:]))))
         return {**variables, "params": cast(variables["params"], dtype)}
 
-    variables = _made_once(initial, mesh)
+    variables = jit_to_run_once(initial, replicated(mesh))(jax.random.key(0))
     images = np.random.default_rng(0).standard_normal(shape, np.float32).astype(dtype)
     return step, variables, (jax.device_put(images, split_batch(mesh)),), jax.eval_shape(lambda: variables)
 

@@ -16,13 +16,18 @@ import io
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Parameters of glibc's mallopt(3) and their default values.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 _MMAP_MAX, _TRIM_THRESHOLD = 65536, 128 * 1024
 SETTLING_STEPS = 10  # steps after which the process has the size that its steps need
 GROWTH = 1.5  # factor of that size at which free memory is returned to the kernel
+
+# By platform: what XLA compiles with where a program runs once. Of the others nothing was measured.
+OPTIONS_TO_RUN_ONCE = {"cpu": {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}}
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -60,21 +65,20 @@ def cache_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def options_to_run_once(platform: str) -> dict[str, int | bool] | None:
-    """Returns the `compiler_options` of `jax.jit` for a program that runs once, such as that of an initial state.
+def jit_to_run_once(function: Callable[..., Any], out_shardings: Any = None) -> Callable[..., Any]:
+    """`jax.jit` for a function that runs once, such as one that makes initial variables.
 
-    Such a program has some operations for each parameter, and waits for its compiler. XLA's for CPUs needs about half
-    the time for little optimisation, and the random numbers are computed as fast.
+    Its program has some operations for each parameter, and waits for its compiler. XLA's for CPUs needs about half the
+    time for little optimisation, and the random numbers are computed as fast. Elsewhere the default stays.
 
     Args:
-      platform: that the program is compiled for, such as "cpu".
-
-    Returns:
-      The options; None for the default ones, where nothing was measured.
+      function: to be compiled.
+      out_shardings: of its results, as for `jax.jit`.
     """
-    if platform != "cpu":
-        return None
-    return {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
+    import jax
+
+    options = OPTIONS_TO_RUN_ONCE.get(jax.default_backend())
+    return jax.jit(function, out_shardings=out_shardings, compiler_options=options)
 
 
 def cache_folder() -> Path:

@@ -38,7 +38,8 @@ from maxmap import operations
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the time goes into compiling: keep what takes long. The key holds the program, so a changed program compiles.
+# Most of the time goes into compiling: keep what other tests compile again, as training loops do. The key holds the
+# program, so a changed program compiles.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 # Tracing makes many objects that last: by Python's default a tenth of the time goes into looking for cycles among them.

@@ -26,6 +26,7 @@ from maxmap.convert.wrappers import KeyMatch
 from maxmap.errors import UserError
 from maxmap.layers.primitives import pair
 from maxmap.models import Classifier
+from maxmap.runtime import jit_to_run_once
 from maxmap.shapes import eval_shape_of_init
 
 _PROBE_CLASSES = 10_007  # a size that no model has anywhere else, so it marks the leaves of the classifier
@@ -243,7 +244,7 @@ def _initialise(model: Classifier, paths: Sequence[LeafPath], seed: int) -> dict
         flat = traverse_util.flatten_dict(variables)
         return {path: flat[path[:1] + path[2:]] for path in paths}
 
-    return jax.tree.map(np.asarray, dict(jax.jit(initialise)(jax.random.key(seed))))
+    return jax.tree.map(np.asarray, dict(jit_to_run_once(initialise)(jax.random.key(seed))))
 
 
 def _map_classes(value: np.ndarray, class_map: Sequence[int], classes: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from maxmap.data.preprocessing import departures
 from maxmap.errors import UserError, nearest
 from maxmap.evaluate import check_same_model
 from maxmap.recipe import Recipe
-from maxmap.runtime import options_to_run_once
+from maxmap.runtime import jit_to_run_once
 from maxmap.train.build import Parts
 from maxmap.train.resume import check_changes
 from maxmap.train.state import TrainState
@@ -87,9 +87,7 @@ def first_state(parts: Parts, workdir: str | Path, found: Mapping[str, Any] | No
     variables, adapted = None, ""
     if parts.recipe.init_from:
         variables, adapted = _read_variables(parts.recipe.init_from, parts)
-    options = options_to_run_once(parts.mesh.devices.flat[0].platform)
-    create = jax.jit(parts.create_state, out_shardings=parts.state_sharding, compiler_options=options)
-    state = create(parts.keys()[0])
+    state = jit_to_run_once(parts.create_state, parts.state_sharding)(parts.keys()[0])
     if variables is not None:
         state = jax.device_put(_with_variables(state, variables), parts.state_sharding)
     return state, adapted
